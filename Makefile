@@ -1,0 +1,39 @@
+# Two commands do all of their own set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: demo test lint types imports unit bench clean
+
+demo: $(READY)
+	$(BIN)/fedkl demo --out runs/demo
+
+test: lint types imports unit
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+imports: $(READY)
+	$(BIN)/lint-imports
+
+unit: $(READY)
+	$(RUN) $(BIN)/pytest
+
+bench: $(READY)
+	$(RUN) $(BIN)/python benchmarks/lock_overhead.py
+
+# torch first and pinned: a bare `torch` may bring gigabytes of CUDA libraries.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,329 @@
+"""The command line: parses arguments, shows progress and errors; no logic of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+import fedkl
+from fedkl import config as configs
+from fedkl import data, demo, experiments, report
+from fedkl.errors import ConfigError, FedKLError
+
+app = typer.Typer(
+    name="fedkl",
+    help="What does my federated learning leak, and what stops it?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Datasets: list and fetch.", no_args_is_help=True)
+key_app = typer.Typer(help="Key files: new, info, rotate.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(key_app, name="key")
+
+console = Console()
+PASSPHRASE_VARIABLE = "FEDKL_PASSPHRASE"  # noqa: S105 (a name, not a passphrase)
+
+OutOption = Annotated[Path, typer.Option("--out", help="Run directory; a finished run is not repeated.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; flags override its fields.")]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Seed of weights, partition, batches and attack starts.")
+]
+DataOption = Annotated[str | None, typer.Option("--data", help="Dataset name; see `fedkl data list`.")]
+InitOption = Annotated[str | None, typer.Option(help="Initial weights: default or uniform (U(−0.5, 0.5)).")]
+PlainOption = Annotated[bool, typer.Option("--unencrypted", help="Leave the file unencrypted.")]
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[experiments.Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, note="")
+
+        def step(done: int, total: int, note: str, /) -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield step
+
+
+def _overridden(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Sets dotted fields that were given on the command line."""
+    for place, value in overrides.items():
+        if value is None:
+            continue
+        *path, last = place.split(".")
+        level = base
+        for name in path:
+            level = level.setdefault(name, {})
+        level[last] = value
+    return base
+
+
+def _base(path: Path | None, kind: str) -> dict[str, Any]:
+    if path is None:
+        return {"type": kind}
+    values = configs.values_of(configs.load(path))
+    if values["type"] != kind:
+        raise ConfigError(f"{path}: expected a {kind} experiment, this is '{values['type']}'.")
+    return values
+
+
+_LOCKS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "published": {"key_distribution": "uniform", "activation": "relu", "initialization": "published"},
+}
+
+
+def _lock_fields(lock: str, layers: str | None) -> dict[str, Any]:
+    if lock not in _LOCKS:
+        raise ConfigError(f"--lock: unknown '{lock}'. Choose one of {', '.join(_LOCKS)}.")
+    return {"type": "keylock", **_LOCKS[lock], **({"layers": layers} if layers else {})}
+
+
+def _defense_fields(defense: str, lock: str, layers: str | None) -> dict[str, Any]:
+    if defense == "keylock":
+        return _lock_fields(lock, layers)
+    if defense in ("public-norm", "private-norm"):
+        return {"type": defense, "like": _lock_fields(lock, layers)}
+    return {"type": defense}
+
+
+@app.command()
+def train(
+    out: OutOption,
+    config: ConfigOption = None,
+    defense: Annotated[
+        str | None,
+        typer.Option(help="none, keylock, public-norm or private-norm; the controls are norm-matched."),
+    ] = None,
+    lock: Annotated[str, typer.Option(help="default, or published (uniform key, ReLU).")] = "default",
+    layers: Annotated[str | None, typer.Option(help="Locked layers: first or all.")] = None,
+    data_name: DataOption = None,
+    data_root: Annotated[str | None, typer.Option(help="Folder of the datasets.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model of the zoo.")] = None,
+    initialization: InitOption = None,
+    clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
+    centralized: Annotated[bool, typer.Option("--centralized", help="One client with all the data.")] = False,
+    algorithm: Annotated[str | None, typer.Option(help="fedavg (weights) or fedsgd (gradients).")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Communication rounds.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples of a batch.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Rounds between evaluations.")] = None,
+    seed: SeedOption = None,
+) -> None:
+    """Federated training in one process, then the server's own model under every fill-in."""
+    if centralized and clients not in (None, 1):
+        raise ConfigError(f"--centralized is one client; got --clients {clients}. Give one of the two.")
+    overrides = {
+        "seed": seed,
+        "data.name": data_name,
+        "data.root": data_root,
+        "model.name": model,
+        "model.initialization": initialization,
+        "defense": _defense_fields(defense, lock, layers) if defense else None,
+        "training.clients": 1 if centralized else clients,
+        "training.rounds": rounds,
+        "training.eval_every": eval_every,
+        "training.local.algorithm": algorithm,
+        "training.local.batch_size": batch_size,
+        "training.local.lr": lr,
+    }
+    experiment = configs.parse(_overridden(_base(config, "train"), overrides), source="The command line")
+    with _progress("train") as progress:
+        run = experiments.run(experiment, out=out, progress=progress)
+    _finish(run.path)
+
+
+@app.command()
+def attack(
+    out: OutOption,
+    config: ConfigOption = None,
+    kind: Annotated[str | None, typer.Option("--attack", help="dlg or idlg.")] = None,
+    arms: Annotated[str | None, typer.Option(help="Comma-separated arms; all if not given.")] = None,
+    lock: Annotated[str | None, typer.Option(help="default, or published (uniform key, ReLU).")] = None,
+    layers: Annotated[str | None, typer.Option(help="Locked layers: first or all.")] = None,
+    labels: Annotated[
+        bool | None, typer.Option("--labels-known/--labels-unknown", help="Grant the labels, in every arm.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Test images attacked, one network each.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images behind one gradient.")] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Budget of one start, in evaluations.")] = None,
+    restarts: Annotated[int | None, typer.Option(help="Starts per image.")] = None,
+    weighting: Annotated[str | None, typer.Option(help="Of layers: none, sqrt or full.")] = None,
+    history: Annotated[int | None, typer.Option(help="Correction pairs of L-BFGS.")] = None,
+    box: Annotated[float | None, typer.Option(help="Weight of the prior that pixels are in [0, 1].")] = None,
+    data_name: DataOption = None,
+    data_root: Annotated[str | None, typer.Option(help="Folder of the datasets.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model of the zoo.")] = None,
+    initialization: InitOption = None,
+    seed: SeedOption = None,
+) -> None:
+    """Gradient inversion of the key-lock and its controls."""
+    overrides = {
+        "seed": seed,
+        "data.name": data_name,
+        "data.root": data_root,
+        "model.name": model,
+        "model.initialization": initialization,
+        "lock": _lock_fields(lock or "default", layers) if lock or layers else None,
+        "arms": [name.strip() for name in arms.split(",")] if arms else None,
+        "labels_known": labels,
+        "trials": trials,
+        "batch_size": batch_size,
+    }
+    base = _base(config, "attack")
+    fields: dict[str, Any] = {
+        "evaluations": evaluations,
+        "restarts": restarts,
+        "weighting": weighting,
+        "history": history,
+        "box": box,
+    }
+    if kind or any(value is not None for value in fields.values()):
+        overrides |= {"attack.type": kind or base.get("attack", {}).get("type", "dlg")}
+        overrides |= {f"attack.{name}": value for name, value in fields.items()}
+    experiment = configs.parse(_overridden(base, overrides), source="The command line")
+    with _progress("attack") as progress:
+        run = experiments.run(experiment, out=out, progress=progress)
+    _finish(run.path)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", help="Where the runs and the report go.")] = Path("runs/demo"),
+) -> None:
+    """The main job end to end on real images: train with and without the lock, attack both, report."""
+
+    @contextmanager
+    def shown(title: str) -> Iterator[experiments.Progress]:
+        with _progress(title) as progress:
+            yield progress
+
+    demo.run(out, progress=shown)
+    _finish(out)
+
+
+@app.command("report")
+def report_command(
+    run: Annotated[Path, typer.Argument(help="A run directory, or a folder of run directories.")],
+) -> None:
+    """(Re)builds the report of a run: report.html, report.md and figures."""
+    _finish(run)
+
+
+def _finish(path: Path) -> None:
+    """Builds the report, prints its tables and where it is."""
+    built = report.build(path)
+    for title, header, rows in built.tables:
+        table = Table(title=escape(title), title_justify="left")
+        for name in header:
+            table.add_column(escape(name))
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    console.print(f"Report: {built.html}", soft_wrap=True)
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """Known datasets."""
+    for name, line in data.DATASETS.items():
+        console.print(f"{name}: {line}", highlight=False)
+
+
+@data_app.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(help="Dataset name.")],
+    root: Annotated[Path | None, typer.Option(help="Folder of the datasets.")] = None,
+) -> None:
+    """Fetches a dataset, checked against known digests; what is there already is kept."""
+    with _progress(f"fetch {name}") as progress:
+
+        def step(what: str, done: int, total: int | None) -> None:
+            progress(done, total or max(done, 1), what)
+
+        where = data.fetch(name, root=root, progress=step)
+    console.print(f"{name}: {where}", soft_wrap=True, highlight=False)
+
+
+def _passphrase(*, unencrypted: bool, confirm: bool) -> str | None:
+    if unencrypted:
+        return None
+    given = os.environ.get(PASSPHRASE_VARIABLE)
+    if given is not None:
+        return given
+    answer: str = typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm)
+    return answer
+
+
+@key_app.command("new")
+def key_new(
+    path: Annotated[Path, typer.Argument(help="Where to write the key.")],
+    length: Annotated[int, typer.Option(help="How many secret numbers.")] = 1024,
+    distribution: Annotated[
+        str, typer.Option(help="normal (zero mean, unit norm) or uniform (published).")
+    ] = "normal",
+    unencrypted: PlainOption = False,
+) -> None:
+    """Draws a new key. The passphrase is asked for, or taken from FEDKL_PASSPHRASE."""
+    if path.exists():
+        raise ConfigError(f"{path}: exists already. Use `fedkl key rotate` or another path.")
+    key = fedkl.Key.generate(length=length, distribution=distribution)  # type: ignore[arg-type]
+    fedkl.save_key(key, path, passphrase=_passphrase(unencrypted=unencrypted, confirm=True))
+    console.print(f"{path}: {key}", highlight=False, soft_wrap=True)
+
+
+@key_app.command("info")
+def key_info(
+    path: Annotated[Path, typer.Argument(help="A key file.")], unencrypted: PlainOption = False
+) -> None:
+    """Checks that a key file opens, and says what it holds without showing it."""
+    key = fedkl.load_key(path, passphrase=_passphrase(unencrypted=unencrypted, confirm=False))
+    console.print(f"{path}: {key}", highlight=False, soft_wrap=True)
+
+
+@key_app.command("rotate")
+def key_rotate(
+    path: Annotated[Path, typer.Argument(help="A key file.")], unencrypted: PlainOption = False
+) -> None:
+    """Replaces a key by a new one of the same length and distribution. Lock layers must be trained again."""
+    passphrase = _passphrase(unencrypted=unencrypted, confirm=False)
+    old = fedkl.load_key(path, passphrase=passphrase)
+    key = fedkl.Key.generate(length=old.length, distribution=old.distribution)
+    fedkl.save_key(key, path, passphrase=passphrase)
+    console.print(f"{path}: replaced by a new {key}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 ok, 2 wrong usage, configuration or data."""
+    try:
+        app()
+    except FedKLError as error:
+        Console(stderr=True).print(f"Error: {error}", style="red", highlight=False, markup=False)
+        sys.exit(2)

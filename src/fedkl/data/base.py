@@ -1,0 +1,149 @@
+"""What every dataset delivers: images in [0, 1] and labels, with the facts that a model needs about them."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from fedkl.errors import DataError, gathered
+
+
+def default_root() -> Path:
+    """Returns the data root: `$FEDKL_DATA`, or `~/.cache/fedkl/data` where that is unset or empty."""
+    return Path(os.environ.get("FEDKL_DATA") or "~/.cache/fedkl/data").expanduser()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """The facts about a dataset that a model and its preprocessing need.
+
+    Attributes:
+        name: The name it is registered by.
+        shape: `(channels, height, width)` of one image as delivered.
+        classes: Number of classes; labels are in 0 .. classes − 1.
+        mean: Per channel, over the training images as delivered, in [0, 1].
+        std: Per channel, over the training images as delivered (population, not sample), above 0.
+
+    Raises:
+        DataError: A field is out of its range; the message lists every such field.
+
+    >>> DataSpec(name="toy", shape=(1, 8, 8), classes=2, mean=(0.5,), std=(0.25,)).shape
+    (1, 8, 8)
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.name:
+            problems.append("DataSpec.name: expected a name, got an empty string")
+        if len(self.shape) != 3 or min(self.shape) < 1:
+            problems.append(
+                f"DataSpec.shape: expected (channels, height, width), all at least 1, got {self.shape}"
+            )
+        if self.classes < 1:
+            problems.append(f"DataSpec.classes: expected at least 1, got {self.classes}")
+        for field, values in (("mean", self.mean), ("std", self.std)):
+            if self.shape and len(values) != self.shape[0]:
+                problems.append(
+                    f"DataSpec.{field}: expected one value per channel of {self.shape}, got {len(values)}"
+                )
+        if not all(0 <= value <= 1 for value in self.mean):
+            problems.append(f"DataSpec.mean: expected values in [0, 1], got {self.mean}")
+        if not all(0 < value < math.inf for value in self.std):
+            problems.append(f"DataSpec.std: expected finite values above 0, got {self.std}")
+        if problems:
+            raise DataError(gathered("This is not a usable DataSpec.", problems, "Correct these fields."))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """Training and test images with their labels; its repr shows sizes, never values.
+
+    Images may be expanded views (stride 0 along channels), so clone them before writing into them.
+
+    Attributes:
+        spec: Name, image shape, number of classes, mean and standard deviation.
+        train_images: float32 in [0, 1], shape `(batch, channels, height, width)`.
+        train_labels: int64 in 0 .. classes − 1, shape `(batch,)`.
+        test_images: As `train_images`.
+        test_labels: As `train_labels`.
+
+    Raises:
+        DataError: A tensor has another shape, dtype, range or length than `spec` says, or is empty; the
+            message lists every problem.
+    """
+
+    spec: DataSpec
+    _: KW_ONLY
+    train_images: Float[Tensor, "train channels height width"]
+    train_labels: Int64[Tensor, " train"]
+    test_images: Float[Tensor, "test channels height width"]
+    test_labels: Int64[Tensor, " test"]
+
+    def __post_init__(self) -> None:
+        problems = [
+            *_image_problems("train_images", self.train_images, spec=self.spec),
+            *_label_problems("train_labels", self.train_labels, images=self.train_images, spec=self.spec),
+            *_image_problems("test_images", self.test_images, spec=self.spec),
+            *_label_problems("test_labels", self.test_labels, images=self.test_images, spec=self.spec),
+        ]
+        if problems:
+            remedy = "Deliver float32 images in [0, 1] and int64 class indexes that fit the DataSpec."
+            raise DataError(gathered(f"Dataset {self.spec.name!r} is not usable.", problems, remedy))
+
+    def __repr__(self) -> str:
+        return (
+            f"Dataset({self.spec.name!r}, train={len(self.train_images)}, test={len(self.test_images)}, "
+            f"shape={self.spec.shape}, classes={self.spec.classes})"
+        )
+
+
+def _distinct(images: Tensor) -> Tensor:
+    """Drops the copies that an expanded view pretends to have, so that checks read each element once."""
+    for dim, stride in enumerate(images.stride()):
+        if stride == 0:
+            images = images.narrow(dim, 0, 1)
+    return images
+
+
+def _image_problems(field: str, images: Tensor, *, spec: DataSpec) -> list[str]:
+    if not isinstance(images, Tensor) or images.layout != torch.strided:
+        return [f"{field}: expected a dense torch.Tensor, got {type(images).__name__}"]
+    problems = []
+    if tuple(images.shape[1:]) != spec.shape:
+        problems.append(f"{field}: expected shape (n, {str(spec.shape)[1:]}, got {tuple(images.shape)}")
+    if images.dtype != torch.float32:
+        problems.append(f"{field}: expected dtype torch.float32, got {images.dtype}")
+    if images.numel() == 0:
+        problems.append(f"{field}: expected at least one image, got shape {tuple(images.shape)}")
+    elif not images.is_complex():
+        low, high = torch.aminmax(_distinct(images))
+        if not (low >= 0 and high <= 1):  # written so that NaN fails too
+            problems.append(f"{field}: expected every value in [0, 1], got values outside it or NaN")
+    return problems
+
+
+def _label_problems(field: str, labels: Tensor, *, images: Tensor, spec: DataSpec) -> list[str]:
+    if not isinstance(labels, Tensor) or labels.layout != torch.strided:
+        return [f"{field}: expected a dense torch.Tensor, got {type(labels).__name__}"]
+    problems = []
+    if labels.ndim != 1:
+        problems.append(f"{field}: expected shape (n,), got {tuple(labels.shape)}")
+    elif isinstance(images, Tensor) and images.ndim > 0 and len(labels) != len(images):
+        problems.append(f"{field}: expected {len(images)} labels, one per image, got {len(labels)}")
+    if labels.dtype != torch.int64:
+        problems.append(f"{field}: expected dtype torch.int64, got {labels.dtype}")
+    elif outside := int(((labels < 0) | (labels >= spec.classes)).sum()):
+        problems.append(f"{field}: expected labels in 0..{spec.classes - 1}, got {outside} outside it")
+    return problems

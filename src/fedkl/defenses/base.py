@@ -1,0 +1,77 @@
+"""What every defense does. Defenses know nothing of attacks."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from fedkl.keys import Key
+from fedkl.locking import Lock, Split
+from fedkl.update import PublicUpdate
+
+
+@runtime_checkable
+class Granted(Protocol):
+    """Which secrets an experiment grants to the server, besides what is public."""
+
+    @property
+    def key(self) -> bool:
+        """The client's key."""
+
+    @property
+    def lock_layers(self) -> bool:
+        """The weights of the lock layers (other private parameters: their values)."""
+
+    @property
+    def affine(self) -> bool:
+        """The values of γ and β, and the norm statistics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defense:
+    """Base of all defenses: an undefended client."""
+
+    def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
+        """Splits a copy of the model into private and public tensors.
+
+        Args:
+            model: The plain model; not changed.
+            key: The client's key, for defenses that use one; a new one if None.
+        """
+        return Split(copy.deepcopy(model))
+
+    def transform(self, update: PublicUpdate) -> PublicUpdate:
+        """What the client does to an update before it is sent."""
+        return update
+
+    def server_view(self, victim: Split, model: nn.Module, *, granted: Granted) -> nn.Module:
+        """The plain model that the server can build, with its best fill-in for what it was not granted.
+
+        The server knows the architecture and the defense: it prepares the model as a client would, with
+        secrets of its own, and puts in the public tensors and whatever it was granted.
+
+        Args:
+            victim: The client's split; only what is public or granted is read.
+            model: The plain architecture.
+            granted: The secrets that the server knows.
+        """
+        if granted.affine:
+            return plain_copy(victim)
+        own_key = victim.key if isinstance(victim, Lock) and granted.key else None
+        view = self.prepare(model, key=own_key)
+        view.load_public_state(victim.public_state())
+        if granted.lock_layers:
+            secrets = victim.private_parameters()
+            with torch.no_grad():
+                for name, parameter in view.private_parameters().items():
+                    parameter.copy_(secrets[name])
+        return plain_copy(view)
+
+
+def plain_copy(split: Split) -> nn.Module:
+    """A plain model with all tensors, private ones included, as ordinary parameters and buffers."""
+    return split.bake() if isinstance(split, Lock) else copy.deepcopy(split.model)

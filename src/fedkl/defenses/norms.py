@@ -1,0 +1,59 @@
+"""The two controls of the key-lock: the same norms with public γ and β, or with private ones and no key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from fedkl.defenses.base import Defense
+from fedkl.defenses.keylock import KeyLock
+from fedkl.keys import Key
+from fedkl.locking import Split, withhold, withhold_statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicNorm(Defense):
+    """Norm-matched control: the network of the key-lock, baked, so that γ and β are public parameters.
+
+    What the lock costs or protects is the difference to this, not to a network without norms.
+    """
+
+    type: Literal["public-norm"] = "public-norm"
+    like: KeyLock = field(default_factory=KeyLock)
+
+    def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
+        """Locks and bakes a copy of the model; norm statistics are private as in `like`."""
+        plain = self.like.prepare(model, key=key).bake()
+        if not self.like.share_statistics:
+            withhold_statistics(plain)
+        return Split(plain)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateNorm(Defense):
+    """Private γ and β as free parameters without any key (FedBN, Li et al. 2021), in the locked layers.
+
+    Shows what the key adds to merely not sharing γ and β. They start at 1 and 0, as in any norm, and the
+    server knows that.
+    """
+
+    type: Literal["private-norm"] = "private-norm"
+    like: KeyLock = field(default_factory=KeyLock)
+
+    def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
+        """Gives a copy of the model the norms of the key-lock and withholds their γ and β."""
+        locked = self.like.prepare(model, key=key)
+        plain = locked.bake()
+        for norm in _modules(plain, locked.layers):
+            norm.reset_parameters()  # type: ignore[operator]
+            withhold(norm, tuple(name for name, _ in norm.named_parameters(recurse=False)))
+        if not self.like.share_statistics:
+            withhold_statistics(plain)
+        return Split(plain)
+
+
+def _modules(model: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
+    return (model.get_submodule(name) for name in names)

@@ -1,0 +1,75 @@
+"""Every error that `fedkl` raises on purpose.
+
+Each message says what was wrong (qualified name), what was expected, what came, and what to do. No
+message ever contains a tensor's values: in a deployment the text of a client's exception reaches the
+server's log.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+
+class FedKLError(Exception):
+    """Base class: catch this to catch everything that `fedkl` raises on purpose."""
+
+
+class LockError(FedKLError):
+    """A model cannot be locked as asked, or a lock is used in a way it cannot serve."""
+
+
+class KeyFileError(FedKLError):
+    """A key or lock file is missing, damaged, foreign, or does not open with this passphrase."""
+
+
+class SecretError(FedKLError):
+    """Something would have carried a secret (key, lock layer, private statistics) outside the client."""
+
+
+class UpdateError(FedKLError):
+    """A state or update has missing, unexpected, wrongly shaped, wrongly typed or non-finite tensors."""
+
+
+class DataError(FedKLError):
+    """A dataset or partition is missing, damaged, or does not fit what was asked."""
+
+
+class ConfigError(FedKLError):
+    """A configuration, run directory or command-line argument is not usable."""
+
+
+class AttackError(FedKLError):
+    """An observation is not one that this attack can work on."""
+
+
+class MissingExtraError(FedKLError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+def gathered(summary: str, problems: Sequence[str], remedy: str) -> str:
+    """Formats several problems as one message.
+
+    Args:
+        summary: What could not be done.
+        problems: One line each, naming the module, tensor or field.
+        remedy: What to do about it.
+
+    Returns:
+        The message: the summary, the problems as a list, the remedy.
+
+    >>> print(gathered("Cannot load.", ["'fc.weight' is missing"], "Send all tensors."))
+    Cannot load.
+      - 'fc.weight' is missing
+    Send all tensors.
+    """
+    return "\n".join([summary, *(f"  - {problem}" for problem in problems), remedy])
+
+
+def warn(message: str) -> None:
+    """Warns at the line outside this package that led here, however deep inside it the cause was found."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] == "fedkl":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -1,0 +1,124 @@
+"""The client's secret key: numbers from the operating system's CSPRNG that never leave the client."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkl.errors import LockError, SecretError
+
+KeyDistribution = Literal["normal", "uniform"]
+
+
+def secure_uniform(*shape: int) -> Tensor:
+    """Uniform numbers in (0, 1) from the operating system's CSPRNG, float64.
+
+    Args:
+        shape: The shape of the result.
+    """
+    count = math.prod(shape)
+    integers = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> 12  # 52 bits: adding 0.5 is exact
+    return torch.from_numpy((integers.astype(np.float64) + 0.5) * 2.0**-52).reshape(shape)
+
+
+def secure_normal(*shape: int) -> Tensor:
+    """Standard normal numbers from the operating system's CSPRNG, float64.
+
+    Args:
+        shape: The shape of the result.
+    """
+    normal: Tensor = torch.special.ndtri(secure_uniform(*shape))
+    return normal
+
+
+class Key:
+    """A client's private key k: the secret input of the lock layers.
+
+    The values are fixed for the whole training. A key cannot be pickled, and copying one gives the same
+    object: there is one place in memory that holds it besides the lock layers of its owner.
+
+    Args:
+        values: The numbers, shape ``(length,)``, floating-point, finite and not all zero. Use
+            `Key.generate` for a new key; this constructor is for one that was saved.
+        distribution: How the values were drawn; information only.
+
+    Raises:
+        LockError: The values are not one finite non-zero vector.
+    """
+
+    __slots__ = ("_distribution", "_values")
+
+    def __init__(self, values: Tensor, *, distribution: KeyDistribution = "normal") -> None:
+        if values.ndim != 1 or values.numel() < 1 or not values.is_floating_point():
+            came = f"shape {tuple(values.shape)}, {values.dtype}"
+            raise LockError(f"Key: expected one vector of floating-point numbers, got {came}.")
+        if not bool(torch.isfinite(values).all()) or not bool(values.abs().max() > 0):
+            raise LockError("Key: expected finite values that are not all zero. Use Key.generate().")
+        if distribution not in get_args(KeyDistribution):
+            raise LockError(_unknown_distribution(distribution))
+        self._values = values.detach().to(torch.float64, copy=True).cpu()
+        self._distribution = distribution
+
+    @classmethod
+    def generate(cls, *, length: int = 1024, distribution: KeyDistribution = "normal") -> Key:
+        """Draws a new key from the operating system's CSPRNG.
+
+        Args:
+            length: How many secret numbers.
+            distribution: ``"normal"``: Gaussian, shifted to zero mean and scaled to unit norm, so that two
+                keys are nearly orthogonal and the gradient of a lock layer is not scaled by the key.
+                ``"uniform"``: U[0, 1) as published (arXiv 2305.04095, section 4); any two such keys
+                overlap (k·k′/‖k‖² ≈ 0.75) and ‖k‖² ≈ length / 3 multiplies the learning rate of γ and β.
+
+        Raises:
+            LockError: The length is below 2 or the distribution is unknown.
+
+        >>> Key.generate(length=16)
+        Key(length=16, distribution='normal', values=<secret>)
+        """
+        if length < 2:
+            raise LockError(f"Key.generate: length must be at least 2, got {length}.")
+        if distribution == "uniform":
+            return cls(secure_uniform(length), distribution="uniform")
+        if distribution == "normal":
+            values = secure_normal(length)
+            values -= values.mean()
+            return cls(values / values.norm(), distribution="normal")
+        raise LockError(_unknown_distribution(distribution))
+
+    @property
+    def length(self) -> int:
+        """How many secret numbers the key has."""
+        return self._values.numel()
+
+    @property
+    def distribution(self) -> KeyDistribution:
+        """How the values were drawn."""
+        return self._distribution
+
+    def reveal(self) -> Tensor:
+        """A copy of the secret values, float64, shape ``(length,)``. For lock layers and key files only."""
+        return self._values.clone()
+
+    def __repr__(self) -> str:
+        return f"Key(length={self.length}, distribution={self._distribution!r}, values=<secret>)"
+
+    def __copy__(self) -> Key:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Key:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise SecretError("A Key cannot be pickled. Save it with fedkl.save_key(...) or lock.save(...).")
+
+
+def _unknown_distribution(distribution: object) -> str:
+    known: Sequence[str] = get_args(KeyDistribution)
+    return f"Key: unknown distribution {distribution!r}. Choose one of {', '.join(known)}."

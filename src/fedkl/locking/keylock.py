@@ -1,0 +1,304 @@
+"""`fedkl.lock`: a private key-lock for any PyTorch model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import nn
+
+from fedkl import lockfile
+from fedkl.errors import KeyFileError, LockError, UpdateError
+from fedkl.keys import Key
+from fedkl.locking import surgery
+from fedkl.locking.layers import Activation, Initialization
+from fedkl.locking.split import Split, release
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """How a lock was made; saved with it. Nothing secret."""
+
+    layers: tuple[str, ...]
+    activation: Activation
+    initialization: Initialization
+    chained: bool
+    share_statistics: bool
+    key_length: int
+
+
+class Lock(Split):
+    """A locked model with its key. Made by `fedkl.lock`, `fedkl.lock_` or `fedkl.load_lock`."""
+
+    def __init__(self, model: nn.Module, *, key: Key, options: _Options, norms: tuple[str, ...]) -> None:
+        super().__init__(model)
+        self._key = key
+        self._options = options
+        self._norms = norms
+
+    @property
+    def key(self) -> Key:
+        """The client's key."""
+        return self._key
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Qualified names of the locked norms, in the order of the chain."""
+        return self._norms
+
+    def __repr__(self) -> str:
+        options = self._options
+        return (
+            f"Lock({type(self._model).__name__}, layers={list(self._norms)}, key={self._key}, "
+            f"activation={options.activation!r}, chained={options.chained})"
+        )
+
+    def use_key(self, key: Key) -> None:
+        """Puts another client's key in, e.g. where one model instance serves several clients.
+
+        Raises:
+            LockError: The key's length is not the one that the lock layers were built for.
+        """
+        if key.length != self._options.key_length:
+            raise LockError(
+                f"This lock takes keys of length {self._options.key_length}, got one of {key.length}. "
+                f"Use Key.generate(length={self._options.key_length})."
+            )
+        for layer in surgery.lock_layers(self._model):
+            layer.chain.set_key(key)
+        self._key = key
+
+    def bake(self) -> nn.Module:
+        """A plain copy of the model: γ and β are ordinary affine parameters of their current values.
+
+        The copy gives the same outputs and is as private as the lock itself: it holds the generated γ
+        and β, and its `state_dict()` holds the norm statistics too.
+        """
+        plain = copy.deepcopy(self._model)
+        surgery.unlock(plain)
+        release(plain)
+        return plain
+
+    def save(self, path: str | Path, *, passphrase: str | None) -> None:
+        """Writes key and private state to one file, mode 0600, atomically.
+
+        Args:
+            path: Where to; an existing file is replaced.
+            passphrase: Encrypts the file (AES-256-GCM under a scrypt key). None, given explicitly, leaves
+                it unencrypted.
+
+        Raises:
+            KeyFileError: The passphrase is empty, or the file cannot be written.
+        """
+        meta = {
+            "options": asdict(self._options),
+            "distribution": self._key.distribution,
+            "structure": self._structure(),
+        }
+        tensors = {f"private/{name}": tensor for name, tensor in self.private_state().items()}
+        tensors["key"] = self._key.reveal()
+        lockfile.write(Path(path), kind="lock", meta=meta, tensors=tensors, passphrase=passphrase)
+
+    def _structure(self) -> str:
+        """Fingerprint of the public structure, to which a saved lock is bound: names, shapes, no values."""
+        specs = self.schema("weights").specs
+        listing = sorted((name, spec.shape, str(spec.dtype)) for name, spec in specs.items())
+        return hashlib.sha256(json.dumps([self._norms, listing]).encode()).hexdigest()
+
+
+def lock_(
+    model: nn.Module,
+    *,
+    key: Key | None = None,
+    layers: surgery.Layers = "first",
+    activation: Activation = "softplus",
+    initialization: Initialization = "unit",
+    chained: bool = True,
+    share_statistics: bool = False,
+    example_inputs: surgery.ExampleInputs | None = None,
+) -> Lock:
+    """Locks a model in place; see `lock`. Build optimizers afterwards: some parameters are replaced.
+
+    Raises:
+        LockError: The model cannot be locked as asked; it is unchanged then.
+    """
+    key = Key.generate() if key is None else key
+    options = _plan(
+        model,
+        key=key,
+        layers=layers,
+        activation=activation,
+        initialization=initialization,
+        chained=chained,
+        share_statistics=share_statistics,
+        example_inputs=example_inputs,
+    )
+    surgery.warn_about_optimizers(model)
+    return _install(model, key=key, options=options)
+
+
+def _plan(
+    model: nn.Module,
+    *,
+    key: Key,
+    layers: surgery.Layers,
+    activation: Activation,
+    initialization: Initialization,
+    chained: bool,
+    share_statistics: bool,
+    example_inputs: surgery.ExampleInputs | None,
+) -> _Options:
+    """Checks everything that can be wrong with a model and how it is to be locked; changes nothing."""
+    _check_arguments(model, key, layers, activation, initialization)
+    order = surgery.modules_in_order(model, example_inputs=example_inputs)
+    targets = surgery.plan(model, layers=layers, order=order)
+    surgery.warn_about_open_layers(order, targets)
+    return _Options(
+        layers=tuple(target.name for target in targets),
+        activation=activation,
+        initialization=initialization,
+        chained=chained,
+        share_statistics=share_statistics,
+        key_length=key.length,
+    )
+
+
+def _install(model: nn.Module, *, key: Key, options: _Options) -> Lock:
+    targets = [surgery.Target(name=name, module=model.get_submodule(name)) for name in options.layers]
+    norm_names = tuple(target.norm_name for target in targets)
+    surgery.install(
+        model,
+        targets,
+        key=key,
+        activation=options.activation,
+        initialization=options.initialization,
+        chained=options.chained,
+        share_statistics=options.share_statistics,
+    )
+    return Lock(model, key=key, options=options, norms=norm_names)
+
+
+def lock(
+    model: nn.Module,
+    *,
+    key: Key | None = None,
+    layers: surgery.Layers = "first",
+    activation: Activation = "softplus",
+    initialization: Initialization = "unit",
+    chained: bool = True,
+    share_statistics: bool = False,
+    example_inputs: surgery.ExampleInputs | None = None,
+) -> Lock:
+    """Locks a copy of a model: a secret key generates the scale γ and shift β of its norm layers.
+
+    The model's call, module names and `isinstance` relations stay. Its `parameters()` include the lock
+    layers, so any optimizer trains them; its `state_dict()` does not, so uploading that gives nothing
+    private away. What the lock protects against, and what breaks it, is in docs/security.md.
+
+    Args:
+        model: Any module with norm layers, convolutions or linear layers. Not changed.
+        key: The client's key; a new one if None.
+        layers: ``"first"``: the first affine norm in `named_modules()` order or, without any, a norm
+            inserted after the first convolution or linear layer (never the head). ``"all"``: every affine
+            norm, else every convolution and linear layer but the head. Or module names, or a predicate
+            over (name, module).
+        activation: act in γ = act(W k + b), β likewise. As published: ``"relu"`` or ``"sigmoid"``.
+        initialization: Of the lock layers, ``"unit"`` or ``"published"``; see `LockLayer`.
+        chained: γ and β of one lock are the k of the next, as published; False: every lock from the key.
+        share_statistics: Send the norms' running statistics too. They give away mean and variance of the
+            batch; by default they are private.
+        example_inputs: A tensor, tuple or dict of arguments. If given, the model is run once (a copy, in
+            eval mode) and execution order replaces `named_modules()` order.
+
+    Returns:
+        The `Lock`; call its ``model`` as before.
+
+    Raises:
+        LockError: With every problem found.
+
+    Source:
+        arXiv 2305.04095, section 3.2; the published setting is `Key.generate(distribution="uniform")`,
+        ``activation="relu"``, ``initialization="published"``.
+
+    >>> import torch
+    >>> body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> net = nn.Sequential(body, nn.Flatten(), nn.Linear(288, 10))
+    >>> locked = lock(net, key=Key.generate())
+    >>> locked.model(torch.rand(2, 3, 8, 8)).shape
+    torch.Size([2, 10])
+    >>> sorted(locked.public_state())
+    ['0.0.bias', '0.0.weight', '2.bias', '2.weight']
+    """
+    key = Key.generate() if key is None else key
+    options = _plan(
+        model,
+        key=key,
+        layers=layers,
+        activation=activation,
+        initialization=initialization,
+        chained=chained,
+        share_statistics=share_statistics,
+        example_inputs=example_inputs,
+    )
+    return _install(copy.deepcopy(model), key=key, options=options)
+
+
+def _check_arguments(
+    model: Any, key: Any, layers: Any, activation: Activation, initialization: Initialization
+) -> None:
+    for name, value, kinds, expected in (
+        ("model", model, (nn.Module,), "a torch.nn.Module"),
+        ("key", key, (Key,), "a fedkl.Key, e.g. Key.generate(), or None"),
+    ):
+        if not isinstance(value, kinds):
+            raise LockError(f"lock: {name}= must be {expected}, got {type(value).__name__}.")
+    if not isinstance(layers, Sequence) and not callable(layers):
+        expected = "'first', 'all', a list of names or a predicate"
+        raise LockError(f"lock: layers= must be {expected}, got {type(layers).__name__}.")
+    for name, value, known in (
+        ("activation", activation, get_args(Activation)),
+        ("initialization", initialization, get_args(Initialization)),
+    ):
+        if value not in known:
+            raise LockError(f"lock: {name}={value!r} is unknown. Choose one of {', '.join(known)}.")
+
+
+def load_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> Lock:
+    """Locks a copy of a plain model with the key and private state of a file that `Lock.save` wrote.
+
+    Args:
+        path: The file.
+        model: A plain model of the structure that was locked; its public tensors are used as they are.
+        passphrase: As given to `save`; None for an unencrypted file.
+
+    Raises:
+        KeyFileError: The file is missing, truncated, altered, foreign, of another kind, does not open with
+            this passphrase, or belongs to another model.
+        LockError: The model cannot be locked.
+    """
+    meta, tensors = lockfile.read(Path(path), kind="lock", passphrase=passphrase)
+    key = lockfile.key_of(Path(path), meta, tensors)
+    foreign = KeyFileError(
+        f"{path}: this lock belongs to another model: names or shapes of the public tensors differ. "
+        f"Load it into a {type(model).__name__} built exactly as when it was saved."
+    )
+    try:
+        options = _Options(**{**meta["options"], "layers": tuple(meta["options"]["layers"])})
+        _check_arguments(model, key, options.layers, options.activation, options.initialization)
+    except (KeyError, TypeError, LockError) as error:
+        raise KeyFileError(f"{path}: unknown options; written by another version of fedkl?") from error
+    private = {name.removeprefix("private/"): t for name, t in tensors.items() if name != "key"}
+    try:
+        surgery.plan(model, layers=options.layers, order=dict(model.named_modules()))
+        loaded = _install(copy.deepcopy(model), key=key, options=options)
+        if loaded._structure() != meta.get("structure"):
+            raise foreign
+        loaded.load_private_state(private)
+    except (LockError, UpdateError) as error:
+        raise foreign from error
+    return loaded

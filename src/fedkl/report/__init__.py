@@ -1,0 +1,77 @@
+"""The report of one run or of a folder of runs: one HTML page, its Markdown twin, and the figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from fedkl.report import figures, html, markdown, pictures, tables, verdict
+from fedkl.report.collect import AttackRun, Collected, collect
+from fedkl.report.page import AttackSection, Page, Repeat
+from fedkl.runs import write_bytes, write_text
+
+__all__ = ["Built", "build"]
+
+
+class Built(NamedTuple):
+    """What `build` made.
+
+    Attributes:
+        html: The self-contained page.
+        tables: Title, header and rows of each table, in the columns that a terminal has room for.
+    """
+
+    html: Path
+    tables: list[tuple[str, list[str], list[list[str]]]]
+
+
+def build(path: Path) -> Built:
+    """Builds report.html, report.md and figures/ in `path`, from all runs below it.
+
+    Args:
+        path: A run directory, or a folder of run directories.
+
+    Raises:
+        ConfigError: There is no run, or one is damaged or cannot be written to.
+    """
+    collected = collect(path)
+    page = _page(collected)
+    for name, image in page.figures.items():
+        write_bytes(path / "figures" / name, image)
+    write_text(path / "report.md", markdown.render(page))
+    write_text(path / "report.html", html.render(page))
+    shown = [table.essential() for table in page.tables()]
+    return Built(path / "report.html", shown)
+
+
+def _page(collected: Collected) -> Page:
+    sections = [_attack_section(run, collected) for run in collected.attacks]
+    images = {section.figure: figures.picture_grid(section.grid) for section in sections}
+    if collected.trains:
+        images[figures.ACCURACY] = figures.accuracy_curves(collected.trains)
+    return Page(
+        verdict=verdict.paragraph(collected),
+        verdict_table=tables.verdict_table(verdict.findings(collected)),
+        unfinished=collected.unfinished,
+        training=tables.training_table(collected.trains) if collected.trains else None,
+        claim_b=tables.fill_in_table(collected.trains) if any(r.fill_ins for r in collected.trains) else None,
+        attacks=sections,
+        repeat=[
+            Repeat(run.name, run.command, run.text, run.machine, run.config.seed)
+            for run in (*collected.trains, *collected.attacks)
+        ],
+        figures=images,
+        curves_alt=figures.curves_alt(collected.trains),
+    )
+
+
+def _attack_section(run: AttackRun, collected: Collected) -> AttackSection:
+    alone = len(collected.attacks) == 1
+    slug = run.name.replace("/", "-")
+    return AttackSection(
+        name=run.name,
+        grid=pictures.grid(run),
+        figure="reconstructions.png" if alone else f"reconstructions-{slug}.png",
+        table=tables.attack_table(run, titled=not alone),
+        paper=verdict.paper_comparison(run),
+    )

@@ -1,0 +1,137 @@
+"""Figures as PNG. Colors: Okabe and Ito, for every kind of color vision; lines differ in dashes too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from fedkl.report import wording
+from fedkl.report.collect import TrainRun
+from fedkl.report.pictures import Grid, Picture
+
+ACCURACY = "accuracy.png"
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", "-.", ":")
+_DPI = 200
+_LINE = 0.075  # height of a label, as a share of the axes
+
+
+def accuracy_curves(trains: Sequence[TrainRun]) -> bytes:
+    """Test accuracy over rounds: one line for each run, named at its end."""
+    figure = _figure(4.4, 3.1)
+    axes = figure.add_axes((0.14, 0.16, 0.49, 0.79))
+    ends = []
+    for index, run in enumerate(trains):
+        color, dashes = _COLORS[index % len(_COLORS)], _DASHES[index % len(_DASHES)]
+        rounds, values = _curve(run)
+        marker = "o" if len(rounds) < 3 else None
+        axes.plot(rounds, values, color=color, linestyle=dashes, linewidth=1.8, marker=marker)
+        ends.append((values[-1], f"{_short(run.name)} {values[-1]:.1f} %", color))
+    axes.set_xlabel("Round")
+    axes.set_ylabel("Test accuracy (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    _label_ends(axes, ends)
+    return _png(figure)
+
+
+def curves_alt(trains: Sequence[TrainRun]) -> str:
+    """The figure in words."""
+    ends = [f"{run.name} ends at {wording.percent(run.summary['accuracy'])}" for run in trains]
+    return "Test accuracy over rounds: " + "; ".join(ends) + "."
+
+
+def _curve(run: TrainRun) -> tuple[list[int], list[float]]:
+    evaluated = [r for r in run.records if r["event"] == "round" and r["accuracy"] is not None]
+    if not evaluated:  # results.jsonl is gone: the summary still has the end
+        return [run.summary["rounds"]], [100 * run.summary["accuracy"]]
+    return [r["round"] + 1 for r in evaluated], [100 * r["accuracy"] for r in evaluated]
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Labels right of the axes at the height of the lines' ends, pushed apart where they would overlap."""
+    low, high = axes.get_ylim()
+    ordered = sorted(ends)
+    heights: list[float] = []
+    for value, _, _ in ordered:
+        wanted = (value - low) / (high - low)
+        heights.append(wanted if not heights else max(wanted, heights[-1] + _LINE))
+    excess = max(0.0, heights[-1] - 1)
+    for height, (_, label, color) in zip(heights, ordered, strict=True):
+        axes.text(1.03, height - excess, label, color=color, transform=axes.transAxes, va="center", size=9)
+
+
+def picture_grid(grid: Grid) -> bytes:
+    """The grid as one PNG: rows of true images, columns of arms, PSNR below each picture."""
+    columns, rows = len(grid.columns), max(len(grid.rows), 1)
+    figure = _figure(1.1 * columns, 1.3 * rows + 0.35)
+    axes: Any = figure.subplots(rows, columns, squeeze=False)
+    for row, cells in zip(axes, [row.cells for row in grid.rows], strict=False):
+        for place, picture in zip(row, cells, strict=True):
+            _draw(place, picture)
+    for place, name in zip(axes[0], grid.columns, strict=True):
+        place.set_title(_plain(name), size=8)
+    figure.subplots_adjust(
+        left=0.01, right=0.99, top=1 - 0.3 / figure.get_figheight(), bottom=0.02, hspace=0.25
+    )
+    return _png(figure)
+
+
+def _draw(axes: Axes, picture: Picture) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_xlabel(picture.caption, size=8, labelpad=2)
+    if picture.image is None:
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_aspect("equal")
+        axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+        axes.plot([0, 1], [1, 0], color="#999999", linewidth=0.8)
+    else:
+        axes.imshow(_pixels(picture.image), interpolation="nearest", vmin=0, vmax=1)
+
+
+def thumbnail(image: Float[Tensor, "channels height width"]) -> bytes:
+    """One image, pixel by pixel; the page scales it up without smoothing."""
+    buffer = BytesIO()
+    imsave(buffer, _pixels(image), format="png", vmin=0, vmax=1)
+    return buffer.getvalue()
+
+
+def _pixels(image: Tensor) -> Any:
+    """(height, width, 3) in [0, 1]: gray is repeated, further channels are left out."""
+    channels = image if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return np.asarray(channels[:3].permute(1, 2, 0).clamp(0, 1).double().numpy())
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _short(name: str) -> str:
+    text = _plain(name)
+    return text if len(text) <= 14 else text[:6] + "…" + text[-7:]
+
+
+def _plain(text: str) -> str:
+    """A dollar sign would start mathematics."""
+    return text.replace("$", r"\$")

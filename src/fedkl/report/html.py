@@ -1,0 +1,38 @@
+"""The report as one HTML file: images inside, no script, no network."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fedkl.report.figures import ACCURACY, thumbnail
+from fedkl.report.page import NOTE, REPEAT_NOTE, TITLE, Page
+from fedkl.report.pictures import Picture
+
+
+def render(page: Page) -> str:
+    """The whole page."""
+    environment = Environment(
+        loader=PackageLoader("fedkl.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        page=page,
+        title=TITLE,
+        note=NOTE,
+        repeat_note=REPEAT_NOTE,
+        curves=_uri(page.figures[ACCURACY]) if page.training else None,
+        thumbnail=_thumbnail,
+    )
+
+
+def _thumbnail(picture: Picture) -> str | None:
+    return None if picture.image is None else _uri(thumbnail(picture.image))
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + b64encode(png).decode()

@@ -1,0 +1,70 @@
+"""The report as Markdown, for terminals, reviews and repositories; its figures lie in figures/."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from fedkl.report.figures import ACCURACY
+from fedkl.report.page import NOTE, REPEAT_NOTE, TITLE, AttackSection, Page, Repeat, Table
+
+_SPECIAL = re.compile(r"([\\`*_\[\]|<>])")
+
+
+def render(page: Page) -> str:
+    """The whole report."""
+    return "\n".join(_lines(page)) + "\n"
+
+
+def _lines(page: Page) -> Iterator[str]:
+    yield from (f"# {TITLE}", "", _text(page.verdict), "", f"**{_text(NOTE)}**", "")
+    for line in page.unfinished:
+        yield f"* {_text(line)}"
+    if page.verdict_table.rows:
+        yield from ("", *_table(page.verdict_table))
+    if page.training:
+        yield from ("## Training", "", f"![{_text(page.curves_alt)}](figures/{ACCURACY})", "")
+        yield from _table(page.training)
+    if page.claim_b:
+        yield from _table(page.claim_b)
+    for section in page.attacks:
+        yield from _attack(section)
+    yield from ("## Repeat this", "", REPEAT_NOTE, "")
+    for repeat in page.repeat:
+        yield from _repeat(repeat)
+
+
+def _attack(section: AttackSection) -> Iterator[str]:
+    name = _text(section.name)
+    yield from (f"## Attack: {name}", "", f"![Reconstructions of {name}](<figures/{section.figure}>)", "")
+    for problem in section.grid.problems:
+        yield f"* Picture missing: {_text(problem)}"
+    yield from ("", *_table(section.table))
+    if section.paper:
+        yield from (_text(section.paper), "")
+
+
+def _repeat(repeat: Repeat) -> Iterator[str]:
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", repeat.config)), default=0))
+    yield from (f"### {_text(repeat.name)}", "", f"    {repeat.command}", "")
+    yield from (_text(f"Seed {repeat.seed}. {repeat.machine}."), "")
+    yield from (f"{fence}toml", repeat.config.rstrip("\n"), fence, "")
+
+
+def _table(table: Table) -> Iterator[str]:
+    yield from (f"**{_text(table.title)}**", "")
+    header, *rows = table.lines()
+    yield _row(header)
+    yield _row(["---"] * len(header), escape=False)
+    yield from (_row(row) for row in rows)
+    yield ""
+    for note in table.notes:
+        yield from (_text(note), "")
+
+
+def _row(cells: list[str], *, escape: bool = True) -> str:
+    return "| " + " | ".join(_text(cell) if escape else cell for cell in cells) + " |"
+
+
+def _text(text: str) -> str:
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))

@@ -1,0 +1,112 @@
+"""The reconstructions as the attacker would show them: with the scale that the attacker's own rule gives."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedkl.errors import ConfigError
+from fedkl.metrics import clip, fix_by_prior
+from fedkl.metrics.assignment import assign, pairwise_cost
+from fedkl.report import wording
+from fedkl.report.collect import AttackRun
+
+MAX_ROWS = 8
+_RULES = {"clip": clip, "prior": fix_by_prior}
+_LEFT_OVER = 2.0  # as in the scoring: a failure takes the true image that the others leave
+
+
+class Picture(NamedTuple):
+    """One cell: an image in [0, 1] of shape (channels, height, width) or None, its caption and alt text."""
+
+    image: Float[Tensor, "channels height width"] | None
+    caption: str
+    alt: str
+
+
+class Row(NamedTuple):
+    """One true image and what every arm made of it."""
+
+    label: str
+    cells: list[Picture]
+
+
+class Grid(NamedTuple):
+    """Rows of pictures; the first column is the truth.
+
+    Attributes:
+        columns: Column names.
+        rows: At most `MAX_ROWS`.
+        total: All images attacked.
+        problems: Pictures that could not be read, and why.
+    """
+
+    columns: list[str]
+    rows: list[Row]
+    total: int
+    problems: list[str]
+
+
+def grid(run: AttackRun) -> Grid:
+    """The first images of an attack run beside their reconstructions.
+
+    A picture that cannot be read is named in `problems`; the figures do not depend on it.
+    """
+    records = {(r["arm"], r["trial"]): r for r in run.records if r["event"] == "trial"}
+    problems: list[str] = []
+    rows: list[Row] = []
+    for trial in range(run.config.trials):
+        if len(rows) < MAX_ROWS:
+            rows += _trial_rows(run, trial, records, problems)
+    total = run.config.trials * run.config.batch_size
+    return Grid(["true", *run.arms], rows[:MAX_ROWS], total, problems)
+
+
+def _trial_rows(
+    run: AttackRun, trial: int, records: dict[tuple[str, int], dict[str, Any]], problems: list[str]
+) -> list[Row]:
+    size = run.config.batch_size
+    truth: Tensor | None = None
+    columns: list[list[Picture]] = []
+    for arm in run.arms:
+        record = records.get((arm, trial))
+        found: list[Tensor | None] = [None] * size
+        try:
+            truth, found = _shown(run, arm, trial, "clip" if record is None else record["scaling"])
+        except ConfigError as error:
+            problems.append(str(error))
+        scores = [None] * size if record is None else record["scores"]
+        columns.append([_picture(arm, trial, x, s) for x, s in zip(found, scores, strict=True)])
+    names = [f"{trial + 1}" if size == 1 else f"{trial + 1}.{image + 1}" for image in range(size)]
+    true = [
+        Picture(None if truth is None else truth[image], "", f"Image {name}: the true image")
+        for image, name in enumerate(names)
+    ]
+    return [Row(name, [true[i], *(column[i] for column in columns)]) for i, name in enumerate(names)]
+
+
+def _shown(run: AttackRun, arm: str, trial: int, scaling: str) -> tuple[Tensor, list[Tensor | None]]:
+    """The truth, and the scaled reconstructions in its order; None for one that is not finite."""
+    place = f"reconstructions/{arm}-{trial}"
+    tensors = run.directory.load_tensors(place)
+    if not {"reconstruction", "truth"} <= tensors.keys():
+        raise ConfigError(f"{run.directory.path / place}.safetensors: holds no pictures.")
+    truth, found = tensors["truth"], tensors["reconstruction"]
+    failed = ~found.isfinite().flatten(1).all(1)
+    shown = _RULES[scaling](torch.where(failed[:, None, None, None], 0.0, found))
+    cost = pairwise_cost(shown, truth, by="correlation" if scaling == "prior" else "mse")
+    order = assign(torch.where(failed[:, None], _LEFT_OVER, cost)).tolist()
+    return truth, [None if failed[i] else shown[i] for i in order]
+
+
+def _picture(arm: str, trial: int, image: Tensor | None, score: dict[str, Any] | None) -> Picture:
+    if score is not None and score["failed"]:
+        caption = "failed"
+    elif image is None:
+        caption = "no picture" if score is None else f"no picture, {wording.number(score['psnr'])} dB"
+    else:
+        caption = "" if score is None else f"{wording.number(score['psnr'])} dB"
+    return Picture(image, caption, f"Image {trial + 1}, arm {arm}: reconstruction, {caption or 'no score'}")

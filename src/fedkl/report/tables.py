@@ -1,0 +1,230 @@
+"""The report's tables, from the summaries that the runs left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedkl.attacks import IDLG
+from fedkl.defenses import AnyDefense, KeyLock, NoDefense
+from fedkl.experiments import SUCCESS_DB
+from fedkl.report import verdict, wording
+from fedkl.report.collect import AttackRun, TrainRun
+from fedkl.report.page import Table
+
+PAPER_COLUMN = "Paper, full MNIST, 200 rounds"
+# arXiv 2305.04095, Table 1, LeNet on MNIST, in %: by defense and number of clients.
+_PAPER = {("none", 1): 98.09, ("keylock", 1): 98.07, ("none", 3): 98.14, ("keylock", 3): 97.45}
+_SCALING = {"clip": "clipped to [0, 1]", "prior": "stretched to [0, 1]"}
+_FILL_INS = {
+    "neutral": "neutral: γ = 1, β = 0",
+    "random-key": "random-key: a key and lock layers of its own",
+    "mean-affine": "mean-affine: the clients' mean γ and β (ORACLE, no server has it)",
+    "refit": "refit: γ and β fitted to the auxiliary labels",
+}
+
+
+def verdict_table(findings: Sequence[verdict.Finding]) -> Table:
+    """Question, measurement, verdict."""
+    return Table(
+        title="Question by question",
+        header=["Question", "Measured", "Verdict"],
+        rows=[[finding.question, finding.measured, finding.verdict] for finding in findings],
+        tones=[finding.tone for finding in findings],
+        notes=[
+            f"An image is recovered from {SUCCESS_DB:.0f} dB on. An arm that withstands an attack counts "
+            f"only where the same attack recovers at least {100 * verdict.CONTROL_RATE:.0f} % of the images "
+            f"of its control ({verdict.CONTROL}); otherwise it says nothing. A leak that is seen counts in "
+            "any case.",
+        ],
+    )
+
+
+def training_table(trains: Sequence[TrainRun]) -> Table:
+    """Accuracy and cost of every training run."""
+    header = [
+        "Run",
+        "Defense",
+        "Norm statistics",
+        "Clients",
+        "Rounds",
+        "Accuracy, mean (min–max)",
+        "Best round",
+        "Public parameters",
+        "Private parameters",
+        "Bytes per update",
+        "Seconds",
+    ]
+    rows = [_training_row(run) for run in trains]
+    papers = [_paper(run) for run in trains]
+    if any(papers):
+        header.append(PAPER_COLUMN)
+        rows = [[*row, paper or wording.NONE] for row, paper in zip(rows, papers, strict=True)]
+    return Table(
+        title="Training runs",
+        header=header,
+        rows=rows,
+        narrow=(0, 4, 5, *range(11, len(header))),
+        notes=[
+            "Test accuracy of the global model after the last round; with private tensors each client adds "
+            "its own, hence mean and range over clients. One run per row: another seed gives another figure.",
+            "Without the lock the plain network has no norm layer; public-norm is the network of the lock "
+            "with public γ and β, and its difference to the lock is what the lock costs.",
+        ],
+    )
+
+
+def _training_row(run: TrainRun) -> list[str]:
+    s = run.summary
+    return [
+        run.name,
+        _defense(run.config.defense),
+        _statistics(run.config.defense),
+        str(s["clients"]),
+        str(s["rounds"]),
+        _accuracy(s),
+        wording.percent(s["best_accuracy"], digits=2),
+        f"{s['public_parameters']:,}",
+        f"{s['private_parameters']:,}",
+        f"{s['update_bytes']:,}",
+        f"{s['seconds']:.0f}",
+    ]
+
+
+def _accuracy(summary: dict[str, Any]) -> str:
+    text = wording.percent(summary["accuracy"], digits=2)
+    each = summary["accuracies"].values()
+    return f"{text} ({100 * min(each):.2f}–{100 * max(each):.2f})" if len(each) > 1 else text
+
+
+def _defense(defense: AnyDefense) -> str:
+    if isinstance(defense, NoDefense):
+        return "none"
+    lock = defense if isinstance(defense, KeyLock) else defense.like
+    layers = lock.layers if isinstance(lock.layers, str) else ", ".join(lock.layers)
+    detail = f"layers {layers}"
+    if isinstance(defense, KeyLock):
+        detail += f", {lock.key_distribution} key, {lock.activation}"
+    return f"{defense.type} ({detail})"
+
+
+def _statistics(defense: AnyDefense) -> str:
+    if isinstance(defense, NoDefense):
+        return "shared, if any"
+    lock = defense if isinstance(defense, KeyLock) else defense.like
+    return "shared" if lock.share_statistics else "private"
+
+
+def _paper(run: TrainRun) -> str | None:
+    config = run.config
+    if config.model.name != "lenet" or not config.data.name.startswith("mnist"):
+        return None
+    printed = _PAPER.get((config.defense.type, config.training.clients))
+    return None if printed is None else f"{printed:.2f} %"
+
+
+def fill_in_table(trains: Sequence[TrainRun]) -> Table:
+    """Claim (b): the server's own completions beside the clients' models."""
+    rows = [_fill_in_row(run, fill_in) for run in trains for fill_in in run.fill_ins]
+    tested = {
+        f"{run.summary['test_images'] - run.config.auxiliary} of the {run.summary['test_images']}"
+        for run in trains
+        if run.fill_ins and "test_images" in run.summary
+    }
+    text = f" ({'; '.join(sorted(tested))} here)" if tested else ""
+    return Table(
+        title="The server completes the global model itself",
+        header=["Run", "Fill-in", "Norm statistics", "Accuracy", "Clients' own", "Difference"],
+        rows=rows,
+        narrow=(0, 1, 2, 3, 4),
+        notes=[
+            "Auxiliary images are taken from the test set and not tested on, so fill-ins are tested on fewer "
+            f"images than the clients' models{text}.",
+            "A published implementation fills in γ = β = 0, with which any model fails: left out here.",
+        ],
+    )
+
+
+def _fill_in_row(run: TrainRun, fill_in: dict[str, Any]) -> list[str]:
+    estimated = f"from {fill_in['auxiliary']} auxiliary images"
+    own = run.summary["accuracy"]
+    return [
+        run.name,
+        _FILL_INS.get(fill_in["arm"], fill_in["arm"]),
+        "mean 0, variance 1" if fill_in["statistics"] == "initial" else estimated,
+        wording.percent(fill_in["accuracy"], digits=2),
+        wording.percent(own, digits=2),
+        wording.points(fill_in["accuracy"] - own),
+    ]
+
+
+def attack_table(run: AttackRun, *, titled: bool) -> Table:
+    """Everything measured about the arms of an attack run."""
+    judgments = [verdict.judge(arm, run) for arm in run.arms.values()]
+    name, size = verdict.attack_name(run), run.config.batch_size
+    where = f" ({run.name})" if titled else ""
+    return Table(
+        title=f"{name}{where}: {run.config.trials} trials, batch size {size}, untrained networks "
+        f"({run.summary['initialization']} initialization)",
+        header=[
+            "Arm",
+            "The server knows",
+            "Scale fixed by",
+            "n (images)",
+            "Failures",
+            "PSNR in dB, median [95 %]",
+            "PSNR in dB, mean ± std",
+            "SSIM, median",
+            "PSNR in dB after the best affine fit, median (diagnostic: uses the truth)",
+            f"Recovered, ≥ {SUCCESS_DB:.0f} dB [95 %]",
+            "Identified [95 %]",
+            "Candidates",
+            "Label found",
+            "Evaluations, median",
+            "Attacker's loss, median",
+            "Verdict",
+        ],
+        rows=[_attack_row(arm, run, j) for arm, j in zip(run.arms.values(), judgments, strict=True)],
+        narrow=(0, 5, 9, 10),
+        turned=True,
+        notes=_attack_notes(size),
+    )
+
+
+def _attack_notes(batch_size: int) -> list[str]:
+    notes = [
+        "Failures (no finite picture) count in n as not recovered and not identified; medians and means are "
+        "over the others. Intervals: of the median by order statistics (a dash: too few trials), of shares "
+        "after Wilson.",
+        "Behind a norm the gradient leaves the picture's scale open; the attacker then stretches it to fill "
+        "[0, 1]. Identified: of all candidates the true image correlates best, which no scale can change.",
+    ]
+    if batch_size > 1:
+        notes.append(
+            "In a batch, pictures are matched to the true images first, which lifts identification by chance "
+            f"to at most {batch_size} in as many as there are candidates."
+        )
+    return notes
+
+
+def _attack_row(arm: dict[str, Any], run: AttackRun, judgment: verdict.Judgment) -> list[str]:
+    figures = arm["figures"]
+    given = run.config.labels_known and not isinstance(run.config.attack, IDLG)
+    return [
+        arm["name"],
+        arm["knows"],
+        _SCALING[arm["scaling"]],
+        str(figures["psnr"]["n"]),
+        str(figures["psnr"]["failures"]),
+        wording.median_interval(figures["psnr"]),
+        wording.mean_spread(figures["psnr"]),
+        wording.number(figures["ssim"]["median"], digits=2),
+        wording.number(figures["psnr_affine"]["median"]),
+        wording.count_interval(arm["success"]),
+        wording.count_interval(arm["identified"]),
+        str(arm["candidates"]),
+        "given" if given else wording.count(arm["label_correct"]),
+        wording.number(arm["evaluations"]["median"], digits=0),
+        wording.small(arm["loss"]["median"]),
+        judgment.text,
+    ]

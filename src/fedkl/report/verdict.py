@@ -1,0 +1,282 @@
+"""What the figures say, in plain English. Every sentence is computed from the figures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from fedkl.defenses import KeyLock, NoDefense, PublicNorm
+from fedkl.metrics import paper_psnr_to_true
+from fedkl.report import wording
+from fedkl.report.collect import AttackRun, Collected, TrainRun
+
+CONTROL_RATE = 0.9
+FEW_POINTS = 0.05
+CONTROL = "public-norm"
+PLAIN = "no-norm"
+ORACLE = "mean-affine"
+_DLG_PRINTED = (32.71, 26.64)  # arXiv 2305.04095, Table 6, DLG, LeNet, MNIST: without and with the lock
+
+
+class Finding(NamedTuple):
+    """One line of the verdict table; `tone` is "good" (protects, costs nothing), "bad" or "open"."""
+
+    question: str
+    measured: str
+    verdict: str
+    tone: str
+
+
+class Judgment(NamedTuple):
+    """A verdict and its tone."""
+
+    text: str
+    tone: str
+
+
+def findings(collected: Collected) -> list[Finding]:
+    """The verdict table."""
+    cost = [f for run in _locked(collected) for f in _cost_findings(run, collected)]
+    arms = [_arm_finding(run, arm, collected) for run in collected.attacks for arm in run.arms.values()]
+    worth = [_worth_finding(run) for run in _locked(collected) if run.fill_ins]
+    return cost + arms + worth
+
+
+def paragraph(collected: Collected) -> str:
+    """The verdict in a few sentences."""
+    accuracy = [_accuracy_sentence(run, collected) for run in _locked(collected)]
+    if not accuracy:
+        accuracy = [_unlocked_sentence(run) for run in collected.trains]
+    attacks = [_attack_sentences(run, collected) for run in collected.attacks]
+    worth = [_worth_sentence(run) for run in _locked(collected) if run.fill_ins]
+    sentences = " ".join(accuracy + attacks + worth)
+    return sentences or "No run is finished yet, so there is nothing to say."
+
+
+def _locked(collected: Collected) -> list[TrainRun]:
+    return [run for run in collected.trains if isinstance(run.config.defense, KeyLock)]
+
+
+def controls_of(run: TrainRun, collected: Collected) -> list[TrainRun]:
+    """Runs that differ from a locked one in the defense only: norm-matched ones, then the plain network."""
+    defense = run.config.defense
+    same = [
+        other
+        for other in collected.trains
+        if other.config.model_copy(update={"defense": defense}) == run.config
+    ]
+    matched = [
+        o for o in same if isinstance(o.config.defense, PublicNorm) and o.config.defense.like == defense
+    ]
+    return matched + [other for other in same if isinstance(other.config.defense, NoDefense)]
+
+
+def noise(first: TrainRun, second: TrainRun) -> float | None:
+    """Half-width of the 95 % interval of a difference of accuracies that sampling the test images leaves.
+
+    As if each run had been tested on images of its own, which overstates it. None if the size is not known.
+    """
+    sizes = [run.summary.get("test_images") for run in (first, second)]
+    shares = [run.summary["accuracy"] for run in (first, second)]
+    if None in sizes:
+        return None
+    return 1.96 * math.sqrt(sum(p * (1 - p) / n for p, n in zip(shares, sizes, strict=True) if n))
+
+
+def _compared(run: TrainRun, control: TrainRun) -> str:
+    """How the locked run does against its control: the difference, and what sampling alone could do."""
+    difference, spread = run.summary["accuracy"] - control.summary["accuracy"], noise(run, control)
+    text = f"{wording.points(difference)}"
+    if spread is None:
+        return text
+    size = "within" if abs(difference) <= spread else "beyond"
+    images = run.summary["test_images"]
+    return f"{text}, {size} the ±{100 * spread:.1f} that {images} test images leave to chance"
+
+
+def _cost_findings(run: TrainRun, collected: Collected) -> list[Finding]:
+    own = f"{run.name}: {wording.percent(run.summary['accuracy'])}"
+    question = "What does the lock cost in accuracy?"
+    controls = controls_of(run, collected)
+    if not controls:
+        return [Finding(question, own, "open: no run without the lock and otherwise the same", "open")]
+    rows = []
+    for control in controls:
+        loss, spread = control.summary["accuracy"] - run.summary["accuracy"], noise(run, control) or 0.0
+        kind = "same norm layers" if isinstance(control.config.defense, PublicNorm) else "plain network"
+        measured = f"{own}; {control.name} ({kind}): {wording.percent(control.summary['accuracy'])}"
+        tone = "good" if loss <= 0 else "open" if loss <= spread else "bad"
+        rows.append(Finding(question, measured, _compared(run, control), tone))
+    return rows
+
+
+def _accuracy_sentence(run: TrainRun, collected: Collected) -> str:
+    rounds = _plural(run.summary["rounds"], "round")
+    text = (
+        f"After {rounds}, models with the lock ({run.name}) reach {wording.percent(run.summary['accuracy'])}"
+    )
+    parts = [
+        f"{wording.percent(control.summary['accuracy'])} for {control.name} ({_compared(run, control)})"
+        for control in controls_of(run, collected)
+    ]
+    if not parts:
+        return f"{text}; no run without the lock and otherwise the same settings is there to compare."
+    return f"{text}, against {' and '.join(parts)}."
+
+
+def _unlocked_sentence(run: TrainRun) -> str:
+    rounds = _plural(run.summary["rounds"], "round")
+    accuracy = wording.percent(run.summary["accuracy"])
+    return f"After {rounds}, {run.name} reaches {accuracy}; no run with the lock is there to compare."
+
+
+def succeeds(arm: dict[str, Any]) -> bool:
+    """Whether the attack recovers enough of an arm's images for it to serve as a control."""
+    return bool(arm["success"]["rate"] >= CONTROL_RATE)
+
+
+def identifies(arm: dict[str, Any], batch_size: int) -> bool:
+    """Whether an arm's images are told from the other candidates more often than chance explains.
+
+    In a batch the matching lifts chance, at most to batch size / candidates.
+    """
+    return bool(arm["identified"]["low"] > batch_size / arm["candidates"])
+
+
+def judge(arm: dict[str, Any], run: AttackRun) -> Judgment:
+    """The verdict on one arm: a leak that is seen counts, a failure only where the control is recovered."""
+    if arm["name"] in (PLAIN, CONTROL):
+        return Judgment("attack succeeds", "open") if succeeds(arm) else Judgment("attack too weak", "open")
+    if wording.hits(arm["success"]):
+        return Judgment(f"leaks: {wording.count(arm['success'])} images recovered", "bad")
+    if identifies(arm, run.config.batch_size):
+        return Judgment(f"leaks: {wording.count(arm['identified'])} images identified", "bad")
+    control = run.arms.get(CONTROL)
+    if control is None:
+        return Judgment(f"says nothing: control {CONTROL} missing", "open")
+    if not succeeds(control):
+        share = wording.count(control["success"])
+        return Judgment(f"says nothing: attack recovers only {share} of its control", "open")
+    return Judgment("resists this attack", "good")
+
+
+def _arm_finding(run: AttackRun, arm: dict[str, Any], collected: Collected) -> Finding:
+    where = f" ({run.name})" if len(collected.attacks) > 1 else ""
+    question = f"{attack_name(run)}{where} on {arm['name']}: {arm['description']}"
+    median = _decibels(arm)
+    recovered, identified = wording.count(arm["success"]), wording.count(arm["identified"])
+    measured = f"median {median}, {recovered} recovered, {identified} identified"
+    return Finding(question, measured, *judge(arm, run))
+
+
+def attack_name(run: AttackRun) -> str:
+    """The attack's name as in the literature."""
+    name = str(run.summary["attack"])
+    return {"dlg": "DLG", "idlg": "iDLG"}.get(name, name)
+
+
+def _decibels(arm: dict[str, Any]) -> str:
+    median = arm["figures"]["psnr"]["median"]
+    return "no picture" if median is None else f"{wording.number(median)} dB"
+
+
+def _attack_sentences(run: AttackRun, collected: Collected) -> str:
+    where = f"In {run.name}, " if len(collected.attacks) > 1 else ""
+    kinds = {PLAIN: "the plain network", CONTROL: "the lock's network with public γ and β"}
+    parts = [
+        f"{wording.count(run.arms[name]['success'])} images from {text} (median {_decibels(run.arms[name])})"
+        for name, text in kinds.items()
+        if name in run.arms
+    ]
+    text = (
+        f"{where}{attack_name(run)} recovers {' and '.join(parts)}."
+        if parts
+        else f"{where}no control was attacked."
+    )
+    lock = run.arms.get("lock")
+    return f"{text} {_lock_sentences(lock, run)}" if lock else f"{text} The lock itself was not attacked."
+
+
+def _lock_sentences(lock: dict[str, Any], run: AttackRun) -> str:
+    hits = wording.hits(lock["success"])
+    joint = "and" if hits or not wording.hits(lock["identified"]) else "yet what it finds"
+    text = (
+        f"With the lock it recovers {wording.count(lock['success'])} (median {_decibels(lock)}), {joint} "
+        f"identifies {wording.count(lock['identified'])} among {lock['candidates']} candidates."
+    )
+    if lock["figures"]["psnr"]["failures"]:
+        text += f" {_plural(lock['figures']['psnr']['failures'], 'failure')} count as not recovered."
+    control = run.arms.get(CONTROL)
+    if hits or (control is not None and succeeds(control)):
+        return text
+    if control is None:
+        return f"{text} Without the control {CONTROL}, that failure to recover says nothing about the lock."
+    return (
+        f"{text} As the same attack recovers less than {100 * CONTROL_RATE:.0f} % of its control, that "
+        "failure to recover says nothing about the lock."
+    )
+
+
+def paper_comparison(run: AttackRun) -> str | None:
+    """The published figures as true PSNR; None where the run is another experiment."""
+    config = run.config
+    if (
+        config.attack.type != "dlg"
+        or config.model.name != "lenet"
+        or not config.data.name.startswith("mnist")
+    ):
+        return None
+    without, locked = (wording.number(paper_psnr_to_true(printed)) for printed in _DLG_PRINTED)
+    return (
+        f"Paper (arXiv 2305.04095, Table 6; DLG, LeNet, MNIST, 20 trials): {without} dB without and "
+        f"{locked} dB with the lock. It prints {_DLG_PRINTED[0]} and {_DLG_PRINTED[1]}, which are "
+        f"10·log10(255² / RMSE); these are the true values. Its {without} dB are low because its images were "
+        "saved without clamping, so that pixels wrapped around in 8 bits: a clean run exceeds 40 dB."
+    )
+
+
+def best_fill_in(run: TrainRun) -> dict[str, Any]:
+    """The server's best completion that is open to it; the oracle does not count."""
+    return max((f for f in run.fill_ins if f["arm"] != ORACLE), key=lambda f: float(f["accuracy"]))
+
+
+def judge_worth(run: TrainRun) -> Judgment:
+    """Claim (b): is the global model useless without the lock?"""
+    own, best = run.summary["accuracy"], best_fill_in(run)["accuracy"]
+    classes = run.summary.get("classes")
+    guess = 1 / classes if classes else 0.0
+    if own <= guess + FEW_POINTS:
+        return Judgment("says nothing: the clients' models hardly beat guessing", "open")
+    if own - best <= FEW_POINTS:
+        return Judgment("not useless: as good as the clients' within a few points", "bad")
+    if best <= guess + FEW_POINTS:
+        return Judgment("useless: no better than guessing", "good")
+    return Judgment(f"not useless, but {wording.points(best - own)}", "bad")
+
+
+def _worth_finding(run: TrainRun) -> Finding:
+    best = best_fill_in(run)
+    measured = (
+        f"{run.name}: best fill-in ({best['arm']}) {wording.percent(best['accuracy'])}, clients "
+        f"{wording.percent(run.summary['accuracy'])}"
+    )
+    return Finding("Is the global model useless without the lock?", measured, *judge_worth(run))
+
+
+def _worth_sentence(run: TrainRun) -> str:
+    best, judgment = best_fill_in(run), judge_worth(run)
+    aux = f" and {best['auxiliary']} auxiliary images" if best["auxiliary"] else ""
+    text = (
+        f"A server that fills in the private part of {run.name} itself ({best['arm']}{aux}) reaches "
+        f"{wording.percent(best['accuracy'])} where the clients have "
+        f"{wording.percent(run.summary['accuracy'])}"
+    )
+    if judgment.text.startswith("says nothing"):
+        return f"{text}, which says nothing yet: the clients' models themselves hardly beat guessing."
+    if judgment.text.startswith("not useless"):
+        return f"{text}: the global model is NOT useless without the lock."
+    return f"{text}: without the lock, this global model is useless to it."
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

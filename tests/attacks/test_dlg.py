@@ -1,0 +1,200 @@
+"""DLG and iDLG on real images: they beat their random start, and with little budget already identify."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedkl import lock, models
+from fedkl.attacks import DLG, IDLG, infer_label
+from fedkl.attacks.objectives import GradientMatching
+from fedkl.errors import AttackError, ConfigError
+from fedkl.metrics import score
+
+
+def quality(reconstruction, images, dataset, first=0):
+    index = list(range(first, first + len(images)))
+    scores = score(
+        reconstruction.images,
+        images,
+        candidates=dataset.test_images[:100],
+        candidate_index=index,
+        scaling="clip",
+    )
+    return scores
+
+
+@pytest.mark.parametrize("attack", [DLG, IDLG])
+def test_recovers_an_undefended_image(attack, observe_plain, dataset, generator):
+    observation, images, labels = observe_plain(labels=attack is DLG)
+    start = attack(evaluations=1, weighting="sqrt").reconstruct(observation, generator=generator)
+    found = attack(evaluations=500, weighting="sqrt").reconstruct(
+        observation, generator=generator.manual_seed(0)
+    )
+    (before,), (after,) = quality(start, images, dataset), quality(found, images, dataset)
+    assert before.psnr < 8
+    assert after.psnr > 30
+    assert after.identified
+    assert torch.equal(found.labels, labels)
+    assert found.evaluations <= 500
+
+
+def test_optimizes_the_label_along_where_it_is_not_granted(observe_plain, dataset, generator):
+    observation, images, labels = observe_plain(first=1, labels=False)
+    found = DLG(evaluations=700, weighting="sqrt").reconstruct(observation, generator=generator)
+    assert torch.equal(found.labels, labels)
+    assert quality(found, images, dataset, first=1)[0].identified
+
+
+def test_the_company_does_not_change_a_result(observe_plain):
+    observations = [observe_plain(first=i)[0] for i in range(2)]
+    attack = DLG(evaluations=25, weighting="sqrt")
+
+    def seeded(i):
+        return torch.Generator().manual_seed(i)
+
+    together = attack.reconstruct_many(observations, generators=[seeded(0), seeded(1)])
+    for i, observation in enumerate(observations):
+        alone = attack.reconstruct(observation, generator=seeded(i))
+        torch.testing.assert_close(together[i].images, alone.images, atol=1e-4, rtol=1e-4)
+
+
+def test_the_best_restart_is_chosen_by_the_attackers_own_loss(observe_plain, generator):
+    observation, _, _ = observe_plain()
+    several = DLG(evaluations=20, restarts=3).reconstruct(observation, generator=generator)
+    losses = []
+    fresh = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        losses.append(DLG(evaluations=20).reconstruct(observation, generator=fresh).loss)
+    assert several.loss == pytest.approx(min(losses), rel=1e-6)
+    assert several.start == losses.index(min(losses))
+
+
+def test_labels_are_inferred_exactly(observe_plain):
+    for first in range(20):
+        observation, _, labels = observe_plain(first=first, labels=False)
+        assert torch.equal(infer_label(observation), labels)
+
+
+def test_label_inference_without_a_bias_gradient(observe_plain):
+    observation, _, labels = observe_plain(labels=False)
+    without = {name: g for name, g in observation.gradient.items() if name != "fc.bias"}
+    observation, _, labels = observe_plain(labels=False, gradient=without)
+    assert torch.equal(infer_label(observation), labels)
+
+
+def test_label_inference_refuses_batches(observe_plain):
+    observation, _, _ = observe_plain(batch_size=2)
+    with pytest.raises(AttackError, match="batch of 2"):
+        infer_label(observation)
+
+
+def test_label_inference_needs_the_head(observe_plain):
+    observation, _, _ = observe_plain()
+    partial = {"conv1.weight": observation.gradient["conv1.weight"]}
+    observation, _, _ = observe_plain(gradient=partial)
+    with pytest.raises(AttackError, match="last linear layer"):
+        infer_label(observation)
+
+
+@pytest.mark.parametrize("weighting", ["none", "sqrt", "full"])
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_objective_against_a_plain_loop(observe_plain, weighting, labels):
+    """Oracle: one problem at a time with ordinary autograd in float64, no vmap."""
+    observations = [observe_plain(first=i)[0] for i in range(2)]
+    known = [o.labels for o in observations] if labels else None
+    matching = GradientMatching(observations, labels=known, weighting=weighting)
+    points = torch.randn(
+        2, matching.dimension, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    values, gradients = matching(points, torch.arange(2))
+    for i, observation in enumerate(observations):
+        model = observation.model.double()
+        point = points[i].clone().requires_grad_()
+        image = point[:3072].reshape(1, 3, 32, 32)
+        target = observation.labels if labels else point[3072:].reshape(1, 10).softmax(1)
+        loss = torch.nn.functional.cross_entropy(model(image), target)
+        names = list(observation.gradient)
+        dummy = torch.autograd.grad(
+            loss, [dict(model.named_parameters())[n] for n in names], create_graph=True
+        )
+        observed = [observation.gradient[n].double() for n in names]
+        exponent = {"none": 0, "sqrt": 1, "full": 2}[weighting]
+        weights = [g.norm() ** -exponent for g in observed]
+        numerator = sum(w * ((d - g) ** 2).sum() for w, d, g in zip(weights, dummy, observed, strict=True))
+        expected = numerator / sum(w * (g**2).sum() for w, g in zip(weights, observed, strict=True))
+        (slope,) = torch.autograd.grad(expected, point)
+        torch.testing.assert_close(values[i], expected.detach())
+        torch.testing.assert_close(gradients[i], slope)
+        model.float()
+
+
+def test_the_box_counts_pixels_outside_the_unit_interval_only(observe_plain):
+    observation, _, _ = observe_plain()
+    plain, boxed = (
+        GradientMatching([observation], labels=[observation.labels], weighting="none", box=box)
+        for box in (0.0, 2.0)
+    )
+    index, inside = torch.tensor([0]), torch.rand(1, 3072, dtype=torch.float64)
+    assert torch.equal(plain(inside, index)[0], boxed(inside, index)[0])
+    outside = inside.clone()
+    outside[0, :2] = torch.tensor([-3.0, 1.5])
+    extra = boxed(outside, index)[0] - plain(outside, index)[0]
+    torch.testing.assert_close(extra, torch.tensor([2.0 * (9.0 + 0.25) / 3072], dtype=torch.float64))
+
+
+def test_who_fixes_the_scale(observe_plain, generator):
+    """The gradient itself, the attack's box, or, behind a norm and without a box, the rule afterwards."""
+    model = models.build_model("lenet", channels=3, classes=10, seed=0)
+    normed = lock(model).bake()
+    for net, box, expected in ((model, 0.0, "clip"), (normed, 0.0, "prior"), (normed, 1e-3, "clip")):
+        observation, _, _ = observe_plain(model=net)
+        attack = DLG(evaluations=1, box=box)
+        assert attack.reconstruct(observation, generator=generator).scaling == expected
+
+
+def test_impossible_observations_are_refused_with_all_problems(observe_plain):
+    observation, _, _ = observe_plain()
+    bad = dict(observation.gradient)
+    bad["fc.bias"] = torch.full((10,), torch.nan)
+    bad["fc.weight"] = torch.zeros(10, 3)
+    bad["nowhere"] = torch.zeros(1)
+    with pytest.raises(AttackError) as refusal:
+        observe_plain(gradient=bad, labels=True)
+    for part in ("'fc.bias' has non-finite", "'fc.weight' has shape (10, 3)", "'nowhere' is not a parameter"):
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient": {}}, "no gradient"),
+        ({"gradient": {"fc.bias": torch.zeros(10)}}, "zero"),
+        ({"batch_size": 3}, "labels have shape"),
+    ],
+)
+def test_empty_or_inconsistent_observations(observe_plain, changes, message):
+    observation, _, _ = observe_plain()
+    fields = {"model": observation.model, "gradient": observation.gradient, "labels": observation.labels}
+    with pytest.raises(AttackError, match=message):
+        type(observation)(image_shape=(3, 32, 32), classes=10, **({"batch_size": 1} | fields | changes))
+
+
+def test_mixed_observations_are_refused(observe_plain, generator):
+    one, two = observe_plain()[0], observe_plain(batch_size=2)[0]
+    with pytest.raises(AttackError, match="one kind"):
+        DLG().reconstruct_many([one, two], generators=[generator, generator])
+    with pytest.raises(AttackError, match="one generator per observation"):
+        DLG().reconstruct_many([one], generators=[])
+
+
+def test_unusable_budgets_are_refused():
+    with pytest.raises(ConfigError, match="evaluations=0"):
+        DLG(evaluations=0)
+    with pytest.raises(ConfigError, match="box=-1"):
+        DLG(box=-1.0)
+
+
+def test_observations_do_not_show_tensors(observe_plain):
+    observation, _, _ = observe_plain()
+    assert "tensor" not in repr(observation)

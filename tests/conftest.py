@@ -1,0 +1,26 @@
+"""Type checks at run time: every annotated call of the package is checked while its tests run."""
+
+from __future__ import annotations
+
+import os
+
+import jaxtyping
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+jaxtyping.install_import_hook("fedkl", "beartype.beartype")
+
+
+@pytest.fixture
+def unchecked():
+    """Switches the type checks off, to see what a user without them sees who passes a wrong type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

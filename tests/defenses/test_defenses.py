@@ -1,0 +1,92 @@
+"""Every defense does what it says; each test fails if the defense is replaced by a no-op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fedkl import Key
+from fedkl.attacks import Knowledge
+from fedkl.defenses import KeyLock, NoDefense, PrivateNorm, PublicNorm
+from fedkl.defenses.base import plain_copy
+
+STATISTICS = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+AFFINE = {"1.weight", "1.bias"}
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+
+
+@pytest.mark.parametrize(
+    ("defense", "hidden"),
+    [
+        (NoDefense(), set()),
+        (PublicNorm(), STATISTICS),
+        (PrivateNorm(), STATISTICS | AFFINE),
+        (KeyLock(), STATISTICS | AFFINE),
+        (KeyLock(share_statistics=True), AFFINE),
+        (PrivateNorm(like=KeyLock(share_statistics=True)), AFFINE),
+    ],
+    ids=repr,
+)
+def test_what_is_sent(model, defense, hidden):
+    everything = set(model.state_dict())
+    assert set(defense.prepare(model).public_state()) == everything - hidden
+
+
+def test_public_norm_is_the_baked_lock(model):
+    """γ and β vary as the lock's do, and are ordinary trainable parameters."""
+    split = PublicNorm().prepare(model)
+    assert split.public_parameters()["1.weight"].std() > 0.05
+    assert not split.private_parameters()
+
+
+def test_private_norm_starts_where_any_norm_starts(model):
+    split = PrivateNorm().prepare(model)
+    assert torch.equal(split.private_parameters()["1.weight"], torch.ones(8))
+    assert torch.equal(split.private_parameters()["1.bias"], torch.zeros(8))
+
+
+def test_published_keys_are_drawn_as_published(model):
+    lock = KeyLock(key_distribution="uniform", key_length=64).prepare(model)
+    assert (lock.key.distribution, lock.key.length) == ("uniform", 64)
+
+
+def test_every_client_has_its_own_secrets(model):
+    one, two = (KeyLock().prepare(model).private_state() for _ in range(2))
+    assert not torch.equal(
+        one["1.parametrizations.weight.original0"], two["1.parametrizations.weight.original0"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("granted", "exact"),
+    [
+        (Knowledge(), False),
+        (Knowledge(key=True), False),
+        (Knowledge(lock_layers=True), False),
+        (Knowledge(key=True, lock_layers=True), True),
+        (Knowledge(affine=True), True),
+    ],
+    ids=lambda value: value.describe() if isinstance(value, Knowledge) else str(value),
+)
+def test_the_servers_view_of_a_lock(model, granted, exact):
+    defense = KeyLock()
+    victim = defense.prepare(model, key=Key.generate())
+    with torch.no_grad():
+        victim.public_parameters()["0.weight"].mul_(2)  # the server must see the current public tensors
+    view, truth = defense.server_view(victim, model, granted=granted), plain_copy(victim)
+    assert torch.equal(view[0].weight, truth[0].weight)
+    same = torch.allclose(view[1].weight, truth[1].weight) and torch.allclose(view[1].bias, truth[1].bias)
+    assert same == exact
+
+
+def test_the_servers_view_changes_nothing(model):
+    defense = KeyLock()
+    victim = defense.prepare(model)
+    before = victim.private_state()
+    defense.server_view(victim, model, granted=Knowledge())
+    assert all(torch.equal(before[name], t) for name, t in victim.private_state().items())

@@ -1,0 +1,399 @@
+"""Every wrong use gets a clear error that names the module and the remedy, before anything has changed."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.functional import group_norm
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrizations
+
+import fedkl
+from fedkl.errors import LockError, SecretError, UpdateError
+
+
+class SubNorm(nn.LayerNorm):
+    pass
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c1, self.bn1 = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.plain_norm, self.sub_norm = nn.BatchNorm2d(4, affine=False), SubNorm(4)
+        self.drop, self.fc = nn.Dropout(0.0), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.plain_norm(torch.relu(self.bn1(self.c1(x)))).mean((2, 3))
+        return self.fc(self.drop(self.sub_norm(x)))
+
+
+class TiedNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm, self.other = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+        self.gain = self.norm.weight
+
+
+class LocalFunctional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.b(group_norm(torch.nn.functional.layer_norm(self.a(x), (4,)), 2))
+
+
+class LooksFunctional(nn.Module):
+    """Modules called like functional norms are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"layer_norm": nn.LayerNorm(4)})
+        self.layer_norm, self.fc = nn.LayerNorm(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(self.layer_norm(self.inner.layer_norm(x)))
+
+
+def snapshot(model):
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {name: t.clone() for name, t in named if not is_lazy(t) and not t.is_meta}
+    structure = [
+        (name, type(m), list(m._forward_hooks), list(m._state_dict_hooks))
+        for name, m in model.named_modules()
+    ]
+    return structure, [*model.state_dict()], tensors
+
+
+def assert_refused(model, *messages, **options):
+    """Both entry points refuse, every message is there, and the model is what it was."""
+    before = snapshot(model)
+    for entry in (fedkl.lock_, fedkl.lock):
+        with pytest.raises(LockError) as caught:
+            entry(model, **options)
+        for message in messages:
+            assert message in str(caught.value)
+    after = snapshot(model)
+    assert before[:2] == after[:2]
+    assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
+
+
+def test_nothing_lockable():
+    assert_refused(nn.Sequential(nn.ReLU(), nn.Linear(3, 2)), "no affine norm", "but the head", "layers=")
+    assert_refused(nn.Embedding(3, 2), "no affine norm", "register_norm")
+
+
+def test_all_problems_of_a_list_of_names_come_together():
+    assert_refused(
+        Net(),
+        "'bn_1' is not a module of this model, did you mean 'bn1'?",
+        "'zzz' is not a module of this model\n",
+        "'plain_norm' (BatchNorm2d) has no scale; build it with affine=True",
+        "'sub_norm' (SubNorm) is a subclass of a norm that is not registered",
+        "'drop' (Dropout) is neither a norm, a convolution nor a linear layer",
+        "fedkl.register_norm",
+        layers=["bn_1", "zzz", "plain_norm", "sub_norm", "drop", "bn1"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], "layers= is an empty list"),
+        (lambda name, module: False, "the predicate matched none of c1, bn1, fc"),
+        ("bn1", "layers='bn1' is neither 'first' nor 'all' (a single name goes in a list)"),
+    ],
+)
+def test_unusable_choices(unchecked, layers, message):
+    assert_refused(Net(), message, layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "tanh"}, "activation='tanh' is unknown. Choose one of softplus, relu"),
+        ({"initialization": "zeros"}, "initialization='zeros' is unknown. Choose one of unit, published"),
+        ({"key": torch.rand(4)}, "key= must be a fedkl.Key, e.g. Key.generate(), or None, got Tensor"),
+        ({"layers": 3}, "layers= must be 'first', 'all', a list of names or a predicate, got int"),
+    ],
+)
+def test_unknown_options(unchecked, options, message):
+    assert_refused(Net(), message, **options)
+
+
+def test_no_module_at_all(unchecked):
+    with pytest.raises(LockError, match=r"model= must be a torch.nn.Module, got dict"):
+        fedkl.lock({})
+
+
+def test_locking_twice():
+    lock = fedkl.lock(Net(), layers=["bn1"])
+    assert_refused(lock.model, "locked already", "lock.bake()", layers="all")
+    assert_refused(nn.Sequential(lock.model), "locked already")
+    fedkl.lock(lock.bake(), layers=["bn1"])
+
+
+def test_a_tied_scale_is_refused():
+    assert_refused(TiedNorm(), "'norm.weight' is tied to a parameter of the model itself")
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4))
+    model[2].bias = model[1].bias
+    assert_refused(
+        model,
+        "'1.bias' is tied to a parameter of '2'",
+        "'2.bias' is tied to a parameter of '1'",
+        layers="all",
+    )
+
+
+def test_lazy_and_meta_modules():
+    lazy = nn.Sequential(
+        nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 2)
+    )
+    assert_refused(lazy, "'0.weight' has no values yet", "'1.weight' has no values yet", "one forward pass")
+    assert_refused(Net().to("meta"), "'bn1.weight' has no values yet", layers=["bn1"])
+    lazy(torch.rand(2, 3, 3, 3))
+    assert fedkl.lock(lazy).layers == ("1",)
+
+
+def test_integer_modules():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    assert_refused(model, "'0.weight' has dtype torch.int8, expected a floating-point one")
+
+
+def test_parametrized_norms_are_refused_and_parametrized_layers_are_not():
+    model = Net()
+    nn.utils.parametrize.register_parametrization(model.bn1, "weight", nn.Softplus(), unsafe=True)
+    assert_refused(model, "'bn1' is parametrized already; remove its parametrizations first", layers=["bn1"])
+    weighted = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2))
+    assert fedkl.lock(weighted).layers == ("0.norm",)
+
+
+def test_a_scale_that_is_not_a_parameter():
+    class Shifted(nn.LayerNorm):
+        gain = property(lambda self: 1 + self.weight)
+
+    fedkl.register_norm(Shifted, scale="gain")
+    assert_refused(nn.Sequential(nn.Linear(4, 4), Shifted(4)), "'1.gain' is not a parameter of the module")
+
+
+def test_a_layer_that_has_a_norm_attribute():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].norm = 1.0
+    assert_refused(model, "'0' already has an attribute 'norm'; rename it")
+
+
+def test_layers_that_the_example_does_not_reach():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.late, self.early, self.never = nn.LayerNorm(4), nn.LayerNorm(4), nn.LayerNorm(4)
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, *, scale):
+            return scale * self.late(self.fc(self.early(x)))
+
+    example = {"x": torch.rand(2, 4), "scale": 2}
+    message = "'never' (LayerNorm) is not called by the model on the example inputs"
+    assert_refused(Unused(), message, layers=["never"], example_inputs=example)
+    assert fedkl.lock(Unused(), layers="all", example_inputs=example).layers == ("early", "late")
+    assert fedkl.lock(Unused(), layers="all").layers == ("late", "early", "never")
+
+
+def test_functional_norms_are_refused_unless_the_layers_are_named():
+    message = "the model itself (LocalFunctional) calls group_norm, layer_norm as a function"
+    assert_refused(LocalFunctional(), message, "name the layers to lock")
+    assert fedkl.lock(LocalFunctional(), layers=["a"]).layers == ("a.norm",)
+    assert fedkl.lock(LooksFunctional(), layers="all").layers == ("inner.layer_norm", "layer_norm")
+
+
+def test_functional_norms_in_helpers_and_closures():
+    norm = F.rms_norm
+
+    class Helped(nn.Sequential):
+        def forward(self, x):
+            return super().forward(self._helper(x))
+
+        def _helper(self, x):
+            return torch.layer_norm(x, (4,))
+
+    class Closed(nn.Sequential):
+        def forward(self, x):
+            return norm(super().forward(x), (2,))
+
+    parts = (nn.Linear(4, 4), nn.Linear(4, 2))
+    assert_refused(Helped(*parts), "(Helped) calls layer_norm as a function")
+    assert_refused(Closed(*parts), "(Closed) calls rms_norm as a function")
+    assert fedkl.lock(nn.Sequential(*parts)).layers == ("0.norm",)
+
+
+def test_a_key_of_another_length():
+    lock = fedkl.lock(Net(), layers=["bn1"], key=fedkl.Key.generate(length=8))
+    with pytest.raises(LockError, match=r"keys of length 8, got one of 9. Use Key.generate\(length=8\)"):
+        lock.use_key(fedkl.Key.generate(length=9))
+
+
+def test_a_generated_tensor_cannot_be_assigned():
+    lock = fedkl.lock(Net(), layers=["bn1"])
+    with pytest.raises(SecretError, match="scale of a locked norm is generated"):
+        lock.model.bn1.weight = torch.ones(4)
+
+
+def damaged(state):
+    """(state, message) for every way a state can be wrong."""
+    name = next(n for n, t in state.items() if t.is_floating_point() and t.numel() > 2)
+    good = state[name]
+    yield {n: t for n, t in state.items() if n != name}, f"'{name}' is missing"
+    yield {**state, "extra": good}, "'extra' is unexpected"
+    yield (
+        {**state, name: good[:-1]},
+        f"'{name}' has shape {tuple(good[:-1].shape)}, expected {tuple(good.shape)}",
+    )
+    yield {**state, name: good.double()}, f"'{name}' has dtype torch.float64, expected torch.float32"
+    for value in (float("nan"), float("inf")):
+        yield {**state, name: torch.full_like(good, value)}, f"'{name}' has non-finite values"
+
+
+@pytest.mark.parametrize("side", ["public", "private"])
+def test_unusable_states(side):
+    lock = fedkl.lock(Net(), layers=["bn1"])
+    state, load = getattr(lock, f"{side}_state")(), getattr(lock, f"load_{side}_state")
+    before = snapshot(lock.model)
+    cases = list(damaged({name: tensor + 1 for name, tensor in state.items()}))
+    assert len(cases) == 6
+    for wrong, message in cases:
+        with pytest.raises(UpdateError) as caught:
+            load(wrong)
+        assert message in str(caught.value)
+        assert "lock." in str(caught.value)
+        after = snapshot(lock.model)
+        assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
+
+
+def test_all_problems_of_a_state_come_together():
+    lock = fedkl.lock(Net(), layers=["bn1"])
+    state = lock.public_state()
+    state["c1.weight"] = torch.full_like(state["c1.weight"], float("nan"))
+    state["fc.weight"] = state["fc.weight"][:, :1]
+    state["more"] = state.pop("fc.bias")
+    with pytest.raises(UpdateError) as caught:
+        lock.load_public_state(state)
+    for part in (
+        "'c1.weight' has non-finite",
+        "'fc.weight' has shape",
+        "'more' is unexp",
+        "'fc.bias' is missing",
+    ):
+        assert part in str(caught.value)
+    assert str(state["fc.weight"][0, 0].item())[:6] not in str(caught.value)
+
+
+def test_a_tensor_that_is_none(unchecked):
+    lock = fedkl.lock(Net(), layers=["bn1"])
+    with pytest.raises(UpdateError, match=r"'fc.bias' is a list, expected a Tensor"):
+        lock.load_public_state({**lock.public_state(), "fc.bias": [1.0, 2.0]})
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    "name", ["bn1.parametrizations.weight.original0", "bn1.running_mean", "plain_norm.running_var"]
+)
+def test_private_names_in_a_public_state(name, strict):
+    lock = fedkl.lock(Net(), layers=["bn1"])
+    private = lock.private_state()
+    state = {**lock.public_state(), name: private[name] + 1}
+    with pytest.raises(SecretError, match=rf"'{name}' is private"):
+        lock.load_public_state(state)
+    with pytest.raises(RuntimeError, match=rf"'{name}' is private and must not come with a public state"):
+        lock.model.load_state_dict(state, strict=strict)
+    assert all(torch.equal(private[n], t) for n, t in lock.private_state().items())
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_torchs_own_loading_of_a_public_state(assign):
+    lock = fedkl.lock(Net(), layers=["bn1"])
+    private = lock.private_state()
+    buffer = io.BytesIO()
+    torch.save({name: tensor + 1 for name, tensor in lock.model.state_dict().items()}, buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    lock.model.load_state_dict(state, assign=assign)
+    assert all(torch.equal(state[n], t) for n, t in lock.public_state().items())
+    assert all(torch.equal(private[n], t) for n, t in lock.private_state().items())
+    lock.model(torch.rand(2, 3, 5, 5)).sum().backward()
+
+
+def test_public_gradient_refuses_unusable_losses():
+    lock = fedkl.lock(Net(), layers=["bn1"])
+    x = torch.rand(2, 3, 5, 5)
+    with pytest.raises(UpdateError, match=r"expected a scalar loss, got shape \(2, 2\)"):
+        lock.public_gradient(lock.model(x))
+    with pytest.raises(UpdateError, match="does not depend on a trainable public parameter"):
+        lock.public_gradient(lock.model(x).detach().sum())
+    with pytest.raises(UpdateError, match="was not computed by this model"):
+        lock.public_gradient(Net()(x).sum())
+
+
+def test_sparse_gradients_are_sent_dense():
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.LayerNorm(4), nn.Linear(4, 2))
+    lock = fedkl.lock(model)
+    gradient = lock.public_gradient(lock.model(torch.tensor([1, 3])).square().sum())
+    lock.public_update(gradient, kind="gradient", num_samples=2, round=0)
+    assert gradient["0.weight"].layout == torch.strided
+
+
+def test_an_optimizer_from_before_lock_is_warned_about():
+    for model in (Net(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.warns(UserWarning, match=r"An optimizer was built before lock_\(\).*Build it again"):
+            fedkl.lock_(model)
+        del optimizer
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fedkl.lock(model)
+    assert optimizer.param_groups
+
+
+def test_open_layers_are_warned_about():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match=r"2 parametric layers run before the first lock \('3'\).*: 0, 2\."):
+        fedkl.lock(model)
+    model.insert(1, SubNorm(4))
+    with pytest.warns(UserWarning, match=r"not registered: 1\. .* SubNorm, make it lockable"):
+        fedkl.lock(model)
+
+
+def test_warnings_point_at_the_users_line(tmp_path):
+    script = tmp_path / "users.py"
+    script.write_text(
+        "import fedkl, torch\nfrom torch import nn\n"
+        "make = lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))\n"
+        "fedkl.lock(make())\nfedkl.lock_(make())\n"
+        "model = make(); optimizer = torch.optim.SGD(model.parameters())\nfedkl.lock_(model, layers=['0'])\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    lines = [line.split(":")[1] for line in result.stderr.splitlines() if "UserWarning" in line]
+    assert lines == ["4", "5", "7"]
+
+
+def test_the_statistics_of_a_registered_subclass_stay_private():
+    class SubBatchNorm(nn.BatchNorm1d):
+        pass
+
+    fedkl.register_norm(SubBatchNorm)
+    lock = fedkl.lock(nn.Sequential(nn.Linear(4, 4), SubBatchNorm(4)))
+    assert {"1.running_mean", "1.running_var"} <= lock.private_names
+    shared = fedkl.lock(nn.Sequential(nn.Linear(4, 4), SubBatchNorm(4)), share_statistics=True)
+    assert {"1.running_mean", "1.running_var"} <= set(shared.public_state())
+
+
+def test_register_norm_takes_module_types_only(unchecked):
+    with pytest.raises(LockError, match=r"expected a subclass of nn.Module"):
+        fedkl.register_norm(dict)

@@ -1,0 +1,145 @@
+"""Over random models and options: no public path gives a private tensor away; and the search would see it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fedkl
+from fedkl.locking import keylock, split, surgery
+from tests.locking.leaks import leaks
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+NORMS = {
+    "batch": nn.BatchNorm1d,
+    "layer": nn.LayerNorm,
+    "rms": nn.RMSNorm,
+    "group": lambda features: nn.GroupNorm(1, features),
+    "none": lambda features: nn.Identity(),
+    "plain": lambda features: nn.BatchNorm1d(features, affine=False),
+}
+
+
+@st.composite
+def models(draw):
+    widths = draw(st.lists(st.integers(3, 6), min_size=2, max_size=4))
+    parts, inputs = [], 5
+    for width in widths:
+        parts += [nn.Linear(inputs, width), NORMS[draw(st.sampled_from(sorted(NORMS)))](width), nn.Tanh()]
+        inputs = width
+    return nn.Sequential(*parts, nn.Linear(inputs, 2)).to(draw(st.sampled_from(DTYPES)))
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "layers": st.sampled_from(["first", "all"]),
+        "activation": st.sampled_from(["softplus", "relu", "sigmoid", "identity"]),
+        "initialization": st.sampled_from(["unit", "published"]),
+        "chained": st.booleans(),
+    }
+)
+
+
+def locked(model, options):
+    lock = fedkl.lock(model, key=fedkl.Key.generate(length=7), **options)
+    x = torch.rand(4, 5).to(model[0].weight.dtype)
+    optimizer = torch.optim.SGD(lock.model.parameters(), lr=0.1)
+    lock.model(x).square().sum().backward()
+    optimizer.step()  # private tensors are no constants any more
+    return lock, lock.model(x).square().sum()
+
+
+@pytest.mark.filterwarnings("ignore:.* parametric layers run before the first lock")
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(models(), OPTIONS)
+def test_no_public_path_leaks(model, options):
+    lock, loss = locked(model, options)
+    assert leaks(lock, loss) == []
+
+
+@pytest.mark.filterwarnings("ignore:.* parametric layers run before the first lock")
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(models(), OPTIONS)
+def test_a_released_model_leaks_everything(model, options):
+    lock, loss = locked(model, options)
+    names = lock.private_names
+    split.release(lock.model)
+    found = "\n".join(leaks(lock, loss))
+    assert all(f"state_dict of '': name {name}" in found for name in names)
+
+
+def model():
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+    )
+
+
+@pytest.fixture
+def options():
+    return {"layers": "all"}
+
+
+def test_the_search_is_silent_on_a_whole_lock(options):
+    assert leaks(*locked(model(), options)) == []
+
+
+def test_the_search_sees_a_split_that_withholds_nothing(options, monkeypatch):
+    monkeypatch.setattr(surgery, "withhold", lambda module, names: None)
+    monkeypatch.setattr(surgery, "withhold_statistics", lambda module: None)
+    found = leaks(*locked(model(), options))
+    assert "weights: name 1.parametrizations.weight.original0" in found
+    assert "update of weights: bytes of 1.running_mean" in found
+    assert "gradient: name 3.parametrizations.bias.original1" in found
+
+
+def test_the_search_sees_open_statistics(options):
+    found = leaks(*locked(model(), {**options, "share_statistics": True}))
+    assert {line.split()[-1] for line in found} == {
+        "1.running_mean",
+        "1.running_var",
+        "1.num_batches_tracked",
+    }
+
+
+def test_the_search_sees_one_forgotten_tensor(options):
+    lock, loss = locked(model(), options)
+    lock.model[3].parametrizations.bias.__dict__[split._MARK].names = ("original0",)
+    assert {line.split()[-1] for line in leaks(lock, loss)} == {"3.parametrizations.bias.original1"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_search_sees_an_alias_in_every_encoding(options, dtype):
+    lock, loss = locked(model(), options)
+    secret = lock.private_state()["1.parametrizations.weight.original0"]
+    lock.model.register_buffer("harmless", secret.to(dtype))
+    found = leaks(lock, loss)
+    assert "state_dict of '': bytes of 1.parametrizations.weight.original0" in found
+    assert "torch.save of the state of '': bytes of 1.parametrizations.weight.original0" in found
+
+
+@pytest.mark.parametrize("secret", ["key", "3.weight"])
+def test_the_search_sees_the_key_and_generated_scales(options, secret):
+    lock, loss = locked(model(), options)
+    value = lock.key.reveal() if secret == "key" else lock.model[3].weight
+    lock.model.register_buffer("harmless", value.detach().clone())
+    assert any(line.endswith(f"bytes of {secret}") for line in leaks(lock, loss))
+
+
+def test_the_search_sees_a_talkative_repr(options, monkeypatch):
+    lock, loss = locked(model(), options)
+    secret = lock.private_state()["1.running_mean"]
+    text = secret.numpy().tobytes().decode("latin-1")
+    monkeypatch.setattr(keylock.Lock, "__repr__", lambda self: text)
+    monkeypatch.setattr("tests.locking.leaks.repr", lambda thing: _Latin(repr(thing)), raising=False)
+    assert any(line == "repr: bytes of 1.running_mean" for line in leaks(lock, loss))
+
+
+class _Latin(str):
+    def __add__(self, other):
+        return _Latin(str.__add__(self, other))
+
+    def encode(self, *_):
+        return super().encode("latin-1", "replace")

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedkl import metrics
+from fedkl.errors import ConfigError
+
+VALUES = [17.2, 9.1, 23.4, 11.0, 8.7, 30.2, 15.5, 12.1, 19.9]
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 20), (7, 20), (20, 20), (499, 1000)])
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+def test_wilson_agrees_with_scipy(successes, n, confidence):
+    oracle = scipy.stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    interval = metrics.wilson_interval(successes, n, confidence=confidence)
+    assert interval == pytest.approx((oracle.low, oracle.high), abs=1e-12)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_rate_and_mirrors(case):
+    successes, n = case
+    low, high = metrics.wilson_interval(successes, n)
+    assert 0 <= low <= successes / n <= high <= 1
+    assert low < high
+    assert metrics.wilson_interval(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 5), (6, 5)])
+def test_wilson_refuses_impossible_counts(successes, n):
+    with pytest.raises(ConfigError, match=f"got {successes} of {n}"):
+        metrics.wilson_interval(successes, n)
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_mean_interval_agrees_with_scipy(confidence):
+    oracle = scipy.stats.ttest_1samp(VALUES, 0).confidence_interval(confidence)
+    ours = metrics.mean_interval(VALUES, confidence=confidence)
+    assert ours == pytest.approx((oracle.low, oracle.high))
+
+
+def test_mean_interval_of_equal_values_is_a_point():
+    assert metrics.mean_interval([3.0, 3.0, 3.0]) == (3.0, 3.0)
+
+
+@pytest.mark.parametrize("n", [6, 7, 9, 10, 20, 31, 100])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_median_interval_is_the_narrowest_that_keeps_its_coverage(n, confidence):
+    low, high = metrics.median_interval([float(rank) for rank in range(n, 0, -1)], confidence=confidence)
+    rank = int(low)
+    assert high == n + 1 - rank
+    covered = [sum(math.comb(n, j) for j in range(k, n - k + 1)) / 2**n for k in (rank, rank + 1)]
+    assert covered[0] >= confidence > covered[1]
+
+
+def test_median_interval_agrees_with_scipys_quantile_test():
+    # Asymmetric by one rank at most: scipy's interval is that of a test per side.
+    values = np.sort(np.random.default_rng(1).normal(size=50))
+    oracle = scipy.stats.quantile_test(values, q=0, p=0.5).confidence_interval(0.95)
+    low, high = metrics.median_interval(values.tolist())
+    assert (low, high) == (oracle.low, oracle.high)
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_too_few_values_have_no_median_interval(n):
+    assert metrics.median_interval(VALUES[:n]) is None
+
+
+def test_summary_counts_failures_and_ignores_their_values():
+    summary = metrics.summarize([*VALUES[:4], None, *VALUES[4:], None])
+    assert (summary.n, summary.failures) == (11, 2)
+    assert summary.mean == pytest.approx(np.mean(VALUES))
+    assert summary.std == pytest.approx(np.std(VALUES, ddof=1))
+    assert summary.median == np.median(VALUES)
+    assert (summary.low, summary.high) == metrics.mean_interval(VALUES)
+    assert (summary.median_low, summary.median_high) == metrics.median_interval(VALUES)
+    assert summary.confidence == 0.95
+
+
+@pytest.mark.parametrize("values", [[], [None], [None, None, None]])
+def test_nothing_is_summarized_as_none(values):
+    summary = metrics.summarize(values)
+    assert (summary.n, summary.failures) == (len(values), len(values))
+    others = {name: value for name, value in summary.to_dict().items() if value is not None}
+    assert set(others) == {"n", "failures", "confidence"}
+
+
+def test_one_value_has_no_interval():
+    summary = metrics.summarize([4.5])
+    assert (summary.mean, summary.median, summary.n) == (4.5, 4.5, 1)
+    assert summary.std is summary.low is summary.high is summary.median_low is summary.median_high is None
+    assert metrics.mean_interval([4.5]) is None
+
+
+@given(st.lists(st.none() | st.floats(-1e6, 1e6), max_size=30))
+def test_summaries_are_valid_json_and_ordered(values):
+    summary = metrics.summarize(values)
+    assert json.loads(json.dumps(summary.to_dict(), allow_nan=False)) == summary.to_dict()
+    if summary.low is not None:
+        assert summary.low <= summary.mean <= summary.high
+    if summary.median_low is not None:
+        assert summary.median_low <= summary.median <= summary.median_high
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "summary",
+    [
+        metrics.summarize,
+        metrics.mean_interval,
+        metrics.median_interval,
+        lambda values: metrics.success_rate(values, threshold=1.0),
+    ],
+)
+def test_non_finite_values_are_refused(summary, value):
+    with pytest.raises(ConfigError, match="number 1 "):
+        summary([1.0, value])
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0, math.nan])
+def test_confidence_is_a_share(confidence):
+    with pytest.raises(ConfigError, match="confidence"):
+        metrics.summarize(VALUES, confidence=confidence)
+    with pytest.raises(ConfigError, match="confidence"):
+        metrics.wilson_interval(1, 2, confidence=confidence)
+
+
+def test_failures_are_no_successes_but_trials():
+    rate = metrics.success_rate([25.0, None, 20.0, 19.999, None], threshold=20.0)
+    assert (rate.rate, rate.n) == (0.4, 5)
+    assert (rate.low, rate.high) == metrics.wilson_interval(2, 5)
+    assert metrics.success_rate([None], threshold=0.0).rate == 0
+    assert metrics.success_rate([1.0] * 8, threshold=1.0, confidence=0.5).low > 0.9
+
+
+def test_a_rate_needs_a_trial_and_a_threshold():
+    with pytest.raises(ConfigError, match="0 of 0"):
+        metrics.success_rate([], threshold=1.0)
+    with pytest.raises(ConfigError, match="threshold"):
+        metrics.success_rate([1.0], threshold=math.nan)

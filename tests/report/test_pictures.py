@@ -1,0 +1,53 @@
+"""Pictures: scaled as the attacker would, in the order of the truth, failures in their place."""
+
+from __future__ import annotations
+
+import torch
+
+from fedkl.config import AttackConfig
+from fedkl.report import figures, pictures
+from fedkl.report.collect import AttackRun
+from fedkl.runs import RunDirectory
+
+
+def run_of(tmp_path, *, found, truth, scaling, failed=(False, False, False)):
+    config = AttackConfig(arms=("lock",), trials=1, batch_size=3)
+    directory = RunDirectory.create(tmp_path / "run", config=config, version="0")
+    directory.save_tensors("reconstructions/lock-0", {"reconstruction": found, "truth": truth})
+    scores = [{"failed": lost, "psnr": None if lost else 20.0} for lost in failed]
+    record = {"event": "trial", "arm": "lock", "trial": 0, "scaling": scaling, "scores": scores}
+    summary = {"arms": [{"name": "lock"}]}
+    return AttackRun(name="run", directory=directory, config=config, summary=summary, records=[record])
+
+
+def test_a_batch_is_shown_in_the_order_of_the_truth(tmp_path):
+    truth = torch.rand(3, 3, 8, 8)
+    grid = pictures.grid(run_of(tmp_path, found=5 * truth.flip(0) - 2, truth=truth, scaling="prior"))
+    for row, true in zip(grid.rows, truth, strict=True):
+        assert torch.equal(row.cells[0].image, true)
+        both = torch.stack([row.cells[1].image.flatten(), true.double().flatten()])
+        assert torch.corrcoef(both)[0, 1] > 0.98
+        assert row.cells[1].image.min() == 0
+        assert row.cells[1].image.max() == 1
+
+
+def test_clip_does_not_stretch(tmp_path):
+    truth = torch.rand(3, 3, 8, 8)
+    grid = pictures.grid(run_of(tmp_path, found=truth * 0.5, truth=truth, scaling="clip"))
+    assert torch.allclose(grid.rows[0].cells[1].image.float(), truth[0] * 0.5)
+
+
+def test_a_failure_keeps_its_place(tmp_path):
+    truth = torch.rand(3, 3, 8, 8)
+    found = truth.clone()
+    found[1] = float("nan")
+    failed = (False, True, False)
+    grid = pictures.grid(run_of(tmp_path, found=found, truth=truth, scaling="clip", failed=failed))
+    assert [row.cells[1].caption for row in grid.rows] == ["20.0 dB", "failed", "20.0 dB"]
+    assert grid.rows[1].cells[1].image is None
+    assert grid.rows[0].cells[1].image is not None
+
+
+def test_figures_are_png_for_any_number_of_channels(tmp_path):
+    for channels in (1, 2, 3, 4):
+        assert figures.thumbnail(torch.rand(channels, 4, 4)).startswith(b"\x89PNG")

@@ -1,0 +1,148 @@
+"""The whole report: what is on the page, what never is, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fedkl import report
+from fedkl.defenses import KeyLock, PublicNorm
+from fedkl.errors import ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path, attack_run, train_run):
+    train_run("train-fedavg", accuracy=0.92)
+    train_run("train-fedkl", accuracy=0.9, defense=KeyLock(), fill_ins={"neutral": 0.88, "mean-affine": 0.9})
+    attack_run({"no-norm": [40.0, 41.0], "public-norm": [35.0, 36.0], "lock": [6.0, None]})
+    return tmp_path
+
+
+def page(path):
+    return report.build(path).html.read_text(encoding="utf-8")
+
+
+def test_one_file_without_network_or_script(folder):
+    html = page(folder)
+    assert not re.search(r"<(script|link|iframe)|https?://|@import|url\(", html)
+    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert sources
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert (folder / "report.md").exists()
+    assert {p.name for p in (folder / "figures").iterdir()} == {"accuracy.png", "reconstructions.png"}
+
+
+def test_every_image_has_alt_text_and_every_table_a_caption(folder):
+    html = page(folder)
+    assert all(re.search(r'alt="[^"]+"', tag) for tag in re.findall(r"<img[^>]*>", html))
+    assert html.count("<table") == html.count("<caption>") > 3
+
+
+def test_sections_come_in_order(folder):
+    html = page(folder)
+    headings = re.findall(r"<h[12]>(.*?)</h[12]>", html)
+    assert headings[0] == "What does it leak, and what stops it?"
+    assert headings[1:3] == ["Verdict", "Training"]
+    assert headings[-2:] == ["Attack: attack", "Repeat this"]
+    assert "no proof of safety" in html
+
+
+def test_building_twice_gives_the_same_page(folder):
+    assert page(folder) == page(folder)
+
+
+def test_failures_are_shown_and_counted(folder):
+    html = page(folder)
+    _, header, rows = report.build(folder).tables[-1]
+    assert header[0] == "Arm"
+    assert rows[2][0] == "lock"
+    assert "0 of 2" in rows[2][2]
+    assert re.search(r'role="img" aria-label="Image 2, arm lock: reconstruction, failed"', html)
+    assert re.search(r'<th scope="row">Failures</th><td>0</td><td>0</td><td>1</td>', html)
+
+
+def test_repeat_names_the_command_and_the_configuration(folder):
+    html = page(folder)
+    config = folder / "train-fedkl" / "config.toml"
+    assert f"fedkl train --config {config} --out NEW" in html
+    assert "key_distribution = &#34;normal&#34;" in html
+    assert "cannot be seeded" in html
+
+
+@pytest.mark.parametrize(
+    ("defense", "printed"),
+    [(None, "98.14 %"), (KeyLock(), "97.45 %")],
+    ids=["none", "keylock"],
+)
+def test_the_papers_figure_stands_beside_the_matching_run(tmp_path, train_run, defense, printed):
+    train_run("train", defense=defense)
+    _, header, rows = report.build(tmp_path).tables[1 if defense else 0]
+    assert header[-1] == "Paper, full MNIST, 200 rounds"
+    assert rows[0][-1] == printed
+
+
+def test_no_column_of_the_paper_without_a_matching_run(tmp_path, train_run):
+    train_run("train", defense=PublicNorm())
+    assert "full MNIST" not in page(tmp_path)
+
+
+def test_papers_psnr_is_converted(folder):
+    assert "17.3 dB without and 5.1 dB with the lock" in " ".join(page(folder).split())
+
+
+def test_single_run_directory(attack_run):
+    run = attack_run({"no-norm": [40.0]})
+    assert "Attack: attack" in page(run.path)
+
+
+def test_unfinished_runs_are_named_with_their_progress(tmp_path, train_run, attack_run):
+    train_run("cut-train", rounds=5, done=2)
+    attack_run({"no-norm": [40.0, 41.0], "lock": [6.0, 7.0]}, name="cut-attack", finished=False)
+    html = page(tmp_path)
+    assert "cut-train: not finished, 2 of 5 rounds done" in html
+    assert "cut-attack: not finished, 4 of 4 trials (over all arms) done" in html
+    assert "nothing to say" in html
+
+
+def test_hostile_text_is_escaped(tmp_path, attack_run, train_run):
+    attack_run({"lock": [6.0]}, name="a<script>b", description="<script>alert(1)</script> | [/red]")
+    train_run("t<img src=x>$")
+    html = page(tmp_path)
+    assert not re.search(r"<script|<img src=x", html)
+    assert "&lt;script&gt;alert(1)" in html
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "\\<script\\>alert(1)\\</script\\> \\| \\[/red\\]" in markdown
+
+
+@pytest.mark.parametrize("damage", ["missing", "broken", "empty"])
+def test_a_missing_picture_is_named_and_the_figures_stay(attack_run, damage):
+    run = attack_run({"no-norm": [40.0], "lock": [6.0]})
+    place = run.path / "reconstructions" / "lock-0.safetensors"
+    if damage == "missing":
+        place.unlink()
+    elif damage == "broken":
+        place.write_bytes(b"nothing")
+    else:
+        run.save_tensors("reconstructions/lock-0", {})
+    html = page(run.path)
+    assert f"Picture missing: {place}" in html
+    assert "no picture, 6.0 dB" in html
+
+
+def test_no_run_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="no run directory here or below"):
+        report.build(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["summary", "environment"])
+def test_a_damaged_file_is_an_error_that_names_it(train_run, name):
+    run = train_run("train")
+    (run.path / f"{name}.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"{name}\.json: missing or damaged"):
+        report.build(run.path)
+
+
+def test_at_most_eight_rows_of_pictures(attack_run):
+    run = attack_run({"no-norm": [40.0] * 10})
+    assert "the first 8 of 10 images" in page(run.path)

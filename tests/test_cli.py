@@ -1,0 +1,158 @@
+"""The command line as a user meets it: real commands, tiny budgets, exit codes."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+
+import pytest
+import tomllib
+
+from fedkl import cli
+
+
+@pytest.fixture
+def fedkl(capsys, monkeypatch):
+    monkeypatch.setenv("FEDKL_PASSPHRASE", "correct horse")
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["fedkl", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+def test_train_then_repeat_from_its_own_config(fedkl, tmp_path):
+    out = tmp_path / "run"
+    code, text = fedkl("train", "--out", out, "--defense", "keylock", "--rounds", 1, "--lock", "published")
+    assert code == 0, text
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["rounds"] == 1
+    assert len(summary["fill_ins"]) == 7
+    config = tomllib.loads((out / "config.toml").read_text())
+    assert config["defense"]["key_distribution"] == "uniform"
+    assert (out / "report.html").is_file()
+    code, text = fedkl("train", "--config", out / "config.toml", "--out", tmp_path / "again")
+    assert code == 0, text
+    assert (tmp_path / "again" / "config.toml").read_text() == (out / "config.toml").read_text()
+    before = (out / "results.jsonl").read_text()
+    code, _ = fedkl("train", "--config", out / "config.toml", "--out", out)
+    assert code == 0
+    assert (out / "results.jsonl").read_text() == before, "a finished run is not repeated"
+
+
+def test_centralized_training_is_one_client(fedkl, tmp_path):
+    assert fedkl("train", "--out", tmp_path / "run", "--centralized", "--rounds", 1)[0] == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["clients"] == 1
+
+
+def test_attack(fedkl, tmp_path):
+    out = tmp_path / "run"
+    words = ("attack", "--out", out, "--arms", "no-norm,lock", "--trials", 2, "--evaluations", 3)
+    code, text = fedkl(*words)
+    assert code == 0, text
+    arms = json.loads((out / "summary.json").read_text())["arms"]
+    assert [arm["name"] for arm in arms] == ["no-norm", "lock"]
+    assert [arm["figures"]["psnr"]["n"] for arm in arms] == [2, 2]
+    assert len(list((out / "reconstructions").iterdir())) == 4
+
+
+def test_an_interrupted_attack_continues(fedkl, tmp_path):
+    out = tmp_path / "run"
+    words = (
+        "attack",
+        "--out",
+        out,
+        "--arms",
+        "no-norm",
+        "--trials",
+        2,
+        "--evaluations",
+        2,
+        "--attack",
+        "idlg",
+    )
+    assert fedkl(*words)[0] == 0
+    lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text(lines[0] + lines[1][:20])
+    (out / "summary.json").unlink()
+    assert fedkl(*words)[0] == 0
+    again = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    assert again[0] == lines[0]
+    assert [json.loads(line)["trial"] for line in again] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "--defense", "magic"), "magic"),
+        (("train", "--defense", "keylock", "--lock", "gold"), "--lock"),
+        (("train", "--centralized", "--clients", "3"), "--centralized"),
+        (("train", "--rounds", "0"), "rounds"),
+        (("train", "--data", "mnits"), "mnist"),
+        (("attack", "--arms", "no-nrom"), "no-nrom"),
+        (("attack", "--trials", "100000"), "at most"),
+        (("attack", "--attack", "magic"), "magic"),
+        (("train", "--config", "nowhere.toml"), "cannot be read"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_with_a_clear_line(fedkl, tmp_path, words, message):
+    code, text = fedkl(*words, "--out", tmp_path / "run")
+    assert code == 2
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_an_attack_config_does_not_train(fedkl, tmp_path):
+    (tmp_path / "attack.toml").write_text('type = "attack"\n')
+    code, text = fedkl("train", "--config", tmp_path / "attack.toml", "--out", tmp_path / "run")
+    assert code == 2
+    assert "expected a train experiment" in text
+
+
+def test_report_needs_a_run(fedkl, tmp_path):
+    assert fedkl("report", tmp_path)[0] == 2
+
+
+def test_key_files(fedkl, tmp_path, monkeypatch):
+    path = tmp_path / "alice.key"
+    code, text = fedkl("key", "new", path, "--length", 64)
+    assert code == 0
+    assert "<secret>" in text
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    first = path.read_bytes()
+    assert fedkl("key", "new", path)[0] == 2, "an existing key is not overwritten"
+    assert path.read_bytes() == first
+    assert "length=64" in fedkl("key", "info", path)[1]
+    assert fedkl("key", "rotate", path)[0] == 0
+    assert path.read_bytes() != first
+    assert "length=64" in fedkl("key", "info", path)[1]
+    monkeypatch.setenv("FEDKL_PASSPHRASE", "wrong")
+    code, text = fedkl("key", "info", path)
+    assert code == 2
+    assert "wrong passphrase" in text
+
+
+def test_an_unencrypted_key_is_explicit(fedkl, tmp_path):
+    path = tmp_path / "plain.key"
+    assert fedkl("key", "new", path, "--unencrypted", "--length", 8)[0] == 0
+    assert fedkl("key", "info", path)[0] == 2
+    assert fedkl("key", "info", path, "--unencrypted")[0] == 0
+
+
+def test_data_list(fedkl):
+    assert "mnist-sample" in fedkl("data", "list")[1]
+
+
+def test_help_names_every_command(fedkl):
+    code, text = fedkl("--help")
+    assert code == 0
+    for command in ("train", "attack", "demo", "report", "data", "key"):
+        assert command in text

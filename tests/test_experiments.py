@@ -1,0 +1,111 @@
+"""Experiments end to end on the packaged sample: resumed, complete, and honest about failures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fedkl import demo, experiments
+from fedkl.attacks import DLG
+from fedkl.auditing import standard_arms
+from fedkl.config import AttackConfig, TrainConfig
+from fedkl.defenses import KeyLock
+from fedkl.errors import ConfigError
+from fedkl.federated import FederatedTraining
+
+TINY = AttackConfig(attack=DLG(evaluations=2), arms=("no-norm", "lock"), trials=2)
+
+
+def test_an_interrupted_attack_equals_an_uninterrupted_one(tmp_path):
+    """The unlocked arm is deterministic, so continuing after one trial must give the same figures."""
+    config = TINY.model_copy(update={"arms": ("no-norm",)})
+    whole = experiments.run(config, out=tmp_path / "whole")
+    cut = experiments.run(config, out=tmp_path / "cut")
+    lines = (cut.path / "results.jsonl").read_text().splitlines(keepends=True)
+    (cut.path / "results.jsonl").write_text(lines[0])
+    (cut.path / "summary.json").unlink()
+    again = experiments.run(config, out=tmp_path / "cut")
+
+    def figures(run):
+        return [{k: v for k, v in record.items() if k != "elapsed"} for record in run.results()]
+
+    assert figures(again) == figures(whole)
+
+
+def test_an_interrupted_training_is_repeated_from_the_start(tmp_path):
+    config = TrainConfig(training=FederatedTraining(rounds=1))
+    run = experiments.run(config, out=tmp_path / "run")
+    expected = run.summary["accuracy"]
+    (run.path / "summary.json").unlink()
+    again = experiments.run(config, out=tmp_path / "run")
+    assert again.summary["accuracy"] == expected
+    assert [record["event"] for record in again.results()] == ["round"]
+
+
+def test_a_locked_training_leaves_nothing_private_in_its_folder(tmp_path):
+    run = experiments.run(
+        TrainConfig(defense=KeyLock(), training=FederatedTraining(rounds=1)), out=tmp_path / "run"
+    )
+    assert set(run.load_tensors("global")) == {
+        f"{layer}.{part}" for layer in ("conv1", "conv2", "conv3", "fc") for part in ("weight", "bias")
+    }
+    for path in run.path.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert b"parametrizations" not in content
+            assert b"running_mean" not in content
+
+
+def test_failures_are_counted_not_dropped():
+    (arm,) = (a for a in standard_arms() if a.name == "lock")
+    good = {
+        "mse": 0.1, "psnr": 35.0, "ssim": 0.5, "correlation": 0.9, "psnr_raw": 9.0, "psnr_affine": 11.0,
+        "ssim_affine": 0.6, "identified": True, "rank": 1, "candidates": 100, "label_correct": True,
+    }  # fmt: skip
+    failed = dict.fromkeys(good) | {"identified": False, "rank": 100, "candidates": 100}
+    records = [
+        {"scores": [score], "scaling": "prior", "evaluations": 5, "loss": loss}
+        for score, loss in ((good, 0.1), (failed, None))
+    ]
+    summary = experiments.arm_summary(arm, records)
+    assert summary["figures"]["psnr"]["n"] == 2
+    assert summary["figures"]["psnr"]["failures"] == 1
+    assert summary["success"]["rate"] == 0.5
+    assert summary["identified"]["rate"] == 0.5
+    json.dumps(summary, allow_nan=False)
+
+
+def test_too_many_auxiliary_images(tmp_path):
+    with pytest.raises(ConfigError, match="auxiliary"):
+        experiments.run(TrainConfig(auxiliary=500), out=tmp_path / "run")
+
+
+def test_the_demo_runs_every_experiment_once(tmp_path, monkeypatch):
+    tiny = {"train": TrainConfig(training=FederatedTraining(rounds=1)), "attack": TINY}
+    monkeypatch.setattr(demo, "EXPERIMENTS", tiny)
+    seen = []
+
+    class Shown:
+        def __init__(self, title):
+            seen.append(title)
+
+        def __enter__(self):
+            return lambda done, total, note: None
+
+        def __exit__(self, *_):
+            return None
+
+    demo.run(tmp_path / "demo", progress=Shown)
+    first = (tmp_path / "demo" / "attack" / "results.jsonl").read_text()
+    demo.run(tmp_path / "demo", progress=Shown)
+    assert seen == ["train", "attack"] * 2
+    assert (tmp_path / "demo" / "attack" / "results.jsonl").read_text() == first
+
+
+def test_reconstructions_are_kept_with_their_truth(tmp_path):
+    run = experiments.run(TINY, out=tmp_path / "run")
+    kept = run.load_tensors("reconstructions/lock-1")
+    assert kept["reconstruction"].shape == kept["truth"].shape == (1, 3, 32, 32)
+    assert torch.isfinite(kept["reconstruction"]).all()

@@ -1,0 +1,295 @@
+"""Key and lock files: private, atomic, and refused with one clear error if they are not what they were."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from torch import nn
+
+import fedkl
+from fedkl import Key, lockfile
+from fedkl.errors import KeyFileError
+
+PASSPHRASE = "correct horse"
+
+
+@pytest.fixture(autouse=True)
+def _cheap_scrypt(monkeypatch, request):
+    if "real_cost" not in request.fixturenames:
+        monkeypatch.setattr(lockfile, "_SCRYPT", {"n": 2, "r": 1, "p": 1})
+
+
+@pytest.fixture
+def real_cost():
+    """Leaves the cost of the passphrase as it is."""
+
+
+@pytest.fixture
+def key():
+    return Key.generate(length=16)
+
+
+@pytest.fixture(params=[PASSPHRASE, None], ids=["encrypted", "plain"])
+def passphrase(request):
+    return request.param
+
+
+@pytest.fixture
+def file(tmp_path, key, passphrase):
+    path = tmp_path / "client.key"
+    fedkl.save_key(key, path, passphrase=passphrase)
+    return path
+
+
+def net(features=8):
+    return nn.Sequential(
+        nn.Conv2d(3, features, 3), nn.BatchNorm2d(features), nn.Conv2d(features, 4, 3), nn.BatchNorm2d(4)
+    )
+
+
+def locked(**options):
+    return fedkl.lock(net(), **{"key": Key.generate(length=16), "layers": "all", **options})
+
+
+def test_a_key_comes_back(file, key, passphrase):
+    loaded = fedkl.load_key(file, passphrase=passphrase)
+    assert torch.equal(loaded.reveal(), key.reveal())
+    assert loaded.distribution == key.distribution
+
+
+def test_with_the_real_cost_of_a_passphrase(real_cost, tmp_path, key):
+    fedkl.save_key(key, tmp_path / "k", passphrase=PASSPHRASE)
+    assert torch.equal(fedkl.load_key(tmp_path / "k", passphrase=PASSPHRASE).reveal(), key.reveal())
+    header = (tmp_path / "k").read_bytes()[12:400]
+    assert b'"n": 32768' in header
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"chained": False, "activation": "relu"}, {"layers": "first", "share_statistics": True}],
+)
+def test_a_lock_comes_back(tmp_path, passphrase, options):
+    lock = locked(**options)
+    lock.model(torch.rand(4, 3, 8, 8))
+    lock.save(tmp_path / "lock", passphrase=passphrase)
+    loaded = fedkl.load_lock(tmp_path / "lock", net(), passphrase=passphrase)
+    loaded.load_public_state(lock.public_state())
+    x = torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(loaded.model.eval()(x), lock.model.eval()(x))
+    assert repr(loaded) == repr(lock)
+    assert loaded.private_names == lock.private_names
+
+
+def test_a_lock_in_execution_order_comes_back(tmp_path):
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b, self.a = nn.LayerNorm(4), nn.LayerNorm(4)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    x = torch.rand(3, 4)
+    lock = fedkl.lock(Backwards(), layers="all", example_inputs=x)
+    assert lock.layers == ("a", "b")
+    lock.save(tmp_path / "lock", passphrase=None)
+    loaded = fedkl.load_lock(tmp_path / "lock", Backwards(), passphrase=None)
+    assert loaded.layers == ("a", "b")
+    torch.testing.assert_close(loaded.model(x), lock.model(x))
+
+
+def test_the_file_is_private(file, key, passphrase):
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.chmod(0o644)
+    fedkl.save_key(key, file, passphrase=passphrase)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_an_encrypted_file_holds_nothing_in_plain_text(tmp_path):
+    lock = locked()
+    lock.model(torch.rand(4, 3, 8, 8))
+    secrets = {**lock.private_state(), "key": lock.key.reveal()}
+    patterns = [t.numpy().tobytes() for t in secrets.values() if t.numel() > 1] + [
+        n.encode() for n in secrets if "." in n
+    ]
+    found = {}
+    for passphrase in (PASSPHRASE, None):
+        lock.save(tmp_path / "lock", passphrase=passphrase)
+        content = (tmp_path / "lock").read_bytes()
+        found[passphrase] = [pattern for pattern in patterns if pattern in content]
+    assert found[PASSPHRASE] == []
+    assert found[None] == patterns
+
+
+def test_two_files_of_one_key_share_no_randomness(tmp_path, key):
+    for name in "ab":
+        fedkl.save_key(key, tmp_path / name, passphrase=PASSPHRASE)
+    a, b = ((tmp_path / name).read_bytes() for name in "ab")
+    assert a[-100:] != b[-100:]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace"])
+def test_a_failed_write_leaves_the_old_file(file, key, passphrase, failure, where, monkeypatch):
+    def fail(*args, **options):
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, fail)
+        with pytest.raises((KeyFileError, KeyboardInterrupt)):
+            fedkl.save_key(Key.generate(length=4), file, passphrase=passphrase)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert torch.equal(fedkl.load_key(file, passphrase=passphrase).reveal(), key.reveal())
+
+
+def test_a_file_that_cannot_be_written(tmp_path, key):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KeyFileError, match="cannot be written"):
+        fedkl.save_key(key, tmp_path / "file" / "below", passphrase=None)
+    with pytest.raises(KeyFileError, match="cannot be written"):
+        fedkl.save_key(key, tmp_path / ("x" * 300), passphrase=None)
+
+
+def test_every_truncation_is_refused(file, passphrase):
+    content = file.read_bytes()
+    for length in range(len(content)):
+        file.write_bytes(content[:length])
+        with pytest.raises(KeyFileError):
+            fedkl.load_key(file, passphrase=passphrase)
+    file.write_bytes(content + b"\0")
+    with pytest.raises(KeyFileError, match="truncated or extended"):
+        fedkl.load_key(file, passphrase=passphrase)
+
+
+@pytest.mark.parametrize("bit", [0x01, 0x02, 0x10, 0x80])
+def test_every_flipped_bit_is_refused(file, passphrase, bit):
+    content = bytearray(file.read_bytes())
+    for position in range(len(content)):
+        content[position] ^= bit
+        file.write_bytes(content)
+        with pytest.raises(KeyFileError):
+            fedkl.load_key(file, passphrase=passphrase)
+        content[position] ^= bit
+    file.write_bytes(content)
+    fedkl.load_key(file, passphrase=passphrase)
+
+
+def test_the_lead_to_each_error(file, passphrase, tmp_path):
+    if passphrase:
+        with pytest.raises(KeyFileError, match=r"client\.key: wrong passphrase"):
+            fedkl.load_key(file, passphrase="wrong")
+        with pytest.raises(KeyFileError, match=r"is encrypted. Give its passphrase"):
+            fedkl.load_key(file, passphrase=None)
+        altered = file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])
+        file.write_bytes(altered)
+        with pytest.raises(KeyFileError, match="was altered after it was written"):
+            fedkl.load_key(file, passphrase=passphrase)
+    else:
+        with pytest.raises(KeyFileError, match=r"not encrypted. Pass passphrase=None to accept that"):
+            fedkl.load_key(file, passphrase=PASSPHRASE)
+    with pytest.raises(KeyFileError, match=r"absent: cannot be read \(No such file"):
+        fedkl.load_key(tmp_path / "absent", passphrase=passphrase)
+    with pytest.raises(KeyFileError, match=r"cannot be read \(Is a directory"):
+        fedkl.load_key(tmp_path, passphrase=passphrase)
+    (tmp_path / "foreign").write_bytes(b"PK\x03\x04" + os.urandom(500))
+    with pytest.raises(KeyFileError, match="not a fedkl key or lock file"):
+        fedkl.load_key(tmp_path / "foreign", passphrase=passphrase)
+
+
+def test_an_empty_passphrase_is_refused(tmp_path, key):
+    with pytest.raises(KeyFileError, match=r"passphrase is empty. Give one, or None"):
+        fedkl.save_key(key, tmp_path / "k", passphrase="")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whether_a_file_is_encrypted_is_always_said(tmp_path, key):
+    with pytest.raises(TypeError, match="passphrase"):
+        fedkl.save_key(key, tmp_path / "k")
+
+
+def test_key_and_lock_files_are_not_mixed_up(file, passphrase, tmp_path):
+    with pytest.raises(KeyFileError, match="expected a lock file, this is a key file"):
+        fedkl.load_lock(file, net(), passphrase=passphrase)
+    locked().save(tmp_path / "lock", passphrase=passphrase)
+    with pytest.raises(KeyFileError, match="expected a key file, this is a lock file"):
+        fedkl.load_key(tmp_path / "lock", passphrase=passphrase)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: net(6),
+        lambda: net().double(),
+        lambda: nn.Sequential(*net(), nn.Conv2d(4, 1, 1)),
+        lambda: nn.Linear(2, 2),
+    ],
+)
+def test_a_lock_is_bound_to_its_model(tmp_path, passphrase, other):
+    locked().save(tmp_path / "lock", passphrase=passphrase)
+    with pytest.raises(KeyFileError, match="belongs to another model"):
+        fedkl.load_lock(tmp_path / "lock", other(), passphrase=passphrase)
+
+
+@pytest.mark.parametrize(
+    "damage", ["no-key", "no-distribution", "options", "activation", "structure", "private"]
+)
+def test_a_wellformed_file_with_a_wrong_content(unchecked, tmp_path, damage):
+    lock = locked()
+    path = tmp_path / "lock"
+    lock.save(path, passphrase=None)
+    meta, tensors = lockfile.read(path, kind="lock", passphrase=None)
+    if damage == "no-key":
+        del tensors["key"]
+    elif damage == "private":
+        del tensors["private/1.running_mean"]
+    elif damage == "activation":
+        meta["options"]["activation"] = "tanh"
+    else:
+        del meta["distribution" if damage == "no-distribution" else damage]
+    lockfile.write(path, kind="lock", meta=meta, tensors=tensors, passphrase=None)
+    with pytest.raises(KeyFileError):
+        fedkl.load_lock(path, net(), passphrase=None)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"[" * 4000,
+        b"[]",
+        b"{}",
+        b'{"version": 1, "encryption": "none", "length": true, "kind": "key"}',
+        b'{"version": 1, "encryption": "none", "length": 1, "kind": ["key"]}',
+    ],
+)
+def test_hostile_headers(tmp_path, fields):
+    path = tmp_path / "k"
+    path.write_bytes(b"FEDKLSEC" + len(fields).to_bytes(4, "big") + fields + b"\0" * 40)
+    with pytest.raises(KeyFileError, match="header is damaged"):
+        fedkl.load_key(path, passphrase=None)
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        ["n", "r", "p"],
+        "nrp",
+        3,
+        None,
+        {"n": 3, "r": 1, "p": 1},
+        {"n": 2**30, "r": 1, "p": 1},
+        {"n": 2, "r": 99, "p": 1},
+    ],
+)
+def test_hostile_costs(tmp_path, key, cost):
+    path = tmp_path / "k"
+    fedkl.save_key(key, path, passphrase=PASSPHRASE)
+    content = path.read_bytes()
+    length = int.from_bytes(content[8:12], "big")
+    fields = json.dumps({**json.loads(content[12 : 12 + length]), "scrypt": cost}).encode()
+    path.write_bytes(content[:8] + len(fields).to_bytes(4, "big") + fields + content[12 + length :])
+    with pytest.raises(KeyFileError, match="header is damaged"):
+        fedkl.load_key(path, passphrase=PASSPHRASE)
