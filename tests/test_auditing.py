@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
-from fedkl import data, models
+from fedkl import PublicUpdate, data, models
 from fedkl.attacks import DLG, Knowledge
 from fedkl.auditing import attack_arms, full_gradient, observe, standard_arms, trials_of
 from fedkl.defenses import KeyLock
@@ -85,20 +87,53 @@ def test_batches_of_trials(dataset):
         trials_of(dataset, trials=501)
 
 
-def test_finished_trials_are_not_repeated(dataset):
-    seen = []
-    arms = [arm for arm in standard_arms() if arm.name in ("no-norm", "lock")]
+def attack(dataset, names, *, trials=2, evaluations=2, **options):
+    results = []
     attack_arms(
-        arms,
-        attack=DLG(evaluations=2),
+        [arm for arm in standard_arms() if arm.name in names],
+        attack=DLG(evaluations=evaluations),
         build=build,
         dataset=dataset,
-        trials=trials_of(dataset, trials=2),
+        trials=trials_of(dataset, trials=trials),
         seed=0,
-        done=frozenset({("no-norm", 0), ("no-norm", 1), ("lock", 0)}),
-        on_result=lambda result: seen.append((result.arm, result.trial)),
+        on_result=results.append,
+        **options,
     )
-    assert seen == [("lock", 1)]
+    return results
+
+
+def test_trials_that_are_done_are_not_repeated(dataset):
+    results = attack(dataset, ("no-norm", "lock"), skip={0})
+    assert {(result.arm, result.trial) for result in results} == {("no-norm", 1), ("lock", 1)}
+
+
+def test_every_image_is_identified_among_the_same_candidates(dataset):
+    results = attack(dataset, ("no-norm",), trials=102, evaluations=1, chunk=102)
+    assert {result.scores[0].candidates for result in results} == {102}
+
+
+def test_chunks_and_progress(dataset):
+    seen = []
+    results = attack(dataset, ("no-norm",), trials=3, chunk=2, on_evaluation=lambda *step: seen.append(step))
+    assert [result.trial for result in results] == [0, 1, 2]
+    assert seen == [(2, 2), (2, 1)]
+
+
+def test_the_server_sees_the_update_after_the_defenses_transform(dataset):
+    """A defense that changes the update is attacked as it is, and a private tensor would be refused."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Zeroed(KeyLock):
+        def transform(self, update):
+            tensors = {n: t if n != "conv1.weight" else 0 * t for n, t in update.tensors.items()}
+            return PublicUpdate(schema=update.schema, tensors=tensors, num_samples=1, round=0)
+
+    model, (trial,), defense = build(0), trials_of(dataset, trials=1), Zeroed()
+    observation = observe(
+        defense.prepare(model), defense=defense, model=model, trial=trial, classes=10, knowledge=Knowledge()
+    )
+    assert not observation.gradient["conv1.weight"].any()
+    assert observation.gradient["conv2.weight"].any()
 
 
 def test_knowledge_in_words():

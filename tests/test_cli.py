@@ -31,13 +31,17 @@ def fedkl(capsys, monkeypatch):
 
 def test_train_then_repeat_from_its_own_config(fedkl, tmp_path):
     out = tmp_path / "run"
-    code, text = fedkl("train", "--out", out, "--defense", "keylock", "--rounds", 1, "--lock", "published")
+    given = tmp_path / "given.toml"
+    given.write_text('type = "train"\ndefense = {type = "keylock", key_length = 77}\n')
+    flags = ("--defense", "keylock", "--rounds", 1, "--lock", "published")
+    code, text = fedkl("train", "--config", given, "--out", out, *flags)
     assert code == 0, text
     summary = json.loads((out / "summary.json").read_text())
     assert summary["rounds"] == 1
     assert len(summary["fill_ins"]) == 7
     config = tomllib.loads((out / "config.toml").read_text())
     assert config["defense"]["key_distribution"] == "uniform"
+    assert config["defense"]["key_length"] == 77
     assert (out / "report.html").is_file()
     code, text = fedkl("train", "--config", out / "config.toml", "--out", tmp_path / "again")
     assert code == 0, text
@@ -94,10 +98,15 @@ def test_an_interrupted_attack_continues(fedkl, tmp_path):
     [
         (("train", "--defense", "magic"), "magic"),
         (("train", "--defense", "keylock", "--lock", "gold"), "--lock"),
+        (("train", "--lock", "published"), "no lock"),
+        (("train", "--layers", "all"), "no lock"),
         (("train", "--centralized", "--clients", "3"), "--centralized"),
         (("train", "--rounds", "0"), "rounds"),
         (("train", "--data", "mnits"), "mnist"),
         (("attack", "--arms", "no-nrom"), "no-nrom"),
+        (("attack", "--arms", "lock,lock"), "more than once"),
+        (("attack", "--attack", "idlg", "--batch-size", "2"), "one image"),
+        (("attack", "--box", "nan"), "finite"),
         (("attack", "--trials", "100000"), "at most"),
         (("attack", "--attack", "magic"), "magic"),
         (("train", "--config", "nowhere.toml"), "cannot be read"),
@@ -149,6 +158,23 @@ def test_an_unencrypted_key_is_explicit(fedkl, tmp_path):
 
 def test_data_list(fedkl):
     assert "mnist-sample" in fedkl("data", "list")[1]
+
+
+@pytest.mark.parametrize(
+    ("title", "note"),
+    [
+        ("attack-dlg", "evaluation 1200 of 2000"),
+        ("attack-dlg", "evaluation 1980, 100 running"),
+        ("[/b]", "[/b]"),
+    ],
+)
+def test_the_progress_bar_shows_its_note_whole(capsys, monkeypatch, title, note):
+    monkeypatch.setenv("COLUMNS", "80")
+    with cli._progress(title) as step:
+        step(100, 140, note)
+    shown = capsys.readouterr().err
+    for part in (title, "100/140", note):
+        assert part in shown
 
 
 def test_help_names_every_command(fedkl):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import tomllib
 
@@ -61,6 +63,92 @@ def test_wrong_values(values, message):
 def test_out_of_range_values_of_components():
     with pytest.raises(ConfigError, match="clients"):
         configs.parse({"type": "train", "training": {"clients": 0}}, source="here")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"arms": ["no-norm", "lock", "lock"]}, "arms: .* got lock more than once"),
+        ({"attack": {"type": "idlg"}, "batch_size": 2}, "batch_size: iDLG infers the label of one image"),
+    ],
+)
+def test_fields_that_do_not_go_together(values, message):
+    with pytest.raises(ConfigError, match=message):
+        configs.parse({"type": "attack", **values}, source="here")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ('type = "train"\ntraining.local.{} = {}', "lr"),
+        ('type = "train"\ntraining.local.{} = {}', "momentum"),
+        ('type = "train"\ntraining.local.{} = {}', "weight_decay"),
+        ('type = "train"\ntraining.local.{} = {}', "lock_weight_decay"),
+        ('type = "train"\ntraining.local.{} = {}', "lr_factor"),
+        ('type = "attack"\nattack.type = "dlg"\nattack.{} = {}', "box"),
+    ],
+)
+def test_numbers_are_finite(tmp_path, values, place, value):
+    path = tmp_path / "config.toml"
+    path.write_text(values.format(place, value), encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"{place}: .*finite"):
+        configs.load(path)
+
+
+def file_of(tmp_path, experiment):
+    path = tmp_path / "given.toml"
+    path.write_text(configs.dump(experiment), encoding="utf-8")
+    return path
+
+
+LOCK = KeyLock(key_length=77, chained=False)
+PUBLISHED = KeyLock(key_distribution="uniform", activation="relu", initialization="published")
+PUBLISHED_77 = dataclasses.replace(PUBLISHED, key_length=77, chained=False)
+
+
+@pytest.mark.parametrize(
+    ("before", "flags", "after"),
+    [
+        (None, {}, NoDefense()),
+        (None, {"defense": "keylock", "lock": "published", "layers": "all"},
+         dataclasses.replace(PUBLISHED, layers="all")),
+        (None, {"defense": "public-norm", "lock": "published"}, PublicNorm(like=PUBLISHED)),
+        (LOCK, {}, LOCK),
+        (LOCK, {"defense": "keylock"}, LOCK),
+        (LOCK, {"lock": "published"}, PUBLISHED_77),
+        (PUBLISHED_77, {"lock": "default"}, LOCK),
+        (LOCK, {"layers": "all"}, dataclasses.replace(LOCK, layers="all")),
+        (LOCK, {"defense": "private-norm", "lock": "published"}, PrivateNorm(like=PUBLISHED_77)),
+        (LOCK, {"defense": "none"}, NoDefense()),
+        (PublicNorm(like=LOCK), {"layers": "all"}, PublicNorm(like=dataclasses.replace(LOCK, layers="all"))),
+        (PublicNorm(like=LOCK), {"defense": "private-norm"}, PrivateNorm(like=LOCK)),
+        (PrivateNorm(like=LOCK), {"defense": "keylock"}, LOCK),
+    ],
+)  # fmt: skip
+def test_flags_change_the_fields_they_name_and_no_other(tmp_path, before, flags, after):
+    file = None if before is None else file_of(tmp_path, TrainConfig(defense=before, seed=7))
+    experiment = configs.from_flags("train", file=file, fields={"training.rounds": 5}, **flags)
+    expected = TrainConfig(defense=after, seed=0 if file is None else 7)
+    assert experiment == expected.model_copy(update={"training": FederatedTraining(rounds=5)})
+
+
+@pytest.mark.parametrize("before", [None, NoDefense(), LOCK])
+@pytest.mark.parametrize("flags", [{"lock": "published"}, {"lock": "default"}, {"layers": "all"}])
+def test_a_lock_is_not_described_in_vain(tmp_path, before, flags):
+    file = None if before is None else file_of(tmp_path, TrainConfig(defense=before))
+    defense = "none" if before == LOCK else None
+    with pytest.raises(ConfigError, match=r"the defense 'none' has no lock.*keylock, public"):
+        configs.from_flags("train", file=file, fields={}, defense=defense, **flags)
+
+
+def test_flags_of_an_attack(tmp_path):
+    attack = IDLG(evaluations=9, restarts=2)
+    file = file_of(tmp_path, AttackConfig(lock=LOCK, attack=attack, labels_known=True))
+    fields = {"labels_known": False, "attack.restarts": 3, "attack.type": None, "trials": None}
+    experiment = configs.from_flags("attack", file=file, fields=fields, lock="published")
+    changed = dataclasses.replace(attack, restarts=3)
+    assert experiment == AttackConfig(lock=PUBLISHED_77, attack=changed, labels_known=False)
 
 
 @pytest.mark.parametrize("content", [b"not = = toml", b"\xff\xfe"])

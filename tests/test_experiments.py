@@ -34,6 +34,18 @@ def test_an_interrupted_attack_equals_an_uninterrupted_one(tmp_path):
     assert figures(again) == figures(whole)
 
 
+def test_a_trial_that_lacks_an_arm_is_repeated_in_all_arms(tmp_path):
+    """Its arms must attack one and the same victim, whose secrets died with the process."""
+    run = experiments.run(TINY, out=tmp_path / "run")
+    records = list(run.results())
+    kept = [r for r in records if (r["arm"], r["trial"]) != ("lock", 1)]
+    run.restart_from(kept)
+    (run.path / "summary.json").unlink()
+    again = list(experiments.run(TINY, out=tmp_path / "run").results())
+    assert sorted((r["arm"], r["trial"]) for r in again) == sorted((r["arm"], r["trial"]) for r in records)
+    assert again[:2] == [r for r in records if r["trial"] == 0]
+
+
 def test_an_interrupted_training_is_repeated_from_the_start(tmp_path):
     config = TrainConfig(training=FederatedTraining(rounds=1))
     run = experiments.run(config, out=tmp_path / "run")

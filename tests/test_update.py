@@ -90,10 +90,23 @@ def test_all_other_problems_come_together(schema, tensors):
         assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("counts", [{"num_samples": 0, "round": 0}, {"num_samples": 1, "round": -1}])
-def test_unusable_counts(schema, tensors, counts):
-    with pytest.raises(UpdateError, match="expected num_samples ≥ 1 and round ≥ 0, got num_samples="):
-        PublicUpdate(schema=schema, tensors=tensors, **counts)
+@pytest.mark.parametrize("num_samples", [0, -1, float("nan"), 2.5, 3.0, True])
+def test_unusable_sample_counts(unchecked, schema, tensors, num_samples):
+    with pytest.raises(UpdateError, match=f"expected integers num_samples ≥ 1 .* num_samples={num_samples},"):
+        PublicUpdate(schema=schema, tensors=tensors, num_samples=num_samples, round=0)
+
+
+@pytest.mark.parametrize("round", [-1, float("nan"), 0.5])
+def test_unusable_rounds(unchecked, schema, tensors, round):
+    with pytest.raises(UpdateError, match=f"and round ≥ 0, got num_samples=1, round={round}"):
+        PublicUpdate(schema=schema, tensors=tensors, num_samples=1, round=round)
+
+
+def test_updates_are_compared_by_identity(update, schema):
+    again = PublicUpdate.from_bytes(update.to_bytes(), schema=schema)
+    assert update == update
+    assert update != again
+    assert len({update, again}) == 2
 
 
 def test_the_repr_shows_no_values_and_no_names(update):
@@ -175,9 +188,24 @@ def test_private_content_under_a_public_name_is_refused(carry):
     lock.public_update(state, kind="weights", num_samples=1, round=0)
 
 
+@pytest.mark.parametrize("secret", ["key", "0.norm.weight", "0.norm.bias", "2.norm.weight", "2.norm.bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_key_and_generated_tensors_under_a_public_name_are_refused(secret, dtype):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2)).to(dtype)
+    lock = fedkl.lock(model, key=fedkl.Key.generate(length=8), layers="all")
+    value = lock.key.reveal().to(dtype) if secret == "key" else None
+    owner, _, name = secret.rpartition(".")
+    value = getattr(lock.model.get_submodule(owner), name) if value is None else value
+    state = {**lock.public_state(), "0.bias": value}
+    with pytest.raises(SecretError, match=r"'0.bias' has the content of a private tensor"):
+        lock.public_update(state, kind="weights", num_samples=1, round=0)
+    lock.public_update(lock.public_state(), kind="weights", num_samples=1, round=0)
+
+
 def test_a_private_tensor_registered_under_a_public_name_is_refused(lock):
     lock.model.alias = lock.model[1].parametrizations.weight.original0
-    for use in (lock.public_state, lambda: lock.schema("weights"), lambda: lock.load_public_state({})):
+    uses = (lock.public_state, lock.full_state, lambda: lock.load_public_state({}))
+    for use in (*uses, lambda: lock.schema("weights"), lambda: lock.schema("gradient")):
         with pytest.raises(
             SecretError, match=r"'alias' is '1.parametrizations.weight.original0', which is private"
         ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,9 @@ from fedkl.errors import DataError
 from fedkl.locking import Split
 from fedkl.metrics import Score, score
 from fedkl.types import Images, Labels
+
+CANDIDATES = 100
+"""Test images among which a reconstruction must identify its own; more where more are attacked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +69,17 @@ def standard_arms(lock: KeyLock | None = None, *, labels: bool = True) -> tuple[
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trial:
-    """One attacked image batch with its truth, for the scoring only."""
+    """One attacked image batch with its truth, for the scoring only.
+
+    Attributes:
+        index: The trial's number.
+        places: Where its images are among the test images.
+        images: Shape ``(batch, channels, height, width)``.
+        labels: Shape ``(batch,)``.
+    """
 
     index: int
+    places: tuple[int, ...]
     images: Images
     labels: Labels
 
@@ -116,7 +127,12 @@ def trials_of(dataset: Dataset, *, trials: int, batch_size: int = 1) -> list[Tri
         )
     batches = torch.split(torch.arange(needed), batch_size)
     return [
-        Trial(index=index, images=dataset.test_images[batch].contiguous(), labels=dataset.test_labels[batch])
+        Trial(
+            index=index,
+            places=tuple(batch.tolist()),
+            images=dataset.test_images[batch].contiguous(),
+            labels=dataset.test_labels[batch],
+        )
         for index, batch in enumerate(batches)
     ]
 
@@ -130,7 +146,7 @@ def observe(
     classes: int,
     knowledge: Knowledge,
 ) -> Observation:
-    """What the server has after one FedSGD step of the victim, in train mode.
+    """What the server has after one FedSGD step of the victim, in train mode: the update as it is sent.
 
     Args:
         victim: The client's split.
@@ -140,14 +156,18 @@ def observe(
         classes: Number of classes.
         knowledge: What the server is granted.
     """
-    gradient = full_gradient(plain_copy(victim), trial.images, trial.labels)
-    visible = set(victim.public_parameters())
+    loss = F.cross_entropy(victim.model.train()(trial.images), trial.labels)
+    sent = victim.public_update(
+        victim.public_gradient(loss), kind="gradient", num_samples=len(trial.images), round=0
+    )
+    gradient = dict(defense.transform(sent).tensors)
     if knowledge.affine_gradient:
-        visible = set(gradient)
+        granted = full_gradient(plain_copy(victim), trial.images, trial.labels)
+        gradient |= {name: g for name, g in granted.items() if name not in gradient}
     channels, height, width = trial.images.shape[1:]
     return Observation(
         model=defense.server_view(victim, model, granted=knowledge),
-        gradient={name: g for name, g in gradient.items() if name in visible},
+        gradient=gradient,
         image_shape=(channels, height, width),
         classes=classes,
         batch_size=len(trial.images),
@@ -170,67 +190,66 @@ def attack_arms(
     dataset: Dataset,
     trials: Sequence[Trial],
     seed: int,
+    skip: Collection[int] = (),
     chunk: int = 20,
-    done: frozenset[tuple[str, int]] = frozenset(),
     on_result: Callable[[TrialResult], None],
+    on_evaluation: Callable[[int, int], None] | None = None,
 ) -> None:
     """Attacks every trial in every arm.
 
     Arms with the same defense attack the same victim (same weights, same γ and β) in a trial; every arm uses
-    the same images, model seeds and attack seeds.
+    the same images, model seeds and attack seeds. Observations of one kind are attacked as one batch, across
+    arms.
 
     Args:
         arms: The arms.
         attack: The attack.
         build: Builds the plain model of a trial from the trial's number.
         dataset: Its test images are the candidates of the identification.
-        trials: The trials.
+        trials: The trials, from the dataset's test images.
         seed: Of the attack's randomness. Keys and lock layers come from the operating system.
+        skip: Numbers of trials that are not attacked, e.g. those of an earlier, interrupted run.
         chunk: Trials attacked at once.
-        done: (arm, trial) pairs to skip, e.g. those of an earlier, interrupted run.
         on_result: Called with each result.
+        on_evaluation: Called with (evaluations so far, problems still running) of the present batch.
     """
-    for first in range(0, len(trials), chunk):
-        group = trials[first : first + chunk]
+    candidates = dataset.test_images[: max(CANDIDATES, sum(len(trial.images) for trial in trials))]
+    due = [trial for trial in trials if trial.index not in skip]
+    for first in range(0, len(due), chunk):
+        group = due[first : first + chunk]
         models = {trial.index: build(trial.index) for trial in group}
         victims: dict[tuple[Defense, int], Split] = {}
-        for arm in arms:
-            due = [trial for trial in group if (arm.name, trial.index) not in done]
-            for trial in due:
-                place = (arm.defense, trial.index)
-                if place not in victims:
-                    victims[place] = arm.defense.prepare(models[trial.index])
-            observations = [
-                observe(
-                    victims[arm.defense, trial.index],
-                    defense=arm.defense,
-                    model=models[trial.index],
-                    trial=trial,
-                    classes=dataset.spec.classes,
-                    knowledge=arm.knowledge,
-                )
-                for trial in due
-            ]
-            generators = [rng.generator(seed, "attack", trial.index) for trial in due]
-            found = attack.reconstruct_many(observations, generators=generators) if due else []
-            for trial, reconstruction in zip(due, found, strict=True):
-                on_result(_scored(arm, trial, reconstruction, dataset))
+        batches: dict[Hashable, list[tuple[Arm, Trial, Observation]]] = {}
+        for arm, trial in ((arm, trial) for arm in arms for trial in group):
+            model, place = models[trial.index], (arm.defense, trial.index)
+            if place not in victims:
+                victims[place] = arm.defense.prepare(model)
+            observation = observe(
+                victims[place],
+                defense=arm.defense,
+                model=model,
+                trial=trial,
+                classes=dataset.spec.classes,
+                knowledge=arm.knowledge,
+            )
+            batches.setdefault(observation.kind, []).append((arm, trial, observation))
+        for batch in batches.values():
+            generators = [rng.generator(seed, "attack", trial.index) for _, trial, _ in batch]
+            found = attack.reconstruct_many(
+                [o for _, _, o in batch], generators=generators, on_evaluation=on_evaluation
+            )
+            for (arm, trial, _), reconstruction in zip(batch, found, strict=True):
+                on_result(_scored(arm, trial, reconstruction, candidates))
 
 
-def _scored(arm: Arm, trial: Trial, reconstruction: Reconstruction, dataset: Dataset) -> TrialResult:
-    size = len(trial.images)
+def _scored(arm: Arm, trial: Trial, reconstruction: Reconstruction, candidates: Tensor) -> TrialResult:
     scores = score(
         reconstruction.images,
         trial.images,
-        candidates=dataset.test_images[:100] if trial.index * size + size <= 100 else dataset.test_images,
-        candidate_index=list(range(trial.index * size, trial.index * size + size)),
+        candidates=candidates,
+        candidate_index=trial.places,
         labels_true=trial.labels,
         labels_found=reconstruction.labels,
         scaling=reconstruction.scaling,
     )
-    return TrialResult(
-        arm=arm.name,
-        trial=trial.index,
-        scores=tuple(scores),
-        reconstruction=reconstruction,
-    )
+    return TrialResult(arm=arm.name, trial=trial.index, scores=tuple(scores), reconstruction=reconstruction)

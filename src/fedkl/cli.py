@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -48,6 +48,10 @@ SeedOption = Annotated[
     int | None, typer.Option(help="Seed of weights, partition, batches and attack starts.")
 ]
 DataOption = Annotated[str | None, typer.Option("--data", help="Dataset name; see `fedkl data list`.")]
+RootOption = Annotated[str | None, typer.Option(help="Folder of the datasets.")]
+ModelOption = Annotated[str | None, typer.Option(help="Model of the zoo.")]
+LockOption = Annotated[str | None, typer.Option(help="default, or published (uniform key, ReLU).")]
+LayersOption = Annotated[str | None, typer.Option(help="Locked layers: first or all.")]
 InitOption = Annotated[str | None, typer.Option(help="Initial weights: default or uniform (U(−0.5, 0.5)).")]
 PlainOption = Annotated[bool, typer.Option("--unencrypted", help="Leave the file unencrypted.")]
 
@@ -55,13 +59,13 @@ PlainOption = Annotated[bool, typer.Option("--unencrypted", help="Leave the file
 @contextmanager
 def _progress(title: str) -> Iterator[experiments.Progress]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=None, note="")
@@ -72,46 +76,10 @@ def _progress(title: str) -> Iterator[experiments.Progress]:
         yield step
 
 
-def _overridden(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Sets dotted fields that were given on the command line."""
-    for place, value in overrides.items():
-        if value is None:
-            continue
-        *path, last = place.split(".")
-        level = base
-        for name in path:
-            level = level.setdefault(name, {})
-        level[last] = value
-    return base
-
-
-def _base(path: Path | None, kind: str) -> dict[str, Any]:
-    if path is None:
-        return {"type": kind}
-    values = configs.values_of(configs.load(path))
-    if values["type"] != kind:
-        raise ConfigError(f"{path}: expected a {kind} experiment, this is '{values['type']}'.")
-    return values
-
-
-_LOCKS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "published": {"key_distribution": "uniform", "activation": "relu", "initialization": "published"},
-}
-
-
-def _lock_fields(lock: str, layers: str | None) -> dict[str, Any]:
-    if lock not in _LOCKS:
-        raise ConfigError(f"--lock: unknown '{lock}'. Choose one of {', '.join(_LOCKS)}.")
-    return {"type": "keylock", **_LOCKS[lock], **({"layers": layers} if layers else {})}
-
-
-def _defense_fields(defense: str, lock: str, layers: str | None) -> dict[str, Any]:
-    if defense == "keylock":
-        return _lock_fields(lock, layers)
-    if defense in ("public-norm", "private-norm"):
-        return {"type": defense, "like": _lock_fields(lock, layers)}
-    return {"type": defense}
+def _run(experiment: configs.TrainConfig | configs.AttackConfig, out: Path) -> None:
+    with _progress(experiment.type) as progress:
+        run = experiments.run(experiment, out=out, progress=progress)
+    _finish(run.path)
 
 
 @app.command()
@@ -122,11 +90,11 @@ def train(
         str | None,
         typer.Option(help="none, keylock, public-norm or private-norm; the controls are norm-matched."),
     ] = None,
-    lock: Annotated[str, typer.Option(help="default, or published (uniform key, ReLU).")] = "default",
-    layers: Annotated[str | None, typer.Option(help="Locked layers: first or all.")] = None,
+    lock: LockOption = None,
+    layers: LayersOption = None,
     data_name: DataOption = None,
-    data_root: Annotated[str | None, typer.Option(help="Folder of the datasets.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model of the zoo.")] = None,
+    data_root: RootOption = None,
+    model: ModelOption = None,
     initialization: InitOption = None,
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
     centralized: Annotated[bool, typer.Option("--centralized", help="One client with all the data.")] = False,
@@ -140,13 +108,12 @@ def train(
     """Federated training in one process, then the server's own model under every fill-in."""
     if centralized and clients not in (None, 1):
         raise ConfigError(f"--centralized is one client; got --clients {clients}. Give one of the two.")
-    overrides = {
+    fields = {
         "seed": seed,
         "data.name": data_name,
         "data.root": data_root,
         "model.name": model,
         "model.initialization": initialization,
-        "defense": _defense_fields(defense, lock, layers) if defense else None,
         "training.clients": 1 if centralized else clients,
         "training.rounds": rounds,
         "training.eval_every": eval_every,
@@ -154,10 +121,10 @@ def train(
         "training.local.batch_size": batch_size,
         "training.local.lr": lr,
     }
-    experiment = configs.parse(_overridden(_base(config, "train"), overrides), source="The command line")
-    with _progress("train") as progress:
-        run = experiments.run(experiment, out=out, progress=progress)
-    _finish(run.path)
+    experiment = configs.from_flags(
+        "train", file=config, fields=fields, defense=defense, lock=lock, layers=layers
+    )
+    _run(experiment, out)
 
 
 @app.command()
@@ -166,8 +133,8 @@ def attack(
     config: ConfigOption = None,
     kind: Annotated[str | None, typer.Option("--attack", help="dlg or idlg.")] = None,
     arms: Annotated[str | None, typer.Option(help="Comma-separated arms; all if not given.")] = None,
-    lock: Annotated[str | None, typer.Option(help="default, or published (uniform key, ReLU).")] = None,
-    layers: Annotated[str | None, typer.Option(help="Locked layers: first or all.")] = None,
+    lock: LockOption = None,
+    layers: LayersOption = None,
     labels: Annotated[
         bool | None, typer.Option("--labels-known/--labels-unknown", help="Grant the labels, in every arm.")
     ] = None,
@@ -179,39 +146,30 @@ def attack(
     history: Annotated[int | None, typer.Option(help="Correction pairs of L-BFGS.")] = None,
     box: Annotated[float | None, typer.Option(help="Weight of the prior that pixels are in [0, 1].")] = None,
     data_name: DataOption = None,
-    data_root: Annotated[str | None, typer.Option(help="Folder of the datasets.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model of the zoo.")] = None,
+    data_root: RootOption = None,
+    model: ModelOption = None,
     initialization: InitOption = None,
     seed: SeedOption = None,
 ) -> None:
     """Gradient inversion of the key-lock and its controls."""
-    overrides = {
+    fields = {
         "seed": seed,
         "data.name": data_name,
         "data.root": data_root,
         "model.name": model,
         "model.initialization": initialization,
-        "lock": _lock_fields(lock or "default", layers) if lock or layers else None,
-        "arms": [name.strip() for name in arms.split(",")] if arms else None,
+        "arms": None if arms is None else [name.strip() for name in arms.split(",")],
         "labels_known": labels,
         "trials": trials,
         "batch_size": batch_size,
+        "attack.type": kind,
+        "attack.evaluations": evaluations,
+        "attack.restarts": restarts,
+        "attack.weighting": weighting,
+        "attack.history": history,
+        "attack.box": box,
     }
-    base = _base(config, "attack")
-    fields: dict[str, Any] = {
-        "evaluations": evaluations,
-        "restarts": restarts,
-        "weighting": weighting,
-        "history": history,
-        "box": box,
-    }
-    if kind or any(value is not None for value in fields.values()):
-        overrides |= {"attack.type": kind or base.get("attack", {}).get("type", "dlg")}
-        overrides |= {f"attack.{name}": value for name, value in fields.items()}
-    experiment = configs.parse(_overridden(base, overrides), source="The command line")
-    with _progress("attack") as progress:
-        run = experiments.run(experiment, out=out, progress=progress)
-    _finish(run.path)
+    _run(configs.from_flags("attack", file=config, fields=fields, lock=lock, layers=layers), out)
 
 
 @app.command("demo")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from fedkl.attacks import DLG, AnyAttack
+from fedkl.attacks import DLG, IDLG, AnyAttack
 from fedkl.defenses import AnyDefense, KeyLock, NoDefense
 from fedkl.errors import ConfigError, gathered
 from fedkl.federated import FederatedTraining
@@ -21,7 +21,7 @@ else:
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(_Config):
@@ -64,6 +64,18 @@ class AttackConfig(_Config):
     trials: Annotated[int, Field(ge=1)] = 20
     batch_size: Annotated[int, Field(ge=1)] = 1
 
+    @model_validator(mode="after")
+    def _check(self) -> AttackConfig:
+        repeated = sorted({name for name in self.arms if self.arms.count(name) > 1})
+        if repeated:
+            raise ConfigError(f"arms: expected each at most once, got {', '.join(repeated)} more than once.")
+        if isinstance(self.attack, IDLG) and self.batch_size > 1:
+            raise ConfigError(
+                f"batch_size: iDLG infers the label of one image, got a batch of {self.batch_size}. Use "
+                "batch_size = 1, or the attack dlg."
+            )
+        return self
+
 
 ExperimentConfig = Annotated[TrainConfig | AttackConfig, Field(discriminator="type")]
 
@@ -103,6 +115,86 @@ def load(path: Path) -> TrainConfig | AttackConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file ({error}).") from error
     return parse(values, source=str(path))
+
+
+# Settings of the lock by name: the fields that differ between them.
+_PUBLISHED = {"key_distribution": "uniform", "activation": "relu", "initialization": "published"}
+_LOCKS = {"default": {name: getattr(KeyLock(), name) for name in _PUBLISHED}, "published": _PUBLISHED}
+_CONTROLS = tuple(d.type for d in get_args(AnyDefense) if "like" in d.__dataclass_fields__)
+
+
+def from_flags(
+    kind: Literal["train", "attack"],
+    *,
+    file: Path | None,
+    fields: dict[str, Any],
+    defense: str | None = None,
+    lock: str | None = None,
+    layers: str | None = None,
+) -> TrainConfig | AttackConfig:
+    """An experiment from the command line: a file or the defaults, with the fields that were given instead.
+
+    Args:
+        kind: What the file must hold.
+        file: A TOML file; the defaults if None.
+        fields: Values by dotted field; None: not given.
+        defense: Type of the defense of a training. Another type than before starts from its own defaults, but
+            where both have a lock, the lock stays.
+        lock: Setting of the lock, "default" or "published"; its other fields stay.
+        layers: Locked layers.
+
+    Raises:
+        ConfigError: The file or a field is not usable, or a lock is described that the defense does not have.
+    """
+    values = values_of(parse({"type": kind}, source="Default") if file is None else load(file))
+    if values["type"] != kind:
+        raise ConfigError(f"{file}: expected a {kind} experiment, this is '{values['type']}'.")
+    for place, value in fields.items():
+        if value is not None:
+            _set(values, place, value)
+    if kind == "train" and defense is not None:
+        values["defense"] = _switched(values["defense"], defense)
+    described = _lock_fields(lock, layers)
+    if described:
+        target = values["lock"] if kind == "attack" else _lock_of(values["defense"])
+        if target is None:
+            raise ConfigError(_NO_LOCK.format(values["defense"]["type"]))
+        target.update(described)
+    return parse(values, source="The command line")
+
+
+_NO_LOCK = (
+    "--lock, --layers: the defense '{}' has no lock. Leave them out, or add --defense with one of "
+    f"{', '.join(['keylock', *_CONTROLS])}."
+)
+
+
+def _set(values: dict[str, Any], place: str, value: Any) -> None:
+    *path, last = place.split(".")
+    for name in path:
+        values = values[name]
+    values[last] = value
+
+
+def _lock_fields(lock: str | None, layers: str | None) -> dict[str, Any]:
+    if lock is not None and lock not in _LOCKS:
+        raise ConfigError(f"--lock: unknown '{lock}'. Choose one of {', '.join(_LOCKS)}.")
+    fields: dict[str, Any] = {} if lock is None else dict(_LOCKS[lock])
+    return fields if layers is None else fields | {"layers": layers}
+
+
+def _lock_of(defense: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of a defense's lock: its own, or those of the lock that a control is like."""
+    return defense if defense["type"] == "keylock" else defense.get("like")
+
+
+def _switched(defense: dict[str, Any], kind: str) -> dict[str, Any]:
+    if kind == defense["type"]:
+        return defense
+    lock = _lock_of(defense) or {"type": "keylock"}
+    if kind == "keylock":
+        return lock
+    return {"type": kind, "like": lock} if kind in _CONTROLS else {"type": kind}
 
 
 def dump(config: TrainConfig | AttackConfig) -> str:

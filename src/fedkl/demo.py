@@ -6,13 +6,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import torch
+
 from fedkl import experiments
 from fedkl.attacks import DLG
 from fedkl.config import AttackConfig, ModelConfig, TrainConfig
 from fedkl.defenses import AnyDefense, KeyLock, NoDefense
 from fedkl.federated import FederatedTraining, LocalTraining
 
-TRAINING = FederatedTraining(rounds=20, local=LocalTraining(batch_size=16))
+TRAINING = FederatedTraining(rounds=15, local=LocalTraining(batch_size=16))
 
 
 def _train(defense: AnyDefense) -> TrainConfig:
@@ -24,7 +26,7 @@ EXPERIMENTS: dict[str, TrainConfig | AttackConfig] = {
     "train-fedkl": _train(KeyLock()),
     "attack-dlg": AttackConfig(
         model=ModelConfig(initialization="default"),
-        attack=DLG(evaluations=1200, weighting="sqrt"),
+        attack=DLG(evaluations=1600, weighting="sqrt", box=1e-3),
         arms=("no-norm", "public-norm", "private-norm", "lock", "lock-known-both"),
         trials=4,
     ),
@@ -41,6 +43,11 @@ def run(out: Path, *, progress: Callable[[str], AbstractContextManager[experimen
     Raises:
         FedKLError: The folder is not usable.
     """
-    for name, config in EXPERIMENTS.items():
-        with progress(name) as step:
-            experiments.run(config, out=out / name, progress=step)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small are slower on several
+    try:
+        for name, config in EXPERIMENTS.items():
+            with progress(name) as step:
+                experiments.run(config, out=out / name, progress=step)
+    finally:
+        torch.set_num_threads(threads)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
@@ -74,7 +75,7 @@ def _train(config: TrainConfig, directory: RunDirectory, dataset: Dataset, progr
         raise ConfigError(
             f"auxiliary: expected fewer than {len(dataset.test_images)}, got {config.auxiliary}."
         )
-    directory.restart()
+    directory.restart_from([])
     start = perf_counter()
     model = _builder(config, dataset)(0)
     federation = Federation(
@@ -171,10 +172,12 @@ def chosen_arms(config: AttackConfig) -> tuple[Arm, ...]:
 def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, progress: Progress) -> None:
     arms = chosen_arms(config)
     trials = trials_of(dataset, trials=config.trials, batch_size=config.batch_size)
-    records = [record for record in directory.results() if record["event"] == "trial"]
-    done = frozenset((record["arm"], record["trial"]) for record in records)
+    records = _complete_trials(directory, arms)
+    directory.restart_from(records)
+    done = {record["trial"] for record in records}
     start = perf_counter()
     earlier = max((record["elapsed"] for record in records), default=0.0)
+    total = len(arms) * len(trials)
 
     def keep(result: TrialResult) -> None:
         place = f"reconstructions/{result.arm}-{result.trial}"
@@ -183,7 +186,11 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
         record = result.to_dict() | {"elapsed": earlier + perf_counter() - start}
         directory.append(record)
         records.append(record)
-        progress(len(records), len(arms) * len(trials), result.arm)
+        progress(len(records), total, result.arm)
+
+    def show(evaluations: int, running: int) -> None:
+        if evaluations % 20 == 0:
+            progress(len(records), total, f"evaluation {evaluations}, {running} problems running")
 
     attack_arms(
         arms,
@@ -191,11 +198,22 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
         build=_builder(config, dataset),
         dataset=dataset,
         trials=trials,
+        skip=done,
         seed=config.seed,
-        done=done,
         on_result=keep,
+        on_evaluation=show,
     )
     directory.finish(_attack_summary(config, arms, records))
+
+
+def _complete_trials(directory: RunDirectory, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Records of an interrupted run whose trial has all its arms.
+
+    A trial that lacks one is repeated in all: its arms share a victim, whose key and lock layers are gone.
+    """
+    records = [record for record in directory.results() if record["event"] == "trial"]
+    counts = Counter(record["trial"] for record in records)
+    return [record for record in records if counts[record["trial"]] == len(arms)]
 
 
 def _attack_summary(

@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_text(present, text)
-            write_text(path / "environment.json", json.dumps(_environment(version), indent=2) + "\n")
+            if not (path / "summary.json").exists():  # a finished run keeps the environment it ran in
+                write_text(path / "environment.json", json.dumps(_environment(version), indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from error
         run = cls(path)
@@ -119,10 +120,10 @@ class RunDirectory:
         if text and not text.endswith("\n"):
             write_text(path, text[: text.rfind("\n") + 1])
 
-    def restart(self) -> None:
-        """Forgets the results of an interrupted run that cannot be continued."""
-        for name in ("results.jsonl", "summary.json"):
-            (self.path / name).unlink(missing_ok=True)
+    def restart_from(self, records: Sequence[dict[str, Any]]) -> None:
+        """Keeps only these of an interrupted run's records."""
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        write_text(self.path / "results.jsonl", "".join(lines))
 
     def save_tensors(self, name: str, tensors: NamedTensors) -> None:
         """Writes tensors to ``name.safetensors``, atomically."""

@@ -111,7 +111,7 @@ def _tensor_problem(tensor: object, spec: TensorSpec) -> str | None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # == of tensors is no truth value
 class PublicUpdate:
     """Named public tensors that a client sends to the server.
 
@@ -126,7 +126,7 @@ class PublicUpdate:
     Raises:
         SecretError: A private name is among the tensors.
         UpdateError: A tensor is missing, unexpected, wrongly shaped or typed, or non-finite, or the
-            sample count is not positive.
+            sample count is not an integer ≥ 1.
     """
 
     schema: PublicSchema = field(repr=False)
@@ -135,9 +135,11 @@ class PublicUpdate:
     round: int
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1 or self.round < 0:
-            counts = f"num_samples={self.num_samples}, round={self.round}"
-            raise UpdateError(f"PublicUpdate refused: expected num_samples ≥ 1 and round ≥ 0, got {counts}.")
+        integers = type(self.num_samples) is type(self.round) is int  # a bool is no count
+        if not integers or self.num_samples < 1 or self.round < 0:
+            expected = "integers num_samples ≥ 1 and round ≥ 0"
+            got = f"num_samples={self.num_samples!r}, round={self.round!r}"
+            raise UpdateError(f"PublicUpdate refused: expected {expected}, got {got}.")
         self.schema.check(self.tensors, subject="PublicUpdate")
         copies = {name: self.tensors[name].detach().cpu().clone() for name in self.schema.specs}
         object.__setattr__(self, "tensors", MappingProxyType(copies))

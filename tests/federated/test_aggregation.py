@@ -50,17 +50,27 @@ def test_no_update_at_all():
         weighted_average([])
 
 
-def test_integers_must_agree():
-    a, b = update({"n": torch.tensor([1])}), update({"n": torch.tensor([2])})
-    with pytest.raises(UpdateError, match="'n'"):
+def test_counts_of_batches_are_averaged_and_rounded():
+    """Clients with shares of different size have seen different numbers of batches."""
+    a = update({"n": torch.tensor(10), "mask": torch.tensor([True])}, num_samples=1)
+    b = update({"n": torch.tensor(15), "mask": torch.tensor([True])}, num_samples=3)
+    average = weighted_average([a, b])
+    assert average["n"].item() == 14
+    assert average["n"].dtype == torch.int64
+    assert average["mask"].item() is True
+
+
+def test_booleans_must_agree():
+    a, b = update({"mask": torch.tensor([True])}), update({"mask": torch.tensor([False])})
+    with pytest.raises(UpdateError, match="'mask'"):
         weighted_average([a, b])
 
 
 def test_the_servers_gradient_step_is_torchs_nesterov_sgd():
     start = {"w": torch.randn(4), "b": torch.randn(2)}
     parameters = [torch.nn.Parameter(t.clone()) for t in start.values()]
-    oracle = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True)
-    server = Server(start, lr=0.1, momentum=0.9)
+    oracle = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.05)
+    server = Server(start, lr=0.1, momentum=0.9, weight_decay=0.05)
     for round in range(4):
         gradients = {name: torch.randn_like(t) for name, t in start.items()}
         for parameter, gradient in zip(parameters, gradients.values(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch.nn import functional as F
 
 from fedkl import data, models, rng
 from fedkl.defenses import KeyLock, NoDefense, PrivateNorm, PublicNorm
-from fedkl.errors import ConfigError, DataError
+from fedkl.defenses.base import plain_copy
+from fedkl.errors import ConfigError, DataError, SecretError
 from fedkl.federated import Client, FederatedTraining, Federation, LocalTraining, server_fill_ins
+from fedkl.federated.fill_in import _baked, _Filled
 from fedkl.locking import Split
 
 DEFENSES = [NoDefense(), KeyLock(), KeyLock(layers="all"), PublicNorm(), PrivateNorm()]
@@ -179,17 +182,109 @@ def test_fill_ins_of_an_untrained_federation(dataset):
     assert all(0 <= arm.accuracy <= 1 for arm in arms)
 
 
+class TwoNorms(torch.nn.Module):
+    """One norm is locked, the other one is public."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 5, 4), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3),
+            torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(100, 10),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def filled_in(dataset, defense):
+    run = Federation(
+        TwoNorms(), defense=defense, dataset=dataset, training=FederatedTraining(rounds=2), seed=0
+    )
+    list(run.run())
+    server = defense.prepare(TwoNorms())
+    server.load_public_state(run.server.state)
+    return run, _Filled(plain_copy(server), server)
+
+
+def test_fill_ins_leave_everything_public_as_it_is(dataset):
+    run, filled = filled_in(dataset, KeyLock())
+    baked = [_baked(client, run.split, run.server.state) for client in run.clients]
+    images, labels = dataset.test_images[:20], dataset.test_labels[:20]
+    variants = [filled.neutral(), filled.averaged(baked), filled.refitted(images, labels, steps=3)]
+    variants += [filled.neutral()._copy()]
+    for variant in variants:
+        for _, model, _ in variant.with_statistics(images):
+            state = model.state_dict()
+            for name, tensor in run.server.state.items():
+                assert torch.equal(state[name], tensor), name
+    neutral = variants[0].model
+    assert torch.equal(neutral.body[1].weight, torch.ones(4))
+    assert torch.equal(neutral.body[1].bias, torch.zeros(4))
+    assert not torch.equal(variants[2].model.body[1].weight, filled.model.body[1].weight)
+
+
+def test_fill_ins_keep_public_statistics(dataset):
+    run, filled = filled_in(dataset, KeyLock(share_statistics=True))
+    ((kind, model, used),) = filled.neutral().with_statistics(dataset.test_images[:20])
+    assert (kind, used) == ("public", 0)
+    assert torch.equal(model.body[1].running_mean, run.server.state["body.1.running_mean"])
+    assert model.body[1].running_mean.any()
+
+
+def test_re_estimated_statistics_are_those_of_the_auxiliary_images(dataset):
+    _, filled = filled_in(dataset, KeyLock())
+    images = dataset.test_images[:20]
+    (_, initial, _), (_, estimated, used) = filled.neutral().with_statistics(images)
+    assert used == 20
+    assert torch.equal(initial.body[1].running_mean, torch.zeros(4))
+    features = estimated.body[0](images)
+    torch.testing.assert_close(estimated.body[1].running_mean, features.mean((0, 2, 3)))
+    torch.testing.assert_close(estimated.body[1].running_var, features.var((0, 2, 3)))
+
+
+def test_without_private_parameters_there_is_nothing_to_fill_in(dataset):
+    run = federation(dataset, PublicNorm(), rounds=1)
+    list(run.run())
+    pair = (dataset.test_images[:20], dataset.test_labels[:20])
+    options = {"defense": run.defense, "model": lenet(), "state": run.server.state, "split": run.split}
+    assert server_fill_ins(**options, clients=run.clients, auxiliary=pair, test=pair) == []
+
+
 def test_the_mean_oracle_of_one_client_is_its_own_model(dataset):
-    """Oracle: with one client and its statistics the mean γ, β give exactly the client's model."""
+    """Oracle: with one client the mean γ and β give exactly the client's parameters."""
     run = federation(dataset, KeyLock(), clients=1, rounds=2)
     list(run.run())
-    from fedkl.federated.fill_in import _mean_affine
-
-    mean = _mean_affine(run.split, run.server.state, run.clients)
-    run.clients[0].enter(run.split, run.server.state)
-    baked = run.split.bake()
+    server = run.defense.prepare(lenet())
+    server.load_public_state(run.server.state)
+    baked = _baked(run.clients[0], run.split, run.server.state)
+    mean = _Filled(plain_copy(server), server).averaged([baked]).model
     for name, parameter in baked.named_parameters():
-        torch.testing.assert_close(dict(mean.named_parameters())[name], parameter)
+        torch.testing.assert_close(mean.get_parameter(name), parameter)
+
+
+def test_gradients_without_statistics_are_refused(dataset):
+    """No gradient carries public running statistics, so nobody would learn them."""
+    training = FederatedTraining(local=LocalTraining(algorithm="fedsgd"))
+    options = {"dataset": dataset, "training": training, "seed": 0}
+    with pytest.raises(ConfigError, match=r"body\.1\.running_mean"):
+        Federation(TwoNorms(), defense=NoDefense(), **options)
+    Federation(TwoNorms(), defense=KeyLock(), **options)
+
+
+def test_public_statistics_of_unequal_clients_are_averaged(dataset):
+    part = {"train_images": dataset.train_images[:130], "train_labels": dataset.train_labels[:130]}
+    rest = {"test_images": dataset.test_images, "test_labels": dataset.test_labels}
+    uneven = data.Dataset(dataset.spec, **part, **rest)
+    training = FederatedTraining(clients=2, rounds=1, local=LocalTraining(batch_size=65))
+    run = Federation(TwoNorms(), defense=NoDefense(), dataset=uneven, training=training, seed=0)
+    run.run_round(0)
+    assert run.server.state["body.1.num_batches_tracked"] >= 1
+
+
+def test_a_client_cannot_be_pickled(dataset):
+    run = federation(dataset, PrivateNorm(), rounds=1)
+    with pytest.raises(SecretError, match="pickled"):
+        pickle.dumps(run.clients[0])
 
 
 def test_clients_without_data_are_refused(dataset):
@@ -204,7 +299,17 @@ def test_clients_without_data_are_refused(dataset):
         )
 
 
-@pytest.mark.parametrize("bad", [{"epochs": 0}, {"lr": 0.0}, {"momentum": 1.0}, {"weight_decay": -1.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"epochs": 0},
+        {"lr": 0.0},
+        {"momentum": 1.0},
+        {"weight_decay": -1.0},
+        {"lock_weight_decay": -1.0},
+        {"lr_factor": float("nan")},
+    ],
+)
 def test_unusable_training_options(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         LocalTraining(**bad)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import itertools
 import subprocess
 import sys
 
@@ -16,6 +18,7 @@ from torch.nn.utils import parametrizations
 
 import fedkl
 from fedkl.errors import LockError, SecretError, UpdateError
+from fedkl.locking import Split, withhold_statistics
 
 
 class SubNorm(nn.LayerNorm):
@@ -140,6 +143,33 @@ def test_locking_twice():
     fedkl.lock(lock.bake(), layers=["bn1"])
 
 
+def test_loading_a_lock_into_a_locked_model(tmp_path, unchecked):
+    lock = fedkl.lock(Net(), layers=["bn1"])
+    lock.save(tmp_path / "lock", passphrase=None)
+    with pytest.raises(LockError, match=r"locked already .* lock.bake\(\)"):
+        fedkl.load_lock(tmp_path / "lock", lock.model, passphrase=None)
+    with pytest.raises(LockError, match=r"model= must be a torch.nn.Module, got dict"):
+        fedkl.load_lock(tmp_path / "lock", {}, passphrase=None)
+    assert fedkl.load_lock(tmp_path / "lock", lock.bake(), passphrase=None).layers == ("bn1",)
+
+
+def narrow(*widths):
+    pairs = itertools.pairwise(widths)
+    return nn.Sequential(*(part for pair in pairs for part in (nn.Linear(*pair), nn.Tanh())))
+
+
+def test_a_linear_layer_of_one_output_gets_no_norm():
+    message = "'2' (Linear) has one output, which a norm inserted after it would make constant"
+    assert_refused(narrow(4, 4, 1, 4, 2), message, layers=["0", "2"])
+    assert_refused(narrow(4, 1, 2), "nor a linear layer of more than one output")
+    assert_refused(narrow(4, 1, 1), "the predicate matched none", layers=lambda name, module: True)
+    assert fedkl.lock(narrow(1, 1, 4, 3), layers="first").layers == ("2.norm",)
+    assert fedkl.lock(narrow(4, 4, 1, 4, 2), layers="all").layers == ("0.norm", "4.norm")
+    assert fedkl.lock(narrow(4, 4, 1), layers="all").layers == ("0.norm",)  # the head stays the head
+    conv = nn.Sequential(nn.Conv2d(3, 1, 3), nn.Flatten(), nn.Linear(9, 2))
+    assert fedkl.lock(conv).layers == ("0.norm",)
+
+
 def test_a_tied_scale_is_refused():
     assert_refused(TiedNorm(), "'norm.weight' is tied to a parameter of the model itself")
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4))
@@ -261,7 +291,7 @@ def damaged(state):
         yield {**state, name: torch.full_like(good, value)}, f"'{name}' has non-finite values"
 
 
-@pytest.mark.parametrize("side", ["public", "private"])
+@pytest.mark.parametrize("side", ["public", "private", "full"])
 def test_unusable_states(side):
     lock = fedkl.lock(Net(), layers=["bn1"])
     state, load = getattr(lock, f"{side}_state")(), getattr(lock, f"load_{side}_state")
@@ -275,6 +305,24 @@ def test_unusable_states(side):
         assert "lock." in str(caught.value)
         after = snapshot(lock.model)
         assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
+
+
+def test_a_full_state_is_a_clients_whole_model_without_the_key():
+    lock = fedkl.lock(Net(), layers=["bn1"], key=fedkl.Key.generate(length=36))
+    x = torch.rand(2, 3, 5, 5)
+    lock.model(x).sum()
+    state = lock.full_state()
+    assert state.keys() == lock.public_state().keys() | lock.private_state().keys()
+    assert not any(torch.equal(t.flatten(), lock.key.reveal().to(t.dtype)) for t in state.values())
+    other = fedkl.lock(Net(), layers=["bn1"], key=lock.key)
+    other.load_full_state(state)
+    assert all(torch.equal(other.full_state()[name], tensor) for name, tensor in state.items())
+    torch.testing.assert_close(other.model.eval()(x), lock.model.eval()(x))
+    state["fc.weight"].zero_()
+    assert lock.model.fc.weight.abs().sum() > 0
+    for side in (lock.public_state(), lock.private_state()):
+        with pytest.raises(UpdateError, match="is missing"):
+            lock.load_full_state(side)
 
 
 def test_all_problems_of_a_state_come_together():
@@ -392,6 +440,42 @@ def test_the_statistics_of_a_registered_subclass_stay_private():
     assert {"1.running_mean", "1.running_var"} <= lock.private_names
     shared = fedkl.lock(nn.Sequential(nn.Linear(4, 4), SubBatchNorm(4)), share_statistics=True)
     assert {"1.running_mean", "1.running_var"} <= set(shared.public_state())
+
+
+# What is done to a model locked at a LayerNorm, and the norm whose statistics would be public then.
+LATE_NORMS = [
+    (nn.SyncBatchNorm.convert_sync_batchnorm, "3", "SyncBatchNorm"),
+    (lambda model: model.append(nn.BatchNorm1d(4)), "4", "BatchNorm1d"),
+    (lambda model: model.__setitem__(3, nn.Sequential(nn.BatchNorm1d(4))), "3.0", "BatchNorm1d"),
+]
+
+
+@pytest.mark.parametrize(("change", "name", "kind"), LATE_NORMS)
+def test_statistics_of_norms_that_came_after_the_lock_are_refused(change, name, kind):
+    plain = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    shared, lock = fedkl.lock(plain, share_statistics=True), fedkl.lock(plain)
+    for either in (shared, lock):
+        change(either.model)
+    assert f"{name}.running_mean" in shared.public_state()
+    model = lock.model
+    uses = (lock.public_state, lock.full_state, lambda: lock.load_public_state({}), model.state_dict)
+    kinds = (lambda: lock.schema("weights"), lambda: lock.schema("gradient"))
+    for use in (*uses, *kinds, copy.deepcopy(model).state_dict, nn.Sequential(model).state_dict):
+        with pytest.raises(SecretError, match=rf"'(0\.)?{name}' \({kind}\): .*running_mean") as caught:
+            use()
+        assert "before locking, or call fedkl.locking.withhold_statistics(model)" in str(caught.value)
+    assert f"{name}.running_mean" in lock.bake().state_dict()
+    withhold_statistics(model)
+    assert f"{name}.running_mean" in lock.private_state()
+    assert lock.public_state().keys() == model.state_dict().keys()
+    assert lock.private_names.isdisjoint(lock.public_state())
+
+
+def test_a_split_that_withholds_nothing_shares_statistics():
+    split = Split(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    split.model.append(nn.BatchNorm1d(4))
+    assert {"1.running_mean", "2.running_mean"} <= set(split.public_state())
+    assert split.schema("weights").specs.keys() == split.public_state().keys()
 
 
 def test_register_norm_takes_module_types_only(unchecked):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fedkl
-from fedkl.locking import keylock, split, surgery
+from fedkl.locking import keylock, surgery, withholding
 from tests.locking.leaks import leaks
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -66,7 +66,7 @@ def test_no_public_path_leaks(model, options):
 def test_a_released_model_leaks_everything(model, options):
     lock, loss = locked(model, options)
     names = lock.private_names
-    split.release(lock.model)
+    withholding.release(lock.model)
     found = "\n".join(leaks(lock, loss))
     assert all(f"state_dict of '': name {name}" in found for name in names)
 
@@ -106,7 +106,7 @@ def test_the_search_sees_open_statistics(options):
 
 def test_the_search_sees_one_forgotten_tensor(options):
     lock, loss = locked(model(), options)
-    lock.model[3].parametrizations.bias.__dict__[split._MARK].names = ("original0",)
+    lock.model[3].parametrizations.bias.__dict__[withholding._MARK].names = ("original0",)
     assert {line.split()[-1] for line in leaks(lock, loss)} == {"3.parametrizations.bias.original1"}
 
 

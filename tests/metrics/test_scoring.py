@@ -177,3 +177,14 @@ def test_shapes_that_do_not_fit_are_refused(photographs):
         scored(photographs, photographs, candidates=photographs[..., :8])
     with pytest.raises(WRONG_SHAPE):
         scored(photographs, photographs, labels_true=labels, labels_found=labels[:5])
+
+
+def test_what_is_shown_is_what_is_scored(photographs, noisy):
+    noisy[2] = torch.nan
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    found = metrics.match(0.5 * noisy[order], photographs, scaling="prior")
+    assert order[found.order].tolist() == list(range(6))
+    assert found.failed.tolist() == [False, False, True, False, False, False]
+    scores = scored(0.5 * noisy[order], photographs, scaling="prior")
+    for score, mse in zip(scores, metrics.mse(found.scaled, photographs).tolist(), strict=True):
+        assert score.failed or score.mse == mse

@@ -51,9 +51,10 @@ def attack_run(tmp_path):
         finished: bool = True,
         description: str | None = None,
         pictures: bool = True,
+        **options,
     ) -> RunDirectory:
         trials = len(next(iter(psnr.values())))
-        config = AttackConfig(arms=tuple(psnr), trials=trials)
+        config = AttackConfig(arms=tuple(psnr), trials=trials, **options)
         run = RunDirectory.create(tmp_path / name, config=config, version="0")
         records = [
             record(arm, trial, [score(value, identified=arm in identified)])
@@ -67,7 +68,12 @@ def attack_run(tmp_path):
         if finished:
             arms = [_described(arm, description) for arm in chosen_arms(config)]
             summaries = [arm_summary(arm, [r for r in records if r["arm"] == arm.name]) for arm in arms]
-            summary = {"type": "attack", "attack": "dlg", "initialization": "uniform", "arms": summaries}
+            summary = {
+                "type": "attack",
+                "attack": config.attack.type,
+                "initialization": "uniform",
+                "arms": summaries,
+            }
             run.finish({**summary, "trials": trials, "batch_size": 1, "seconds": 1.0})
         return run
 
@@ -94,6 +100,7 @@ def train_run(tmp_path):
         accuracy: float = 0.9,
         defense=None,
         fill_ins: dict[str, float] | None = None,
+        statistics: str = "re-estimated",
         rounds: int = 3,
         done: int = 3,
         test_images: int = 500,
@@ -105,14 +112,20 @@ def train_run(tmp_path):
             entry = {"event": "round", "round": index, "seconds": 0.1, "accuracy": accuracy}
             run.append({**entry, "accuracies": each, "update_bytes": 100})
         if done == rounds:
-            run.finish(_train_summary(config, accuracy, each, fill_ins or {}, test_images))
+            completed = _fill_ins(fill_ins or {}, statistics)
+            run.finish(_train_summary(config, accuracy, each, completed, test_images))
         return run
 
     return make
 
 
+def _fill_ins(accuracies: dict[str, float], statistics: str) -> list[dict]:
+    shared = {"statistics": statistics, "auxiliary": 100 if statistics == "re-estimated" else 0}
+    return [{"arm": arm, "accuracy": value, **shared} for arm, value in accuracies.items()]
+
+
 def _train_summary(
-    config: TrainConfig, accuracy: float, each: dict, fill_ins: dict, test_images: int
+    config: TrainConfig, accuracy: float, each: dict, fill_ins: list[dict], test_images: int
 ) -> dict:
     return {
         "type": "train",
@@ -124,10 +137,7 @@ def _train_summary(
         "accuracy": accuracy,
         "best_accuracy": accuracy,
         "accuracies": each,
-        "fill_ins": [
-            {"arm": arm, "statistics": "re-estimated", "accuracy": value, "auxiliary": 100}
-            for arm, value in fill_ins.items()
-        ],
+        "fill_ins": fill_ins,
         "public_parameters": 1000,
         "private_parameters": 10,
         "update_bytes": 4000,

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from fedkl import report
+from fedkl.attacks import DLG, IDLG
 from fedkl.defenses import KeyLock, PublicNorm
 from fedkl.errors import ConfigError
 
@@ -128,6 +129,44 @@ def test_a_missing_picture_is_named_and_the_figures_stay(attack_run, damage):
     html = page(run.path)
     assert f"Picture missing: {place}" in html
     assert "no picture, 6.0 dB" in html
+
+
+@pytest.mark.parametrize("granted", [True, False])
+@pytest.mark.parametrize(
+    ("attack", "labels", "inferred"), [(IDLG(), "", "; label inferred"), (DLG(), "labels, ", "")]
+)
+def test_what_the_server_knows_is_what_the_attack_uses(attack_run, attack, labels, inferred, granted):
+    run = attack_run({"lock": [6.0], "lock-known-key": [6.0]}, attack=attack, labels_known=granted)
+    markdown = report.build(run.path).html.with_name("report.md").read_text(encoding="utf-8")
+    labels = labels if granted else ""
+    nothing = labels.rstrip(", ") or "nothing private"
+    assert f"| The server knows | {nothing}{inferred} | {labels}key{inferred} |" in markdown
+
+
+def test_controls_without_fill_ins_are_named_as_left_out(folder, train_run):
+    text = "Left out, as their γ and β are public"
+    assert text not in page(folder)
+    train_run("train-control", defense=PublicNorm())
+    assert f"{text}: train-control." in page(folder)
+    assert [row[0] for row in report.build(folder).tables[2][2]] == ["train-fedkl"] * 2
+
+
+def test_no_table_of_fill_ins_without_any(tmp_path, train_run):
+    train_run("train-control", defense=PublicNorm())
+    assert "private part?" not in page(tmp_path)
+
+
+def test_statistics_that_are_public_were_not_estimated(tmp_path, train_run):
+    lock = KeyLock(share_statistics=True)
+    train_run("train", defense=lock, fill_ins={"neutral": 0.1}, statistics="public")
+    assert report.build(tmp_path).tables[2][2][0][2] == "public: the federation's own"
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(attack_run):
+    run = attack_run({"no-norm": [40.0]})
+    (run.path / "figures").write_text("in the way", encoding="utf-8")
+    with pytest.raises(ConfigError, match="the report cannot be written here"):
+        report.build(run.path)
 
 
 def test_no_run_is_an_error(tmp_path):

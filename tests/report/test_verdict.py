@@ -81,6 +81,16 @@ def test_a_locked_arm_counts_only_where_its_control_falls(tmp_path, attack_run, 
     assert verdicts(tmp_path)["DLG on lock"].verdict == expected
 
 
+@pytest.mark.parametrize("arm", ["no-norm", "public-norm", "lock-known-both"])
+@pytest.mark.parametrize(
+    ("psnr", "expected"), [(35.0, "control: attack succeeds"), (6.0, "control: attack too weak")]
+)
+def test_an_arm_without_secrets_is_a_control_and_no_leak(tmp_path, attack_run, arm, psnr, expected):
+    attack_run({arm: [psnr] * 10}, identified=(arm,))
+    finding = verdicts(tmp_path)[f"DLG on {arm}"]
+    assert (finding.verdict, finding.tone) == (expected, "open")
+
+
 def test_missing_control(tmp_path, attack_run):
     attack_run({"no-norm": [40.0], "lock": [6.0]})
     assert verdicts(tmp_path)["DLG on lock"].verdict == "says nothing: control public-norm missing"

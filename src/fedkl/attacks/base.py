@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -88,14 +88,29 @@ class Observation:
             raise AttackError(gathered("This observation is impossible.", sorted(problems), remedy))
 
     @property
+    def kind(self) -> Hashable:
+        """What observations must have in common to be attacked as one batch."""
+        return (
+            tuple((name, tuple(tensor.shape)) for name, tensor in self.model.named_parameters()),
+            tuple(sorted(self.gradient)),
+            self.image_shape,
+            self.classes,
+            self.batch_size,
+            self.train_mode,
+            self.labels is None,
+        )
+
+    @property
     def scaling(self) -> Scaling:
         """How an attack without a prior of its own must fix what the gradient leaves free.
 
-        A train-mode norm behind the first layer makes the gradient invariant to the image's scale: only the
-        knowledge that pixels are in [0, 1] can fix it then.
+        A norm behind the first layer, unless it uses running statistics, makes the gradient invariant to the
+        image's scale: only the knowledge that pixels are in [0, 1] can fix it then. A norm further back may
+        leave the scale pinned; the rule then costs an attack some quality and is to its disadvantage.
         """
-        norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-        return "prior" if any(isinstance(module, norms) for module in self.model.modules()) else "clip"
+        own_statistics = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
+        kinds = (*own_statistics, nn.modules.batchnorm._NormBase) if self.train_mode else own_statistics
+        return "prior" if any(isinstance(module, kinds) for module in self.model.modules()) else "clip"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,7 +118,8 @@ class Reconstruction:
     """What an attack found.
 
     Attributes:
-        images: As the attack left them, not clamped; float32, shape ``(batch, channels, height, width)``.
+        images: As the attack left them, not clamped; float32, shape ``(batch, channels, height, width)``. NaN
+            where no start ever had a finite loss: that is a failure, not noise to be scored.
         labels: Labels found or granted; None if the attack does not find any.
         scaling: How its scale and offset are to be fixed before scoring: ``"clip"`` where the gradient or the
             attack's own prior pins them, else ``"prior"``.
@@ -138,13 +154,18 @@ class Attack:
         return self.reconstruct_many([observation], generators=[generator])[0]
 
     def reconstruct_many(
-        self, observations: Sequence[Observation], *, generators: Sequence[torch.Generator]
+        self,
+        observations: Sequence[Observation],
+        *,
+        generators: Sequence[torch.Generator],
+        on_evaluation: Callable[[int, int], None] | None = None,
     ) -> list[Reconstruction]:
-        """Attacks observations of one architecture at once; results do not depend on the company.
+        """Attacks observations of one kind at once; up to rounding, results do not depend on the company.
 
         Args:
-            observations: Of the same architecture, gradient names, image shape and batch size.
+            observations: All of the same `Observation.kind`.
             generators: One per observation.
+            on_evaluation: Called with (evaluations so far, problems still running).
 
         Raises:
             AttackError: The observations differ in kind, or this attack cannot work on them.
@@ -154,25 +175,21 @@ class Attack:
                 f"{type(self).__name__}: expected one generator per observation and at least one, "
                 f"got {len(observations)} observations and {len(generators)} generators."
             )
-        kinds = {_kind(observation) for observation in observations}
+        kinds = {observation.kind for observation in observations}
         if len(kinds) > 1:
             raise AttackError(
                 f"{type(self).__name__}: expected observations of one kind, got {len(kinds)} kinds."
             )
-        return self._run(list(observations), list(generators))
+        return self._run(list(observations), list(generators), on_evaluation or _ignore)
 
     def _run(
-        self, observations: list[Observation], generators: list[torch.Generator]
+        self,
+        observations: list[Observation],
+        generators: list[torch.Generator],
+        on_evaluation: Callable[[int, int], None],
     ) -> list[Reconstruction]:
         raise NotImplementedError
 
 
-def _kind(observation: Observation) -> tuple[object, ...]:
-    return (
-        tuple((name, tuple(t.shape)) for name, t in sorted(observation.gradient.items())),
-        observation.image_shape,
-        observation.classes,
-        observation.batch_size,
-        observation.train_mode,
-        observation.labels is None,
-    )
+def _ignore(evaluations: int, running: int) -> None:
+    return

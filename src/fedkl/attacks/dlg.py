@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,7 +59,10 @@ class DLG(Attack):
         return granted if len(granted) == len(observations) else None
 
     def _run(
-        self, observations: list[Observation], generators: list[torch.Generator]
+        self,
+        observations: list[Observation],
+        generators: list[torch.Generator],
+        on_evaluation: Callable[[int, int], None],
     ) -> list[Reconstruction]:
         labels = self._labels(observations)
         repeated = [o for o in observations for _ in range(self.restarts)]
@@ -73,7 +76,9 @@ class DLG(Attack):
             ]
         )
         stopping = Stopping(evaluations=self.evaluations, value=1e-12)
-        minima = minimize(matching, start, stopping=stopping, history=self.history)
+        minima = minimize(
+            matching, start, stopping=stopping, history=self.history, on_evaluation=on_evaluation
+        )
         found = matching.logits(minima.points).argmax(-1) if known is None else torch.stack(known)
         scaling = "clip" if self.box else observations[0].scaling
         return self._best(matching, minima, found, scaling)
@@ -82,6 +87,7 @@ class DLG(Attack):
         self, matching: GradientMatching, minima: Minima, labels: Tensor, scaling: Scaling
     ) -> list[Reconstruction]:
         images = matching.images(minima.points).float()
+        images[~minima.values.isfinite()] = torch.nan
         results: list[Reconstruction] = []
         for group in _groups(len(images), self.restarts):
             chosen = min(group, key=lambda i: float(minima.values[i]))

@@ -49,7 +49,7 @@ class Defense:
         return update
 
     def server_view(self, victim: Split, model: nn.Module, *, granted: Granted) -> nn.Module:
-        """The plain model that the server can build, with its best fill-in for what it was not granted.
+        """The plain model that the server can build, with one fill-in for what it was not granted.
 
         The server knows the architecture and the defense: it prepares the model as a client would, with
         secrets of its own, and puts in the public tensors and whatever it was granted.

@@ -18,7 +18,8 @@ def weighted_average(updates: Sequence[PublicUpdate]) -> dict[str, Tensor]:
         updates: At least one; all of the same kind, round, names and shapes.
 
     Returns:
-        The average by name, in each tensor's own dtype; tensors of integers must agree and are kept.
+        The average by name, in each tensor's own dtype; that of integers (a norm's count of batches) is
+        rounded.
 
     Raises:
         UpdateError: There is no update, or they do not belong together.
@@ -38,13 +39,9 @@ def weighted_average(updates: Sequence[PublicUpdate]) -> dict[str, Tensor]:
     average = {}
     for name, tensor in first.tensors.items():
         stacked = [update.tensors[name] for update in updates]
-        if tensor.is_floating_point() or tensor.is_complex():
-            weighted = sum(
-                t.double() * (u.num_samples / total) for t, u in zip(stacked, updates, strict=True)
-            )
-            average[name] = torch.as_tensor(weighted).to(tensor.dtype)
-        elif all(torch.equal(tensor, other) for other in stacked):
-            average[name] = tensor.clone()
-        else:
+        if tensor.dtype == torch.bool and not all(torch.equal(tensor, other) for other in stacked):
             raise UpdateError(f"weighted_average: '{name}' ({tensor.dtype}) differs between clients.")
+        shares = [update.num_samples / total for update in updates]
+        mean = torch.stack([t.double() * share for t, share in zip(stacked, shares, strict=True)]).sum(0)
+        average[name] = (mean if tensor.is_floating_point() else mean.round()).to(tensor.dtype)
     return average

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkl import rng
-from fedkl.errors import ConfigError, DataError
+from fedkl.errors import ConfigError, DataError, SecretError
 from fedkl.keys import Key
 from fedkl.locking import Lock, Split
 from fedkl.types import NamedTensors
@@ -48,12 +49,16 @@ class LocalTraining:
     lr_factor: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0:
+        if self.epochs < 1 or self.batch_size < 1 or not 0 < self.lr < math.inf:
             got = f"epochs={self.epochs}, batch_size={self.batch_size}, lr={self.lr}"
             raise ConfigError(f"LocalTraining: expected epochs ≥ 1, batch_size ≥ 1, lr > 0, got {got}.")
-        if not 0 <= self.momentum < 1 or self.weight_decay < 0:
+        decays = (self.weight_decay, self.lock_weight_decay or 0.0)
+        if not 0 <= self.momentum < 1 or not all(0 <= decay < math.inf for decay in decays):
             got = f"momentum={self.momentum}, weight_decay={self.weight_decay}"
-            raise ConfigError(f"LocalTraining: expected momentum in [0, 1) and weight_decay ≥ 0, got {got}.")
+            got += f", lock_weight_decay={self.lock_weight_decay}"
+            raise ConfigError(f"LocalTraining: expected momentum in [0, 1) and weight decays ≥ 0, got {got}.")
+        if not 0 < self.lr_factor < math.inf:
+            raise ConfigError(f"LocalTraining: expected lr_factor > 0, got lr_factor={self.lr_factor}.")
 
     def lr_at(self, round: int) -> float:
         """The learning rate of a round, from 0."""
@@ -73,6 +78,8 @@ class Client:
 
     Raises:
         DataError: There are no samples, or not one label per image.
+        ConfigError: Gradients are to be sent, but the model has public running statistics, which no gradient
+            carries.
     """
 
     def __init__(
@@ -90,6 +97,13 @@ class Client:
                 f"Client '{name}': expected at least one image and one label per image, "
                 f"got {len(images)} images and {len(labels)} labels."
             )
+        sent, trained = split.public_state(), split.public_parameters()
+        statistics = [name for name, t in sent.items() if name not in trained and t.is_floating_point()]
+        if training.algorithm == "fedsgd" and statistics:
+            raise ConfigError(
+                f"fedsgd sends gradients only, but '{statistics[0]}' is a public buffer that nobody would "
+                "learn. Use algorithm='fedavg', or a defense that keeps norm statistics private."
+            )
         self.name = name
         self._images = images
         self._labels = labels
@@ -98,6 +112,9 @@ class Client:
         self._key: Key | None = split.key if isinstance(split, Lock) else None
         self._private_state = split.private_state()
         self._optimizer: torch.optim.SGD | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise SecretError("A Client holds private tensors and cannot be pickled.")
 
     def __repr__(self) -> str:
         return f"Client({self.name!r}, samples={self.num_samples}, key={self._key})"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,26 +16,30 @@ from fedkl.defenses import Defense
 from fedkl.defenses.base import plain_copy
 from fedkl.federated.client import Client
 from fedkl.locking import Split
+from fedkl.locking.norms import norm_tensors, statistics_names
 from fedkl.metrics import evaluate
-from fedkl.types import Images, Labels, NamedTensors
+from fedkl.types import NamedTensors
+
+FillInArm = Literal["neutral", "random-key", "mean-affine", "refit"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FillIn:
-    """One way in which the server completes the model.
+    """One way in which the server completes the model; what is public stays as it is.
 
     Attributes:
         arm: ``"neutral"`` (γ = 1, β = 0), ``"random-key"`` (a random key with random lock layers),
             ``"mean-affine"`` (γ, β averaged over the clients: an oracle, the server cannot have it) or
             ``"refit"`` (γ, β fitted to labeled auxiliary images).
-        statistics: ``"initial"`` (mean 0, variance 1: the server never saw any) or ``"re-estimated"`` (from
-            the auxiliary images, no labels needed).
+        statistics: Those that are private: ``"initial"`` (mean 0, variance 1: the server never saw any) or
+            ``"re-estimated"`` (from the auxiliary images, no labels needed). Where none are private:
+            ``"public"``.
         accuracy: Test accuracy in [0, 1].
         auxiliary: Number of auxiliary images used.
     """
 
-    arm: str
-    statistics: str
+    arm: FillInArm
+    statistics: Literal["initial", "re-estimated", "public"]
     accuracy: float
     auxiliary: int
 
@@ -63,79 +68,115 @@ def server_fill_ins(
         auxiliary: Images and labels of the same kind that the server owns; none of the clients' data.
         test: Images and labels to measure on.
         refit_steps: Adam steps (lr 0.05) of the refit.
+
+    Returns:
+        One result per arm and kind of statistics; none where no parameter is private.
     """
-    images, labels = auxiliary
-    random_key = defense.prepare(model)
-    random_key.load_public_state(state)
-    filled = plain_copy(random_key)
-    norms = [m for m in filled.modules() if isinstance(getattr(m, "weight", None), Tensor) and _is_norm(m)]
-    arms = {"random-key": copy.deepcopy(filled), "mean-affine": _mean_affine(split, state, clients)}
-    for norm in norms:
-        norm.reset_parameters()  # type: ignore[operator]
-    arms["neutral"] = filled
-    arms["refit"] = _refit(filled, images, labels, steps=refit_steps)
-    results = []
-    for arm in ("neutral", "random-key", "mean-affine", "refit"):
-        variants = _with_statistics(arms[arm], images) if arm != "refit" else [("re-estimated", arms[arm])]
-        for statistics, candidate in variants:
-            score = evaluate(candidate, *test)
-            used = 0 if statistics == "initial" else len(images)
-            results.append(FillIn(arm=arm, statistics=statistics, accuracy=score, auxiliary=used))
-    return results
+    server = defense.prepare(model)
+    server.load_public_state(state)
+    filled = _Filled(plain_copy(server), server)
+    if not filled.affine:
+        return []
+    arms: dict[FillInArm, _Filled] = {
+        "neutral": filled.neutral(),
+        "random-key": filled,
+        "mean-affine": filled.averaged([_baked(client, split, state) for client in clients]),
+    }
+    results = [
+        FillIn(arm=arm, statistics=kind, accuracy=evaluate(candidate, *test), auxiliary=used)
+        for arm, variant in arms.items()
+        for kind, candidate, used in variant.with_statistics(auxiliary[0])
+    ]
+    refit = arms["neutral"].refitted(*auxiliary, steps=refit_steps)
+    kind, candidate, _ = refit.with_statistics(auxiliary[0])[-1]
+    score = evaluate(candidate, *test)
+    return [*results, FillIn(arm="refit", statistics=kind, accuracy=score, auxiliary=len(auxiliary[0]))]
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return hasattr(module, "reset_parameters") and "Norm" in type(module).__name__
+def _baked(client: Client, split: Split, state: NamedTensors) -> nn.Module:
+    client.enter(split, state)
+    return plain_copy(split)
 
 
-def _mean_affine(split: Split, state: NamedTensors, clients: Sequence[Client]) -> nn.Module:
-    baked = []
-    for client in clients:
-        client.enter(split, state)
-        baked.append(plain_copy(split))
-    mean = baked[0]
-    with torch.no_grad():
-        for name, parameter in mean.named_parameters():
-            parameter.copy_(torch.stack([dict(b.named_parameters())[name] for b in baked]).mean(0))
-    _reset_statistics(mean)
-    return mean
+class _Filled:
+    """A plain model of the server's, and which of its tensors the server had to fill in.
 
+    Attributes:
+        affine: Names of the private γ and β.
+        norms: The norms whose statistics are private.
+    """
 
-def _reset_statistics(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.reset_running_stats()
+    def __init__(self, model: nn.Module, server: Split) -> None:
+        public = set(server.public_parameters())
+        sent = set(server.public_state())
+        self.model = model
+        self.affine = [name for name, _ in model.named_parameters() if name not in public]
+        self.norms = [
+            name
+            for name, module in model.named_modules()
+            if any(f"{name}.{statistic}".lstrip(".") not in sent for statistic in statistics_names(module))
+        ]
 
+    def _copy(self) -> _Filled:
+        return copy.deepcopy(self)
 
-def _with_statistics(model: nn.Module, images: Images) -> Iterator[tuple[str, nn.Module]]:
-    _reset_statistics(model)
-    yield "initial", model
-    if any(isinstance(m, nn.modules.batchnorm._NormBase) for m in model.modules()):
-        estimated = copy.deepcopy(model)
-        _estimate_statistics(estimated, images)
-        yield "re-estimated", estimated
+    def neutral(self) -> _Filled:
+        """γ = 1 and β = 0 where they are private."""
+        result = self._copy()
+        with torch.no_grad():
+            for name in self.affine:
+                owner, _, tensor_name = name.rpartition(".")
+                names = norm_tensors(result.model.get_submodule(owner))
+                is_scale = names is not None and tensor_name == names.scale
+                result.model.get_parameter(name).fill_(1.0 if is_scale else 0.0)
+        return result
 
+    def averaged(self, baked: Sequence[nn.Module]) -> _Filled:
+        """The clients' mean γ and β where they are private."""
+        result = self._copy()
+        with torch.no_grad():
+            for name in self.affine:
+                mean = torch.stack([model.get_parameter(name) for model in baked]).mean(0)
+                result.model.get_parameter(name).copy_(mean)
+        return result
 
-def _estimate_statistics(model: nn.Module, images: Images) -> None:
-    """Running statistics of exactly these images, as one batch."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.reset_running_stats()
-            module.momentum = None  # a cumulative average
-    with torch.no_grad():
-        model.train()(images)
-    model.eval()
-
-
-def _refit(model: nn.Module, images: Images, labels: Labels, *, steps: int) -> nn.Module:
-    """γ and β of every norm fitted on the auxiliary images; all public tensors stay."""
-    fitted = copy.deepcopy(model)
-    affine = [p for m in fitted.modules() if _is_norm(m) for p in m.parameters(recurse=False)]
-    if affine:
+    def refitted(self, images: Tensor, labels: Tensor, *, steps: int) -> _Filled:
+        """Private γ and β fitted on labeled images; everything public stays."""
+        result = self._copy()
+        result._batch_statistics()
+        affine = [result.model.get_parameter(name) for name in self.affine]
         optimizer = torch.optim.Adam(affine, lr=0.05)
         for _ in range(steps):
             optimizer.zero_grad()
-            F.cross_entropy(fitted.train()(images), labels).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(result.model(images), labels).backward(inputs=affine)  # type: ignore[no-untyped-call]
             optimizer.step()
-    _estimate_statistics(fitted, images)
-    return fitted
+        return result
+
+    def with_statistics(
+        self, images: Tensor
+    ) -> list[tuple[Literal["initial", "re-estimated", "public"], nn.Module, int]]:
+        """The model with initial and with re-estimated statistics, and how many images that took."""
+        if not self.norms:
+            return [("public", self.model, 0)]
+        initial, estimated = self._copy(), self._copy()
+        for filled in (initial, estimated):
+            filled._reset_statistics()
+        estimated._batch_statistics()
+        with torch.no_grad():
+            estimated.model(images)
+        return [("initial", initial.model, 0), ("re-estimated", estimated.model, len(images))]
+
+    def _private_norms(self) -> list[nn.Module]:
+        return [self.model.get_submodule(name) for name in self.norms]
+
+    def _reset_statistics(self) -> None:
+        for norm in self._private_norms():
+            if isinstance(norm, nn.modules.batchnorm._NormBase):
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average: of exactly the images that follow
+
+    def _batch_statistics(self) -> None:
+        """Norms with private statistics normalize by the batch and follow it; all others stay as they are."""
+        self.model.eval()
+        for norm in self._private_norms():
+            norm.train()

@@ -20,12 +20,21 @@ class Server:
         state: The initial public state.
         lr: Learning rate for averaged gradients (FedSGD); not used for weights.
         momentum: Nesterov momentum for averaged gradients.
+        weight_decay: L2 weight decay for averaged gradients.
     """
 
-    def __init__(self, state: NamedTensors, *, lr: float = 0.01, momentum: float = 0.0) -> None:
+    def __init__(
+        self,
+        state: NamedTensors,
+        *,
+        lr: float = 0.01,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
         self._state = {name: tensor.detach().clone() for name, tensor in state.items()}
         self._lr = lr
         self._momentum = momentum
+        self._weight_decay = weight_decay
         self._velocity: dict[str, Tensor] = {}
 
     @property
@@ -51,7 +60,8 @@ class Server:
             self._state.update(average)
             return
         with torch.no_grad():
-            for name, gradient in average.items():
+            for name, mean in average.items():
+                gradient = mean + self._weight_decay * self._state[name]
                 velocity = self._velocity.setdefault(name, torch.zeros_like(gradient))
                 velocity.mul_(self._momentum).add_(gradient)
                 self._state[name] -= (self._lr if lr is None else lr) * (gradient + self._momentum * velocity)

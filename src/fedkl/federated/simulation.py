@@ -100,7 +100,10 @@ class Federation:
             )
             for index, (part, split) in enumerate(zip(parts, splits, strict=True))
         ]
-        self.server = Server(self.split.public_state(), momentum=training.local.momentum)
+        local = training.local
+        self.server = Server(
+            self.split.public_state(), momentum=local.momentum, weight_decay=local.weight_decay
+        )
 
     def run(self) -> Iterator[RoundResult]:
         """Trains all rounds, yielding each as it is done."""

@@ -2,8 +2,10 @@
 
 * layers.py: the lock layer, act(W k + b), as a parametrization of a norm's weight or bias
 * norms.py: which norm types can be locked; what is inserted after a layer without a norm
-* surgery.py: which layers of a model are locked; all checks before the first change
+* targets.py: which layers of a model are locked; all checks before the first change
+* surgery.py: the change itself, and how it is undone
 * functional.py: modules that call a norm as a function, which no lock can reach
+* withholding.py: how modules keep private tensors out of states and pickles
 * split.py: which tensors are private, which are public, and how states of either side move
 * keylock.py: `lock`, `lock_` and the `Lock` they return
 """
@@ -11,8 +13,9 @@
 from fedkl.locking.keylock import Lock, load_lock, lock, lock_
 from fedkl.locking.layers import Activation, Initialization
 from fedkl.locking.norms import register_norm
-from fedkl.locking.split import Split, withhold, withhold_statistics
-from fedkl.locking.surgery import Layers
+from fedkl.locking.split import Split
+from fedkl.locking.targets import Layers
+from fedkl.locking.withholding import withhold, withhold_statistics
 
 __all__ = [
     "Activation",

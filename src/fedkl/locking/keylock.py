@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedkl import lockfile
 from fedkl.errors import KeyFileError, LockError, UpdateError
 from fedkl.keys import Key
-from fedkl.locking import surgery
+from fedkl.locking import surgery, targets
 from fedkl.locking.layers import Activation, Initialization
-from fedkl.locking.split import Split, release
+from fedkl.locking.split import Split
+from fedkl.locking.targets import ExampleInputs, Layers
+from fedkl.locking.withholding import check_not_split, release
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,14 @@ class _Options:
     chained: bool
     share_statistics: bool
     key_length: int
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("activation", self.activation, get_args(Activation)),
+            ("initialization", self.initialization, get_args(Initialization)),
+        ):
+            if value not in known:
+                raise LockError(f"lock: {name}={value!r} is unknown. Choose one of {', '.join(known)}.")
 
 
 class Lock(Split):
@@ -104,6 +114,10 @@ class Lock(Split):
         tensors["key"] = self._key.reveal()
         lockfile.write(Path(path), kind="lock", meta=meta, tensors=tensors, passphrase=passphrase)
 
+    def _secrets(self) -> list[Tensor]:
+        affine = [tensor for norm in surgery.generated(self._model).values() for tensor in norm.values()]
+        return [*super()._secrets(), self._key.reveal(), *affine]
+
     def _structure(self) -> str:
         """Fingerprint of the public structure, to which a saved lock is bound: names, shapes, no values."""
         specs = self.schema("weights").specs
@@ -115,12 +129,12 @@ def lock_(
     model: nn.Module,
     *,
     key: Key | None = None,
-    layers: surgery.Layers = "first",
+    layers: Layers = "first",
     activation: Activation = "softplus",
     initialization: Initialization = "unit",
     chained: bool = True,
     share_statistics: bool = False,
-    example_inputs: surgery.ExampleInputs | None = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> Lock:
     """Locks a model in place; see `lock`. Build optimizers afterwards: some parameters are replaced.
 
@@ -128,52 +142,47 @@ def lock_(
         LockError: The model cannot be locked as asked; it is unchanged then.
     """
     key = Key.generate() if key is None else key
-    options = _plan(
-        model,
-        key=key,
-        layers=layers,
-        activation=activation,
-        initialization=initialization,
-        chained=chained,
-        share_statistics=share_statistics,
-        example_inputs=example_inputs,
-    )
-    surgery.warn_about_optimizers(model)
-    return _install(model, key=key, options=options)
-
-
-def _plan(
-    model: nn.Module,
-    *,
-    key: Key,
-    layers: surgery.Layers,
-    activation: Activation,
-    initialization: Initialization,
-    chained: bool,
-    share_statistics: bool,
-    example_inputs: surgery.ExampleInputs | None,
-) -> _Options:
-    """Checks everything that can be wrong with a model and how it is to be locked; changes nothing."""
-    _check_arguments(model, key, layers, activation, initialization)
-    order = surgery.modules_in_order(model, example_inputs=example_inputs)
-    targets = surgery.plan(model, layers=layers, order=order)
-    surgery.warn_about_open_layers(order, targets)
-    return _Options(
-        layers=tuple(target.name for target in targets),
+    options = _Options(
+        layers=_planned(model, key, layers, example_inputs),
         activation=activation,
         initialization=initialization,
         chained=chained,
         share_statistics=share_statistics,
         key_length=key.length,
     )
+    surgery.warn_about_optimizers(model)
+    return _install(model, key=key, options=options)
+
+
+def _planned(
+    model: nn.Module, key: Key, layers: Layers, example_inputs: ExampleInputs | None
+) -> tuple[str, ...]:
+    """Names of the layers to lock; checks that the model can be locked so and changes nothing."""
+    _check_model(model)
+    if not isinstance(key, Key):
+        expected = "a fedkl.Key, e.g. Key.generate(), or None"
+        raise LockError(f"lock: key= must be {expected}, got {type(key).__name__}.")
+    if not isinstance(layers, Sequence) and not callable(layers):
+        expected = "'first', 'all', a list of names or a predicate"
+        raise LockError(f"lock: layers= must be {expected}, got {type(layers).__name__}.")
+    order = targets.modules_in_order(model, example_inputs=example_inputs)
+    chosen = targets.plan(model, layers=layers, order=order)
+    targets.warn_about_open_layers(order, chosen)
+    return tuple(target.name for target in chosen)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise LockError(f"lock: model= must be a torch.nn.Module, got {type(model).__name__}.")
+    check_not_split(model)
 
 
 def _install(model: nn.Module, *, key: Key, options: _Options) -> Lock:
-    targets = [surgery.Target(name=name, module=model.get_submodule(name)) for name in options.layers]
-    norm_names = tuple(target.norm_name for target in targets)
+    chosen = [targets.Target(name=name, module=model.get_submodule(name)) for name in options.layers]
+    norm_names = tuple(target.norm_name for target in chosen)
     surgery.install(
         model,
-        targets,
+        chosen,
         key=key,
         activation=options.activation,
         initialization=options.initialization,
@@ -187,12 +196,12 @@ def lock(
     model: nn.Module,
     *,
     key: Key | None = None,
-    layers: surgery.Layers = "first",
+    layers: Layers = "first",
     activation: Activation = "softplus",
     initialization: Initialization = "unit",
     chained: bool = True,
     share_statistics: bool = False,
-    example_inputs: surgery.ExampleInputs | None = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> Lock:
     """Locks a copy of a model: a secret key generates the scale γ and shift β of its norm layers.
 
@@ -235,37 +244,15 @@ def lock(
     ['0.0.bias', '0.0.weight', '2.bias', '2.weight']
     """
     key = Key.generate() if key is None else key
-    options = _plan(
-        model,
-        key=key,
-        layers=layers,
+    options = _Options(
+        layers=_planned(model, key, layers, example_inputs),
         activation=activation,
         initialization=initialization,
         chained=chained,
         share_statistics=share_statistics,
-        example_inputs=example_inputs,
+        key_length=key.length,
     )
     return _install(copy.deepcopy(model), key=key, options=options)
-
-
-def _check_arguments(
-    model: Any, key: Any, layers: Any, activation: Activation, initialization: Initialization
-) -> None:
-    for name, value, kinds, expected in (
-        ("model", model, (nn.Module,), "a torch.nn.Module"),
-        ("key", key, (Key,), "a fedkl.Key, e.g. Key.generate(), or None"),
-    ):
-        if not isinstance(value, kinds):
-            raise LockError(f"lock: {name}= must be {expected}, got {type(value).__name__}.")
-    if not isinstance(layers, Sequence) and not callable(layers):
-        expected = "'first', 'all', a list of names or a predicate"
-        raise LockError(f"lock: layers= must be {expected}, got {type(layers).__name__}.")
-    for name, value, known in (
-        ("activation", activation, get_args(Activation)),
-        ("initialization", initialization, get_args(Initialization)),
-    ):
-        if value not in known:
-            raise LockError(f"lock: {name}={value!r} is unknown. Choose one of {', '.join(known)}.")
 
 
 def load_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> Lock:
@@ -279,8 +266,9 @@ def load_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
     Raises:
         KeyFileError: The file is missing, truncated, altered, foreign, of another kind, does not open with
             this passphrase, or belongs to another model.
-        LockError: The model cannot be locked.
+        LockError: The model is locked already.
     """
+    _check_model(model)
     meta, tensors = lockfile.read(Path(path), kind="lock", passphrase=passphrase)
     key = lockfile.key_of(Path(path), meta, tensors)
     foreign = KeyFileError(
@@ -289,12 +277,11 @@ def load_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
     )
     try:
         options = _Options(**{**meta["options"], "layers": tuple(meta["options"]["layers"])})
-        _check_arguments(model, key, options.layers, options.activation, options.initialization)
     except (KeyError, TypeError, LockError) as error:
         raise KeyFileError(f"{path}: unknown options; written by another version of fedkl?") from error
     private = {name.removeprefix("private/"): t for name, t in tensors.items() if name != "key"}
     try:
-        surgery.plan(model, layers=options.layers, order=dict(model.named_modules()))
+        targets.plan(model, layers=options.layers, order=dict(model.named_modules()))
         loaded = _install(copy.deepcopy(model), key=key, options=options)
         if loaded._structure() != meta.get("structure"):
             raise foreign

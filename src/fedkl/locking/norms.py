@@ -37,6 +37,8 @@ _NORMS: dict[type[nn.Module], NormTensors] = {
     nn.RMSNorm: NormTensors(shift=None),
 }
 
+INSERTED_NAME = "norm"
+
 # Exact types as well: e.g. nn.MultiheadAttention reads the weight of its output layer without calling it.
 _INSERTED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nn.BatchNorm1d,
@@ -94,6 +96,19 @@ def is_unregistered_norm(module: nn.Module) -> bool:
     return norm_tensors(module) is None and isinstance(module, tuple(_NORMS))
 
 
+def generated_names(norm: nn.Module) -> tuple[str, str | None]:
+    """Names of the scale and, if the norm has one, the shift that a lock generates.
+
+    Raises:
+        LockError: The norm's type is not registered.
+    """
+    names = norm_tensors(norm)
+    if names is None:
+        raise LockError(f"{type(norm).__name__} is not a registered norm.")
+    shift = names.shift
+    return names.scale, shift if shift and getattr(norm, shift, None) is not None else None
+
+
 def statistics_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the module's running statistics that exist."""
     names = norm_tensors(module)
@@ -106,6 +121,11 @@ def statistics_names(module: nn.Module) -> tuple[str, ...]:
 def takes_inserted_norm(module: nn.Module) -> bool:
     """Whether a norm can be inserted after this module: convolutions and linear layers of exact type."""
     return parametrize.type_before_parametrizations(module) in _INSERTED
+
+
+def is_too_narrow(layer: nn.Module) -> bool:
+    """Whether a norm inserted after this layer would make its output constant: LayerNorm over one feature."""
+    return isinstance(layer, nn.Linear) and layer.out_features == 1
 
 
 def inserted_norm(layer: nn.Module) -> nn.Module:

@@ -1,120 +1,16 @@
-"""The split of a model's tensors into private and public, and how states of either side move.
-
-The split is structural: a module that holds private tensors withholds them from `state_dict()` itself,
-wherever it sits in whatever model, and refuses them in `load_state_dict()`.
-"""
+"""The split of a model's tensors into private and public, and how states of either side move."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import LockError, SecretError, UpdateError, gathered
-from fedkl.locking.norms import statistics_names
+from fedkl.errors import SecretError, UpdateError, gathered
+from fedkl.locking.withholding import withheld
 from fedkl.types import NamedTensors
 from fedkl.update import PublicSchema, PublicUpdate, TensorSpec, UpdateKind, check_tensors
-
-_MARK = "_fedkl_withheld"
-
-
-class _Withheld:
-    """Hooks of one module that keep some of its own tensors out of state dictionaries and pickles."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Withheld:
-        memo[id(self)] = replica = type(self)(self.names)
-        return replica
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if self.names:
-            raise SecretError(
-                "A model with private tensors cannot be pickled. Save model.state_dict(), which omits them, "
-                "and keep the private side with lock.save(path, passphrase=...)."
-            )
-        return super().__reduce_ex__(protocol)
-
-    def save(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for name in self.names:
-            state.pop(prefix + name, None)
-
-    def load(
-        self,
-        module: nn.Module,
-        state: dict[str, Any],
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
-        for name in self.names:
-            own = getattr(module, name)
-            given = state.get(prefix + name)
-            # PyTorch itself puts a norm's own counter into states of an old version.
-            if given is not None and given is not own:
-                errors.append(f"'{prefix}{name}' is private and must not come with a public state.")
-            state[prefix + name] = own
-
-
-def withhold(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Makes tensors of a module private: `state_dict()` of it and of every parent omits them.
-
-    Args:
-        module: The module that directly owns the tensors.
-        names: Local names of its parameters or buffers.
-    """
-    mark = module.__dict__.get(_MARK)
-    if mark is not None:
-        mark.names += tuple(name for name in names if name not in mark.names)
-        return
-    mark = _Withheld(names)
-    module.__dict__[_MARK] = mark
-    # Functions of the module, not bound methods: deepcopy copies the mark and its hooks as one.
-    module.register_state_dict_post_hook(_Hook(mark, "save"))  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_pre_hook(_Hook(mark, "load"))  # type: ignore[no-untyped-call]
-
-
-class _Hook:
-    """Calls one method of a mark; survives deepcopy together with it."""
-
-    def __init__(self, mark: _Withheld, method: str) -> None:
-        self._mark = mark
-        self._method = method
-
-    def __call__(self, *args: Any) -> None:
-        getattr(self._mark, self._method)(*args)
-
-
-def withhold_statistics(model: nn.Module) -> None:
-    """Makes the running statistics of every norm of the model private.
-
-    After one local step they give the batch's mean and variance away.
-    """
-    for module in model.modules():
-        names = statistics_names(module)
-        if names:
-            withhold(module, names)
-
-
-def release(model: nn.Module) -> None:
-    """Ends the withholding: every tensor of the model is in its `state_dict()` again."""
-    for module in model.modules():
-        mark = module.__dict__.get(_MARK)
-        if mark is not None:
-            mark.names = ()
-
-
-def _withheld(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, Tensor]]:
-    for prefix, module in model.named_modules(remove_duplicate=not aliases):
-        mark = module.__dict__.get(_MARK)
-        for name in mark.names if mark else ():
-            yield (f"{prefix}.{name}" if prefix else name), getattr(module, name)
 
 
 class Split:
@@ -135,30 +31,31 @@ class Split:
     @property
     def private_names(self) -> frozenset[str]:
         """Every name, aliases of shared modules included, under which a private tensor can be found."""
-        return frozenset(name for name, _ in _withheld(self._model, aliases=True))
+        return frozenset(name for name, _ in withheld(self._model, aliases=True))
 
     def public_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable tensors that are sent, by name. The same objects as in `model.named_parameters()`."""
-        private = {id(tensor) for _, tensor in _withheld(self._model)}
+        private = {id(tensor) for _, tensor in withheld(self._model)}
         named = self._model.named_parameters()
         return {name: parameter for name, parameter in named if id(parameter) not in private}
 
     def private_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable tensors that stay: the lock layers. `model.parameters()` contains them too."""
-        private = dict(_withheld(self._model))
+        private = dict(withheld(self._model))
         return {name: tensor for name, tensor in private.items() if isinstance(tensor, nn.Parameter)}
 
     def public_state(self) -> dict[str, Tensor]:
         """Detached copies of all public tensors by name: `model.state_dict()`, which omits private ones.
 
         Raises:
-            SecretError: A private tensor was registered a second time, under a name that is public.
+            SecretError: A private tensor was registered a second time, under a name that is public, or a norm
+                whose statistics would be public was added since the model was locked.
         """
         return {name: tensor.detach().clone() for name, tensor in self._public_tensors().items()}
 
     def _public_tensors(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
-        private = {id(tensor): name for name, tensor in _withheld(self._model)}
+        private = {id(tensor): name for name, tensor in withheld(self._model)}
         problems = [
             f"'{n}' is '{private[id(t)]}', which is private" for n, t in state.items() if id(t) in private
         ]
@@ -168,7 +65,17 @@ class Split:
 
     def private_state(self) -> dict[str, Tensor]:
         """Detached copies of all private tensors by name: lock layers and norm statistics, never the key."""
-        return {name: tensor.detach().clone() for name, tensor in _withheld(self._model)}
+        return {name: tensor.detach().clone() for name, tensor in withheld(self._model)}
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Public and private state together, never the key: for the client's own checkpoints.
+
+        Never to be sent: it holds everything that the lock keeps from the server.
+
+        Raises:
+            SecretError: See `public_state`.
+        """
+        return {**self.public_state(), **self.private_state()}
 
     def load_public_state(self, state: NamedTensors) -> None:
         """Copies a complete public state, e.g. the server's, into the model; private tensors stay.
@@ -188,11 +95,16 @@ class Split:
             UpdateError: Tensors are missing, unexpected, wrongly shaped or typed, or non-finite. Nothing
                 was changed.
         """
-        own = dict(_withheld(self._model))
-        specs = {name: TensorSpec.of(tensor) for name, tensor in own.items()}
-        remedy = "Load what lock.private_state() of a lock of the same model and options returned."
-        check_tensors(state, specs, subject="Private state refused.", remedy=remedy)
-        _copy(own, state)
+        _load(dict(withheld(self._model)), state, kind="private")
+
+    def load_full_state(self, state: NamedTensors) -> None:
+        """Copies a complete full state, this client's own checkpoint, into the model.
+
+        Raises:
+            UpdateError: Tensors are missing, unexpected, wrongly shaped or typed, or non-finite. Nothing
+                was changed.
+        """
+        _load({**self._public_tensors(), **dict(withheld(self._model))}, state, kind="full")
 
     def public_gradient(self, loss: Tensor, *, retain_graph: bool = False) -> dict[str, Tensor]:
         """The gradient of a loss with respect to the public parameters: what a FedSGD client sends.
@@ -221,13 +133,14 @@ class Split:
         return {name: torch.zeros_like(p) if g is None else g.detach().to_dense() for (name, p), g in pairs}
 
     def schema(self, kind: UpdateKind) -> PublicSchema:
-        """The allow-list of an update of this model: its public names, shapes and dtypes."""
+        """The allow-list of an update of this model: its public names, shapes and dtypes.
+
+        Raises:
+            SecretError: See `public_state`.
+        """
+        tensors: Mapping[str, Tensor] = self._public_tensors()
         if kind == "gradient":
-            tensors: Mapping[str, Tensor] = {
-                name: p for name, p in self.public_parameters().items() if p.requires_grad
-            }
-        else:
-            tensors = self._public_tensors()
+            tensors = {name: p for name, p in self.public_parameters().items() if p.requires_grad}
         specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
         return PublicSchema(kind=kind, specs=specs, private=self.private_names)
 
@@ -237,16 +150,20 @@ class Split:
         """An update from tensors, refused if one of them is private by name or by content.
 
         Raises:
-            SecretError: A private name, or a tensor that equals a private one under another name.
+            SecretError: A private name, or a tensor that equals a secret one under another name.
             UpdateError: See `PublicUpdate`.
         """
         update = PublicUpdate(schema=self.schema(kind), tensors=tensors, num_samples=num_samples, round=round)
-        private = [t.detach().cpu() for _, t in _withheld(self._model)]
-        copied = [name for name, t in update.tensors.items() if _equals_any(t, private)]
+        secrets = [secret.detach().cpu() for secret in self._secrets()]
+        copied = [name for name, t in update.tensors.items() if _equals_any(t, secrets)]
         if copied:
             problems = [f"'{name}' has the content of a private tensor" for name in copied]
             raise SecretError(gathered("PublicUpdate refused.", problems, "Send public tensors only."))
         return update
+
+    def _secrets(self) -> list[Tensor]:
+        """Every tensor whose content an update must not carry, under whatever name."""
+        return [tensor for _, tensor in withheld(self._model)]
 
 
 def _equals_any(tensor: Tensor, others: list[Tensor]) -> bool:
@@ -257,21 +174,14 @@ def _equals_any(tensor: Tensor, others: list[Tensor]) -> bool:
     return any(flat.numel() == o.numel() and torch.equal(flat, o.flatten().to(flat.dtype)) for o in others)
 
 
+def _load(own: NamedTensors, state: NamedTensors, *, kind: str) -> None:
+    specs = {name: TensorSpec.of(tensor) for name, tensor in own.items()}
+    remedy = f"Load what lock.{kind}_state() of a lock of the same model and options returned."
+    check_tensors(state, specs, subject=f"{kind.capitalize()} state refused.", remedy=remedy)
+    _copy(own, state)
+
+
 def _copy(own: NamedTensors, given: NamedTensors) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(given[name])
-
-
-def check_not_split(model: nn.Module) -> None:
-    """Refuses a model that already has private tensors.
-
-    Raises:
-        LockError: The model is locked already.
-    """
-    private = sorted(name for name, _ in _withheld(model))
-    if private:
-        raise LockError(
-            f"This model is locked already (private tensors: {', '.join(private[:3])}, …). "
-            "Lock the plain model, or take lock.bake() of the lock you have."
-        )

@@ -17,7 +17,7 @@ from fedkl.metrics.image import (
     ssim,
     true_psnr_to_paper,
 )
-from fedkl.metrics.scoring import PSNR_CAP_DB, Scaling, Score, score
+from fedkl.metrics.scoring import PSNR_CAP_DB, Matched, Scaling, Score, match, score
 from fedkl.metrics.statistics import (
     Rate,
     Summary,
@@ -31,6 +31,7 @@ from fedkl.metrics.utility import accuracy, evaluate
 
 __all__ = [
     "PSNR_CAP_DB",
+    "Matched",
     "Rate",
     "Scaling",
     "Score",
@@ -43,6 +44,7 @@ __all__ = [
     "fix_affine",
     "fix_by_prior",
     "identification_rank",
+    "match",
     "mean_interval",
     "median_interval",
     "mse",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from fedkl.errors import AttackError
@@ -67,6 +67,52 @@ class Score:
         return asdict(self)
 
 
+class Matched(NamedTuple):
+    """A batch of reconstructions as the attacker would show it, in the order of the true images.
+
+    Attributes:
+        raw: Before the scaling rule; zeros where failed.
+        scaled: After it, in [0, 1].
+        failed: The reconstruction holds NaN or infinity; it takes a true image that the others leave over.
+        order: Which reconstruction came to each true image.
+    """
+
+    raw: Images
+    scaled: Images
+    failed: Bool[Tensor, " batch"]
+    order: Int64[Tensor, " batch"]
+
+
+def match(reconstruction: Images, truth: Images, *, scaling: Scaling) -> Matched:
+    """Applies the attacker's scaling rule and matches a batch to the true images.
+
+    Images are matched by squared error under "clip" and by correlation under "prior" (see `best_match`).
+
+    Args:
+        reconstruction: Images of shape (batch, channels, height, width); any range, may hold NaN or infinity.
+        truth: Images of the same shape in [0, 1].
+        scaling: As in `score`.
+
+    Raises:
+        AttackError: The shapes differ, or the scaling rule is unknown.
+    """
+    if scaling not in _RULES:
+        raise AttackError(f"scaling: expected 'clip' or 'prior', got {scaling!r}.")
+    if reconstruction.shape != truth.shape:
+        raise AttackError(
+            f"reconstruction: expected the shape of the truth, {tuple(truth.shape)}, got "
+            f"{tuple(reconstruction.shape)}. Pass one reconstruction per true image."
+        )
+    found = reconstruction.detach().to(device="cpu", dtype=torch.float64)
+    failed = ~found.isfinite().flatten(1).all(1)
+    # A constant stand-in lets the whole batch run through the metrics.
+    raw = torch.where(failed[:, None, None, None], 0.0, found)
+    scaled = _RULES[scaling](raw)
+    cost = pairwise_cost(scaled, truth, by=_MEASURES[scaling])
+    order = assign(torch.where(failed[:, None], _FAILED_COST, cost))
+    return Matched(raw[order], scaled[order], failed[order], order)
+
+
 def score(
     reconstruction: Images,
     truth: Images,
@@ -77,9 +123,7 @@ def score(
     labels_found: Labels | None = None,
     scaling: Scaling,
 ) -> list[Score]:
-    """Scores a batch: applies the attacker's scaling rule, matches images to truths, then measures each.
-
-    Images are matched by squared error under "clip" and by correlation under "prior" (see `best_match`).
+    """Scores a batch: scales it and matches it to the truths (see `match`), then measures each image.
 
     Args:
         reconstruction: Images of shape (batch, channels, height, width); any range, may hold NaN or infinity.
@@ -106,21 +150,15 @@ def score(
     """
     true = checked(truth, name="truth")
     places = [int(place) for place in candidate_index]
-    _check_truth(reconstruction, true, candidates, places, scaling)
-    failed = ~reconstruction.detach().cpu().isfinite().flatten(1).all(1)
-    # A constant stand-in lets the whole batch run through the metrics: its values are dropped below, its rank
-    # is the worst.
-    finite = reconstruction.detach().to(device="cpu", dtype=torch.float64)
-    finite = torch.where(failed[:, None, None, None], 0.0, finite)
-    scaled = _RULES[scaling](finite)
-    cost = torch.where(failed[:, None], _FAILED_COST, pairwise_cost(scaled, true, by=_MEASURES[scaling]))
-    order = assign(cost)
-    values = _measure(finite[order], scaled[order], true)
-    ranks = identification_ranks(scaled[order], candidates=candidates, indexes=places)
-    correct = _label_hits(labels_true, labels_found, order)
+    _check_truth(true, candidates, places)
+    found = match(reconstruction, true, scaling=scaling)
+    # What the stand-in for a failure measures is dropped, and its rank is the worst: it correlates with none.
+    values = _measure(found.raw, found.scaled, true)
+    ranks = identification_ranks(found.scaled, candidates=candidates, indexes=places)
+    correct = _label_hits(labels_true, labels_found, found.order)
     return [
         _one(row, rank=rank, candidates=len(candidates), label_correct=hit, failed=bool(lost))
-        for row, rank, hit, lost in zip(values, ranks, correct, failed[order], strict=True)
+        for row, rank, hit, lost in zip(values, ranks, correct, found.failed, strict=True)
     ]
 
 
@@ -164,17 +202,8 @@ def _label_hits(true: Tensor | None, found: Tensor | None, order: Tensor) -> lis
     return [bool(hit) for hit in found.detach().cpu()[order] == true.detach().cpu()]
 
 
-def _check_truth(
-    reconstruction: Tensor, truth: Tensor, candidates: Tensor, places: list[int], scaling: str
-) -> None:
-    """Raises AttackError where the truth cannot be what the reconstruction is scored against."""
-    if scaling not in _RULES:
-        raise AttackError(f"scaling: expected 'clip' or 'prior', got {scaling!r}.")
-    if reconstruction.shape != truth.shape:
-        raise AttackError(
-            f"reconstruction: expected the shape of the truth, {tuple(truth.shape)}, got "
-            f"{tuple(reconstruction.shape)}. Pass one reconstruction per true image."
-        )
+def _check_truth(truth: Tensor, candidates: Tensor, places: list[int]) -> None:
+    """Raises AttackError where the truth is not in [0, 1], or not among the candidates where it should be."""
     known = checked(candidates, name="candidates")
     for name, images in (("truth", truth), ("candidates", known)):
         if images.numel() and (images.min() < -_SAME_IMAGE or images.max() > 1 + _SAME_IMAGE):

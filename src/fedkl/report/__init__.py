@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from fedkl.errors import ConfigError
 from fedkl.report import figures, html, markdown, pictures, tables, verdict
 from fedkl.report.collect import AttackRun, Collected, collect
 from fedkl.report.page import AttackSection, Page, Repeat
-from fedkl.runs import write_bytes, write_text
+from fedkl.runs import write_bytes
 
 __all__ = ["Built", "build"]
 
@@ -36,10 +37,16 @@ def build(path: Path) -> Built:
     """
     collected = collect(path)
     page = _page(collected)
-    for name, image in page.figures.items():
-        write_bytes(path / "figures" / name, image)
-    write_text(path / "report.md", markdown.render(page))
-    write_text(path / "report.html", html.render(page))
+    files = {f"figures/{name}": image for name, image in page.figures.items()}
+    files |= {"report.md": markdown.render(page).encode(), "report.html": html.render(page).encode()}
+    try:
+        for name, content in files.items():
+            write_bytes(path / name, content)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the report cannot be written here ({error.strerror}). Make the folder writable, or "
+            "copy the runs to one that is."
+        ) from error
     shown = [table.essential() for table in page.tables()]
     return Built(path / "report.html", shown)
 

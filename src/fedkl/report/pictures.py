@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fedkl.errors import ConfigError
-from fedkl.metrics import clip, fix_by_prior
-from fedkl.metrics.assignment import assign, pairwise_cost
+from fedkl.metrics import Scaling, match
 from fedkl.report import wording
 from fedkl.report.collect import AttackRun
 
 MAX_ROWS = 8
-_RULES = {"clip": clip, "prior": fix_by_prior}
-_LEFT_OVER = 2.0  # as in the scoring: a failure takes the true image that the others leave
 
 
 class Picture(NamedTuple):
@@ -88,18 +84,15 @@ def _trial_rows(
     return [Row(name, [true[i], *(column[i] for column in columns)]) for i, name in enumerate(names)]
 
 
-def _shown(run: AttackRun, arm: str, trial: int, scaling: str) -> tuple[Tensor, list[Tensor | None]]:
+def _shown(run: AttackRun, arm: str, trial: int, scaling: Scaling) -> tuple[Tensor, list[Tensor | None]]:
     """The truth, and the scaled reconstructions in its order; None for one that is not finite."""
     place = f"reconstructions/{arm}-{trial}"
     tensors = run.directory.load_tensors(place)
     if not {"reconstruction", "truth"} <= tensors.keys():
         raise ConfigError(f"{run.directory.path / place}.safetensors: holds no pictures.")
-    truth, found = tensors["truth"], tensors["reconstruction"]
-    failed = ~found.isfinite().flatten(1).all(1)
-    shown = _RULES[scaling](torch.where(failed[:, None, None, None], 0.0, found))
-    cost = pairwise_cost(shown, truth, by="correlation" if scaling == "prior" else "mse")
-    order = assign(torch.where(failed[:, None], _LEFT_OVER, cost)).tolist()
-    return truth, [None if failed[i] else shown[i] for i in order]
+    found = match(tensors["reconstruction"], tensors["truth"], scaling=scaling)
+    shown = [None if lost else image for image, lost in zip(found.scaled, found.failed, strict=True)]
+    return tensors["truth"], shown
 
 
 def _picture(arm: str, trial: int, image: Tensor | None, score: dict[str, Any] | None) -> Picture:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedkl.attacks import IDLG
-from fedkl.defenses import AnyDefense, KeyLock, NoDefense
-from fedkl.experiments import SUCCESS_DB
+from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PublicNorm
+from fedkl.experiments import SUCCESS_DB, chosen_arms
 from fedkl.report import verdict, wording
 from fedkl.report.collect import AttackRun, TrainRun
 from fedkl.report.page import Table
@@ -35,7 +35,8 @@ def verdict_table(findings: Sequence[verdict.Finding]) -> Table:
             f"An image is recovered from {SUCCESS_DB:.0f} dB on. An arm that withstands an attack counts "
             f"only where the same attack recovers at least {100 * verdict.CONTROL_RATE:.0f} % of the images "
             f"of its control ({verdict.CONTROL}); otherwise it says nothing. A leak that is seen counts in "
-            "any case.",
+            f"any case. Controls ({', '.join(verdict.OPEN_ARMS)}) hide nothing from the server: they test "
+            "the attack.",
         ],
     )
 
@@ -132,6 +133,8 @@ def fill_in_table(trains: Sequence[TrainRun]) -> Table:
         if run.fill_ins and "test_images" in run.summary
     }
     text = f" ({'; '.join(sorted(tested))} here)" if tested else ""
+    left_out = [r.name for r in trains if isinstance(r.config.defense, PublicNorm) and not r.fill_ins]
+    notes = [f"Left out, as their γ and β are public: {', '.join(left_out)}."] if left_out else []
     return Table(
         title="The server completes the global model itself",
         header=["Run", "Fill-in", "Norm statistics", "Accuracy", "Clients' own", "Difference"],
@@ -141,17 +144,19 @@ def fill_in_table(trains: Sequence[TrainRun]) -> Table:
             "Auxiliary images are taken from the test set and not tested on, so fill-ins are tested on fewer "
             f"images than the clients' models{text}.",
             "A published implementation fills in γ = β = 0, with which any model fails: left out here.",
+            *notes,
         ],
     )
 
 
 def _fill_in_row(run: TrainRun, fill_in: dict[str, Any]) -> list[str]:
+    statistics = {"initial": "mean 0, variance 1", "public": "public: the federation's own"}
     estimated = f"from {fill_in['auxiliary']} auxiliary images"
     own = run.summary["accuracy"]
     return [
         run.name,
         _FILL_INS.get(fill_in["arm"], fill_in["arm"]),
-        "mean 0, variance 1" if fill_in["statistics"] == "initial" else estimated,
+        statistics.get(fill_in["statistics"], estimated),
         wording.percent(fill_in["accuracy"], digits=2),
         wording.percent(own, digits=2),
         wording.points(fill_in["accuracy"] - own),
@@ -212,7 +217,7 @@ def _attack_row(arm: dict[str, Any], run: AttackRun, judgment: verdict.Judgment)
     given = run.config.labels_known and not isinstance(run.config.attack, IDLG)
     return [
         arm["name"],
-        arm["knows"],
+        _knows(arm, run),
         _SCALING[arm["scaling"]],
         str(figures["psnr"]["n"]),
         str(figures["psnr"]["failures"]),
@@ -228,3 +233,12 @@ def _attack_row(arm: dict[str, Any], run: AttackRun, judgment: verdict.Judgment)
         wording.small(arm["loss"]["median"]),
         judgment.text,
     ]
+
+
+def _knows(arm: dict[str, Any], run: AttackRun) -> str:
+    """What the server was granted and the attack uses: iDLG infers the label, granted or not."""
+    if not isinstance(run.config.attack, IDLG):
+        return str(arm["knows"])
+    unlabeled = run.config.model_copy(update={"labels_known": False})
+    knowledge = {other.name: other.knowledge for other in chosen_arms(unlabeled)}[arm["name"]]
+    return f"{knowledge.describe()}; label inferred"

@@ -14,6 +14,7 @@ CONTROL_RATE = 0.9
 FEW_POINTS = 0.05
 CONTROL = "public-norm"
 PLAIN = "no-norm"
+OPEN_ARMS = (PLAIN, CONTROL, "lock-known-both")  # nothing is secret: they test the attack, not a defense
 ORACLE = "mean-affine"
 _DLG_PRINTED = (32.71, 26.64)  # arXiv 2305.04095, Table 6, DLG, LeNet, MNIST: without and with the lock
 
@@ -145,8 +146,8 @@ def identifies(arm: dict[str, Any], batch_size: int) -> bool:
 
 def judge(arm: dict[str, Any], run: AttackRun) -> Judgment:
     """The verdict on one arm: a leak that is seen counts, a failure only where the control is recovered."""
-    if arm["name"] in (PLAIN, CONTROL):
-        return Judgment("attack succeeds", "open") if succeeds(arm) else Judgment("attack too weak", "open")
+    if arm["name"] in OPEN_ARMS:
+        return Judgment(f"control: attack {'succeeds' if succeeds(arm) else 'too weak'}", "open")
     if wording.hits(arm["success"]):
         return Judgment(f"leaks: {wording.count(arm['success'])} images recovered", "bad")
     if identifies(arm, run.config.batch_size):

@@ -1,0 +1,217 @@
+"""Which layers of a model are locked. Every check runs, and all problems are gathered, before any change."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from fedkl.errors import LockError, gathered, warn
+from fedkl.locking import norms
+from fedkl.locking.functional import functional_norm_problems
+
+Layers = Literal["first", "all"] | Sequence[str] | Callable[[str, nn.Module], bool]
+ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One layer to lock: a norm, or a convolution or linear layer after which a norm is inserted."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def inserts(self) -> bool:
+        """Whether the layer has no norm of its own."""
+        return not norms.is_affine_norm(self.module)
+
+    @property
+    def norm_name(self) -> str:
+        """Qualified name of the norm once the layer is locked."""
+        return f"{self.name}.{norms.INSERTED_NAME}".lstrip(".") if self.inserts else self.name
+
+
+def modules_in_order(model: nn.Module, *, example_inputs: ExampleInputs | None) -> dict[str, nn.Module]:
+    """The modules of a model by name, in the order in which a lock chains them.
+
+    Args:
+        model: The plain model; not changed.
+        example_inputs: If given, execution order replaces `named_modules()` order, and modules that the
+            model does not call are left out.
+    """
+    if example_inputs is None:
+        return dict(model.named_modules())
+    return _execution_order(model, example_inputs)
+
+
+def plan(model: nn.Module, *, layers: Layers, order: dict[str, nn.Module]) -> list[Target]:
+    """Chooses the layers to lock, in the order of a chain, and checks that all of them can be.
+
+    Args:
+        model: The plain model; not changed.
+        layers: See `fedkl.lock`.
+        order: The modules to choose from, see `modules_in_order`.
+
+    Raises:
+        LockError: With every problem found.
+    """
+    problems = _valueless_problems(model)
+    targets, choice_problems = _choose(model, order, layers)
+    problems += choice_problems
+    if isinstance(layers, str):
+        problems += functional_norm_problems(model)
+    if not targets and not problems:
+        problems.append(
+            "no affine norm of a registered type, and but the head no convolution, nor a linear layer of "
+            "more than one output"
+        )
+    for target in targets:
+        problems += _target_problems(model, target)
+    if problems:
+        raise LockError(gathered("This model cannot be locked as asked.", problems, _REMEDY))
+    return targets
+
+
+_REMEDY = (
+    'Choose layers="first", "all", a list of names from model.named_modules(), or a predicate '
+    "(name, module) -> bool; make other norm types lockable with fedkl.register_norm(type)."
+)
+
+
+def _choose(model: nn.Module, order: dict[str, nn.Module], layers: Layers) -> tuple[list[Target], list[str]]:
+    affine = {name: m for name, m in order.items() if norms.is_affine_norm(m)}
+    plain = {name: m for name, m in order.items() if norms.takes_inserted_norm(m)}
+    lockable = {n: m for n, m in order.items() if n in affine or (n in plain and not norms.is_too_narrow(m))}
+    if callable(layers):
+        chosen = {name: module for name, module in lockable.items() if layers(name, module)}
+        problems = [] if chosen else ["the predicate matched none of " + _listing(lockable)]
+    elif isinstance(layers, str):
+        if layers not in ("first", "all"):
+            return [], [f"layers={layers!r} is neither 'first' nor 'all' (a single name goes in a list)"]
+        candidates = affine or list(plain)[:-1]  # never the head
+        names = [name for name in candidates if name in lockable]
+        chosen = {name: order[name] for name in names[: 1 if layers == "first" else None]}
+        problems = []
+    else:
+        chosen, problems = _by_name(model, order, lockable, list(layers))
+    return [Target(name=name, module=module) for name, module in chosen.items()], problems
+
+
+def _by_name(
+    model: nn.Module, order: dict[str, nn.Module], lockable: dict[str, nn.Module], names: list[str]
+) -> tuple[dict[str, nn.Module], list[str]]:
+    every = dict(model.named_modules(remove_duplicate=False))
+    problems = [] if names else ["layers= is an empty list"]
+    wanted: set[int] = set()
+    for name in names:
+        if name not in every:
+            close = difflib.get_close_matches(name, lockable, n=1)
+            hint = f", did you mean '{close[0]}'?" if close else ""
+            problems.append(f"'{name}' is not a module of this model{hint}")
+        elif every[name] not in lockable.values():
+            problems.append(_why_not(name, every[name], called=every[name] in order.values()))
+        else:
+            wanted.add(id(every[name]))
+    return {name: m for name, m in lockable.items() if id(m) in wanted}, problems
+
+
+def _why_not(name: str, module: nn.Module, *, called: bool) -> str:
+    kind = type(module).__name__
+    if not called:
+        return f"'{name}' ({kind}) is not called by the model on the example inputs"
+    if norms.takes_inserted_norm(module):  # and not lockable all the same
+        return f"'{name}' ({kind}) has one output, which a norm inserted after it would make constant"
+    if norms.is_unregistered_norm(module):
+        return f"'{name}' ({kind}) is a subclass of a norm that is not registered"
+    if norms.norm_tensors(module) is not None:
+        return f"'{name}' ({kind}) has no scale; build it with affine=True"
+    return f"'{name}' ({kind}) is neither a norm, a convolution nor a linear layer of a known type"
+
+
+def _listing(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "no lockable layers"
+
+
+def _valueless_problems(model: nn.Module) -> list[str]:
+    return [
+        f"'{name}' has no values yet (lazy or on the meta device); run one forward pass or load it first"
+        for name, parameter in model.named_parameters()
+        if is_lazy(parameter) or parameter.is_meta
+    ]
+
+
+def _target_problems(model: nn.Module, target: Target) -> list[str]:
+    name, module = target.name, target.module
+    if target.inserts and hasattr(module, norms.INSERTED_NAME):
+        return [f"'{name}' already has an attribute '{norms.INSERTED_NAME}'; rename it"]
+    tensor_names = ("weight", None) if target.inserts else norms.generated_names(module)
+    problems = []
+    for tensor_name in filter(None, tensor_names):
+        tensor = getattr(module, tensor_name)
+        if not tensor.is_floating_point():
+            problems.append(f"'{name}.{tensor_name}' has dtype {tensor.dtype}, expected a floating-point one")
+        elif not target.inserts and parametrize.is_parametrized(module):
+            problems.append(f"'{name}' is parametrized already; remove its parametrizations first")
+        elif not target.inserts and tensor_name not in module._parameters:
+            problems.append(f"'{name}.{tensor_name}' is not a parameter of the module")
+        elif not target.inserts:
+            problems += _tied_problems(model, f"{name}.{tensor_name}", tensor, module)
+    return problems
+
+
+def _tied_problems(model: nn.Module, full_name: str, tensor: Tensor, owner: nn.Module) -> list[str]:
+    for other_name, other in model.named_modules():
+        if other is not owner and any(p is tensor for p in other._parameters.values()):
+            where = f"'{other_name}'" if other_name else "the model itself"
+            return [f"'{full_name}' is tied to a parameter of {where}, which would stay public"]
+    return []
+
+
+def _execution_order(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, nn.Module]:
+    called: dict[str, None] = {}
+    probe = copy.deepcopy(model).eval()
+    for name, module in probe.named_modules():
+        module.register_forward_pre_hook(lambda m, args, name=name: called.setdefault(name))
+    with torch.no_grad():
+        if isinstance(example_inputs, Mapping):
+            probe(**example_inputs)
+        else:
+            probe(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+    modules = dict(model.named_modules())
+    return {name: modules[name] for name in called}
+
+
+def warn_about_open_layers(order: dict[str, nn.Module], targets: Sequence[Target]) -> None:
+    """Warns when more than one parametric layer comes before the first lock."""
+    before = []
+    for name, module in order.items():
+        if module is targets[0].module:
+            break
+        if any(True for _ in module.parameters(recurse=False)):
+            before.append(name or "the model itself")
+    # The one layer that feeds the first lock is what the lock is there for.
+    if len(before) > 1:
+        warn(
+            f"{len(before)} parametric layers run before the first lock ('{targets[0].name}'), and their "
+            f"gradient is not locked: {_listing(before)}.{_unregistered_norms(order, before)}"
+        )
+
+
+def _unregistered_norms(order: dict[str, nn.Module], names: Sequence[str]) -> str:
+    skipped = [name for name in names if name in order and norms.is_unregistered_norm(order[name])]
+    kinds = sorted({type(order[name]).__name__ for name in skipped})
+    if not skipped:
+        return ""
+    return (
+        f" Skipped because their type is not registered: {_listing(skipped)}. If z = γ ⊙ x̂ + β holds for "
+        f"{', '.join(kinds)}, make it lockable with fedkl.register_norm(...)."
+    )
