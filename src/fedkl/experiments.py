@@ -190,7 +190,7 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
 
     def show(evaluations: int, running: int) -> None:
         if evaluations % 20 == 0:
-            progress(len(records), total, f"evaluation {evaluations}, {running} problems running")
+            progress(len(records), total, f"evaluation {evaluations}, {running} running")
 
     attack_arms(
         arms,
