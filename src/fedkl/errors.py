@@ -44,10 +44,6 @@ class AttackError(FedKLError):
     """An observation is not one that this attack can work on."""
 
 
-class MissingExtraError(FedKLError):
-    """An optional dependency is not installed; the message names the extra that brings it."""
-
-
 def gathered(summary: str, problems: Sequence[str], remedy: str) -> str:
     """Formats several problems as one message.
 
