@@ -177,13 +177,7 @@ def demo_command(
     out: Annotated[Path, typer.Option("--out", help="Where the runs and the report go.")] = Path("runs/demo"),
 ) -> None:
     """The main job end to end on real images: train with and without the lock, attack both, report."""
-
-    @contextmanager
-    def shown(title: str) -> Iterator[experiments.Progress]:
-        with _progress(title) as progress:
-            yield progress
-
-    demo.run(out, progress=shown)
+    demo.run(out, progress=_progress)
     _finish(out)
 
 
