@@ -10,6 +10,8 @@ import pytest
 import tomllib
 
 from fedkl import cli
+from fedkl.config import AttackConfig
+from fedkl.runs import RunDirectory
 
 
 @pytest.fixture
@@ -102,6 +104,16 @@ def test_an_interrupted_attack_continues(fedkl, tmp_path):
         (("train", "--layers", "all"), "no lock"),
         (("train", "--centralized", "--clients", "3"), "--centralized"),
         (("train", "--rounds", "0"), "rounds"),
+        (("train", "--partition", "magic"), "magic"),
+        (("train", "--clients", "3", "--cohort", "4"), "cohort"),
+        (("train", "--set", "training.local.epochs"), "PLACE=VALUE"),
+        (("train", "--augmentation", "magic"), "crop-flip"),
+        (("train", "--device", "cuda"), "no GPU"),
+        (("train", "--resume"), "not a run directory"),
+        (("train", "--resume", "--lr", "1"), "leave out training.local.lr"),
+        (("reproduce", "table1", "--rows", "alexnet/mnist"), "resnet20/cifar10"),
+        (("reproduce", "table1", "--arms", "magic"), "fedkl-published"),
+        (("reproduce", "table1", "--rounds", "0"), "at least 1"),
         (("train", "--data", "mnits"), "mnist"),
         (("attack", "--arms", "no-nrom"), "no-nrom"),
         (("attack", "--arms", "lock,lock"), "more than once"),
@@ -117,6 +129,24 @@ def test_wrong_usage_is_exit_code_2_with_a_clear_line(fedkl, tmp_path, words, me
     assert code == 2
     assert message in text
     assert "Traceback" not in text
+
+
+def test_resume_takes_the_experiment_from_the_run(fedkl, tmp_path):
+    out = tmp_path / "run"
+    words = ("train", "--out", out, "--rounds", 2, "--set", "checkpoints.seconds=0", "--cohort", 2)
+    assert fedkl(*words)[0] == 0
+    (out / "summary.json").unlink()
+    code, text = fedkl("train", "--out", out, "--resume")
+    assert code == 0, text
+    assert json.loads((out / "summary.json").read_text())["rounds"] == 2
+
+
+def test_an_attack_is_not_resumed_as_a_training(fedkl, tmp_path):
+    out = tmp_path / "run"
+    RunDirectory.create(out, config=AttackConfig(), version="0")
+    code, text = fedkl("train", "--out", out, "--resume")
+    assert code == 2
+    assert "not a training" in text
 
 
 def test_an_attack_config_does_not_train(fedkl, tmp_path):
@@ -180,5 +210,5 @@ def test_the_progress_bar_shows_its_note_whole(capsys, monkeypatch, title, note)
 def test_help_names_every_command(fedkl):
     code, text = fedkl("--help")
     assert code == 0
-    for command in ("train", "attack", "demo", "report", "data", "key"):
+    for command in ("train", "attack", "demo", "report", "reproduce", "data", "key"):
         assert command in text

@@ -8,16 +8,27 @@ import tomllib
 from fedkl import config as configs
 from fedkl.attacks import DLG, IDLG
 from fedkl.config import AttackConfig, ModelConfig, TrainConfig
+from fedkl.data import Dirichlet
 from fedkl.defenses import KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError
-from fedkl.federated import FederatedTraining, LocalTraining
+from fedkl.federated import CosineSchedule, Execution, FederatedTraining, LocalTraining, ServerAdam
 
 EXPERIMENTS = [
     TrainConfig(),
     TrainConfig(defense=KeyLock(layers=("conv1", "conv2"), activation="relu")),
     TrainConfig(defense=PublicNorm(), seed=3),
     TrainConfig(defense=PrivateNorm(like=KeyLock(layers="all"))),
-    TrainConfig(training=FederatedTraining(local=LocalTraining(lock_weight_decay=0.1, lr_milestones=()))),
+    TrainConfig(training=FederatedTraining(local=LocalTraining(lock_weight_decay=0.1, optimizer="adam"))),
+    TrainConfig(
+        training=FederatedTraining(
+            clients=9,
+            cohort=4,
+            partition=Dirichlet(alpha=0.1),
+            schedule=CosineSchedule(),
+            server=ServerAdam(),
+        ),
+        execution=Execution(workers=2),
+    ),
     AttackConfig(),
     AttackConfig(attack=IDLG(restarts=3), arms=("lock",), model=ModelConfig(initialization="default")),
     AttackConfig(attack=DLG(weighting="full"), labels_known=False),
@@ -85,7 +96,7 @@ def test_fields_that_do_not_go_together(values, message):
         ('type = "train"\ntraining.local.{} = {}', "momentum"),
         ('type = "train"\ntraining.local.{} = {}', "weight_decay"),
         ('type = "train"\ntraining.local.{} = {}', "lock_weight_decay"),
-        ('type = "train"\ntraining.local.{} = {}', "lr_factor"),
+        ('type = "train"\ntraining.schedule.type = "step"\ntraining.schedule.{} = {}', "decay"),
         ('type = "attack"\nattack.type = "dlg"\nattack.{} = {}', "box"),
     ],
 )
@@ -151,6 +162,55 @@ def test_flags_of_an_attack(tmp_path):
     assert experiment == AttackConfig(lock=PUBLISHED_77, attack=changed, labels_known=False)
 
 
+@pytest.mark.parametrize(
+    ("setting", "place", "value"),
+    [
+        ("training.local.proximal=0.1", ("training", "local", "proximal"), 0.1),
+        ("training.schedule.milestones=[0.5]", ("training", "schedule", "milestones"), (0.5,)),
+        ("training.partition.type=shards", ("training", "partition", "type"), "shards"),
+        ("checkpoints.keep=5", ("checkpoints", "keep"), 5),
+    ],
+)
+def test_any_field_can_be_set(setting, place, value):
+    found = configs.from_flags("train", file=None, fields={}, settings=[setting])
+    for name in place:
+        found = getattr(found, name)
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.local.proximal", "PLACE=VALUE"),
+        ("=1", "PLACE=VALUE"),
+        ("training.local.lr.x=1", "'lr' is a value"),
+        ("training.lokal.lr=1", "lokal"),
+        ("training.local.lr=fast", "lr"),
+    ],
+)
+def test_settings_that_make_no_sense(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        configs.from_flags("train", file=None, fields={}, settings=[setting])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("iid", {"type": "iid"}),
+        ("shards", {"type": "shards"}),
+        ("shards:3", {"type": "shards", "per_client": 3}),
+        ("dirichlet:0.25", {"type": "dirichlet", "alpha": 0.25}),
+    ],
+)
+def test_partitions_in_short(text, expected):
+    assert configs.partition_fields(text) == expected
+
+
+def test_a_partition_that_is_none():
+    with pytest.raises(ConfigError, match="--partition dirichlet:much"):
+        configs.partition_fields("dirichlet:much")
+
+
 @pytest.mark.parametrize("content", [b"not = = toml", b"\xff\xfe"])
 def test_files_that_are_no_toml(content, tmp_path):
     path = tmp_path / "bad.toml"
@@ -169,5 +229,6 @@ def test_defaults_are_the_papers():
     local = training.local
     assert (training.clients, training.rounds, local.batch_size, local.epochs) == (3, 200, 64, 1)
     assert (local.lr, local.momentum, local.weight_decay) == (0.01, 0.9, 5e-4)
-    assert [round(local.lr_at(r), 6) for r in (0, 59, 60, 120, 160)] == [0.01, 0.01, 0.002, 0.0004, 8e-05]
+    rates = [round(training.lr_at(r), 6) for r in (0, 59, 60, 119, 120, 159, 160)]
+    assert rates == [0.01, 0.01, 0.002, 0.002, 0.0004, 0.0004, 8e-05]
     assert TrainConfig().defense == NoDefense()

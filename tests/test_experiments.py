@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -46,14 +47,31 @@ def test_a_trial_that_lacks_an_arm_is_repeated_in_all_arms(tmp_path):
     assert again[:2] == [r for r in records if r["trial"] == 0]
 
 
-def test_an_interrupted_training_is_repeated_from_the_start(tmp_path):
+def test_a_training_that_was_interrupted_at_its_end_repeats_no_round(tmp_path, monkeypatch):
     config = TrainConfig(training=FederatedTraining(rounds=1))
     run = experiments.run(config, out=tmp_path / "run")
-    expected = run.summary["accuracy"]
+    expected, records = run.summary, list(run.results())
     (run.path / "summary.json").unlink()
+    monkeypatch.setattr("fedkl.federated.Federation.run_round", None)
     again = experiments.run(config, out=tmp_path / "run")
-    assert again.summary["accuracy"] == expected
-    assert [record["event"] for record in again.results()] == ["round"]
+    assert {**again.summary, "seconds": 0} == {**expected, "seconds": 0}
+    assert list(again.results()) == records
+    assert [record["event"] for record in records] == ["partition", "round"]
+
+
+def test_curves_for_tensorboard(tmp_path):
+    config = TrainConfig(training=FederatedTraining(rounds=1))
+    run = experiments.run(config, out=tmp_path / "run", tensorboard=True)
+    (events,) = (run.path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert all(name in content for name in (b"accuracy", b"loss", b"lr"))
+
+
+def test_curves_without_tensorboard_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    config = TrainConfig(training=FederatedTraining(rounds=1))
+    with pytest.raises(ConfigError, match=r"fedkl\[tensorboard\]"):
+        experiments.run(config, out=tmp_path / "run", tensorboard=True)
 
 
 def test_a_locked_training_leaves_nothing_private_in_its_folder(tmp_path):

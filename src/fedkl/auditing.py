@@ -19,7 +19,7 @@ from fedkl.defenses.base import plain_copy
 from fedkl.errors import DataError
 from fedkl.locking import Split
 from fedkl.metrics import Score, score
-from fedkl.types import Images, Labels
+from fedkl.types import ImageBatch, Labels
 
 CANDIDATES = 100
 """Test images among which a reconstruction must identify its own; more where more are attacked."""
@@ -80,7 +80,7 @@ class Trial:
 
     index: int
     places: tuple[int, ...]
-    images: Images
+    images: ImageBatch
     labels: Labels
 
 
@@ -175,7 +175,7 @@ def observe(
     )
 
 
-def full_gradient(model: nn.Module, images: Images, labels: Labels) -> dict[str, Tensor]:
+def full_gradient(model: nn.Module, images: ImageBatch, labels: Labels) -> dict[str, Tensor]:
     """The gradient of the mean cross-entropy with respect to every parameter, in train mode."""
     parameters = dict(model.train().named_parameters())
     gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), list(parameters.values()))

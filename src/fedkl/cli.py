@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -24,8 +24,10 @@ from rich.table import Table
 
 import fedkl
 from fedkl import config as configs
-from fedkl import data, demo, experiments, report
+from fedkl import data, demo, experiments, report, reproduce
 from fedkl.errors import ConfigError, FedKLError
+from fedkl.lockfile import PASSPHRASE_VARIABLE
+from fedkl.runs import RunDirectory
 
 app = typer.Typer(
     name="fedkl",
@@ -36,11 +38,12 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Datasets: list and fetch.", no_args_is_help=True)
 key_app = typer.Typer(help="Key files: new, info, rotate.", no_args_is_help=True)
+reproduce_app = typer.Typer(help="The paper's tables, beside the print.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(key_app, name="key")
+app.add_typer(reproduce_app, name="reproduce")
 
 console = Console()
-PASSPHRASE_VARIABLE = "FEDKL_PASSPHRASE"  # noqa: S105 (a name, not a passphrase)
 
 OutOption = Annotated[Path, typer.Option("--out", help="Run directory; a finished run is not repeated.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; flags override its fields.")]
@@ -53,6 +56,9 @@ ModelOption = Annotated[str | None, typer.Option(help="Model of the zoo.")]
 LockOption = Annotated[str | None, typer.Option(help="default, or published (uniform key, ReLU).")]
 LayersOption = Annotated[str | None, typer.Option(help="Locked layers: first or all.")]
 InitOption = Annotated[str | None, typer.Option(help="Initial weights: default or uniform (U(−0.5, 0.5)).")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Any field of config.toml: training.local.proximal=0.01.")
+]
 PlainOption = Annotated[bool, typer.Option("--unencrypted", help="Leave the file unencrypted.")]
 
 
@@ -76,9 +82,11 @@ def _progress(title: str) -> Iterator[experiments.Progress]:
         yield step
 
 
-def _run(experiment: configs.TrainConfig | configs.AttackConfig, out: Path) -> None:
+def _run(
+    experiment: configs.TrainConfig | configs.AttackConfig, out: Path, *, tensorboard: bool = False
+) -> None:
     with _progress(experiment.type) as progress:
-        run = experiments.run(experiment, out=out, progress=progress)
+        run = experiments.run(experiment, out=out, progress=progress, tensorboard=tensorboard)
     _finish(run.path)
 
 
@@ -96,16 +104,40 @@ def train(
     data_root: RootOption = None,
     model: ModelOption = None,
     initialization: InitOption = None,
+    standardize: Annotated[
+        bool | None,
+        typer.Option("--standardize/--raw", help="Let the model standardize its input by channel."),
+    ] = None,
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
+    cohort: Annotated[int | None, typer.Option(help="Clients sampled each round; all if not given.")] = None,
     centralized: Annotated[bool, typer.Option("--centralized", help="One client with all the data.")] = False,
+    partition: Annotated[
+        str | None, typer.Option(help="iid, shards:<per client> or dirichlet:<alpha>.")
+    ] = None,
     algorithm: Annotated[str | None, typer.Option(help="fedavg (weights) or fedsgd (gradients).")] = None,
     rounds: Annotated[int | None, typer.Option(help="Communication rounds.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Local epochs of a round.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples of a batch.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate, before its schedule.")] = None,
+    augmentation: Annotated[
+        str | None, typer.Option(help="none, flip, crop-flip or resized-crop-flip.")
+    ] = None,
     eval_every: Annotated[int | None, typer.Option(help="Rounds between evaluations.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Clients that train at once; 0: automatic.")] = None,
+    settings: SetOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, as its config.toml says.")
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard events too (fedkl[tensorboard]).")
+    ] = False,
     seed: SeedOption = None,
 ) -> None:
-    """Federated training in one process, then the server's own model under every fill-in."""
+    """Federated training in one process, then the server's own model under every fill-in.
+
+    The same command goes on with a run that was interrupted; --resume does so without the other flags.
+    """
     if centralized and clients not in (None, 1):
         raise ConfigError(f"--centralized is one client; got --clients {clients}. Give one of the two.")
     fields = {
@@ -114,17 +146,47 @@ def train(
         "data.root": data_root,
         "model.name": model,
         "model.initialization": initialization,
+        "model.standardize": standardize,
         "training.clients": 1 if centralized else clients,
+        "training.cohort": cohort,
+        "training.partition": None if partition is None else configs.partition_fields(partition),
         "training.rounds": rounds,
         "training.eval_every": eval_every,
         "training.local.algorithm": algorithm,
+        "training.local.epochs": epochs,
         "training.local.batch_size": batch_size,
         "training.local.lr": lr,
+        "training.local.augmentation": augmentation,
+        "execution.device": device,
+        "execution.workers": workers,
     }
-    experiment = configs.from_flags(
-        "train", file=config, fields=fields, defense=defense, lock=lock, layers=layers
-    )
-    _run(experiment, out)
+    experiment: configs.TrainConfig | configs.AttackConfig
+    if resume:
+        experiment = _resumed(
+            out,
+            fields | {"config": config, "defense": defense, "lock": lock, "layers": layers, "set": settings},
+        )
+    else:
+        experiment = configs.from_flags(
+            "train",
+            file=config,
+            fields=fields,
+            defense=defense,
+            lock=lock,
+            layers=layers,
+            settings=settings or (),
+        )
+    _run(experiment, out, tensorboard=tensorboard)
+
+
+def _resumed(out: Path, flags: dict[str, object]) -> configs.TrainConfig:
+    given = [name for name, value in flags.items() if value is not None]
+    if given:
+        raise ConfigError(f"--resume takes the experiment from {out}; leave out {', '.join(given)}.")
+    experiment = RunDirectory.open(out).config
+    if not isinstance(experiment, configs.TrainConfig):
+        raise ConfigError(f"{out}: not a training. Repeat the command that started it to go on with it.")
+    return experiment
 
 
 @app.command()
@@ -158,7 +220,7 @@ def attack(
         "data.root": data_root,
         "model.name": model,
         "model.initialization": initialization,
-        "arms": None if arms is None else [name.strip() for name in arms.split(",")],
+        "arms": None if arms is None else _names(arms),
         "labels_known": labels,
         "trials": trials,
         "batch_size": batch_size,
@@ -179,6 +241,51 @@ def demo_command(
     """The main job end to end on real images: train with and without the lock, attack both, report."""
     demo.run(out, progress=_progress)
     _finish(out)
+
+
+@reproduce_app.command("table1")
+def reproduce_table1(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the table; finished cells are kept.")],
+    rows: Annotated[str, typer.Option(help="Comma-separated, e.g. resnet20/cifar10; all: every row.")] = (
+        "lenet/mnist"
+    ),
+    arms: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(reproduce.Table1.arms),
+    seeds: Annotated[int, typer.Option(help="Runs of each cell.")] = 3,
+    first_seed: Annotated[int, typer.Option(help="Seeds count from here.")] = 0,
+    budget: Annotated[
+        reproduce.Budget, typer.Option(help="quick: minutes, marked as such. paper: 200 rounds.")
+    ] = "quick",
+    rounds: Annotated[int | None, typer.Option(help="Rounds, instead of the budget's.")] = None,
+    pairs: Annotated[
+        reproduce.Pairs,
+        typer.Option(help="matched: one network a row. published: the paper's two different ones."),
+    ] = "matched",
+    clients: Annotated[int, typer.Option(help="Clients of the federated arms; the paper has 3.")] = 3,
+    partition: Annotated[str, typer.Option(help="iid, shards:<per client> or dirichlet:<alpha>.")] = "iid",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")] = "cpu",
+    data_root: RootOption = None,
+) -> None:
+    """Test accuracy with and without the lock, beside the paper's. An interrupted table goes on."""
+    table = reproduce.Table1(
+        rows=tuple(reproduce.table1_rows()) if rows == "all" else _names(rows),
+        arms=_names(arms),
+        seeds=seeds,
+        first_seed=first_seed,
+        budget=budget,
+        rounds=rounds,
+        pairs=pairs,
+        clients=clients,
+        partition=configs.partition_of(partition),
+        device=device,
+        data_root=data_root,
+    )
+    records = reproduce.table1(table, out=out, progress=_progress)
+    console.print(reproduce.markdown(records), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Table: {out / 'table.md'}", soft_wrap=True, highlight=False)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 @app.command("report")
@@ -277,5 +384,7 @@ def main() -> None:
     try:
         app()
     except FedKLError as error:
-        Console(stderr=True).print(f"Error: {error}", style="red", highlight=False, markup=False)
+        Console(stderr=True).print(
+            f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         sys.exit(2)

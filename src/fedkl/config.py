@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -10,9 +11,10 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from fedkl.attacks import DLG, IDLG, AnyAttack
+from fedkl.data import AnyPartition
 from fedkl.defenses import AnyDefense, KeyLock, NoDefense
 from fedkl.errors import ConfigError, gathered
-from fedkl.federated import FederatedTraining
+from fedkl.federated import Execution, FederatedTraining
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,17 +27,29 @@ class _Config(BaseModel):
 
 
 class DataConfig(_Config):
-    """Which dataset, and where its files are (None: `fedkl.data.default_root()`)."""
+    """Which dataset, where its files are (None: `fedkl.data.default_root()`), and the images' size.
+
+    A size of None is the dataset's usual one: 32, or 224 for folders of images.
+    """
 
     name: str = "mnist-sample"
     root: str | None = None
+    size: Annotated[int, Field(ge=1)] | None = None
 
 
 class ModelConfig(_Config):
-    """Which model of the zoo, and how its weights start."""
+    """Which model of the zoo, how its weights start, and whether it standardizes its input by channel."""
 
     name: str = "lenet"
     initialization: Literal["default", "uniform"] = "uniform"
+    standardize: bool = False
+
+
+class CheckpointConfig(_Config):
+    """How often a training is written to disk (0 seconds: every round), and how many checkpoints are kept."""
+
+    seconds: Annotated[float, Field(ge=0)] = 30.0
+    keep: Annotated[int, Field(ge=1)] = 2
 
 
 class TrainConfig(_Config):
@@ -47,6 +61,8 @@ class TrainConfig(_Config):
     model: ModelConfig = ModelConfig()
     defense: Annotated[AnyDefense, Field(discriminator="type")] = NoDefense()
     training: FederatedTraining = FederatedTraining()
+    execution: Execution = Execution()
+    checkpoints: CheckpointConfig = CheckpointConfig()
     auxiliary: Annotated[int, Field(ge=2)] = 100
 
 
@@ -80,6 +96,7 @@ class AttackConfig(_Config):
 ExperimentConfig = Annotated[TrainConfig | AttackConfig, Field(discriminator="type")]
 
 _ADAPTER: TypeAdapter[TrainConfig | AttackConfig] = TypeAdapter(ExperimentConfig)
+_PARTITION: TypeAdapter[AnyPartition] = TypeAdapter(Annotated[AnyPartition, Field(discriminator="type")])
 
 
 def parse(values: dict[str, Any], *, source: str) -> TrainConfig | AttackConfig:
@@ -92,11 +109,18 @@ def parse(values: dict[str, Any], *, source: str) -> TrainConfig | AttackConfig:
     Raises:
         ConfigError: With every field that is unknown, missing or out of range.
     """
+    experiment: TrainConfig | AttackConfig = _validated(
+        _ADAPTER.validate_python, values, subject=f"{source} is not a usable experiment."
+    )
+    return experiment
+
+
+def _validated(validate: Callable[[Any], Any], values: dict[str, Any], *, subject: str) -> Any:
     try:
-        return _ADAPTER.validate_python(values)
+        return validate(values)
     except ValidationError as error:
         problems = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
-        raise ConfigError(gathered(f"{source} is not a usable experiment.", problems, _REMEDY)) from error
+        raise ConfigError(gathered(subject, problems, _REMEDY)) from error
 
 
 _REMEDY = "Compare with the config.toml of a run directory."
@@ -131,6 +155,7 @@ def from_flags(
     defense: str | None = None,
     lock: str | None = None,
     layers: str | None = None,
+    settings: Sequence[str] = (),
 ) -> TrainConfig | AttackConfig:
     """An experiment from the command line: a file or the defaults, with the fields that were given instead.
 
@@ -142,6 +167,7 @@ def from_flags(
             where both have a lock, the lock stays.
         lock: Setting of the lock, "default" or "published"; its other fields stay.
         layers: Locked layers.
+        settings: Any field as ``training.local.proximal=0.01``: a dotted place and a TOML value.
 
     Raises:
         ConfigError: The file or a field is not usable, or a lock is described that the defense does not have.
@@ -154,6 +180,8 @@ def from_flags(
             _set(values, place, value)
     if kind == "train" and defense is not None:
         values["defense"] = _switched(values["defense"], defense)
+    for setting in settings:
+        _set(values, *_parsed_setting(setting))
     described = _lock_fields(lock, layers)
     if described:
         target = values["lock"] if kind == "attack" else _lock_of(values["defense"])
@@ -172,8 +200,51 @@ _NO_LOCK = (
 def _set(values: dict[str, Any], place: str, value: Any) -> None:
     *path, last = place.split(".")
     for name in path:
-        values = values[name]
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{place}: '{name}' is a value, it has no fields. {_REMEDY}")
     values[last] = value
+
+
+def _parsed_setting(setting: str) -> tuple[str, Any]:
+    place, equals, text = setting.partition("=")
+    if not (place.strip() and equals):
+        raise ConfigError(f"--set {setting}: expected PLACE=VALUE, e.g. training.local.proximal=0.01.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a text
+    return place.strip(), value
+
+
+def partition_of(text: str) -> AnyPartition:
+    """The partition that a text names; see `partition_fields`.
+
+    Raises:
+        ConfigError: It names none.
+    """
+    partition: AnyPartition = _validated(
+        _PARTITION.validate_python, partition_fields(text), subject=f"--partition {text} is not usable."
+    )
+    return partition
+
+
+def partition_fields(text: str) -> dict[str, Any]:
+    """A partition from the command line: ``iid``, ``shards:2`` or ``dirichlet:0.1``.
+
+    Raises:
+        ConfigError: Another form.
+
+    >>> partition_fields("dirichlet:0.1")
+    {'type': 'dirichlet', 'alpha': 0.1}
+    """
+    kind, colon, number = text.partition(":")
+    field = {"shards": ("per_client", int), "dirichlet": ("alpha", float)}.get(kind)
+    try:
+        return {"type": kind} | ({field[0]: field[1](number)} if field and colon else {})
+    except ValueError as error:
+        expected = "iid, shards:<number per client> or dirichlet:<alpha>"
+        raise ConfigError(f"--partition {text}: expected {expected}, e.g. dirichlet:0.5.") from error
 
 
 def _lock_fields(lock: str | None, layers: str | None) -> dict[str, Any]:

@@ -44,10 +44,11 @@ def run(out: Path, *, progress: Callable[[str], AbstractContextManager[experimen
         FedKLError: The folder is not usable.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # networks this small are slower on several
-    try:
-        for name, config in EXPERIMENTS.items():
+    for name, config in EXPERIMENTS.items():
+        if isinstance(config, AttackConfig):
+            torch.set_num_threads(1)  # an attack's batch of networks this small is slower on several
+        try:
             with progress(name) as step:
                 experiments.run(config, out=out / name, progress=step)
-    finally:
-        torch.set_num_threads(threads)
+        finally:
+            torch.set_num_threads(threads)

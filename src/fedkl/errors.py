@@ -40,6 +40,10 @@ class ConfigError(FedKLError):
     """A configuration, run directory or command-line argument is not usable."""
 
 
+class TrainingError(FedKLError):
+    """A training cannot go on."""
+
+
 class AttackError(FedKLError):
     """An observation is not one that this attack can work on."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,9 +16,12 @@ import fedkl
 from fedkl import data, models
 from fedkl.auditing import Arm, TrialResult, attack_arms, standard_arms, trials_of
 from fedkl.config import AttackConfig, TrainConfig
-from fedkl.data import Dataset
+from fedkl.curves import curves
+from fedkl.data import Dataset, Subset
 from fedkl.errors import ConfigError
-from fedkl.federated import Federation, RoundResult, server_fill_ins
+from fedkl.federated import Checkpoints, Federation, RoundResult, server_fill_ins
+from fedkl.lockfile import default_passphrase
+from fedkl.locking.norms import statistics_names
 from fedkl.metrics import success_rate, summarize
 from fedkl.runs import RunDirectory
 
@@ -35,13 +40,20 @@ def _silent(done: int, total: int, note: str, /) -> None:
     return
 
 
-def run(config: TrainConfig | AttackConfig, *, out: Path, progress: Progress = _silent) -> RunDirectory:
-    """Runs an experiment; a finished one is left as it is, an interrupted one is continued or repeated.
+def run(
+    config: TrainConfig | AttackConfig,
+    *,
+    out: Path,
+    progress: Progress = _silent,
+    tensorboard: bool = False,
+) -> RunDirectory:
+    """Runs an experiment; a finished one is left as it is, an interrupted one is continued.
 
     Args:
         config: The experiment.
         out: The run directory.
         progress: Called after each step.
+        tensorboard: Whether a training's curves are written as TensorBoard events too.
 
     Raises:
         FedKLError: The configuration, the data or the folder is not usable.
@@ -49,48 +61,102 @@ def run(config: TrainConfig | AttackConfig, *, out: Path, progress: Progress = _
     directory = RunDirectory.create(out, config=config, version=fedkl.__version__)
     if directory.summary is not None:
         return directory
-    dataset = data.load(config.data.name, root=config.data.root)
+    dataset = data.load(config.data.name, root=config.data.root, size=config.data.size)
     if isinstance(config, TrainConfig):
-        _train(config, directory, dataset, progress)
+        _train(config, directory, dataset, progress, tensorboard=tensorboard)
     else:
         _attack(config, directory, dataset, progress)
     return directory
 
 
 def _builder(config: TrainConfig | AttackConfig, dataset: Dataset) -> Callable[[int], nn.Module]:
+    spec = dataset.spec
+
     def build(offset: int) -> nn.Module:
         return models.build_model(
             config.model.name,
-            channels=dataset.spec.shape[0],
-            classes=dataset.spec.classes,
+            channels=spec.shape[0],
+            classes=spec.classes,
             seed=config.seed + offset,
             initialization=config.model.initialization,
+            normalization=(spec.mean, spec.std) if config.model.standardize else None,
         )
 
     return build
 
 
-def _train(config: TrainConfig, directory: RunDirectory, dataset: Dataset, progress: Progress) -> None:
+def _train(
+    config: TrainConfig,
+    directory: RunDirectory,
+    dataset: Dataset,
+    progress: Progress,
+    *,
+    tensorboard: bool,
+) -> None:
     if config.auxiliary >= len(dataset.test_images):
         raise ConfigError(
             f"auxiliary: expected fewer than {len(dataset.test_images)}, got {config.auxiliary}."
         )
-    directory.restart_from([])
-    start = perf_counter()
     model = _builder(config, dataset)(0)
     federation = Federation(
-        model, defense=config.defense, dataset=dataset, training=config.training, seed=config.seed
+        model,
+        defense=config.defense,
+        dataset=dataset,
+        training=config.training,
+        seed=config.seed,
+        execution=config.execution,
     )
-    rounds: list[RoundResult] = []
-    for result in federation.run():
-        rounds.append(result)
-        directory.append({"event": "round", **_round_record(result)})
-        progress(result.round + 1, config.training.rounds, _accuracy_note(result.accuracy))
+    records = _rounds(config, directory, federation, progress, tensorboard=tensorboard)
     directory.save_tensors("global", federation.server.state)
+    start = perf_counter()
     fill_ins = _fill_ins(config, federation, model, dataset)
     for record in fill_ins:
         directory.append({"event": "fill-in", **record})
-    directory.finish(_train_summary(config, federation, dataset, rounds, fill_ins, perf_counter() - start))
+    seconds = records[-1]["elapsed"] + perf_counter() - start
+    directory.finish(_train_summary(config, federation, dataset, records, fill_ins, seconds))
+
+
+def _rounds(
+    config: TrainConfig,
+    directory: RunDirectory,
+    federation: Federation,
+    progress: Progress,
+    *,
+    tensorboard: bool,
+) -> list[dict[str, Any]]:
+    """Trains what is left to train; returns the records of all rounds.
+
+    A round is in the results before it is in a checkpoint, so what the checkpoint lacks is repeated.
+    """
+    checkpoints = Checkpoints(
+        directory.path / "checkpoints", passphrase=default_passphrase(), keep=config.checkpoints.keep
+    )
+    first = checkpoints.restore(federation)
+    if first is None:
+        checkpoints.save(federation, round=0)  # keys are born here: no later attempt may draw others
+    first, total = first or 0, config.training.rounds
+    records = [r for r in directory.results() if r["event"] == "round" and r["round"] < first]
+    if len(records) != first:
+        raise ConfigError(
+            f"{directory.path}/results.jsonl: holds {len(records)} of the {first} rounds that the checkpoint "
+            "has behind it. Restore it, or remove the folder 'checkpoints' to start again."
+        )
+    partition = {"event": "partition", "class_counts": federation.class_counts.tolist()}
+    directory.restart_from([partition, *records])
+    earlier = records[-1]["elapsed"] if records else 0.0
+    start = saved = perf_counter()
+    with curves(directory.path / "tensorboard", first=first, enabled=tensorboard) as plot:
+        for result in federation.run(start=first):
+            record = {"event": "round", **_round_record(result), "elapsed": earlier + perf_counter() - start}
+            directory.append(record)
+            records.append(record)
+            plot(record)
+            done = result.round + 1
+            if done == total or perf_counter() - saved >= config.checkpoints.seconds:
+                checkpoints.save(federation, round=done)
+                saved = perf_counter()
+            progress(done, total, _accuracy_note(result.accuracy))
+    return records
 
 
 def _fill_ins(
@@ -105,9 +171,9 @@ def _fill_ins(
         model=model,
         state=federation.server.state,
         split=federation.split,
-        clients=federation.clients,
+        clients=federation.evaluated_clients(),
         auxiliary=(images[:aux].contiguous(), labels[:aux]),
-        test=(images[aux:], labels[aux:]),
+        test=(Subset(images, slice(aux, None)), labels[aux:]),
     )
     return [
         {"arm": r.arm, "statistics": r.statistics, "accuracy": r.accuracy, "auxiliary": r.auxiliary}
@@ -119,37 +185,51 @@ def _train_summary(
     config: TrainConfig,
     federation: Federation,
     dataset: Dataset,
-    rounds: list[RoundResult],
+    rounds: list[dict[str, Any]],
     fill_ins: list[dict[str, Any]],
     seconds: float,
 ) -> dict[str, Any]:
-    evaluated = [r.accuracy for r in rounds if r.accuracy is not None]
+    last = rounds[-1]
     return {
         "type": "train",
         "defense": config.defense.type,
+        "model": config.model.name,
+        "dataset": config.data.name,
         "clients": config.training.clients,
         "rounds": len(rounds),
+        "workers": federation.workers,
         "test_images": len(dataset.test_images),
         "classes": dataset.spec.classes,
-        "accuracy": evaluated[-1],
-        "best_accuracy": max(evaluated),
-        "accuracies": rounds[-1].accuracies,
+        "accuracy": last["accuracy"],
+        "local_accuracy": last["local_accuracy"],
+        "best_accuracy": max(r["accuracy"] for r in rounds if r["accuracy"] is not None),
+        "accuracies": last["accuracies"],
+        "statistics_shared": _statistics_shared(federation),
+        "dropped": sum(len(r["dropped"]) for r in rounds),
+        "failed": sum(len(r["failed"]) for r in rounds),
+        "skipped_rounds": sum(not r["aggregated"] for r in rounds),
         "fill_ins": fill_ins,
         "public_parameters": sum(p.numel() for p in federation.split.public_parameters().values()),
         "private_parameters": sum(p.numel() for p in federation.split.private_parameters().values()),
-        "update_bytes": rounds[-1].update_bytes,
+        "update_bytes": max(r["update_bytes"] for r in rounds),
         "seconds": seconds,
+        "round_seconds": median(r["seconds"] for r in rounds),
     }
+
+
+def _statistics_shared(federation: Federation) -> bool | None:
+    """Whether norm statistics are sent; None where there are none."""
+    split = federation.split
+    names = {
+        f"{name}.{statistic}"
+        for name, module in split.model.named_modules()
+        for statistic in statistics_names(module)
+    }
+    return bool(names & set(split.public_state())) if names else None
 
 
 def _round_record(result: RoundResult) -> dict[str, Any]:
-    return {
-        "round": result.round,
-        "seconds": result.seconds,
-        "accuracy": result.accuracy,
-        "accuracies": result.accuracies,
-        "update_bytes": result.update_bytes,
-    }
+    return asdict(result) | {"accuracy": result.accuracy, "local_accuracy": result.local_accuracy}
 
 
 def _accuracy_note(accuracy: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Key and lock files: one versioned container, encrypted or explicitly not, written atomically, mode 0600.
+"""Key, lock and checkpoint files: one container, encrypted or explicitly not, atomic, mode 0600.
 
 Layout: ``FEDKLSEC``, header length (4 bytes, big-endian), header (JSON), body. The header names the kind,
 the encryption, its public parameters and the body's length; it is authenticated together with the body.
@@ -7,12 +7,12 @@ The plaintext body is one safetensors file.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import hmac
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +24,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedkl.errors import KeyFileError, LockError
+from fedkl.files import write_atomically
 from fedkl.keys import Key
 from fedkl.types import NamedTensors
 
-FileKind = Literal["key", "lock"]
+FileKind = Literal["key", "lock", "checkpoint"]
+
+PASSPHRASE_VARIABLE = "FEDKL_PASSPHRASE"  # noqa: S105 (a name, not a passphrase)
 
 _MAGIC = b"FEDKLSEC"
 _VERSION = 1
@@ -75,21 +78,37 @@ def key_of(path: Path, meta: dict[str, Any], tensors: NamedTensors) -> Key:
 
 
 def write(
-    path: Path, *, kind: FileKind, meta: dict[str, Any], tensors: NamedTensors, passphrase: str | None
+    path: Path,
+    *,
+    kind: FileKind,
+    meta: dict[str, Any],
+    tensors: NamedTensors,
+    passphrase: str | None,
+    salt: bytes | None = None,
 ) -> None:
-    """Writes tensors and metadata as one container; see the module's text."""
+    """Writes tensors and metadata as one container; see the module's text.
+
+    Args:
+        path: Where to.
+        kind: What it is.
+        meta: Anything that JSON can hold.
+        tensors: By name.
+        passphrase: Encrypts it; None leaves it unencrypted.
+        salt: Of the encryption key; a new one if None. Files of one process may share theirs, which saves
+            the derivation: every file has its own nonce.
+    """
     contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     plain = safetensors.torch.save(contiguous, {"fedkl": json.dumps(meta)})
     if passphrase is None:
         header = _header({"kind": kind, "encryption": "none", "length": len(plain) + 32})
         body = plain + hashlib.sha256(header + plain).digest()
     else:
-        salt, nonce = os.urandom(16), os.urandom(12)
+        salt, nonce = salt or os.urandom(16), os.urandom(12)
         secret, check = _derive(path, passphrase, salt, _SCRYPT)
         public = {"salt": salt.hex(), "nonce": nonce.hex(), "check": check, "scrypt": _SCRYPT}
         header = _header({"kind": kind, "encryption": "aes-256-gcm", "length": len(plain) + 16, **public})
         body = AESGCM(secret).encrypt(nonce, plain, header)
-    _write_atomically(path, header + body)
+    _write_container(path, header + body)
 
 
 def read(path: Path, *, kind: FileKind, passphrase: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -136,8 +155,14 @@ def _derive(path: Path, passphrase: str, salt: bytes, cost: dict[str, int]) -> t
     """The encryption key, and a value by which a wrong passphrase is told from an altered file."""
     if not passphrase:
         raise KeyFileError(f"{path}: the passphrase is empty. Give one, or None for an unencrypted file.")
-    derived = Scrypt(salt=salt, length=64, n=cost["n"], r=cost["r"], p=cost["p"]).derive(passphrase.encode())
+    derived = _scrypt(passphrase, salt, cost["n"], cost["r"], cost["p"])
     return derived[:32], hashlib.sha256(derived[32:]).hexdigest()
+
+
+@functools.lru_cache(maxsize=8)
+def _scrypt(passphrase: str, salt: bytes, n: int, r: int, p: int) -> bytes:
+    """64 derived bytes; slow on purpose, so that files with one salt, as those of a checkpoint, share it."""
+    return Scrypt(salt=salt, length=64, n=n, r=r, p=p).derive(passphrase.encode())
 
 
 def _header(fields: dict[str, Any]) -> bytes:
@@ -194,20 +219,32 @@ def _unpack(plain: bytes, altered: KeyFileError) -> tuple[dict[str, Any], dict[s
         raise altered from error
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = None
+def default_passphrase() -> str:
+    """`FEDKL_PASSPHRASE`, or else a random one of this user on this machine, made at its first use.
+
+    It encrypts what is only ever read back here, such as checkpoints: a run directory that is handed on does
+    not give the clients' keys away.
+
+    Raises:
+        KeyFileError: It can be neither read nor made.
+    """
+    given = os.environ.get(PASSPHRASE_VARIABLE)
+    if given:
+        return given
+    path = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "fedkl" / "passphrase"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-        temporary = None
+        if not path.exists():
+            write_atomically(path, secrets.token_hex(32).encode(), mode=0o600)
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyFileError(
+            f"{path}: the passphrase of this machine is not usable ({type(error).__name__}). Set "
+            f"{PASSPHRASE_VARIABLE}."
+        ) from error
+
+
+def _write_container(path: Path, data: bytes) -> None:
+    try:
+        write_atomically(path, data, mode=0o600)
     except OSError as error:
         raise KeyFileError(f"{path}: cannot be written ({error.strerror}).") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 
 from fedkl import config as configs
 from fedkl.errors import ConfigError
+from fedkl.files import remove_parts, write_atomically
 from fedkl.types import NamedTensors
 
 
@@ -61,6 +61,7 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from error
         run = cls(path)
+        remove_parts(path)
         run._drop_half_line()
         return run
 
@@ -128,7 +129,7 @@ class RunDirectory:
     def save_tensors(self, name: str, tensors: NamedTensors) -> None:
         """Writes tensors to ``name.safetensors``, atomically."""
         data = safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()})
-        write_bytes(self.path / f"{name}.safetensors", data)
+        write_atomically(self.path / f"{name}.safetensors", data)
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Reads what `save_tensors` wrote.
@@ -149,20 +150,7 @@ class RunDirectory:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file atomically: the old or the new content, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_atomically(path, text.encode())
 
 
 def _environment(version: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import gzip
 import struct
 
 import pytest
+from PIL import Image
 
 from fedkl.data import idx
 
@@ -37,3 +38,14 @@ def put(tmp_path):
         return tmp_path
 
     return _put
+
+
+@pytest.fixture
+def image_files(tmp_path):
+    """Five PNGs of different sizes, each of one gray of its own."""
+    sizes = [(9, 9), (20, 8), (8, 20), (40, 33), (3, 5)]
+    paths = []
+    for number, size in enumerate(sizes):
+        paths.append(tmp_path / f"{number}.png")
+        Image.new("RGB", size, (number * 10,) * 3).save(paths[-1])
+    return paths

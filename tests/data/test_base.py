@@ -54,7 +54,7 @@ def test_range_check_reads_every_channel_of_a_plain_tensor_and_every_stored_valu
         ("train_images", torch.full((5, 3, 4, 4), torch.nan), r"expected every value in \[0, 1\]"),
         ("train_images", torch.full((5, 3, 4, 4), -0.1), r"expected every value in \[0, 1\]"),
         ("train_images", torch.rand(5, 3, 4, 4).to_sparse(), "expected a dense torch.Tensor"),
-        ("train_images", [[0.5]], "expected a dense torch.Tensor, got list"),
+        ("train_images", [[0.5]], "expected a dense torch.Tensor or Images, got list"),
         ("test_labels", [0, 1], "expected a dense torch.Tensor, got list"),
         ("train_labels", torch.zeros(5), "expected dtype torch.int64, got torch.float32"),
         ("train_labels", torch.zeros(4, dtype=torch.int64), "expected 5 labels, one per image, got 4"),

@@ -176,6 +176,10 @@ def test_an_unknown_name_and_one_without_files_are_errors(tmp_path):
         fetch("nothing", root=tmp_path)
     with pytest.raises(DataError, match=r"travels inside the package.*load\('mnist-sample'\)"):
         fetch("mnist-sample", root=tmp_path)
+    with pytest.raises(
+        DataError, match=r"is made of your own files\. Put them into <root>/imagefolder/train"
+    ):
+        fetch("imagefolder", root=tmp_path)
 
 
 def test_fetched_mnist_is_what_load_reads(tmp_path, files, monkeypatch):

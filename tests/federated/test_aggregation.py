@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedkl.errors import UpdateError
-from fedkl.federated import Server, weighted_average
+from fedkl.federated import RunningAverage, weighted_average
 from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
 
 
@@ -66,21 +66,35 @@ def test_booleans_must_agree():
         weighted_average([a, b])
 
 
-def test_the_servers_gradient_step_is_torchs_nesterov_sgd():
-    start = {"w": torch.randn(4), "b": torch.randn(2)}
-    parameters = [torch.nn.Parameter(t.clone()) for t in start.values()]
-    oracle = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.05)
-    server = Server(start, lr=0.1, momentum=0.9, weight_decay=0.05)
-    for round in range(4):
-        gradients = {name: torch.randn_like(t) for name, t in start.items()}
-        for parameter, gradient in zip(parameters, gradients.values(), strict=True):
-            parameter.grad = gradient.clone()
-        oracle.step()
-        server.aggregate([update(gradients, kind="gradient", round=round)])
-    for got, expected in zip(server.state.values(), parameters, strict=True):
-        torch.testing.assert_close(got, expected.detach())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_sum_is_a_float64_oracle_in_every_dtype(dtype):
+    """Sums in the tensors' own dtype would be off by many roundings."""
+    counts = torch.arange(1, 201)
+    updates = [update({"w": torch.rand(5, 3).add(1000).to(dtype)}, num_samples=n) for n in counts.tolist()]
+    stacked = torch.stack([u.tensors["w"].double() for u in updates])
+    expected = (stacked * counts[:, None, None]).sum(0) / counts.sum()
+    assert torch.equal(weighted_average(updates)["w"], expected.to(dtype))
 
 
-def test_the_server_refuses_unknown_tensors():
-    with pytest.raises(UpdateError, match="unknown tensors: v"):
-        Server({"w": torch.zeros(2)}).aggregate([update({"v": torch.zeros(2)})])
+def test_a_running_average_counts_and_measures():
+    average = RunningAverage()
+    assert (average.count, average.update_bytes) == (0, 0)
+    tensors = {"w": torch.zeros(5), "n": torch.tensor(3)}
+    for count in (1, 2):
+        average.add(update(tensors))
+        assert (average.count, average.update_bytes) == (count, 5 * 4 + 8)
+
+
+def test_what_is_refused_changes_nothing():
+    average = RunningAverage()
+    average.add(update({"w": torch.ones(2), "v": torch.ones(3)}))
+    with pytest.raises(UpdateError):
+        average.add(update({"w": torch.full((2,), 9.0), "v": torch.ones(4)}))
+    assert average.count == 1
+    assert torch.equal(average.result()["w"], torch.ones(2))
+
+
+def test_averaging_changes_no_update():
+    updates = [update({"w": torch.ones(2)}, num_samples=n) for n in (1, 3)]
+    weighted_average(updates)
+    assert all(torch.equal(u.tensors["w"], torch.ones(2)) for u in updates)

@@ -1,4 +1,4 @@
-"""Federated training in one process: oracles, persistence of what is the client's, and privacy of updates."""
+"""What a client trains, against plain PyTorch loops; and that what is the client's stays the client's."""
 
 from __future__ import annotations
 
@@ -9,46 +9,51 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedkl import data, models, rng
+from fedkl import data, rng
+from fedkl.data import Dirichlet
 from fedkl.defenses import KeyLock, NoDefense, PrivateNorm, PublicNorm
-from fedkl.defenses.base import plain_copy
 from fedkl.errors import ConfigError, DataError, SecretError
-from fedkl.federated import Client, FederatedTraining, Federation, LocalTraining, server_fill_ins
-from fedkl.federated.fill_in import _baked, _Filled
+from fedkl.federated import Client, Execution, ServerAdam, StepSchedule
+from fedkl.federated.optimizer_state import put_state
 from fedkl.locking import Split
+from tests.federated.setting import (
+    TwoNorms,
+    differences,
+    everything,
+    fedavg_by_hand,
+    federation,
+    lenet,
+    one_update,
+    seeded,
+    trained,
+)
+from tests.locking.leaks import encodings
 
 DEFENSES = [NoDefense(), KeyLock(), KeyLock(layers="all"), PublicNorm(), PrivateNorm()]
+SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
 
-@pytest.fixture(scope="module")
-def dataset():
-    full = data.load("mnist-sample")
-    return data.Dataset(
-        full.spec,
-        train_images=full.train_images[:192],
-        train_labels=full.train_labels[:192],
-        test_images=full.test_images[:100],
-        test_labels=full.test_labels[:100],
-    )
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.01, **SGD)
 
 
-def lenet(seed=0):
-    return models.build_model("lenet", channels=3, classes=10, seed=seed, initialization="uniform")
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.01, weight_decay=5e-4)
 
 
-def federation(dataset, defense, *, rounds=2, clients=3, **local):
-    training = FederatedTraining(clients=clients, rounds=rounds, local=LocalTraining(**local))
-    return Federation(lenet(), defense=defense, dataset=dataset, training=training, seed=0)
+def assert_same(run, state):
+    assert set(run.server.state) == set(state)
+    for name, tensor in run.server.state.items():
+        torch.testing.assert_close(tensor, state[name], msg=name)
 
 
 def test_centralized_training_is_a_plain_loop(dataset):
-    """Oracle: one client and no defense equal an ordinary PyTorch loop, momentum across epochs included."""
-    run = federation(dataset, NoDefense(), clients=1, rounds=3, lr_milestones=(2,))
-    list(run.run())
+    """Oracle: one client and no defense equal an ordinary PyTorch loop, momentum across rounds included."""
+    schedule = StepSchedule(milestones=(0.6,))  # from 1.8, so in round 2
+    run = trained(federation(dataset, NoDefense(), clients=1, rounds=3, schedule=schedule))
     model = lenet()
-    options = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, **options)
-    part = data.partition_iid(192, clients=1, generator=rng.generator(0, "partition"))[0]
+    optimizer = sgd(model.parameters())
+    part = data.IID().split(dataset.train_labels, clients=1, generator=rng.generator(0, "partition"))[0]
     images, labels = dataset.train_images[part], dataset.train_labels[part]
     for epoch in range(3):
         optimizer.param_groups[0]["lr"] = 0.01 if epoch < 2 else 0.002
@@ -57,14 +62,57 @@ def test_centralized_training_is_a_plain_loop(dataset):
             optimizer.zero_grad()
             F.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(run.server.state[name], tensor, msg=name)
+    assert_same(run, model.state_dict())
 
 
-@pytest.mark.parametrize("defense", DEFENSES, ids=lambda d: d.type)
+@pytest.mark.parametrize(
+    ("local", "by_hand"),
+    [
+        ({}, {}),
+        ({"epochs": 2, "batch_size": 40}, {"epochs": 2, "batch_size": 40}),
+        ({"keep_optimizer": False}, {"keep": False}),
+        ({"optimizer": "adam"}, {"optimizer": adam}),
+        ({"optimizer": "adam", "keep_optimizer": False}, {"optimizer": adam, "keep": False}),
+        ({"proximal": 5.0, "batch_size": 16}, {"pull": 5.0, "batch_size": 16}),
+        ({"augmentation": "crop-flip"}, {"augmentation": "crop-flip"}),
+        (
+            {"momentum": 0.0, "weight_decay": 0.0},
+            {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.01)},
+        ),
+    ],
+    ids=["plain", "epochs", "fresh-sgd", "adam", "fresh-adam", "fedprox", "augmented", "no-momentum"],
+)
+def test_fedavg_is_a_plain_loop(dataset, local, by_hand):
+    """Oracle: a model and an optimizer for each of several unequal clients, averaged in float64."""
+    uneven = data.Dataset(
+        dataset.spec,
+        train_images=dataset.train_images[:130],
+        train_labels=dataset.train_labels[:130],
+        test_images=dataset.test_images,
+        test_labels=dataset.test_labels,
+    )
+    run = trained(
+        federation(uneven, NoDefense(), rounds=3, schedule=StepSchedule(milestones=(0.3, 0.6)), local=local)
+    )  # shares of 3 rounds: in rounds 1 and 2
+    options = {"optimizer": sgd, "lr": lambda round: 0.01 * 0.2**round, **by_hand}
+    assert_same(run, fedavg_by_hand(uneven, clients=3, rounds=3, **options))
+
+
+def test_these_oracles_can_fail(dataset):
+    """Each option changes the result by more than the oracles tolerate."""
+    options = {"clients": 3, "rounds": 2, "optimizer": sgd, "lr": lambda round: 0.01}
+    plain = fedavg_by_hand(dataset, batch_size=32, **options)
+    others = ({"keep_optimizer": False}, {"proximal": 5.0}, {"augmentation": "flip"}, {"epochs": 2})
+    for local in others:
+        run = trained(federation(dataset, NoDefense(), local={"batch_size": 32, **local}))
+        with pytest.raises(AssertionError):
+            assert_same(run, plain)
+
+
 @pytest.mark.parametrize("algorithm", ["fedavg", "fedsgd"])
+@pytest.mark.parametrize("defense", DEFENSES, ids=lambda d: d.type)
 def test_every_defense_trains(dataset, defense, algorithm):
-    run = federation(dataset, defense, algorithm=algorithm)
+    run = federation(dataset, defense, local={"algorithm": algorithm})
     before = run.server.state
     results = list(run.run())
     assert [r.round for r in results] == [0, 1]
@@ -73,13 +121,32 @@ def test_every_defense_trains(dataset, defense, algorithm):
 
 
 def test_the_lock_learns_from_real_images(dataset):
-    accuracies = [r.accuracy for r in federation(dataset, KeyLock(), rounds=15, batch_size=8).run()]
+    run = federation(dataset, KeyLock(), rounds=15, local={"batch_size": 8})
+    accuracies = [result.accuracy for result in run.run()]
     assert max(accuracies) > 0.5 > accuracies[0]
 
 
+def test_half_precision_trains(dataset):
+    local = {"batch_size": 16, "lr": 0.05}
+    run = federation(dataset, NoDefense(), clients=1, local=local | {"precision": "bfloat16"})
+    results = list(run.run())
+    assert results[-1].loss < results[0].loss
+    assert all(t.dtype == torch.float32 for t in run.server.state.values())
+    full = trained(federation(dataset, NoDefense(), clients=1, local=local))
+    assert differences(run.server.state, full.server.state)
+
+
+def test_augmentation_is_repeated_exactly(dataset):
+    runs = [
+        trained(federation(dataset, NoDefense(), local={"augmentation": kind}))
+        for kind in ("crop-flip", "crop-flip", "none")
+    ]
+    assert not differences(runs[0].server.state, runs[1].server.state)
+    assert differences(runs[0].server.state, runs[2].server.state)
+
+
 def test_clients_differ_in_their_private_state_only(dataset):
-    run = federation(dataset, KeyLock(), rounds=1)
-    list(run.run())
+    run = trained(federation(dataset, KeyLock(), rounds=1))
     states = []
     for client in run.clients:
         client.enter(run.split, run.server.state)
@@ -93,10 +160,10 @@ def test_clients_differ_in_their_private_state_only(dataset):
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "fedsgd"])
 def test_private_tensors_train_and_persist(dataset, algorithm):
-    run = federation(dataset, KeyLock(), algorithm=algorithm)
+    run = federation(dataset, KeyLock(), local={"algorithm": algorithm})
 
     def lock_layers():
-        state = run.clients[0]._private_state
+        state = run.clients[0].private_state
         return {name: t.clone() for name, t in state.items() if "original" in name}
 
     start = lock_layers()
@@ -108,47 +175,114 @@ def test_private_tensors_train_and_persist(dataset, algorithm):
         assert all(not torch.equal(earlier[name], later[name]) for name in earlier)
 
 
-def test_a_clients_momentum_is_its_own(dataset):
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("defense", [NoDefense(), PrivateNorm()], ids=lambda d: d.type)
+def test_a_clients_optimizer_is_its_own(dataset, defense, optimizer):
     """Another client's training in between must not change what a client does."""
-    alone, among = (federation(dataset, NoDefense()) for _ in range(2))
-    state = alone.server.state
-    first = alone.clients[0].update(alone.split, state, round=0)
-    among_first = among.clients[0].update(among.split, state, round=0)
-    among.clients[1].update(among.split, state, round=0)
-    second = alone.clients[0].update(alone.split, first.tensors, round=1)
-    among_second = among.clients[0].update(among.split, among_first.tensors, round=1)
-    for name in second.tensors:
-        assert torch.equal(second.tensors[name], among_second.tensors[name])
+    alone, among = (
+        federation(dataset, defense, model=lenet(), local={"optimizer": optimizer}) for _ in range(2)
+    )
+    first = one_update(alone, alone.clients[0])
+    among_first = one_update(among, among.clients[0])
+    one_update(among, among.clients[1])
+    second = one_update(alone, alone.clients[0], round=1, state=first.tensors)
+    among_second = one_update(among, among.clients[0], round=1, state=among_first.tensors)
+    assert not differences(second.tensors, among_second.tensors)
+    kept = [dict(run.clients[0].optimizer_state) for run in (alone, among)]
+    assert set(kept[0]) == set(alone._pool.workers[0]._named)
+    for name, slots in kept[0].items():
+        assert not differences(slots, kept[1][name])
+
+
+def test_without_keep_optimizer_nothing_of_it_is_kept(dataset):
+    run = trained(federation(dataset, NoDefense(), local={"keep_optimizer": False}))
+    assert [dict(client.optimizer_state) for client in run.clients] == [{}, {}, {}]
+
+
+def test_fedprox_leaves_private_parameters_alone(dataset):
+    """Oracle: one client with private γ and β, which start at 1 and 0; only what is public is pulled."""
+
+    def build():
+        split = PrivateNorm().prepare(lenet())
+        return split.model
+
+    private = set(PrivateNorm().prepare(lenet()).private_parameters())
+    run = federation(dataset, PrivateNorm(), clients=1, rounds=1, local={"proximal": 20.0, "batch_size": 16})
+    run.run_round(0)
+    options = {"clients": 1, "rounds": 1, "optimizer": sgd, "lr": lambda round: 0.01, "batch_size": 16}
+
+    def private_by_hand(pulled):
+        """The server of one client is that client, but state_dict() withholds what is private."""
+        models = []
+
+        def remembered():
+            models.append(build())
+            return models[-1]
+
+        fedavg_by_hand(dataset, model=remembered, pull=20.0, pulled=pulled, **options)
+        return {name: p.detach() for name, p in models[1].named_parameters() if name in private}
+
+    got = {name: run.clients[0].private_state[name] for name in private}
+    expected = private_by_hand(lambda name: name not in private)
+    for name in private:
+        torch.testing.assert_close(got[name], expected[name], msg=name)
+    pulled_too = private_by_hand(lambda name: True)
+    assert any(not torch.allclose(got[name], pulled_too[name], rtol=1e-3) for name in private)
+
+
+def test_lock_weight_decay_is_its_own_choice(dataset):
+    def decays(**local):
+        run = federation(dataset, KeyLock(), local={"weight_decay": 0.1, **local})
+        return [group["weight_decay"] for group in run._pool.workers[0]._optimizer.param_groups]
+
+    assert decays(lock_weight_decay=0.0) == [0.1, 0.0]
+    assert decays() == [0.1, 0.1]
+
+
+def test_the_groups_of_an_optimizer_hold_what_they_say(dataset):
+    run = federation(dataset, KeyLock(), local={"lock_weight_decay": 0.0})
+    worker = run._pool.workers[0]
+    for group, named in zip(
+        worker._optimizer.param_groups,
+        (worker.split.public_parameters(), worker.split.private_parameters()),
+        strict=True,
+    ):
+        assert {id(p) for p in group["params"]} == {id(p) for p in named.values()}
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "fedsgd"])
 @pytest.mark.parametrize("defense", [KeyLock(), KeyLock(layers="all"), PrivateNorm()], ids=lambda d: d.type)
 def test_updates_carry_nothing_private(dataset, defense, algorithm):
-    run = federation(dataset, defense, algorithm=algorithm)
-    update = run.clients[0].update(run.split, run.server.state, round=0)
+    run = federation(dataset, defense, local={"algorithm": algorithm})
+    client = run.clients[0]
+    update = one_update(run, client)
     sent = update.to_bytes()
     assert set(update.tensors) == {
         f"{layer}.{part}" for layer in ("conv1", "conv2", "conv3", "fc") for part in ("weight", "bias")
     }
-    for name, tensor in run.split.private_state().items():
+    secrets = dict(client.private_state)
+    assert secrets
+    if client.key is not None:
+        secrets["key"] = client.key.reveal()
+    for name, slots in client.optimizer_state.items():
+        secrets |= {f"{name}/{slot}": tensor for slot, tensor in slots.items()}
+    for name, tensor in secrets.items():
         assert name.encode() not in sent
-        if tensor.numel() > 1:
-            assert tensor.numpy().tobytes() not in sent
+        assert not any(form in sent for form in encodings(tensor)), name
 
 
 def test_this_check_can_fail(dataset, monkeypatch):
     """With the split broken on purpose, the update does carry private tensors."""
     monkeypatch.setattr("fedkl.locking.surgery.withhold", lambda module, names: None)
     run = federation(dataset, KeyLock())
-    update = run.clients[0].update(run.split, run.server.state, round=0)
+    update = one_update(run, run.clients[0])
     assert any("parametrizations" in name for name in update.tensors)
 
 
 def test_fedsgd_of_full_batches_is_centralized_descent(dataset):
     """Oracle: equal shares, full batches, no momentum: the average is the gradient of all samples."""
-    options = {"algorithm": "fedsgd", "batch_size": 192, "momentum": 0.0, "weight_decay": 0.0}
-    run = federation(dataset, NoDefense(), rounds=1, **options)
-    list(run.run())
+    local = {"algorithm": "fedsgd", "batch_size": 192, "momentum": 0.0, "weight_decay": 0.0}
+    run = trained(federation(dataset, NoDefense(), rounds=1, local=local))
     model = lenet()
     loss = F.cross_entropy(model(dataset.train_images), dataset.train_labels)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -156,175 +290,117 @@ def test_fedsgd_of_full_batches_is_centralized_descent(dataset):
         torch.testing.assert_close(run.server.state[name], parameter.detach() - 0.01 * gradient)
 
 
-def test_lock_weight_decay_is_its_own_choice(dataset):
-    run = federation(dataset, KeyLock(), weight_decay=0.1, lock_weight_decay=0.0)
-    run.run_round(0)
-    decays = [group["weight_decay"] for group in run.clients[0]._optimizer.param_groups]
-    assert decays == [0.1, 0.0]
-
-
-def test_fill_ins_of_an_untrained_federation(dataset):
-    run = federation(dataset, KeyLock(), rounds=1)
+@pytest.mark.parametrize(
+    ("server", "optimizer"),
+    [
+        ({}, sgd),
+        (
+            {"server": ServerAdam(lr=0.02)},
+            lambda parameters: torch.optim.Adam(parameters, lr=0.02, betas=(0.9, 0.99), eps=1e-3),
+        ),
+    ],
+    ids=["client's step", "ServerAdam"],
+)
+def test_fedsgd_steps_on_the_server_with_the_schedule(dataset, server, optimizer):
+    """Oracle: full batches of unequal clients make the gradient of all samples, for one optimizer."""
+    part = Dirichlet(alpha=5.0)
+    local = {"algorithm": "fedsgd", "batch_size": 192}
+    schedule = StepSchedule(milestones=(0.5,))
+    run = federation(dataset, NoDefense(), rounds=4, partition=part, schedule=schedule, local=local, **server)
+    assert len({client.num_samples for client in run.clients}) > 1
     list(run.run())
-    arms = server_fill_ins(
-        defense=run.defense,
-        model=lenet(),
-        state=run.server.state,
-        split=run.split,
-        clients=run.clients,
-        auxiliary=(dataset.test_images[:20], dataset.test_labels[:20]),
-        test=(dataset.test_images[20:], dataset.test_labels[20:]),
-        refit_steps=5,
-    )
-    places = [(arm.arm, arm.statistics) for arm in arms]
-    assert len(places) == len(set(places)) == 7
-    assert {arm.arm for arm in arms} == {"neutral", "random-key", "mean-affine", "refit"}
-    assert all(0 <= arm.accuracy <= 1 for arm in arms)
-
-
-class TwoNorms(torch.nn.Module):
-    """One norm is locked, the other one is public."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 4, 5, 4), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3),
-            torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(100, 10),
-        )  # fmt: skip
-
-    def forward(self, x):
-        return self.body(x)
-
-
-def filled_in(dataset, defense):
-    run = Federation(
-        TwoNorms(), defense=defense, dataset=dataset, training=FederatedTraining(rounds=2), seed=0
-    )
-    list(run.run())
-    server = defense.prepare(TwoNorms())
-    server.load_public_state(run.server.state)
-    return run, _Filled(plain_copy(server), server)
-
-
-def test_fill_ins_leave_everything_public_as_it_is(dataset):
-    run, filled = filled_in(dataset, KeyLock())
-    baked = [_baked(client, run.split, run.server.state) for client in run.clients]
-    images, labels = dataset.test_images[:20], dataset.test_labels[:20]
-    variants = [filled.neutral(), filled.averaged(baked), filled.refitted(images, labels, steps=3)]
-    variants += [filled.neutral()._copy()]
-    for variant in variants:
-        for _, model, _ in variant.with_statistics(images):
-            state = model.state_dict()
-            for name, tensor in run.server.state.items():
-                assert torch.equal(state[name], tensor), name
-    neutral = variants[0].model
-    assert torch.equal(neutral.body[1].weight, torch.ones(4))
-    assert torch.equal(neutral.body[1].bias, torch.zeros(4))
-    assert not torch.equal(variants[2].model.body[1].weight, filled.model.body[1].weight)
-
-
-def test_fill_ins_keep_public_statistics(dataset):
-    run, filled = filled_in(dataset, KeyLock(share_statistics=True))
-    ((kind, model, used),) = filled.neutral().with_statistics(dataset.test_images[:20])
-    assert (kind, used) == ("public", 0)
-    assert torch.equal(model.body[1].running_mean, run.server.state["body.1.running_mean"])
-    assert model.body[1].running_mean.any()
-
-
-def test_re_estimated_statistics_are_those_of_the_auxiliary_images(dataset):
-    _, filled = filled_in(dataset, KeyLock())
-    images = dataset.test_images[:20]
-    (_, initial, _), (_, estimated, used) = filled.neutral().with_statistics(images)
-    assert used == 20
-    assert torch.equal(initial.body[1].running_mean, torch.zeros(4))
-    features = estimated.body[0](images)
-    torch.testing.assert_close(estimated.body[1].running_mean, features.mean((0, 2, 3)))
-    torch.testing.assert_close(estimated.body[1].running_var, features.var((0, 2, 3)))
-
-
-def test_without_private_parameters_there_is_nothing_to_fill_in(dataset):
-    run = federation(dataset, PublicNorm(), rounds=1)
-    list(run.run())
-    pair = (dataset.test_images[:20], dataset.test_labels[:20])
-    options = {"defense": run.defense, "model": lenet(), "state": run.server.state, "split": run.split}
-    assert server_fill_ins(**options, clients=run.clients, auxiliary=pair, test=pair) == []
-
-
-def test_the_mean_oracle_of_one_client_is_its_own_model(dataset):
-    """Oracle: with one client the mean γ and β give exactly the client's parameters."""
-    run = federation(dataset, KeyLock(), clients=1, rounds=2)
-    list(run.run())
-    server = run.defense.prepare(lenet())
-    server.load_public_state(run.server.state)
-    baked = _baked(run.clients[0], run.split, run.server.state)
-    mean = _Filled(plain_copy(server), server).averaged([baked]).model
-    for name, parameter in baked.named_parameters():
-        torch.testing.assert_close(mean.get_parameter(name), parameter)
+    model = lenet()
+    oracle = optimizer(model.parameters())
+    lr = oracle.param_groups[0]["lr"]
+    for round in range(4):
+        oracle.param_groups[0]["lr"] = lr if round < 2 else 0.2 * lr
+        oracle.zero_grad()
+        F.cross_entropy(model(dataset.train_images), dataset.train_labels).backward()
+        oracle.step()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(run.server.state[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_gradients_without_statistics_are_refused(dataset):
     """No gradient carries public running statistics, so nobody would learn them."""
-    training = FederatedTraining(local=LocalTraining(algorithm="fedsgd"))
-    options = {"dataset": dataset, "training": training, "seed": 0}
+    options = {"model": TwoNorms(), "local": {"algorithm": "fedsgd"}}
     with pytest.raises(ConfigError, match=r"body\.1\.running_mean"):
-        Federation(TwoNorms(), defense=NoDefense(), **options)
-    Federation(TwoNorms(), defense=KeyLock(), **options)
+        federation(dataset, NoDefense(), **options)
+    federation(dataset, KeyLock(), **options)
 
 
 def test_public_statistics_of_unequal_clients_are_averaged(dataset):
-    part = {"train_images": dataset.train_images[:130], "train_labels": dataset.train_labels[:130]}
+    """Oracle: norm statistics after one batch each, weighted by samples."""
+    part = {"train_images": dataset.train_images[:131], "train_labels": dataset.train_labels[:131]}
     rest = {"test_images": dataset.test_images, "test_labels": dataset.test_labels}
     uneven = data.Dataset(dataset.spec, **part, **rest)
-    training = FederatedTraining(clients=2, rounds=1, local=LocalTraining(batch_size=65))
-    run = Federation(TwoNorms(), defense=NoDefense(), dataset=uneven, training=training, seed=0)
+    model = seeded(TwoNorms)
+    run = federation(uneven, NoDefense(), model=model, clients=2, local={"batch_size": 66})
     run.run_round(0)
-    assert run.server.state["body.1.num_batches_tracked"] >= 1
+    expected = 0
+    for client in run.clients:
+        features = model.body[0](uneven.train_images[client.samples])
+        expected = expected + 0.1 * features.mean((0, 2, 3)).detach() * client.num_samples / 131
+    torch.testing.assert_close(run.server.state["body.1.running_mean"], expected)
+    assert run.server.state["body.1.num_batches_tracked"] == 1
+
+
+def test_a_restored_state_goes_where_its_parameter_is():
+    """After a checkpoint everything is on the CPU; parameters may not be. Adam's steps stay there."""
+    parameters = {
+        "w": torch.nn.Parameter(torch.empty(3, device="meta")),
+        "scale": torch.nn.Parameter(torch.empty((), device="meta")),
+    }
+    optimizer = torch.optim.Adam(list(parameters.values()))
+    slots = {"step": torch.tensor(4.0), "exp_avg": torch.ones(3)}
+    put_state(optimizer, parameters, {"w": slots, "scale": {"exp_avg": torch.ones(())}})
+    got = optimizer.state[parameters["w"]]
+    assert got["exp_avg"].device.type == "meta"
+    assert got["step"].device.type == "cpu"
+    assert optimizer.state[parameters["scale"]]["exp_avg"].device.type == "meta"
 
 
 def test_a_client_cannot_be_pickled(dataset):
-    run = federation(dataset, PrivateNorm(), rounds=1)
+    run = federation(dataset, PrivateNorm())
     with pytest.raises(SecretError, match="pickled"):
         pickle.dumps(run.clients[0])
 
 
-def test_clients_without_data_are_refused(dataset):
+def test_clients_without_data_are_refused():
     with pytest.raises(DataError, match="'c'"):
-        Client(
-            name="c",
-            images=dataset.train_images[:0],
-            labels=dataset.train_labels[:0],
-            split=Split(lenet()),
-            training=LocalTraining(),
-            seed=0,
-        )
+        Client(name="c", samples=torch.arange(0), split=Split(lenet()))
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"epochs": 0},
-        {"lr": 0.0},
-        {"momentum": 1.0},
-        {"weight_decay": -1.0},
-        {"lock_weight_decay": -1.0},
-        {"lr_factor": float("nan")},
-    ],
-)
-def test_unusable_training_options(bad):
-    with pytest.raises(ConfigError, match=next(iter(bad))):
-        LocalTraining(**bad)
+def test_more_clients_than_samples_are_refused(dataset):
+    with pytest.raises(DataError, match="192 samples"):
+        federation(dataset, NoDefense(), clients=193)
+
+
+def test_a_missing_gpu_is_named(dataset, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device: 'cuda'"):
+        federation(dataset, NoDefense(), execution=Execution(device="cuda"))
 
 
 def test_nothing_of_the_callers_is_changed(dataset):
     model = lenet()
     before = copy.deepcopy(model.state_dict())
-    training = FederatedTraining(rounds=1)
-    list(Federation(model, defense=KeyLock(), dataset=dataset, training=training, seed=0).run())
-    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    trained(federation(dataset, KeyLock(), model=model, rounds=1))
+    assert not differences(before, model.state_dict())
 
 
 def test_a_client_shows_no_secret(dataset):
-    run = federation(dataset, KeyLock(), rounds=1)
+    run = federation(dataset, KeyLock())
     assert repr(run.clients[0]) == (
         "Client('client-0', samples=64, key=Key(length=1024, distribution='normal', values=<secret>))"
     )
+
+
+def test_the_memory_format_changes_the_last_bits_only(dataset):
+    runs = [
+        trained(federation(dataset, NoDefense(), execution=Execution(channels_last=last)))
+        for last in (False, True)
+    ]
+    states = [everything(run) for run in runs]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)

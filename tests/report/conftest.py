@@ -104,16 +104,26 @@ def train_run(tmp_path):
         rounds: int = 3,
         done: int = 3,
         test_images: int = 500,
+        class_counts: list[list[int]] | None = None,
+        local_accuracies: dict[str, float] | None = None,
+        summary: dict | None = None,
+        **training,
     ) -> RunDirectory:
-        config = TrainConfig(defense=defense or NoDefense(), training=FederatedTraining(rounds=rounds))
+        """`class_counts`, `local_accuracies` and `summary` are what runs of older versions lack."""
+        federated = FederatedTraining(rounds=rounds, **training)
+        config = TrainConfig(defense=defense or NoDefense(), training=federated)
         run = RunDirectory.create(tmp_path / name, config=config, version="0")
         each = {"client-0": accuracy - 0.01, "client-1": accuracy + 0.01}
+        if class_counts is not None:
+            run.append({"event": "partition", "class_counts": class_counts})
+        local = {} if local_accuracies is None else {"local_accuracies": local_accuracies}
         for index in range(done):
             entry = {"event": "round", "round": index, "seconds": 0.1, "accuracy": accuracy}
-            run.append({**entry, "accuracies": each, "update_bytes": 100})
+            run.append({**entry, "accuracies": each, "update_bytes": 100, **local})
         if done == rounds:
             completed = _fill_ins(fill_ins or {}, statistics)
-            run.finish(_train_summary(config, accuracy, each, completed, test_images))
+            figures = _train_summary(config, accuracy, each, completed, test_images)
+            run.finish(figures | (summary or {}))
         return run
 
     return make

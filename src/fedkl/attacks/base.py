@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedkl.errors import AttackError, gathered
 from fedkl.metrics import Scaling
-from fedkl.types import Images, Labels
+from fedkl.types import ImageBatch, Labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class Reconstruction:
         start: Which of the restarts was chosen, by the attacker's own loss only.
     """
 
-    images: Images = field(repr=False)
+    images: ImageBatch = field(repr=False)
     labels: Labels | None
     scaling: Scaling
     loss: float

@@ -4,19 +4,49 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
+from fedkl.data.images import TensorImages, in_unit_range
 from fedkl.errors import DataError, gathered
+from fedkl.types import Images
 
 
 def default_root() -> Path:
     """Returns the data root: `$FEDKL_DATA`, or `~/.cache/fedkl/data` where that is unset or empty."""
     return Path(os.environ.get("FEDKL_DATA") or "~/.cache/fedkl/data").expanduser()
+
+
+def folder_with(root: Path, *, name: str, files: Iterable[str], unpacked: str = "") -> Path:
+    """Finds the folder of a dataset's files.
+
+    Args:
+        root: The data root.
+        name: The dataset's name, which is the folder's where `fetch` makes it.
+        files: Names of the files, of which any, plain or with `.gz`, shows the folder.
+        unpacked: Folder inside the dataset's official archive.
+
+    Returns:
+        The first of `<root>/<name>`, `<root>/<name>/<unpacked>`, `<root>/<unpacked>` and `<root>` that has
+        such a file; `<root>/<name>` where none has.
+    """
+    names = [each for file in files for each in (file, f"{file}.gz")]
+    places = [root / name, root / name / unpacked, root / unpacked, root]
+    return next((place for place in places if any((place / each).is_file() for each in names)), places[0])
+
+
+def fetch_remedy(root: Path, *, name: str) -> str:
+    """How to get sound files of a dataset, for messages."""
+    command = f"fedkl data fetch {name}"
+    if root != default_root():
+        command = f"FEDKL_DATA={shlex.quote(str(root))} {command}"
+    return f"`{command}` puts sound files into {root / name}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +57,8 @@ class DataSpec:
         name: The name it is registered by.
         shape: `(channels, height, width)` of one image as delivered.
         classes: Number of classes; labels are in 0 .. classes − 1.
-        mean: Per channel, over the training images as delivered, in [0, 1].
-        std: Per channel, over the training images as delivered (population, not sample), above 0.
+        mean: Per channel, over the training images, in [0, 1]; the dataset says if it is of others.
+        std: Per channel, over the same values (population, not sample), above 0.
 
     Raises:
         DataError: A field is out of its range; the message lists every such field.
@@ -72,9 +102,13 @@ class Dataset:
 
     Images may be expanded views (stride 0 along channels), so clone them before writing into them.
 
+    A tensor's values are all checked here, and a `TensorImages` has checked its own. Of any other store, one
+    image is: it might have to read everything from disk.
+
     Attributes:
         spec: Name, image shape, number of classes, mean and standard deviation.
-        train_images: float32 in [0, 1], shape `(batch, channels, height, width)`.
+        train_images: float32 in [0, 1], shape `(batch, channels, height, width)`: a tensor, or a store that
+            delivers such tensors batch by batch.
         train_labels: int64 in 0 .. classes − 1, shape `(batch,)`.
         test_images: As `train_images`.
         test_labels: As `train_labels`.
@@ -86,9 +120,9 @@ class Dataset:
 
     spec: DataSpec
     _: KW_ONLY
-    train_images: Float[Tensor, "train channels height width"]
+    train_images: Images
     train_labels: Int64[Tensor, " train"]
-    test_images: Float[Tensor, "test channels height width"]
+    test_images: Images
     test_labels: Int64[Tensor, " test"]
 
     def __post_init__(self) -> None:
@@ -109,38 +143,32 @@ class Dataset:
         )
 
 
-def _distinct(images: Tensor) -> Tensor:
-    """Drops the copies that an expanded view pretends to have, so that checks read each element once."""
-    for dim, stride in enumerate(images.stride()):
-        if stride == 0:
-            images = images.narrow(dim, 0, 1)
-    return images
-
-
-def _image_problems(field: str, images: Tensor, *, spec: DataSpec) -> list[str]:
-    if not isinstance(images, Tensor) or images.layout != torch.strided:
-        return [f"{field}: expected a dense torch.Tensor, got {type(images).__name__}"]
+def _image_problems(field: str, images: Images, *, spec: DataSpec) -> list[str]:
+    if not isinstance(images, Images) or (isinstance(images, Tensor) and images.layout != torch.strided):
+        return [f"{field}: expected a dense torch.Tensor or Images, got {type(images).__name__}"]
+    shape = tuple(images.shape)
     problems = []
-    if tuple(images.shape[1:]) != spec.shape:
-        problems.append(f"{field}: expected shape (n, {str(spec.shape)[1:]}, got {tuple(images.shape)}")
-    if images.dtype != torch.float32:
-        problems.append(f"{field}: expected dtype torch.float32, got {images.dtype}")
-    if images.numel() == 0:
-        problems.append(f"{field}: expected at least one image, got shape {tuple(images.shape)}")
-    elif not images.is_complex():
-        low, high = torch.aminmax(_distinct(images))
-        if not (low >= 0 and high <= 1):  # written so that NaN fails too
-            problems.append(f"{field}: expected every value in [0, 1], got values outside it or NaN")
+    if shape[1:] != spec.shape:
+        problems.append(f"{field}: expected shape (n, {str(spec.shape)[1:]}, got {shape}")
+    if math.prod(shape) == 0:
+        return [*problems, f"{field}: expected at least one image, got shape {shape}"]
+    if isinstance(images, TensorImages):
+        return problems
+    values = images if isinstance(images, Tensor) else images[:1]
+    if values.dtype != torch.float32:
+        problems.append(f"{field}: expected dtype torch.float32, got {values.dtype}")
+    if not values.is_complex() and not in_unit_range(values):
+        problems.append(f"{field}: expected every value in [0, 1], got values outside it or NaN")
     return problems
 
 
-def _label_problems(field: str, labels: Tensor, *, images: Tensor, spec: DataSpec) -> list[str]:
+def _label_problems(field: str, labels: Tensor, *, images: Images, spec: DataSpec) -> list[str]:
     if not isinstance(labels, Tensor) or labels.layout != torch.strided:
         return [f"{field}: expected a dense torch.Tensor, got {type(labels).__name__}"]
     problems = []
     if labels.ndim != 1:
         problems.append(f"{field}: expected shape (n,), got {tuple(labels.shape)}")
-    elif isinstance(images, Tensor) and images.ndim > 0 and len(labels) != len(images):
+    elif isinstance(images, Images) and len(images.shape) > 0 and len(labels) != len(images):
         problems.append(f"{field}: expected {len(images)} labels, one per image, got {len(labels)}")
     if labels.dtype != torch.int64:
         problems.append(f"{field}: expected dtype torch.int64, got {labels.dtype}")

@@ -43,8 +43,7 @@ def fetch(
     entry = entry_of(name)
     if not entry.files:
         raise DataError(
-            f"fetch: expected a dataset with files to fetch, got {name!r}, which travels inside the package. "
-            f"Load it as it is: fedkl.data.load({name!r})."
+            f"fetch: expected a dataset with files to fetch, got {name!r}, which {entry.unfetched}"
         )
     folder = (default_root() if root is None else Path(root)) / name
     sources = entry.sources if sources is None else sources

@@ -12,11 +12,11 @@ import zlib
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fedkl.data.base import Dataset, DataSpec
+from fedkl.data.images import resized
 from fedkl.errors import DataError, gathered
 
 TRAIN_IMAGES = "train-images-idx3-ubyte"
@@ -152,10 +152,5 @@ def _resized(
     """Converts bytes to [0, 1] and resizes, in blocks so that only the result is ever held in full."""
     result = torch.empty(len(images), 1, size, size)
     for source, target in zip(torch.split(images, 1024), torch.split(result, 1024), strict=True):
-        block = source.unsqueeze(1).float().div_(255)
-        if size != _SIDE:
-            block = F.interpolate(
-                block, size=(size, size), mode="bilinear", align_corners=False, antialias=size < _SIDE
-            )
-        target.copy_(block.clamp_(0, 1))  # interpolation may round one ulp past 1
+        target.copy_(resized(source.unsqueeze(1).float().div_(255), size=size))
     return result

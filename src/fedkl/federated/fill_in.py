@@ -18,7 +18,7 @@ from fedkl.federated.client import Client
 from fedkl.locking import Split
 from fedkl.locking.norms import norm_tensors, statistics_names
 from fedkl.metrics import evaluate
-from fedkl.types import NamedTensors
+from fedkl.types import Images, NamedTensors
 
 FillInArm = Literal["neutral", "random-key", "mean-affine", "refit"]
 
@@ -52,7 +52,7 @@ def server_fill_ins(
     split: Split,
     clients: Sequence[Client],
     auxiliary: tuple[Float[Tensor, "auxiliary channels height width"], Int64[Tensor, " auxiliary"]],
-    test: tuple[Float[Tensor, "test channels height width"], Int64[Tensor, " test"]],
+    test: tuple[Images, Int64[Tensor, " test"]],
     refit_steps: int = 200,
 ) -> list[FillIn]:
     """Accuracy of the server's own model under every fill-in for what the clients keep private.

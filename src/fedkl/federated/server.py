@@ -2,15 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedkl.errors import UpdateError
-from fedkl.federated.aggregation import weighted_average
+from fedkl.errors import ConfigError, UpdateError
+from fedkl.federated.optimizer_state import flattened, put_state, take_state, unflattened
 from fedkl.types import NamedTensors
-from fedkl.update import PublicUpdate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaging:
+    """Averaged weights replace the global ones (FedAvg); it has no meaning for gradients."""
+
+    type: Literal["averaging"] = "averaging"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSGD:
+    """SGD on the server; its gradient for averaged weights is their difference (FedAvgM, Hsu et al. 2019).
+
+    Attributes:
+        lr: Server learning rate. With 1 and without momentum, averaged weights replace the global ones.
+        momentum: In [0, 1).
+        nesterov: Nesterov's momentum.
+        weight_decay: L2 weight decay.
+    """
+
+    type: Literal["sgd"] = "sgd"
+    lr: float = 1.0
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.lr < math.inf and 0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
+            raise ConfigError(
+                "ServerSGD: expected lr > 0, momentum in [0, 1) and weight_decay ≥ 0, got "
+                f"lr={self.lr}, momentum={self.momentum}, weight_decay={self.weight_decay}."
+            )
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("ServerSGD: nesterov=True needs a momentum > 0, got momentum=0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerAdam:
+    """Adam on the server (FedAdam, Reddi et al. 2021), with PyTorch's bias correction.
+
+    Attributes:
+        lr: Server learning rate.
+        beta1: Decay of the first moment, in [0, 1).
+        beta2: Decay of the second moment, in [0, 1).
+        epsilon: τ of the source: how far the steps adapt; its default is the source's.
+    """
+
+    type: Literal["adam"] = "adam"
+    lr: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    epsilon: float = 1e-3
+
+    def __post_init__(self) -> None:
+        betas = (self.beta1, self.beta2)
+        if not (0 < self.lr < math.inf and all(0 <= b < 1 for b in betas) and 0 < self.epsilon < math.inf):
+            raise ConfigError(
+                "ServerAdam: expected lr > 0, betas in [0, 1) and epsilon > 0, got "
+                f"lr={self.lr}, beta1={self.beta1}, beta2={self.beta2}, epsilon={self.epsilon}."
+            )
+
+
+AnyServerOptimizer = Averaging | ServerSGD | ServerAdam
 
 
 class Server:
@@ -18,50 +83,110 @@ class Server:
 
     Args:
         state: The initial public state.
-        lr: Learning rate for averaged gradients (FedSGD); not used for weights.
-        momentum: Nesterov momentum for averaged gradients.
-        weight_decay: L2 weight decay for averaged gradients.
+        trained: Names in it that are trained; the others are buffers and are replaced by their average.
+        optimizer: What it does with the average.
+
+    Raises:
+        UpdateError: A trained name is not in the state.
     """
 
     def __init__(
         self,
         state: NamedTensors,
         *,
-        lr: float = 0.01,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
+        trained: Collection[str],
+        optimizer: AnyServerOptimizer | None = None,
     ) -> None:
-        self._state = {name: tensor.detach().clone() for name, tensor in state.items()}
-        self._lr = lr
-        self._momentum = momentum
-        self._weight_decay = weight_decay
-        self._velocity: dict[str, Tensor] = {}
+        unknown = sorted(set(trained) - set(state))
+        if unknown:
+            raise UpdateError(f"Server: these trained tensors are not in the state: {', '.join(unknown)}.")
+        self._state = {name: _copied(tensor) for name, tensor in state.items()}
+        self._trained = {name: nn.Parameter(self._state[name]) for name in trained}  # share memory
+        self._optimizer = _built(optimizer or Averaging(), self._trained)
 
     @property
     def state(self) -> dict[str, Tensor]:
         """A copy of the public state."""
         return {name: tensor.clone() for name, tensor in self._state.items()}
 
-    def aggregate(self, updates: Sequence[PublicUpdate], *, lr: float | None = None) -> None:
-        """Applies one round's updates: the averaged weights replace the state, or a gradient step is taken.
-
-        Args:
-            updates: One per client that took part.
-            lr: Learning rate of this round for gradients; the server's own if None.
+    def apply_weights(self, average: NamedTensors) -> None:
+        """Moves the global weights to, or towards, the clients' averaged weights.
 
         Raises:
-            UpdateError: The updates do not belong together, or do not fit the state.
+            UpdateError: The average holds unknown tensors.
         """
-        average = weighted_average(updates)
-        unknown = sorted(set(average) - set(self._state))
+        self._check_known(average, self._state)
+        buffers = [name for name in average if self._optimizer is None or name not in self._trained]
+        for name in buffers:
+            self._state[name].copy_(average[name])
+        if self._optimizer is not None:
+            known = {name: tensor for name, tensor in average.items() if name in self._trained}
+            self._step(self._optimizer, {name: self._state[name] - t for name, t in known.items()})
+
+    def apply_gradient(self, average: NamedTensors, *, lr_factor: float = 1.0) -> None:
+        """Takes one step along the clients' averaged gradient.
+
+        Args:
+            average: By parameter name.
+            lr_factor: Of the schedule.
+
+        Raises:
+            UpdateError: The average holds tensors that are not trained, or the server has no optimizer.
+        """
+        self._check_known(average, self._trained)
+        if self._optimizer is None:
+            raise UpdateError("Server: averaging gives no step for gradients. Use ServerSGD or ServerAdam.")
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._optimizer.defaults["lr"] * lr_factor
+        self._step(self._optimizer, average)
+
+    def _step(self, optimizer: torch.optim.Optimizer, gradient: NamedTensors) -> None:
+        for name, tensor in gradient.items():
+            self._trained[name].grad = tensor
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _check_known(self, average: NamedTensors, known: Collection[str]) -> None:
+        unknown = sorted(set(average) - set(known))
         if unknown:
             raise UpdateError(f"Server: the update holds unknown tensors: {', '.join(unknown)}.")
-        if updates[0].kind == "weights":
-            self._state.update(average)
-            return
-        with torch.no_grad():
-            for name, mean in average.items():
-                gradient = mean + self._weight_decay * self._state[name]
-                velocity = self._velocity.setdefault(name, torch.zeros_like(gradient))
-                velocity.mul_(self._momentum).add_(gradient)
-                self._state[name] -= (self._lr if lr is None else lr) * (gradient + self._momentum * velocity)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint needs: the public state and the optimizer's, nothing private."""
+        tensors = {f"state/{name}": tensor for name, tensor in self._state.items()}
+        if self._optimizer is not None:
+            moments = take_state(self._optimizer, self._trained)
+            put_state(self._optimizer, self._trained, moments)
+            tensors |= {f"optimizer/{place}": value for place, value in flattened(moments).items()}
+        return {place: _copied(tensor) for place, tensor in tensors.items()}
+
+    def restore(self, snapshot: NamedTensors) -> None:
+        """Takes over what `snapshot` gave."""
+        for name, tensor in self._state.items():
+            tensor.copy_(snapshot[f"state/{name}"])
+        if self._optimizer is not None:
+            prefix = "optimizer/"
+            moments = {p.removeprefix(prefix): t for p, t in snapshot.items() if p.startswith(prefix)}
+            put_state(self._optimizer, self._trained, unflattened(moments))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _built(options: AnyServerOptimizer, trained: dict[str, nn.Parameter]) -> torch.optim.Optimizer | None:
+    parameters = list(trained.values())
+    match options:
+        case Averaging():
+            return None
+        case ServerSGD():
+            return torch.optim.SGD(
+                parameters,
+                lr=options.lr,
+                momentum=options.momentum,
+                nesterov=options.nesterov,
+                weight_decay=options.weight_decay,
+            )
+        case ServerAdam():
+            betas = (options.beta1, options.beta2)
+            return torch.optim.Adam(parameters, lr=options.lr, betas=betas, eps=options.epsilon)

@@ -1,46 +1,28 @@
-"""Rounds of clients and server in one process; one model instance serves all clients."""
+"""Rounds of clients and server in one process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from time import perf_counter
-from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fedkl import rng
-from fedkl.data import Dataset, partition_iid
+from fedkl.data import Dataset, class_counts
 from fedkl.defenses import Defense
-from fedkl.errors import ConfigError
-from fedkl.federated.client import Client, LocalTraining
-from fedkl.federated.server import Server
-from fedkl.metrics import evaluate
-
-
-@dataclass(frozen=True, kw_only=True)
-class FederatedTraining:
-    """How a federation trains. Defaults: arXiv 2305.04095, section 5.
-
-    Attributes:
-        clients: Number of clients; all take part in every round. 1 is centralized training.
-        rounds: Communication rounds.
-        partition: How the training images are divided.
-        eval_every: Rounds between evaluations; the last round is always evaluated.
-        local: How a client trains.
-    """
-
-    clients: int = 3
-    rounds: int = 200
-    partition: Literal["iid"] = "iid"
-    eval_every: int = 1
-    local: LocalTraining = field(default_factory=LocalTraining)
-
-    def __post_init__(self) -> None:
-        if self.clients < 1 or self.rounds < 1 or self.eval_every < 1:
-            got = f"clients={self.clients}, rounds={self.rounds}, eval_every={self.eval_every}"
-            raise ConfigError(f"FederatedTraining: expected all of these ≥ 1, got {got}.")
+from fedkl.errors import ConfigError, TrainingError, UpdateError
+from fedkl.federated.aggregation import RunningAverage
+from fedkl.federated.client import Client
+from fedkl.federated.options import Execution, FederatedTraining
+from fedkl.federated.server import AnyServerOptimizer, Averaging, Server, ServerSGD
+from fedkl.federated.worker import ClientResult, TrainingData, Worker, WorkerPool, draws_random_numbers
+from fedkl.locking import Split
+from fedkl.metrics import class_accuracies
+from fedkl.types import Images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +32,41 @@ class RoundResult:
     Attributes:
         round: From 0.
         seconds: Wall time of the clients' training and the aggregation, without evaluation.
+        lr: The clients' learning rate.
+        loss: Mean training loss of the clients whose updates came, each client weighing the same; None if
+            none came.
+        updates: How many updates came.
+        dropped: Names of sampled clients that were gone.
+        failed: Why a client's update was refused, by client.
+        aggregated: Whether the global model changed: False if fewer updates came than `min_cohort`.
         accuracies: Test accuracy of the new global model by client, each with its own private state, in
             [0, 1]; empty where the round was not evaluated.
-        update_bytes: Size of one client's update as sent.
+        local_accuracies: The same on a test set of each client's own class frequencies; without the clients
+            of whose classes there are no test images.
+        update_bytes: Size of one client's update as sent; 0 if none came.
     """
 
     round: int
     seconds: float
-    accuracies: dict[str, float]
+    lr: float
+    loss: float | None
+    updates: int
+    dropped: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+    aggregated: bool
+    accuracies: Mapping[str, float] = field(default_factory=dict)
+    local_accuracies: Mapping[str, float] = field(default_factory=dict)
     update_bytes: int
 
     @property
     def accuracy(self) -> float | None:
         """Mean over clients."""
         return fmean(self.accuracies.values()) if self.accuracies else None
+
+    @property
+    def local_accuracy(self) -> float | None:
+        """Mean over clients."""
+        return fmean(self.local_accuracies.values()) if self.local_accuracies else None
 
 
 class Federation:
@@ -74,71 +77,271 @@ class Federation:
         defense: What every client does.
         dataset: Training images are divided among the clients; test images evaluate them.
         training: How it trains.
-        seed: Of the partition and the batch orders. Keys and lock layers come from the operating system.
+        seed: Of the partition, the cohorts and the batch orders. Keys and lock layers come from the
+            operating system.
+        execution: On what it runs.
+
+    Raises:
+        ConfigError: The options do not go together.
+        DataError: The samples cannot be divided among so many clients.
     """
 
     def __init__(
-        self, model: nn.Module, *, defense: Defense, dataset: Dataset, training: FederatedTraining, seed: int
+        self,
+        model: nn.Module,
+        *,
+        defense: Defense,
+        dataset: Dataset,
+        training: FederatedTraining,
+        seed: int,
+        execution: Execution | None = None,
     ) -> None:
+        execution = execution or Execution()
         self.defense = defense
         self.training = training
-        self._dataset = dataset
-        parts = partition_iid(
-            len(dataset.train_images), clients=training.clients, generator=rng.generator(seed, "partition")
+        self.dataset = dataset
+        self._seed = seed
+        self._device = _usable_device(execution.device)
+        parts = training.partition.split(
+            dataset.train_labels, clients=training.clients, generator=rng.generator(seed, "partition")
         )
-        splits = [defense.prepare(model) for _ in parts]
-        # One instance trains for all: clients differ in key, private state and optimizer only.
-        self.split = splits[0]
-        self.clients = [
-            Client(
-                name=f"client-{index}",
-                images=dataset.train_images[part],
-                labels=dataset.train_labels[part],
-                split=split,
-                training=training.local,
-                seed=seed,
-            )
-            for index, (part, split) in enumerate(zip(parts, splits, strict=True))
-        ]
-        local = training.local
+        self.class_counts = class_counts(dataset.train_labels, parts, classes=dataset.spec.classes)
+        self.clients = _clients(parts, defense, model)
+        self._indexes = {client.name: index for index, client in enumerate(self.clients)}
+        self._pool = self._workers(model, execution)
+        _check_fedsgd(self.split, training)
         self.server = Server(
-            self.split.public_state(), momentum=local.momentum, weight_decay=local.weight_decay
+            self.split.public_state(),
+            trained=[name for name, p in self.split.public_parameters().items() if p.requires_grad],
+            optimizer=_server_optimizer(training),
         )
 
-    def run(self) -> Iterator[RoundResult]:
-        """Trains all rounds, yielding each as it is done."""
-        for round in range(self.training.rounds):
+    def _workers(self, model: nn.Module, execution: Execution) -> WorkerPool:
+        dataset, device = self.dataset, self._device
+        shared = TrainingData(
+            images=_on(device, dataset.train_images), labels=dataset.train_labels.to(device)
+        )
+        self._test = TrainingData(images=_on(device, dataset.test_images), labels=dataset.test_labels)
+        threads = torch.get_num_threads()
+        wanted = execution.workers or (threads if device.type == "cpu" else 1)
+        draws = draws_random_numbers(model, dataset.train_images[:2])
+        if draws:
+            wanted = 1  # threads would share one generator, and their turns would decide the result
+        count = max(1, min(wanted, self.training.cohort_size, os.cpu_count() or 1))
+        memory = torch.channels_last if execution.channels_last else torch.contiguous_format
+        splits = [self.defense.prepare(model) for _ in range(count)]
+        for split in splits:
+            split.model.to(device).to(memory_format=memory)  # type: ignore[call-overload]
+        return WorkerPool(
+            [
+                Worker(split, training=self.training.local, data=shared, seed=self._seed, draws=draws)
+                for split in splits
+            ],
+            threads=threads,
+        )
+
+    @property
+    def split(self) -> Split:
+        """The first worker's model instance."""
+        return self._pool.workers[0].split
+
+    @property
+    def workers(self) -> int:
+        """Clients that train at once."""
+        return len(self._pool.workers)
+
+    @property
+    def threads(self) -> int:
+        """PyTorch threads that the workers share."""
+        return self._pool.threads
+
+    def run(self, *, start: int = 0) -> Iterator[RoundResult]:
+        """Trains all rounds from `start` on, yielding each as it is done.
+
+        Raises:
+            TrainingError: The training of every client diverged.
+        """
+        for round in range(start, self.training.rounds):
             yield self.run_round(round)
 
     def run_round(self, round: int) -> RoundResult:
-        """One round: every client trains on the server's state, the server averages."""
-        start = perf_counter()
-        state = self.server.state
-        updates = [
-            self.defense.transform(client.update(self.split, state, round=round)) for client in self.clients
-        ]
-        self.server.aggregate(updates, lr=self.training.local.lr_at(round))
-        seconds = perf_counter() - start
-        last = round == self.training.rounds - 1
-        due = last or round % self.training.eval_every == self.training.eval_every - 1
+        """One round: the sampled clients train on the server's state, the server aggregates.
+
+        Raises:
+            TrainingError: The training of every client diverged.
+        """
+        begin = perf_counter()
+        lr = self.training.lr_at(round)
+        present, dropped = self._cohort(round)
+        average, losses, failed = RunningAverage(), [], {}
+        for client, result in self._train(present, round=round, lr=lr):
+            if isinstance(result, UpdateError):
+                failed[client.name] = str(result)
+            else:
+                average.add(result.update)
+                losses.append(result.loss)
+        if failed and not losses:
+            raise TrainingError(_diverged(round, lr, failed))
+        enough = average.count >= self.training.min_cohort
+        if enough:
+            self._aggregate(average, round)
+        seconds = perf_counter() - begin
+        accuracies, local_accuracies = self.evaluate() if self._evaluation_due(round) else ({}, {})
         return RoundResult(
             round=round,
             seconds=seconds,
-            accuracies=self.evaluate() if due else {},
-            update_bytes=sum(t.numel() * t.element_size() for t in updates[0].tensors.values()),
+            lr=lr,
+            loss=fmean(losses) if losses else None,
+            updates=average.count,
+            dropped=tuple(client.name for client in dropped),
+            failed=failed,
+            aggregated=enough,
+            accuracies=accuracies,
+            local_accuracies=local_accuracies,
+            update_bytes=average.update_bytes,
         )
 
-    def evaluate(self) -> dict[str, float]:
-        """Test accuracy in [0, 1] of the global model by client, each with its own private state."""
-        state = self.server.state
-        result: dict[str, float] = {}
-        for client in self._distinct_clients():
-            client.enter(self.split, state)
-            result[client.name] = evaluate(
-                self.split.model, self._dataset.test_images, self._dataset.test_labels
-            )
-        return result
+    def _cohort(self, round: int) -> tuple[list[Client], list[Client]]:
+        """The sampled clients: those that are there, and those that have dropped out."""
+        training, sampled = self.training, self.clients
+        if training.cohort is not None:
+            draws = rng.generator(self._seed, "cohort", round)
+            order = torch.randperm(len(sampled), generator=draws)[: training.cohort]
+            sampled = [self.clients[index] for index in sorted(order.tolist())]
+        chance = torch.rand(len(sampled), generator=rng.generator(self._seed, "dropout", round))
+        gone = (chance < training.dropout).tolist()
+        present = [client for client, is_gone in zip(sampled, gone, strict=True) if not is_gone]
+        dropped = [client for client, is_gone in zip(sampled, gone, strict=True) if is_gone]
+        return present, dropped
 
-    def _distinct_clients(self) -> Sequence[Client]:
-        """Without private tensors the clients' models are one and the same."""
-        return self.clients if self.split.private_names else self.clients[:1]
+    def _train(
+        self, clients: Sequence[Client], *, round: int, lr: float
+    ) -> Iterator[tuple[Client, ClientResult | UpdateError]]:
+        state = self.server.state
+
+        def task(worker: Worker, client: Client) -> ClientResult | UpdateError:
+            try:
+                return worker.train(client, state, round=round, lr=lr, transform=self.defense.transform)
+            except UpdateError as error:  # one client's divergence is not the federation's
+                return error
+
+        return self._pool.map(task, clients)
+
+    def _aggregate(self, average: RunningAverage, round: int) -> None:
+        if self.training.local.algorithm == "fedavg":
+            self.server.apply_weights(average.result())
+        else:
+            factor = self.training.schedule.factor(round, rounds=self.training.rounds)
+            self.server.apply_gradient(average.result(), lr_factor=factor)
+
+    def _evaluation_due(self, round: int) -> bool:
+        last = round == self.training.rounds - 1
+        return last or round % self.training.eval_every == self.training.eval_every - 1
+
+    def evaluate(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Test accuracy of the global model by client, each with its own private state, in [0, 1].
+
+        Returns:
+            On the whole test set, and on a test set of each client's own class frequencies.
+        """
+        state, test = self.server.state, self._test
+        evaluated = self.evaluated_clients()
+
+        def by_class(model: nn.Module) -> Tensor:
+            return class_accuracies(model, test.images, test.labels, classes=self.dataset.spec.classes)
+
+        if self.split.private_names:
+            results = self._pool.map(lambda worker, client: worker.run(client, state, by_class), evaluated)
+            recalls = {client.name: recall for client, recall in results}
+        else:  # the clients' models are one and the same
+            shared = self._pool.workers[0].run(evaluated[0], state, by_class)
+            recalls = {client.name: shared for client in evaluated}
+        whole = torch.bincount(test.labels, minlength=self.dataset.spec.classes).double()
+        everywhere = {c.name: _weighted(recalls[c.name], whole) for c in evaluated}
+        at_home = {c.name: _weighted(recalls[c.name], self._frequencies(c)) for c in evaluated}
+        return _known(everywhere), _known(at_home)
+
+    def evaluated_clients(self) -> list[Client]:
+        """The clients that have trained, or the first `eval_clients` of them; all if none has trained yet."""
+        trained = [client for client in self.clients if client.trained] or self.clients
+        return trained[: self.training.eval_clients]
+
+    def _frequencies(self, client: Client) -> Tensor:
+        return self.class_counts[self._indexes[client.name]].double()
+
+
+def _clients(parts: Sequence[Tensor], defense: Defense, model: nn.Module) -> list[Client]:
+    """One client for each part of the samples.
+
+    Their private states lie together, a block for each tensor: allocated one by one between the copies of the
+    model that preparing takes, 10,000 of them held twice their size.
+    """
+    blocks: dict[str, Tensor] = {}
+    clients = []
+    for index, part in enumerate(parts):
+        split = defense.prepare(model)
+        if not blocks:
+            state = split.private_state()
+            blocks = {name: tensor.new_empty((len(parts), *tensor.shape)) for name, tensor in state.items()}
+        room = {name: block[index] for name, block in blocks.items()}
+        clients.append(Client(name=f"client-{index}", samples=part, split=split, room=room))
+    return clients
+
+
+def _weighted(recalls: Tensor, weights: Tensor) -> float | None:
+    """Accuracy on a test set with these class frequencies; classes without test samples do not count.
+
+    None if none of the classes has any.
+    """
+    known = ~recalls.isnan()
+    weights = weights[known]
+    return float((recalls[known] * weights).sum() / weights.sum()) if weights.any() else None
+
+
+def _known(accuracies: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: accuracy for name, accuracy in accuracies.items() if accuracy is not None}
+
+
+def _diverged(round: int, lr: float, failed: Mapping[str, str]) -> str:
+    name, reason = next(iter(failed.items()))
+    first = reason.splitlines()[1].strip() if "\n" in reason else reason
+    return (
+        f"Round {round}: the training of all {len(failed)} clients diverged (learning rate {lr:g}; "
+        f"{name}: {first}). Lower the learning rate."
+    )
+
+
+def _check_fedsgd(split: Split, training: FederatedTraining) -> None:
+    if training.local.algorithm == "fedavg":
+        return
+    sent, trained = split.public_state(), split.public_parameters()
+    statistics = [name for name, t in sent.items() if name not in trained and t.is_floating_point()]
+    if statistics:
+        raise ConfigError(
+            f"fedsgd sends gradients only, but '{statistics[0]}' is a public buffer that nobody would "
+            "learn. Use algorithm='fedavg', or a defense that keeps norm statistics private."
+        )
+
+
+def _server_optimizer(training: FederatedTraining) -> AnyServerOptimizer:
+    """What was asked for; averaged gradients need a step, which is then the one that a client would take."""
+    local = training.local
+    if local.algorithm == "fedavg" or not isinstance(training.server, Averaging):
+        return training.server
+    return ServerSGD(
+        lr=local.lr,
+        momentum=local.momentum,
+        nesterov=local.momentum > 0,
+        weight_decay=local.weight_decay,
+    )
+
+
+def _on(device: torch.device, images: Images) -> Images:
+    """The images on the device where they can be moved; a store that streams delivers on the CPU."""
+    return images.to(device) if hasattr(images, "to") else images
+
+
+def _usable_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: 'cuda' was asked for, but PyTorch finds no GPU. Use device = 'cpu'.")
+    return torch.device(name)

@@ -215,9 +215,12 @@ class LockLayer(nn.Module):
 
     def compute(self, k: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """act(W k + b) as one vector."""
+        activation = ACTIVATIONS[self.activation]
+        if not torch.is_autocast_enabled(weight.device.type):
+            return activation(F.linear(k, weight, bias))
         # Under autocast the norm's weight must keep the dtype of its statistics.
         with torch.autocast(weight.device.type, enabled=False):
-            return ACTIVATIONS[self.activation](F.linear(k, weight, bias))
+            return activation(F.linear(k, weight, bias))
 
     def _initial(self, rows: int) -> tuple[Tensor, Tensor]:
         source = self.chain.source(self.position).detach().double().cpu()

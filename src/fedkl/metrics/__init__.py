@@ -27,7 +27,7 @@ from fedkl.metrics.statistics import (
     summarize,
     wilson_interval,
 )
-from fedkl.metrics.utility import accuracy, evaluate
+from fedkl.metrics.utility import accuracy, class_accuracies, evaluate
 
 __all__ = [
     "PSNR_CAP_DB",
@@ -38,6 +38,7 @@ __all__ = [
     "Summary",
     "accuracy",
     "best_match",
+    "class_accuracies",
     "clip",
     "correlation",
     "evaluate",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedkl.errors import AttackError
 from fedkl.metrics.image import checked, paired, standardized
-from fedkl.types import Images
+from fedkl.types import ImageBatch
 
 Measure = Literal["mse", "correlation"]
 """What makes a reconstruction near to a true image: squared error, or correlation behind a norm."""
@@ -21,7 +21,9 @@ Measure = Literal["mse", "correlation"]
 _TIE = 1e-12
 
 
-def best_match(reconstructions: Images, truths: Images, *, by: Measure = "mse") -> Int64[Tensor, " batch"]:
+def best_match(
+    reconstructions: ImageBatch, truths: ImageBatch, *, by: Measure = "mse"
+) -> Int64[Tensor, " batch"]:
     """Assigns each true image the reconstruction that is meant for it, by the least total cost.
 
     The gradient of a batch does not depend on the order of its images, so an attack returns them in any.
@@ -31,7 +33,7 @@ def best_match(reconstructions: Images, truths: Images, *, by: Measure = "mse") 
 
     Args:
         reconstructions: Images of shape (batch, channels, height, width).
-        truths: Images of the same shape in [0, 1].
+        truths: ImageBatch of the same shape in [0, 1].
         by: "mse" for the smallest total squared error, "correlation" for the largest total correlation.
 
     Returns:
@@ -51,12 +53,14 @@ def best_match(reconstructions: Images, truths: Images, *, by: Measure = "mse") 
     return assign(pairwise_cost(reconstructions, truths, by=by))
 
 
-def pairwise_cost(reconstructions: Images, truths: Images, *, by: Measure) -> Float[Tensor, "batch batch"]:
+def pairwise_cost(
+    reconstructions: ImageBatch, truths: ImageBatch, *, by: Measure
+) -> Float[Tensor, "batch batch"]:
     """Mean squared error, or 1 − correlation, of every reconstruction (row) and true image (column).
 
     Args:
         reconstructions: Images of shape (batch, channels, height, width).
-        truths: Images of the same shape.
+        truths: ImageBatch of the same shape.
         by: "mse" or "correlation".
 
     Returns:
@@ -123,7 +127,7 @@ def identification_rank(
 
 
 def identification_ranks(
-    reconstructions: Images,
+    reconstructions: ImageBatch,
     *,
     candidates: Float[Tensor, "candidates channels height width"],
     indexes: Sequence[int],

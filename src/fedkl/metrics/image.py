@@ -11,10 +11,9 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from fedkl.errors import AttackError
-from fedkl.types import Images
+from fedkl.types import ImageBatch
 
 PerImage = Float[Tensor, " batch"]
 """One float64 value per image."""
@@ -24,12 +23,12 @@ _SSIM_WINDOW = 11  # Wang et al. 2004: Gaussian window of 11 × 11 pixels, sigma
 _TAIL = 0.005  # fraction of the pixels at either end that the prior ignores
 
 
-def mse(reconstruction: Images, truth: Images) -> PerImage:
+def mse(reconstruction: ImageBatch, truth: ImageBatch) -> PerImage:
     """Mean squared error of every image over all of its pixels.
 
     Args:
         reconstruction: Images of shape (batch, channels, height, width); any range.
-        truth: Images of the same shape in [0, 1].
+        truth: ImageBatch of the same shape in [0, 1].
 
     Returns:
         Shape (batch,), in squared intensity: 1 is black against white.
@@ -44,12 +43,12 @@ def mse(reconstruction: Images, truth: Images) -> PerImage:
     return (found - true).square().flatten(1).mean(1)
 
 
-def psnr(reconstruction: Images, truth: Images) -> PerImage:
+def psnr(reconstruction: ImageBatch, truth: ImageBatch) -> PerImage:
     """Peak signal-to-noise ratio of every image, −10·log10(MSE), for a data range of 1.
 
     Args:
         reconstruction: Images of shape (batch, channels, height, width); any range.
-        truth: Images of the same shape in [0, 1].
+        truth: ImageBatch of the same shape in [0, 1].
 
     Returns:
         Shape (batch,), in dB; +inf where the images are identical.
@@ -63,7 +62,7 @@ def psnr(reconstruction: Images, truth: Images) -> PerImage:
     return -10 * torch.log10(mse(reconstruction, truth))
 
 
-def ssim(reconstruction: Images, truth: Images) -> PerImage:
+def ssim(reconstruction: ImageBatch, truth: ImageBatch) -> PerImage:
     """Structural similarity of every image: Gaussian window (11 × 11, sigma 1.5), data range 1.
 
     Every pixel counts, the border by reflection: on a 28 × 28 image the windows that fit entirely would
@@ -72,7 +71,7 @@ def ssim(reconstruction: Images, truth: Images) -> PerImage:
 
     Args:
         reconstruction: Images of shape (batch, channels, height, width), at least 6 × 6 pixels.
-        truth: Images of the same shape in [0, 1].
+        truth: ImageBatch of the same shape in [0, 1].
 
     Returns:
         Shape (batch,), in [−1, 1]; 1 where the images are identical.
@@ -96,18 +95,21 @@ def ssim(reconstruction: Images, truth: Images) -> PerImage:
             f"ssim: expected images of at least {smallest} × {smallest} pixels, got {size}. "
             "Use psnr for images this small."
         )
+    # Imported where it is needed: it brings all of torchmetrics, seconds of every command's start.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     _, similarity = structural_similarity_index_measure(
         found, true, data_range=1.0, sigma=1.5, reduction="none", return_full_image=True
     )
     return similarity.flatten(1).mean(1)
 
 
-def correlation(reconstruction: Images, truth: Images) -> PerImage:
+def correlation(reconstruction: ImageBatch, truth: ImageBatch) -> PerImage:
     """Pearson correlation of every image with the truth, over all pixels of all channels.
 
     Args:
         reconstruction: Images of shape (batch, channels, height, width); any range.
-        truth: Images of the same shape.
+        truth: ImageBatch of the same shape.
 
     Returns:
         Shape (batch,), in [−1, 1]; 0 where either image is constant, for a constant image tells nothing.
@@ -123,7 +125,7 @@ def correlation(reconstruction: Images, truth: Images) -> PerImage:
     return (standardized(found) * standardized(true)).sum(1).clamp(-1, 1)
 
 
-def clip(x: Images) -> Images:
+def clip(x: ImageBatch) -> ImageBatch:
     """Clips images to [0, 1]: the attacker's rule where the gradient pins the scale of the image.
 
     Args:
@@ -138,7 +140,7 @@ def clip(x: Images) -> Images:
     return checked(x, name="x").clamp(0, 1)
 
 
-def fix_by_prior(x: Images) -> Images:
+def fix_by_prior(x: ImageBatch) -> ImageBatch:
     """Fixes scale and offset by the attacker's own prior: pixels fill [0, 1].
 
     The 0.5 % quantile of each image becomes 0 and the 99.5 % quantile 1; what lies outside is clipped.
@@ -173,7 +175,7 @@ def fix_by_prior(x: Images) -> Images:
     return torch.where((high > low)[:, :, None, None], stretched, found.clamp(0, 1))
 
 
-def fix_affine(x: Images, truth: Images) -> Images:
+def fix_affine(x: ImageBatch, truth: ImageBatch) -> ImageBatch:
     """Fits a·x + b to the truth by least squares per image, then clips to [0, 1]. A diagnostic only.
 
     It uses the ground truth, which no attacker has: report it beside, never instead of, what the attacker's
@@ -181,7 +183,7 @@ def fix_affine(x: Images, truth: Images) -> Images:
 
     Args:
         x: Images of shape (batch, channels, height, width); any range.
-        truth: Images of the same shape in [0, 1].
+        truth: ImageBatch of the same shape in [0, 1].
 
     Returns:
         The same shape, float64, in [0, 1]; where `x` is constant, the truth's mean.

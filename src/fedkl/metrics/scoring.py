@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkl.errors import AttackError
 from fedkl.metrics.assignment import Measure, assign, identification_ranks, pairwise_cost
 from fedkl.metrics.image import checked, clip, correlation, fix_affine, fix_by_prior, mse, psnr, ssim
-from fedkl.types import Images, Labels
+from fedkl.types import ImageBatch, Labels
 
 PSNR_CAP_DB = 100.0
 """Cap on the PSNR of a `Score`: JSON has no infinity, and a mean over one would say nothing."""
@@ -77,20 +77,20 @@ class Matched(NamedTuple):
         order: Which reconstruction came to each true image.
     """
 
-    raw: Images
-    scaled: Images
+    raw: ImageBatch
+    scaled: ImageBatch
     failed: Bool[Tensor, " batch"]
     order: Int64[Tensor, " batch"]
 
 
-def match(reconstruction: Images, truth: Images, *, scaling: Scaling) -> Matched:
+def match(reconstruction: ImageBatch, truth: ImageBatch, *, scaling: Scaling) -> Matched:
     """Applies the attacker's scaling rule and matches a batch to the true images.
 
     Images are matched by squared error under "clip" and by correlation under "prior" (see `best_match`).
 
     Args:
         reconstruction: Images of shape (batch, channels, height, width); any range, may hold NaN or infinity.
-        truth: Images of the same shape in [0, 1].
+        truth: ImageBatch of the same shape in [0, 1].
         scaling: As in `score`.
 
     Raises:
@@ -114,8 +114,8 @@ def match(reconstruction: Images, truth: Images, *, scaling: Scaling) -> Matched
 
 
 def score(
-    reconstruction: Images,
-    truth: Images,
+    reconstruction: ImageBatch,
+    truth: ImageBatch,
     *,
     candidates: Float[Tensor, "candidates channels height width"],
     candidate_index: Sequence[int] | Tensor,
@@ -127,7 +127,7 @@ def score(
 
     Args:
         reconstruction: Images of shape (batch, channels, height, width); any range, may hold NaN or infinity.
-        truth: Images of the same shape in [0, 1].
+        truth: ImageBatch of the same shape in [0, 1].
         candidates: Shape (N, channels, height, width) in [0, 1], N ≥ 2, holding every true image.
         candidate_index: For each true image its place among the candidates.
         labels_true: Labels of the true images.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from fedkl.errors import DataError
@@ -36,7 +36,7 @@ def accuracy(logits: Float[Tensor, "batch classes"], labels: Labels) -> float:
         raise DataError(
             "accuracy: expected at least one sample, got none. Check the test set or its partition."
         )
-    return _correct(logits, labels) / len(labels)
+    return int(_correct(logits, labels).sum()) / len(labels)
 
 
 def evaluate(model: nn.Module, images: Images, labels: Labels, *, batch_size: int = 512) -> float:
@@ -48,7 +48,7 @@ def evaluate(model: nn.Module, images: Images, labels: Labels, *, batch_size: in
 
     Args:
         model: Called as `model(images)`; returns logits (batch, classes). Batches go to its device.
-        images: Shape (samples, channels, height, width), in [0, 1].
+        images: A tensor (samples, channels, height, width) in [0, 1], or a store that delivers such batches.
         labels: Shape (samples,).
         batch_size: Samples per forward pass; it changes memory and speed, not the result.
 
@@ -62,6 +62,42 @@ def evaluate(model: nn.Module, images: Images, labels: Labels, *, batch_size: in
     >>> evaluate(nn.Flatten(), torch.eye(2).view(2, 2, 1, 1), torch.tensor([0, 0]), batch_size=1)
     0.5
     """
+    hits = _hits(model, images, labels, batch_size=batch_size)
+    return int(hits.sum()) / len(hits)
+
+
+def class_accuracies(
+    model: nn.Module, images: Images, labels: Labels, *, classes: int, batch_size: int = 512
+) -> Float64[Tensor, " classes"]:
+    """Accuracy of a model in evaluation mode on the samples of each class; see `evaluate`.
+
+    Any mixture of classes can be had from it: weights by class frequencies give the accuracy on such a set.
+
+    Args:
+        model: As for `evaluate`.
+        images: As for `evaluate`.
+        labels: In 0 .. classes − 1.
+        classes: Number of classes.
+        batch_size: As for `evaluate`.
+
+    Returns:
+        Shape (classes,), in [0, 1]; NaN where a class has no sample.
+
+    Raises:
+        DataError: See `evaluate`.
+
+    >>> identity, images = nn.Flatten(), torch.eye(2).view(2, 2, 1, 1)
+    >>> class_accuracies(identity, images, torch.tensor([0, 0]), classes=2).tolist()
+    [0.5, nan]
+    """
+    hits = _hits(model, images, labels, batch_size=batch_size)
+    labels = labels.cpu()
+    correct = torch.bincount(labels, weights=hits.double(), minlength=classes)
+    return correct / torch.bincount(labels, minlength=classes)
+
+
+def _hits(model: nn.Module, images: Images, labels: Labels, *, batch_size: int) -> Bool[Tensor, " samples"]:
+    """Whether each sample is classified correctly, on the CPU."""
     if batch_size < 1:
         raise DataError(f"batch_size: expected at least 1, got {batch_size}.")
     if len(images) != len(labels) or len(images) == 0:
@@ -70,22 +106,21 @@ def evaluate(model: nn.Module, images: Images, labels: Labels, *, batch_size: in
             f"{len(labels)} labels."
         )
     flags = [(module, module.training) for module in model.modules()]
-    device = next((parameter.device for parameter in model.parameters()), images.device)
-    correct = 0
+    device = next((parameter.device for parameter in model.parameters()), None)
+    hits = []
     try:
         model.eval()
         with torch.no_grad():
-            for batch, target in zip(
-                torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
-            ):
-                correct += _batch_correct(model(batch.to(device)), target)
+            for start in range(0, len(images), batch_size):
+                part = slice(start, start + batch_size)
+                hits.append(_batch_hits(model(images[part].to(device)), labels[part]))
     finally:
         for module, training in flags:
             module.training = training
-    return correct / len(images)
+    return torch.cat(hits).cpu()
 
 
-def _batch_correct(logits: Tensor, labels: Tensor) -> int:
+def _batch_hits(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.ndim != 2 or len(logits) != len(labels):
         raise DataError(
             f"model: expected logits of shape ({len(labels)}, classes), got {tuple(logits.shape)}. Wrap the "
@@ -94,7 +129,6 @@ def _batch_correct(logits: Tensor, labels: Tensor) -> int:
     return _correct(logits, labels)
 
 
-def _correct(logits: Tensor, labels: Tensor) -> int:
+def _correct(logits: Tensor, labels: Tensor) -> Tensor:
     usable = ~logits.isnan().any(1)
-    hits = (logits.argmax(1) == labels.to(logits.device)) & usable
-    return int(hits.sum())
+    return (logits.argmax(1) == labels.to(logits.device)) & usable

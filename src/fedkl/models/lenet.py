@@ -5,6 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedkl.models.checks import check_image_size
+
 
 class LeNet(nn.Module):
     """Three 5×5 convolutions of 12 channels (strides 2, 2, 1; padding 2), sigmoid, one linear layer.
@@ -26,8 +28,13 @@ class LeNet(nn.Module):
         self.act = nn.Sigmoid()
         self.fc = nn.Linear(12 * 8 * 8, classes)
 
-    def forward(self, x: Float[Tensor, "batch channels 32 32"]) -> Float[Tensor, "batch classes"]:
-        """Logits for images in [0, 1]."""
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Logits for images in [0, 1], of 32×32.
+
+        Raises:
+            DataError: The images are of another size.
+        """
+        check_image_size(x, 32, model=type(self).__name__)
         for conv in (self.conv1, self.conv2, self.conv3):
             x = self.act(conv(x))
         logits: Tensor = self.fc(x.flatten(1))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedkl.errors import ConfigError
-from fedkl.report import figures, html, markdown, pictures, tables, verdict
+from fedkl.files import write_atomically
+from fedkl.report import figures, html, markdown, partitions, pictures, tables, verdict
 from fedkl.report.collect import AttackRun, Collected, collect
-from fedkl.report.page import AttackSection, Page, Repeat
-from fedkl.runs import write_bytes
+from fedkl.report.page import AttackSection, Figure, Page, Repeat
 
 __all__ = ["Built", "build"]
 
@@ -41,7 +41,7 @@ def build(path: Path) -> Built:
     files |= {"report.md": markdown.render(page).encode(), "report.html": html.render(page).encode()}
     try:
         for name, content in files.items():
-            write_bytes(path / name, content)
+            write_atomically(path / name, content)
     except OSError as error:
         raise ConfigError(
             f"{path}: the report cannot be written here ({error.strerror}). Make the folder writable, or "
@@ -56,11 +56,14 @@ def _page(collected: Collected) -> Page:
     images = {section.figure: figures.picture_grid(section.grid) for section in sections}
     if collected.trains:
         images[figures.ACCURACY] = figures.accuracy_curves(collected.trains)
+    divisions = _named(partitions.divisions(collected.trains))
+    images |= {name: figures.partition_map(division.shown) for name, division in divisions.items()}
     return Page(
         verdict=verdict.paragraph(collected),
         verdict_table=tables.verdict_table(verdict.findings(collected)),
         unfinished=collected.unfinished,
         training=tables.training_table(collected.trains) if collected.trains else None,
+        partitions=[Figure(name, each.caption, each.alt) for name, each in divisions.items()],
         claim_b=tables.fill_in_table(collected.trains) if any(r.fill_ins for r in collected.trains) else None,
         attacks=sections,
         repeat=[
@@ -70,6 +73,12 @@ def _page(collected: Collected) -> Page:
         figures=images,
         curves_alt=figures.curves_alt(collected.trains),
     )
+
+
+def _named(divisions: list[partitions.Division]) -> dict[str, partitions.Division]:
+    if len(divisions) == 1:
+        return {"partition.png": divisions[0]}
+    return {f"partition-{number}.png": division for number, division in enumerate(divisions, start=1)}
 
 
 def _attack_section(run: AttackRun, collected: Collected) -> AttackSection:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator
@@ -17,18 +19,21 @@ from torch import Tensor
 
 from fedkl.report import wording
 from fedkl.report.collect import TrainRun
+from fedkl.report.partitions import Counts
 from fedkl.report.pictures import Grid, Picture
 
 ACCURACY = "accuracy.png"
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", ":")
 _DPI = 200
+_WIDTH = 4.4  # of a page's figures, in inches
+_FEW = 20  # rows that can be read one by one
 _LINE = 0.075  # height of a label, as a share of the axes
 
 
 def accuracy_curves(trains: Sequence[TrainRun]) -> bytes:
     """Test accuracy over rounds: one line for each run, named at its end."""
-    figure = _figure(4.4, 3.1)
+    figure = _figure(_WIDTH, 3.1)
     axes = figure.add_axes((0.14, 0.16, 0.49, 0.79))
     ends = []
     for index, run in enumerate(trains):
@@ -70,6 +75,49 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     excess = max(0.0, heights[-1] - 1)
     for height, (_, label, color) in zip(heights, ordered, strict=True):
         axes.text(1.03, height - excess, label, color=color, transform=axes.transAxes, va="center", size=9)
+
+
+def partition_map(counts: Counts) -> bytes:
+    """Samples by client (rows) and class (columns), darker for more and white for none; bars of the sums."""
+    clients, classes = counts.shape
+    height = min(max(0.19 * clients, 0.9), 5.0)
+    figure = _figure(_WIDTH, height + 0.55)
+
+    def place(left: float, right: float) -> Axes:
+        size = (left / _WIDTH, 0.45 / (height + 0.55), (right - left) / _WIDTH, height / (height + 0.55))
+        return figure.add_axes(size)
+
+    axes, bars = place(0.5, 3.1), place(3.18, 3.75)
+    image = axes.imshow(np.ma.masked_equal(counts, 0), aspect="auto", cmap=_shades(), vmin=0)
+    axes.set_xlabel("Class", size=8)
+    axes.set_ylabel("Client", size=8)
+    bars.barh(range(clients), counts.sum(1), height=0.8 if clients <= _FEW else 1.0, color="#666666")
+    bars.set_ylim(axes.get_ylim())
+    bars.set_xlabel("All classes", size=8)
+    bars.xaxis.set_major_locator(MaxNLocator(1, integer=True))
+    bars.set_yticks([])
+    bars.spines[["top", "right"]].set_visible(False)
+    for axis, length in ((axes.xaxis, classes), (axes.yaxis, clients)):
+        axis.set_major_locator(MaxNLocator(length if length <= _FEW else 10, integer=True))
+    for each in (axes, bars):
+        each.tick_params(labelsize=7, length=2)
+    if clients <= _FEW and classes <= 10 and counts.max() < 10_000:
+        _write_counts(axes, counts)
+    else:
+        figure.colorbar(image, cax=place(3.9, 3.98)).ax.tick_params(labelsize=7, length=2)
+    return _png(figure)
+
+
+def _shades() -> ListedColormap:
+    """One hue, told apart by lightness alone; a single sample is told from none."""
+    return ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.15, 1, 256)))
+
+
+def _write_counts(axes: Axes, counts: Counts) -> None:
+    for (client, label), count in np.ndenumerate(counts):
+        color = "white" if count > 0.55 * counts.max() else "black"
+        text = str(count) if count else ""
+        axes.text(label, client, text, color=color, size=6, ha="center", va="center")
 
 
 def picture_grid(grid: Grid) -> bytes:

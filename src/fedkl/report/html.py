@@ -25,7 +25,8 @@ def render(page: Page) -> str:
         title=TITLE,
         note=NOTE,
         repeat_note=REPEAT_NOTE,
-        curves=_uri(page.figures[ACCURACY]) if page.training else None,
+        source=lambda name: _uri(page.figures[name]),
+        accuracy=ACCURACY,
         thumbnail=_thumbnail,
     )
 

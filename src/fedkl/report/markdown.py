@@ -25,6 +25,8 @@ def _lines(page: Page) -> Iterator[str]:
     if page.training:
         yield from ("## Training", "", f"![{_text(page.curves_alt)}](figures/{ACCURACY})", "")
         yield from _table(page.training)
+    for figure in page.partitions:
+        yield from (f"![{_text(figure.alt)}](figures/{figure.name})", "", _text(figure.caption), "")
     if page.claim_b:
         yield from _table(page.claim_b)
     for section in page.attacks:

@@ -54,6 +54,14 @@ class Table:
         return self.title, [self.header[i] for i in columns], [[row[i] for i in columns] for row in self.rows]
 
 
+class Figure(NamedTuple):
+    """A figure: its file in figures/, its caption, and the same in words for those who do not see it."""
+
+    name: str
+    caption: str
+    alt: str
+
+
 class Repeat(NamedTuple):
     """How to repeat one run."""
 
@@ -83,6 +91,7 @@ class Page:
     verdict_table: Table
     unfinished: list[str]
     training: Table | None
+    partitions: list[Figure]
     claim_b: Table | None
     attacks: list[AttackSection]
     repeat: list[Repeat]

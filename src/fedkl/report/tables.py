@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedkl.attacks import IDLG
+from fedkl.data import IID
 from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PublicNorm
 from fedkl.experiments import SUCCESS_DB, chosen_arms
 from fedkl.report import verdict, wording
 from fedkl.report.collect import AttackRun, TrainRun
 from fedkl.report.page import Table
 
+ACCURACY_COLUMN = "Accuracy, mean (min–max)"
+OWN_COLUMN = "On own classes, mean (min–max)"
 PAPER_COLUMN = "Paper, full MNIST, 200 rounds"
 # arXiv 2305.04095, Table 1, LeNet on MNIST, in %: by defense and number of clients.
 _PAPER = {("none", 1): 98.09, ("keylock", 1): 98.07, ("none", 3): 98.14, ("keylock", 3): 97.45}
@@ -42,59 +45,89 @@ def verdict_table(findings: Sequence[verdict.Finding]) -> Table:
 
 
 def training_table(trains: Sequence[TrainRun]) -> Table:
-    """Accuracy and cost of every training run."""
-    header = [
-        "Run",
-        "Defense",
-        "Norm statistics",
-        "Clients",
-        "Rounds",
-        "Accuracy, mean (min–max)",
-        "Best round",
-        "Public parameters",
-        "Private parameters",
-        "Bytes per update",
-        "Seconds",
-    ]
-    rows = [_training_row(run) for run in trains]
-    papers = [_paper(run) for run in trains]
-    if any(papers):
-        header.append(PAPER_COLUMN)
-        rows = [[*row, paper or wording.NONE] for row, paper in zip(rows, papers, strict=True)]
+    """Accuracy and cost of every training run; a column that says nothing of any run is left out."""
+    cells: dict[str, Callable[[TrainRun], str]] = {
+        "Run": lambda run: run.name,
+        "Defense": lambda run: _defense(run.config.defense),
+        "Norm statistics": _statistics,
+        "Clients": lambda run: str(run.summary["clients"]),
+        "Rounds": lambda run: str(run.summary["rounds"]),
+        ACCURACY_COLUMN: lambda run: _accuracy(run.summary["accuracy"], run.summary["accuracies"]),
+        OWN_COLUMN: _own_classes,
+        "Best round": lambda run: wording.percent(run.summary["best_accuracy"], digits=2),
+        "Public parameters": lambda run: f"{run.summary['public_parameters']:,}",
+        "Private parameters": lambda run: f"{run.summary['private_parameters']:,}",
+        "Bytes per update": lambda run: f"{run.summary['update_bytes']:,}",
+        "Seconds": lambda run: f"{run.summary['seconds']:.0f}",
+        PAPER_COLUMN: _paper,
+    }
+    columns = {name: [cell(run) for run in trains] for name, cell in cells.items()}
+    columns = {name: column for name, column in columns.items() if set(column) != {wording.NONE}}
+    essential = ("Run", "Rounds", ACCURACY_COLUMN, OWN_COLUMN, PAPER_COLUMN)
     return Table(
         title="Training runs",
-        header=header,
-        rows=rows,
-        narrow=(0, 4, 5, *range(11, len(header))),
-        notes=[
-            "Test accuracy of the global model after the last round; with private tensors each client adds "
-            "its own, hence mean and range over clients. One run per row: another seed gives another figure.",
-            "Without the lock the plain network has no norm layer; public-norm is the network of the lock "
-            "with public γ and β, and its difference to the lock is what the lock costs.",
-        ],
+        header=list(columns),
+        rows=[list(row) for row in zip(*columns.values(), strict=True)],
+        narrow=tuple(index for index, name in enumerate(columns) if name in essential),
+        notes=_training_notes(trains, own_classes=OWN_COLUMN in columns),
     )
 
 
-def _training_row(run: TrainRun) -> list[str]:
-    s = run.summary
-    return [
-        run.name,
-        _defense(run.config.defense),
-        _statistics(run.config.defense),
-        str(s["clients"]),
-        str(s["rounds"]),
-        _accuracy(s),
-        wording.percent(s["best_accuracy"], digits=2),
-        f"{s['public_parameters']:,}",
-        f"{s['private_parameters']:,}",
-        f"{s['update_bytes']:,}",
-        f"{s['seconds']:.0f}",
+def _training_notes(trains: Sequence[TrainRun], *, own_classes: bool) -> list[str]:
+    notes = [
+        "Test accuracy of the global model after the last round; with private tensors each client adds "
+        "its own, hence mean and range over clients. One run per row: another seed gives another figure.",
     ]
+    if own_classes:
+        notes.append(
+            "On own classes: the same model on a test set in which the classes are as frequent as in the "
+            "client's own training images, where these differ between clients. It is what a client gets in "
+            "its own use; a client of few classes has an easier test."
+        )
+    notes.append(
+        "A lock adds norm layers to a network that has none, such as LeNet. public-norm is the network of "
+        "the lock with public γ and β, and its difference to the lock is what the lock costs.",
+    )
+    return notes + _participation_notes(trains)
 
 
-def _accuracy(summary: dict[str, Any]) -> str:
-    text = wording.percent(summary["accuracy"], digits=2)
-    each = summary["accuracies"].values()
+def _participation_notes(trains: Sequence[TrainRun]) -> list[str]:
+    """Runs in which not every client took part in every round, those with the same figures together."""
+    said: dict[str, list[str]] = {}
+    for run in trains:
+        text = _participation(run)
+        if text:
+            said.setdefault(text, []).append(run.name)
+    return [f"{', '.join(names)}: {text}." for text, names in said.items()]
+
+
+def _participation(run: TrainRun) -> str:
+    training, s = run.config.training, run.summary
+    tested = len(s["accuracies"])
+    parts = {
+        f"{training.cohort_size} of {training.clients} clients sampled each round": (
+            training.cohort_size < training.clients
+        ),
+        f"dropouts of sampled clients: {s.get('dropped')}": s.get("dropped"),
+        f"updates refused: {s.get('failed')}": s.get("failed"),
+        f"rounds skipped for lack of updates: {s.get('skipped_rounds')}": s.get("skipped_rounds"),
+        f"{tested} of {s['clients']} clients tested": tested < s["clients"],
+    }
+    return "; ".join(text for text, holds in parts.items() if holds)
+
+
+def _own_classes(run: TrainRun) -> str:
+    """Where all clients have the same class frequencies, or an older run did not test it: a dash."""
+    mean = run.summary.get("local_accuracy")
+    if mean is None or isinstance(run.config.training.partition, IID):
+        return wording.NONE
+    evaluated = [r["local_accuracies"] for r in run.records if r.get("local_accuracies")]
+    return _accuracy(mean, evaluated[-1] if evaluated else {})
+
+
+def _accuracy(mean: float, clients: Mapping[str, float]) -> str:
+    text = wording.percent(mean, digits=2)
+    each = clients.values()
     return f"{text} ({100 * min(each):.2f}–{100 * max(each):.2f})" if len(each) > 1 else text
 
 
@@ -109,19 +142,19 @@ def _defense(defense: AnyDefense) -> str:
     return f"{defense.type} ({detail})"
 
 
-def _statistics(defense: AnyDefense) -> str:
-    if isinstance(defense, NoDefense):
-        return "shared, if any"
-    lock = defense if isinstance(defense, KeyLock) else defense.like
-    return "shared" if lock.share_statistics else "private"
+def _statistics(run: TrainRun) -> str:
+    """As recorded; None is a network whose norms have none, and an older run says nothing."""
+    shared = {True: "shared", False: "private", None: "none"}
+    return shared.get(run.summary.get("statistics_shared", wording.NONE), wording.NONE)
 
 
-def _paper(run: TrainRun) -> str | None:
-    config = run.config
-    if config.model.name != "lenet" or not config.data.name.startswith("mnist"):
-        return None
-    printed = _PAPER.get((config.defense.type, config.training.clients))
-    return None if printed is None else f"{printed:.2f} %"
+def _paper(run: TrainRun) -> str:
+    """The printed figure, for the paper's network, data and clients."""
+    model, data, training = run.config.model.name, run.config.data.name, run.config.training
+    if model != "lenet" or not data.startswith("mnist") or not isinstance(training.partition, IID):
+        return wording.NONE
+    printed = _PAPER.get((run.config.defense.type, training.clients))
+    return wording.NONE if printed is None else f"{printed:.2f} %"
 
 
 def fill_in_table(trains: Sequence[TrainRun]) -> Table:

@@ -1,0 +1,126 @@
+"""Images that stay in their files and are decoded a batch at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from PIL import Image
+from torch import Tensor
+
+from fedkl.data.images import Index, checked_index
+from fedkl.errors import DataError
+
+_EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
+
+
+class FolderImages:
+    """Image files, decoded on access by a few threads; memory is that of the batches in use.
+
+    The largest square in the middle is cut out and resized to `size` (bilinear, antialiased as Pillow does),
+    which is what resizing the shorter side and cropping the center gives, and becomes RGB; transparency and
+    the orientation in EXIF data are ignored. Files are read only when they are asked for, so a damaged one
+    shows then.
+
+    Args:
+        files: Paths, in the order of the images.
+        size: Height and width of the delivered images, in pixels.
+        workers: Threads that decode a batch.
+        device: Where the batches are delivered.
+
+    Raises:
+        DataError: There is no file, or `size` or `workers` is below 1.
+    """
+
+    streams = True
+    """Batches are worth loading ahead; see `prefetched`."""
+
+    def __init__(
+        self,
+        files: Sequence[str | os.PathLike[str]],
+        *,
+        size: int,
+        workers: int = 4,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if len(files) == 0 or size < 1 or workers < 1:
+            raise DataError(
+                "FolderImages: expected at least one file, size ≥ 1 and workers ≥ 1, got "
+                f"{len(files)} files, size={size}, workers={workers}."
+            )
+        self._files = files
+        self._side = size
+        self._workers = workers
+        self._device = torch.device(device)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(images, 3, size, size)`."""
+        return (len(self._files), 3, self._side, self._side)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches are delivered."""
+        return self._device
+
+    def to(self, device: torch.device | str) -> FolderImages:
+        """The same images delivered on `device`."""
+        return FolderImages(self._files, size=self._side, workers=self._workers, device=device)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: Index, /) -> Float32[Tensor, "batch 3 {self._side} {self._side}"]:
+        """See `fedkl.types.Images`.
+
+        Raises:
+            DataError: A file cannot be read or is no image; the message names it.
+        """
+        places = checked_index(index, device=torch.device("cpu"))
+        numbers = range(len(self._files))[places] if isinstance(places, slice) else places.tolist()
+        pixels = torch.empty(len(numbers), self._side, self._side, 3, dtype=torch.uint8)
+        files = [self._files[number] for number in numbers]
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="fedkl-decode")
+        try:
+            for row, decoded in enumerate(pool.map(partial(_decoded, size=self._side), files)):
+                pixels[row] = decoded
+        finally:
+            pool.shutdown(cancel_futures=True)
+        images = (
+            pixels.to(self._device)
+            .permute(0, 3, 1, 2)
+            .to(torch.float32, memory_format=torch.contiguous_format)
+        )
+        return images.div_(255)
+
+    def __repr__(self) -> str:
+        return f"FolderImages(shape={self.shape}, device={self._device})"
+
+
+def _decoded(path: str | os.PathLike[str], *, size: int) -> UInt8[Tensor, "{size} {size} 3"]:
+    try:
+        with Image.open(path) as image:
+            if image.mode not in _EIGHT_BITS:
+                raise ValueError(f"pixels of mode {image.mode}, not 8 bits per channel")
+            # JPEG only: decodes at a fraction of the size where that is still twice what is needed.
+            image.draft(None, (2 * size, 2 * size))
+            side = min(image.size)
+            left, upper = (image.width - side) / 2, (image.height - side) / 2
+            square = (left, upper, left + side, upper + side)
+            rgb = _rgb(image).resize((size, size), Image.Resampling.BILINEAR, box=square)
+    except Exception as error:  # decoders raise whatever they please on damaged files
+        raise DataError(
+            f"{os.fspath(path)}: expected a readable image, got {type(error).__name__}: {error}. Replace or "
+            "remove this file."
+        ) from error
+    return torch.from_numpy(np.array(rgb))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    # By way of RGBA, because Pillow warns where a palette has transparent entries.
+    return (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")

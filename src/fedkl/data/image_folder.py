@@ -1,0 +1,133 @@
+"""Any images in folders by class, ILSVRC2012 among them: `train/<class>/…`, and `val/…` or `test/…` alike."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from fedkl.data.base import Dataset, DataSpec
+from fedkl.data.folder_images import FolderImages
+from fedkl.data.sources import Entry
+from fedkl.errors import DataError, gathered
+
+_NAME = "imagefolder"
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SHOWN = 10
+
+
+def load_image_folder(root: str | os.PathLike[str], *, size: int = 224, channels: int = 3) -> Dataset:
+    """Loads images in folders by class; only names are read now, the files when a batch is asked for.
+
+    Classes are numbered in the order of the sorted folder names of `train`; for ILSVRC2012 that is the usual
+    order of WordNet ids. Names that begin with a dot are skipped. Mean and standard deviation in the spec are
+    ImageNet's, as is usual for photographs, and not computed from these images.
+
+    Args:
+        root: The data root, with the images in its folder `imagefolder`, or that folder itself.
+        size: Height and width of the delivered images, in pixels; see `FolderImages`.
+        channels: 3.
+
+    Returns:
+        `FolderImages` of shape `(n, 3, size, size)` with their labels.
+
+    Raises:
+        DataError: A folder is missing or empty, `val` has a class that `train` lacks, a file is no image, or
+            `size` or `channels` is not possible; files and folders (the first ten) are named.
+    """
+    if size < 1 or channels != 3:
+        raise DataError(
+            f"Dataset {_NAME!r}: expected size ≥ 1 and channels=3, got size={size}, channels={channels}. "
+            "Its images are delivered in color."
+        )
+    root = Path(root)
+    itself = (root / "train").is_dir() and not (root / _NAME).is_dir()
+    folder = root if itself else root / _NAME
+    problems: list[str] = []
+    train = _files_by_class(folder / "train", problems)
+    held_out = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), folder / "val")
+    test = _files_by_class(held_out, problems)
+    problems += [f"{held_out / name}: expected a class that train has" for name in test if name not in train]
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise DataError(
+            gathered(f"Cannot load the dataset {_NAME!r}.", problems[:_SHOWN] + more, _remedy(folder))
+        )
+    numbers = {name: number for number, name in enumerate(train)}
+    spec = DataSpec(name=_NAME, shape=(channels, size, size), classes=len(train), mean=_MEAN, std=_STD)
+    return Dataset(
+        spec,
+        train_images=_images(train, size=size),
+        train_labels=_labels(train, numbers),
+        test_images=_images(test, size=size),
+        test_labels=_labels(test, numbers),
+    )
+
+
+def _files_by_class(folder: Path, problems: list[str]) -> dict[str, list[str]]:
+    """Paths of the image files of each class, both sorted; what is wrong goes to `problems`."""
+    if not folder.is_dir():
+        problems.append(f"{folder}: expected a folder with a folder for each class, found none")
+        return {}
+    entries = _entries(folder)
+    loose = [entry.path for entry in entries if not entry.is_dir()]
+    if loose:
+        problems.append(
+            f"{loose[0]}: expected only a folder for each class in {folder}, got {len(loose)} files"
+        )
+    classes = {entry.name: _image_files(entry.path, problems) for entry in entries if entry.is_dir()}
+    if not classes and not loose:
+        problems.append(f"{folder}: expected a folder for each class, got an empty folder")
+    return classes
+
+
+def _image_files(folder: str, problems: list[str]) -> list[str]:
+    entries = _entries(folder)
+    problems += [
+        f"{entry.path}: expected an image file ({', '.join(sorted(_SUFFIXES))}), got "
+        f"{'a folder' if entry.is_dir() else 'another kind of file'}"
+        for entry in entries
+        if not entry.is_file() or Path(entry.name).suffix.lower() not in _SUFFIXES
+    ]
+    if not entries:
+        problems.append(f"{folder}: expected images of this class, got an empty folder")
+    return [entry.path for entry in entries]
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            visible = [entry for entry in found if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(
+            f"{folder}: expected a readable folder, got {type(error).__name__}: {error}."
+        ) from error
+    return sorted(visible, key=lambda entry: entry.name)
+
+
+def _remedy(folder: Path) -> str:
+    return (
+        f"Arrange the images as {folder}/train/<class>/<image> and {folder}/val/<class>/<image>. The "
+        "validation images of ILSVRC2012 come without class folders: move each into that of its WordNet "
+        "id, which is in LOC_val_solution.csv (Kaggle) or in the development kit."
+    )
+
+
+def _images(files: dict[str, list[str]], *, size: int) -> FolderImages:
+    return FolderImages([file for names in files.values() for file in names], size=size)
+
+
+def _labels(files: dict[str, list[str]], numbers: dict[str, int]) -> torch.Tensor:
+    counts = torch.tensor([len(names) for names in files.values()])
+    return torch.tensor([numbers[name] for name in files]).repeat_interleave(counts)
+
+
+ENTRY = Entry(
+    info="your own images in folders by class, ILSVRC2012 among them; read from disk batch by batch",
+    load=load_image_folder,
+    size=224,
+    unfetched="is made of your own files. Put them into <root>/imagefolder/train/<class>/ and "
+    "<root>/imagefolder/val/<class>/.",
+)

@@ -1,0 +1,155 @@
+"""What a federated training is, as data: how a client trains, who takes part, on what it runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedkl.data import AUGMENTATIONS, IID, AnyPartition
+from fedkl.errors import ConfigError, gathered
+from fedkl.federated.schedules import AnySchedule, StepSchedule
+from fedkl.federated.server import AnyServerOptimizer, Averaging
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """How a client trains. Defaults: arXiv 2305.04095, section 5.
+
+    Attributes:
+        algorithm: ``"fedavg"``: `epochs` of local training, weights are sent. ``"fedsgd"``: one gradient of
+            one batch is sent; the private parameters take a local step of their own.
+        epochs: Local epochs of a round (fedavg).
+        batch_size: Samples of a batch; the last batch of an epoch may be smaller.
+        optimizer: ``"sgd"`` (with Nesterov momentum) or ``"adam"``.
+        lr: Learning rate, before the schedule.
+        momentum: Of SGD; 0 switches it off. Adam has its usual (0.9, 0.999).
+        weight_decay: L2 weight decay of all trained tensors.
+        lock_weight_decay: The same for private parameters only; None: as `weight_decay`, as published. It
+            pulls γ to act(0).
+        keep_optimizer: Whether a client's optimizer state persists over the rounds, as published.
+        proximal: μ of FedProx (Li et al. 2020, equation 2): the gradient of every public parameter gets
+            μ (w − w_global). Private parameters have no global value. 0: plain FedAvg.
+        augmentation: Name of `fedkl.data.AUGMENTATIONS`, applied to every training batch.
+        precision: ``"bfloat16"`` runs forward passes under autocast; weights stay float32.
+    """
+
+    algorithm: Literal["fedavg", "fedsgd"] = "fedavg"
+    epochs: int = 1
+    batch_size: int = 64
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    lock_weight_decay: float | None = None
+    keep_optimizer: bool = True
+    proximal: float = 0.0
+    augmentation: str = "none"
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        decays = (self.weight_decay, self.lock_weight_decay or 0.0, self.proximal)
+        checks = {
+            f"epochs: expected at least 1, got {self.epochs}": self.epochs >= 1,
+            f"batch_size: expected at least 1, got {self.batch_size}": self.batch_size >= 1,
+            f"lr: expected a finite value > 0, got {self.lr}": 0 < self.lr < math.inf,
+            f"momentum: expected a value in [0, 1), got {self.momentum}": 0 <= self.momentum < 1,
+            "weight_decay, lock_weight_decay, proximal: expected finite values ≥ 0, got "
+            f"{self.weight_decay}, {self.lock_weight_decay}, {self.proximal}": all(
+                0 <= decay < math.inf for decay in decays
+            ),
+            f"augmentation: expected one of {', '.join(AUGMENTATIONS)}, got {self.augmentation!r}": (
+                self.augmentation in AUGMENTATIONS
+            ),
+            "proximal: a single gradient never leaves the global model, so it has no effect with "
+            f"algorithm='fedsgd', got {self.proximal}": self.algorithm == "fedavg" or not self.proximal,
+        }
+        _check("LocalTraining", checks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederatedTraining:
+    """How a federation trains. Defaults: arXiv 2305.04095, section 5.
+
+    Attributes:
+        clients: Number of clients. 1 is centralized training.
+        cohort: How many of them are sampled each round; None: all.
+        dropout: Probability, in [0, 1), that a sampled client is gone before it trains.
+        min_cohort: Updates that a round needs; with fewer the global model stays as it was, and clients that
+            did train keep what they learned for themselves.
+        rounds: Communication rounds.
+        partition: How the training images are divided.
+        schedule: Of the learning rate.
+        server: What the server does with the average of the updates.
+        eval_every: Rounds between evaluations; the last round is always evaluated.
+        eval_clients: At most so many clients are evaluated, chosen once, of those that have trained.
+        local: How a client trains.
+    """
+
+    clients: int = 3
+    cohort: int | None = None
+    dropout: float = 0.0
+    min_cohort: int = 1
+    rounds: int = 200
+    partition: Annotated[AnyPartition, Field(discriminator="type")] = field(default_factory=IID)
+    schedule: Annotated[AnySchedule, Field(discriminator="type")] = field(default_factory=StepSchedule)
+    server: Annotated[AnyServerOptimizer, Field(discriminator="type")] = field(default_factory=Averaging)
+    eval_every: int = 1
+    eval_clients: int = 20
+    local: LocalTraining = field(default_factory=LocalTraining)
+
+    def __post_init__(self) -> None:
+        cohort = self.cohort_size
+        checks = {
+            f"{name}: expected at least 1, got {value}": value >= 1
+            for name, value in (
+                ("clients", self.clients),
+                ("rounds", self.rounds),
+                ("eval_every", self.eval_every),
+                ("eval_clients", self.eval_clients),
+            )
+        }
+        checks[f"cohort: expected 1 to {self.clients} (clients), got {cohort}"] = 1 <= cohort <= self.clients
+        checks[f"min_cohort: expected 1 to {cohort} (cohort), got {self.min_cohort}"] = (
+            1 <= self.min_cohort <= cohort
+        )
+        checks[f"dropout: expected a probability in [0, 1), got {self.dropout}"] = 0 <= self.dropout < 1
+        _check("FederatedTraining", checks)
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients sampled each round."""
+        return self.clients if self.cohort is None else self.cohort
+
+    def lr_at(self, round: int) -> float:
+        """The clients' learning rate in a round, from 0."""
+        return self.local.lr * self.schedule.factor(round, rounds=self.rounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """On what a training runs. Results depend on it in the last bits only.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        workers: Clients that train at once, each on a model instance and threads of its own; 0: as many as
+            PyTorch has threads (``OMP_NUM_THREADS``), 1 on a GPU.
+        channels_last: Memory format of images and convolutions; faster for ResNets.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    workers: int = 0
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        _check(
+            "Execution", {f"workers: expected 0 (automatic) or more, got {self.workers}": self.workers >= 0}
+        )
+
+
+def _check(subject: str, checks: dict[str, bool]) -> None:
+    problems = [problem for problem, fine in checks.items() if not fine]
+    if problems:
+        raise ConfigError(gathered(f"{subject} is not usable.", problems, "Correct these fields."))

@@ -1,0 +1,1 @@
+"""The paper's tables as data: settings and printed values, one TOML each."""

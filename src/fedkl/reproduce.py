@@ -1,0 +1,272 @@
+"""`fedkl reproduce`: a table of the paper, cell by cell, beside the print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+from fedkl import experiments
+from fedkl.config import DataConfig, ModelConfig, TrainConfig
+from fedkl.data import IID, AnyPartition
+from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PrivateNorm, PublicNorm
+from fedkl.errors import ConfigError
+from fedkl.federated import Execution, FederatedTraining, LocalTraining
+from fedkl.files import write_atomically
+from fedkl.runs import RunDirectory
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Budget = Literal["quick", "paper"]
+Pairs = Literal["matched", "published"]
+
+PUBLISHED_LOCK = KeyLock(key_distribution="uniform", activation="relu", initialization="published")
+
+ARMS: dict[str, tuple[AnyDefense, bool]] = {
+    "centralized": (NoDefense(), True),
+    "centralized-lock": (KeyLock(), True),
+    "centralized-published": (PUBLISHED_LOCK, True),
+    "fedavg": (NoDefense(), False),
+    "public-norm": (PublicNorm(), False),
+    "fedbn": (PrivateNorm(), False),
+    "fedkl": (KeyLock(), False),
+    "fedkl-published": (PUBLISHED_LOCK, False),
+}
+"""Defense, and whether there is one client with all the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of Table 1.
+
+    Attributes:
+        name: As ``lenet/mnist``: the network as the paper calls it, and the dataset.
+        model: The network of both arms where pairs are matched.
+        size: Height and width of the images; None: the dataset's own.
+        augmentation: Of training images.
+        initialization: Of the weights.
+        rounds: Of the quick budget.
+        expected: The paper's accuracies in percent, by arm.
+        pair: The two networks that the paper compared, where they differ.
+    """
+
+    name: str
+    model: str
+    rounds: int
+    expected: Mapping[str, float]
+    size: int | None = None
+    augmentation: str = "none"
+    initialization: Literal["default", "uniform"] = "default"
+    pair: Mapping[str, str] | None = None
+
+    def network(self, arm: str, pairs: Pairs) -> str:
+        """The network of an arm."""
+        if pairs == "matched" or self.pair is None:
+            return self.model
+        return self.pair["plain" if isinstance(ARMS[arm][0], NoDefense) else "locked"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a table.
+
+    Attributes:
+        row: Its row.
+        arm: Its arm.
+        place: Its run directory, below the table's folder.
+        experiment: What is run.
+    """
+
+    row: Row
+    arm: str
+    place: Path
+    experiment: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table1:
+    """Which cells of Table 1, and how.
+
+    Attributes:
+        rows: Names of rows.
+        arms: Names of arms.
+        seeds: How many seeds, from `first_seed`.
+        first_seed: See `seeds`.
+        budget: ``"quick"`` (the row's own few rounds) or ``"paper"`` (200).
+        rounds: Instead of the budget's.
+        pairs: ``"matched"``: all arms of a row use one network. ``"published"``: the paper's two.
+        clients: Of the federated arms; the paper has 3.
+        partition: Of the training images among them; the paper's is IID.
+        device: ``"cpu"`` or ``"cuda"``.
+        data_root: Folder of the datasets.
+
+    Raises:
+        ConfigError: A name is unknown, or a number is below 1.
+    """
+
+    rows: tuple[str, ...] = ("lenet/mnist",)
+    arms: tuple[str, ...] = ("centralized", "centralized-lock", "fedavg", "fedbn", "fedkl", "fedkl-published")
+    seeds: int = 3
+    first_seed: int = 0
+    budget: Budget = "quick"
+    rounds: int | None = None
+    pairs: Pairs = "matched"
+    clients: int = 3
+    partition: AnyPartition = field(default_factory=IID)
+    device: Literal["cpu", "cuda"] = "cpu"
+    data_root: str | None = None
+
+    def __post_init__(self) -> None:
+        known = {"rows": tuple(table1_rows()), "arms": tuple(ARMS)}
+        for name, names in known.items():
+            given = getattr(self, name)
+            unknown = [repr(one) for one in given if one not in names]
+            if unknown or not given:
+                raise ConfigError(
+                    f"reproduce table1, {name}: got {', '.join(unknown) or 'none'}. Choose from "
+                    f"{', '.join(names)}."
+                )
+        if self.seeds < 1 or (self.rounds is not None and self.rounds < 1):
+            raise ConfigError(
+                f"reproduce table1: expected seeds and rounds of at least 1, got {self.seeds}, {self.rounds}."
+            )
+
+    def rounds_of(self, row: Row) -> int:
+        """Rounds of a row's cells."""
+        return self.rounds or (row.rounds if self.budget == "quick" else FederatedTraining().rounds)
+
+    @property
+    def as_published(self) -> bool:
+        """Whether the federated arms have the paper's clients and partition."""
+        return self.clients == 3 and isinstance(self.partition, IID)
+
+    def cells(self) -> Iterator[Cell]:
+        """Every run, seed by seed: what is done first says most."""
+        rows = table1_rows()
+        for seed in range(self.first_seed, self.first_seed + self.seeds):
+            for name in self.rows:
+                for arm in self.arms:
+                    yield Cell(
+                        row=rows[name],
+                        arm=arm,
+                        place=Path(name.replace("/", "-"), self.pairs, arm, f"seed-{seed}"),
+                        experiment=self._experiment(rows[name], arm, seed),
+                    )
+
+    def _experiment(self, row: Row, arm: str, seed: int) -> TrainConfig:
+        defense, centralized = ARMS[arm]
+        rounds = self.rounds_of(row)
+        return TrainConfig(
+            seed=seed,
+            data=DataConfig(name=row.name.split("/")[1], root=self.data_root, size=row.size),
+            model=ModelConfig(
+                name=row.network(arm, self.pairs), initialization=row.initialization, standardize=True
+            ),
+            defense=defense,
+            training=FederatedTraining(
+                clients=1 if centralized else self.clients,
+                partition=IID() if centralized else self.partition,
+                rounds=rounds,
+                eval_every=max(1, min(rounds // 4, 10)),
+                local=LocalTraining(augmentation=row.augmentation),
+            ),
+            execution=Execution(device=self.device, channels_last=row.model != "lenet"),
+        )
+
+
+def table1_rows() -> dict[str, Row]:
+    """The rows of Table 1 by name."""
+    text = (files("fedkl.paper") / "table1.toml").read_text(encoding="utf-8")
+    return {name: Row(name=name, **fields) for name, fields in tomllib.loads(text)["rows"].items()}
+
+
+def table1(
+    table: Table1, *, out: Path, progress: Callable[[str], AbstractContextManager[experiments.Progress]]
+) -> list[dict[str, Any]]:
+    """Runs the cells that are not there yet, each in a run directory of its own, and sums them up.
+
+    Args:
+        table: Which cells.
+        out: The table's folder; table.json and table.md are written after every cell.
+        progress: Opens a progress display for a cell's name.
+
+    Returns:
+        One record per row and arm; see `summarized`.
+    """
+    records: list[dict[str, Any]] = []
+    for cell in table.cells():
+        with progress(str(cell.place)) as step:
+            experiments.run(cell.experiment, out=out / cell.place, progress=step)
+        records = summarized(table, out=out)
+        write_atomically(out / "table.json", (json.dumps(records, indent=2) + "\n").encode())
+        write_atomically(out / "table.md", markdown(records).encode())
+    return records
+
+
+def summarized(table: Table1, *, out: Path) -> list[dict[str, Any]]:
+    """What the table's finished cells give, one record per row and arm; other runs do not count."""
+    found: dict[tuple[str, str], list[tuple[Cell, dict[str, Any]]]] = {}
+    for cell in table.cells():
+        summary = RunDirectory(out / cell.place).summary
+        if summary is not None:
+            found.setdefault((cell.row.name, cell.arm), []).append((cell, summary))
+    return [_record(table, cells) for cells in found.values()]
+
+
+def _record(table: Table1, cells: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str, Any]:
+    row, arm = cells[0][0].row, cells[0][0].arm
+    found = [summary for _, summary in cells]
+    accuracies = [100 * summary["accuracy"] for summary in found]
+    local = [100 * summary["local_accuracy"] for summary in found]
+    printed = {"fedkl-published": "fedkl", "centralized-published": "centralized-lock"}.get(arm, arm)
+    comparable = table.as_published or ARMS[arm][1]
+    return {
+        "row": row.name,
+        "arm": arm,
+        "network": row.network(arm, table.pairs),
+        "statistics_shared": found[0]["statistics_shared"],
+        "rounds": table.rounds_of(row),
+        "seeds": len(found),
+        "accuracy": fmean(accuracies),
+        "spread": stdev(accuracies) if len(accuracies) > 1 else None,
+        "accuracies": accuracies,
+        "local_accuracy": fmean(local),
+        "local_spread": stdev(local) if len(local) > 1 else None,
+        "paper": row.expected.get(printed) if comparable else None,
+        "paper_rounds": FederatedTraining().rounds,
+        "seconds": sum(summary["seconds"] for summary in found),
+    }
+
+
+def markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """The table as Markdown: percent, mean ± standard deviation over seeds.
+
+    "On own classes" is the accuracy on a test set with each client's own class frequencies.
+    """
+    lines = [
+        "| row | arm | network | norm statistics | rounds | seeds | accuracy (%) | on own classes (%) | "
+        "paper (%), 200 rounds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        shared = {True: "shared", False: "private", None: "none"}[r["statistics_shared"]]
+        paper = "–" if r["paper"] is None else f"{r['paper']:.2f}"
+        lines.append(
+            f"| {r['row']} | {r['arm']} | {r['network']} | {shared} | {r['rounds']} | {r['seeds']} | "
+            f"{_mean(r, 'accuracy', 'spread')} | {_mean(r, 'local_accuracy', 'local_spread')} | {paper} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _mean(record: Mapping[str, Any], name: str, spread: str) -> str:
+    text = f"{record[name]:.2f}"
+    return text if record[spread] is None else f"{text} ± {record[spread]:.2f}"

@@ -1,0 +1,137 @@
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from fedkl.data import FolderImages, load
+from fedkl.errors import DataError
+
+COLORS = {"bird": (200, 0, 0), "cat": (0, 200, 0), "dog": (0, 0, 200)}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two training images and one validation image of each class."""
+    for split, count in (("train", 2), ("val", 1)):
+        for name, color in COLORS.items():
+            folder = tmp_path / "imagefolder" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (12, 10), color).save(folder / f"{number}.JPEG", quality=100)
+    return tmp_path
+
+
+def test_classes_are_the_sorted_folders_of_train(root):
+    dataset = load("imagefolder", root=root, size=8)
+    assert repr(dataset) == "Dataset('imagefolder', train=6, test=3, shape=(3, 8, 8), classes=3)"
+    assert dataset.train_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert dataset.test_labels.tolist() == [0, 1, 2]
+    assert isinstance(dataset.train_images, FolderImages)
+    assert dataset.train_images[:].amax((2, 3)).argmax(1).tolist() == [0, 0, 1, 1, 2, 2]
+    assert dataset.spec.mean == (0.485, 0.456, 0.406)
+
+
+def test_the_usual_size_is_224_and_the_folder_itself_will_do(root):
+    assert load("imagefolder", root=root / "imagefolder").spec.shape == (3, 224, 224)
+
+
+def test_test_stands_for_val_and_may_lack_classes(root):
+    (root / "imagefolder" / "val").rename(root / "imagefolder" / "test")
+    shutil.rmtree(root / "imagefolder" / "test" / "cat")
+    assert load("imagefolder", root=root).test_labels.tolist() == [0, 2]
+
+
+def test_hidden_files_are_skipped(root):
+    (root / "imagefolder" / "train" / ".DS_Store").touch()
+    (root / "imagefolder" / "train" / "cat" / "._0.JPEG").touch()
+    assert len(load("imagefolder", root=root).train_images) == 6
+
+
+def test_nothing_but_the_first_image_of_each_part_is_decoded_on_loading(root):
+    (root / "imagefolder" / "train" / "dog" / "1.JPEG").write_bytes(b"")
+    dataset = load("imagefolder", root=root, size=8)
+    assert dataset.train_images[:5].shape == (5, 3, 8, 8)
+    with pytest.raises(DataError, match=r"train/dog/1\.JPEG: expected a readable image"):
+        dataset.train_images[torch.tensor([5])]
+    (root / "imagefolder" / "train" / "bird" / "0.JPEG").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train/bird/0\.JPEG: expected a readable image"):
+        load("imagefolder", root=root, size=8)
+
+
+def _remove_train(folder):
+    shutil.rmtree(folder / "train")
+
+
+def _remove_val(folder):
+    shutil.rmtree(folder / "val")
+
+
+def _empty_train(folder):
+    shutil.rmtree(folder / "train")
+    (folder / "train").mkdir()
+
+
+def _empty_class(folder):
+    (folder / "train" / "emu").mkdir()
+
+
+def _extra_class(folder):
+    (folder / "val" / "bird").rename(folder / "val" / "emu")
+
+
+def _text(folder):
+    (folder / "train" / "cat" / "notes.txt").touch()
+
+
+def _nested(folder):
+    (folder / "train" / "cat" / "more.jpg").mkdir()
+
+
+def _flat(folder):
+    shutil.rmtree(folder / "val")
+    (folder / "val").mkdir()
+    for number in range(3):
+        (folder / "val" / f"ILSVRC2012_val_0000000{number}.JPEG").touch()
+
+
+def _file_for_folder(folder):
+    shutil.rmtree(folder / "val")
+    (folder / "val").touch()
+
+
+PROBLEMS = {
+    _remove_train: r"/train: expected a folder with a folder for each class, found none",
+    _remove_val: r"/val: expected a folder with a folder for each class, found none",
+    _file_for_folder: r"/val: expected a folder with a folder for each class, found none",
+    _empty_train: r"/train: expected a folder for each class, got an empty folder",
+    _empty_class: r"/train/emu: expected images of this class, got an empty folder",
+    _extra_class: r"/val/emu: expected a class that train has",
+    _text: r"/train/cat/notes\.txt: expected an image file \(.*\), got another kind of file",
+    _nested: r"/train/cat/more\.jpg: expected an image file \(.*\), got a folder",
+    _flat: r"val_00000000\.JPEG: expected only a folder for each class in .*/val, got 3 files",
+}
+
+
+@pytest.mark.parametrize("damage", PROBLEMS, ids=lambda damage: damage.__name__)
+def test_each_problem_names_the_file_or_folder(root, damage):
+    damage(root / "imagefolder")
+    with pytest.raises(DataError, match=PROBLEMS[damage]) as caught:
+        load("imagefolder", root=root)
+    assert f"Arrange the images as {root / 'imagefolder'}/train/<class>/<image>" in str(caught.value)
+    assert "LOC_val_solution.csv" in str(caught.value)
+
+
+def test_many_problems_are_counted_not_listed(root):
+    for number in range(30):
+        (root / "imagefolder" / "train" / f"empty{number:02}").mkdir()
+    with pytest.raises(DataError) as caught:
+        load("imagefolder", root=root)
+    assert str(caught.value).count("an empty folder") == 10
+    assert "and 20 more" in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"size": 0}, {"channels": 1}])
+def test_size_and_channels_that_cannot_be_are_errors(root, options):
+    with pytest.raises(DataError, match="expected size ≥ 1 and channels=3"):
+        load("imagefolder", root=root, **options)

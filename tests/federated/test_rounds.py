@@ -1,0 +1,303 @@
+"""Rounds: who takes part, who is gone, who diverges, and what is measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fedkl.data import Dataset, Dirichlet, Shards
+from fedkl.defenses import KeyLock, NoDefense, PrivateNorm
+from fedkl.errors import TrainingError
+from fedkl.federated import ServerSGD, weighted_average
+from tests.federated.setting import (
+    TwoNorms,
+    copy_secrets,
+    differences,
+    everything,
+    federation,
+    one_update,
+    seeded,
+    trained,
+)
+
+DEFENSES = [NoDefense(), KeyLock(layers="all"), PrivateNorm()]
+
+
+def small(dataset, defense=None, **options):
+    return federation(dataset, defense or NoDefense(), model=seeded(TwoNorms), **options)
+
+
+def cohorts(run):
+    """Names of the clients that trained, by round."""
+    taken = []
+    for round in range(run.training.rounds):
+        before = {client.name: client.rounds for client in run.clients}
+        run.run_round(round)
+        taken.append(frozenset(c.name for c in run.clients if c.rounds > before[c.name]))
+    return taken
+
+
+def test_cohorts_have_the_right_size_and_take_turns(dataset):
+    taken = cohorts(small(dataset, clients=6, cohort=2, rounds=12, eval_every=12))
+    assert {len(names) for names in taken} == {2}
+    assert len(frozenset.union(*taken)) == 6
+    assert len(set(taken)) > 3
+
+
+def test_cohorts_depend_on_the_seed_only(dataset):
+    options = {"clients": 6, "cohort": 2, "rounds": 4, "eval_every": 4}
+    first, again = (cohorts(small(dataset, **options)) for _ in range(2))
+    other = cohorts(small(dataset, seed=1, **options))
+    assert first == again
+    assert first != other
+
+
+def test_a_result_says_who_took_part(dataset):
+    run = small(dataset, clients=8, cohort=5, dropout=0.5, rounds=6, eval_every=6)
+    names, gone = {client.name for client in run.clients}, 0
+    for result in run.run():
+        assert result.updates + len(result.dropped) == 5
+        assert set(result.dropped) < names
+        assert not result.failed
+        gone += len(result.dropped)
+    assert 8 <= gone <= 22  # of 30 at one half
+
+
+def test_everyone_may_be_gone(dataset):
+    run = small(dataset, clients=2, dropout=0.9, rounds=8, eval_every=8)
+    before = run.server.state
+    result = next(result for result in run.run() if result.updates == 0)
+    assert result.loss is None
+    assert result.update_bytes == 0
+    assert not result.aggregated
+    if result.round == 0:
+        assert not differences(before, run.server.state)
+
+
+@pytest.mark.parametrize("defense", DEFENSES, ids=lambda d: d.type)
+def test_those_who_are_there_are_averaged(dataset, defense):
+    """Oracle: each present client's update from a federation of the same secrets, weighted by its samples."""
+    options = {"clients": 5, "cohort": 4, "dropout": 0.5, "partition": Dirichlet(min_samples=4)}
+    run, alone = (small(dataset, defense, **options) for _ in range(2))
+    copy_secrets(run, alone)
+    before = {client.name: client.rounds for client in run.clients}
+    result = run.run_round(0)
+    present = [client for client in alone.clients if run_of(run, client).rounds > before[client.name]]
+    assert result.dropped
+    assert len(present) == result.updates > 1
+    # In the order in which the round adds them up: float64 sums, so it would hardly matter.
+    present.sort(key=lambda client: -client.num_samples)
+    expected = weighted_average([one_update(alone, client) for client in present])
+    assert len({client.num_samples for client in present}) > 1
+    assert not differences(expected, run.server.state)
+
+
+def run_of(run, client):
+    return next(other for other in run.clients if other.name == client.name)
+
+
+def test_too_small_a_cohort_leaves_the_server_as_it_is(dataset):
+    server = ServerSGD(momentum=0.9)
+    run = small(dataset, clients=4, dropout=0.5, min_cohort=4, rounds=6, eval_every=6, server=server)
+    skipped = 0
+    for round in range(6):
+        before = run.server.snapshot()
+        result = run.run_round(round)
+        assert result.aggregated == (result.updates == 4)
+        if not result.aggregated:
+            skipped += 1
+            assert not differences(before, run.server.snapshot())
+    assert 0 < skipped
+    assert any(client.trained for client in run.clients)  # they do not know, and go on
+
+
+class Flaky:
+    """The images of a dataset; from some time on, those of one client are broken."""
+
+    def __init__(self, images):
+        self._images = images
+        self.broken = torch.zeros(len(images), dtype=torch.bool)
+        self.shape = tuple(images.shape)
+
+    def __len__(self):
+        return len(self._images)
+
+    def __getitem__(self, index):
+        images = self._images[index].clone()
+        images[self.broken[index]] = float("nan")
+        return images
+
+
+def flaky(dataset):
+    store = Flaky(dataset.train_images)
+    rest = {name: getattr(dataset, name) for name in ("train_labels", "test_images", "test_labels")}
+    return store, Dataset(dataset.spec, train_images=store, **rest)
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedsgd"])
+@pytest.mark.parametrize("defense", [KeyLock(layers="all"), PrivateNorm()], ids=lambda d: d.type)
+def test_one_that_diverges_is_named_and_left_as_it_was(dataset, defense, algorithm):
+    """The others' update is what it would be without it, though they share a worker."""
+    store, broken = flaky(dataset)
+    local = {"algorithm": algorithm, "batch_size": 16}
+    run = small(broken, defense, local=local)
+    run.run_round(0)
+    sick, *well = run.clients  # it comes first in its worker's row: the others follow it
+    store.broken[sick.samples] = True
+    reference = small(dataset, defense, local=local)
+    copy_secrets(run, reference)
+    reference.server.restore(run.server.snapshot())
+    before = {name: t for name, t in everything(run).items() if name.startswith(f"{sick.name}/")}
+    assert any("/optimizer/" in name for name in before)
+    result = run.run_round(1)
+    assert set(result.failed) == {sick.name}
+    assert "non-finite" in result.failed[sick.name]
+    assert result.updates == 2
+    assert result.aggregated
+    after = everything(run)
+    assert not differences(before, {name: after[name] for name in before})
+    state = reference.server.state
+    updates = [one_update(reference, reference.clients[i], round=1, state=state) for i in (1, 2)]
+    if algorithm == "fedavg":
+        expected = weighted_average(updates)
+        assert not differences(expected, run.server.state)
+    for client, other in zip(well, reference.clients[1:], strict=True):
+        assert not differences(client.private_state, other.private_state)
+
+
+def test_broken_images_heal(dataset):
+    """Whoever has failed once takes part again."""
+    store, broken = flaky(dataset)
+    run = small(broken, KeyLock(), rounds=3)
+    store.broken[run.clients[1].samples] = True
+    assert set(run.run_round(0).failed) == {"client-1"}
+    store.broken[:] = False
+    result = run.run_round(1)
+    assert (result.failed, result.updates) == ({}, 3)
+
+
+class Loud(nn.Module):
+    """The variance of what the norm sees overflows; what it gives, and every gradient, stays finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 8, 8, bias=False), nn.BatchNorm2d(4)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x) * 1e25).flatten(1))
+
+
+def test_private_statistics_that_overflow_count_as_divergence(dataset):
+    """The update alone would look sound, and the client could never be entered again."""
+    dark = dataset.train_images.clone()
+    run = federation(dataset, PrivateNorm(), model=seeded(Loud))
+    dark[torch.cat([run.clients[0].samples, run.clients[2].samples])] = 0
+    rest = {name: getattr(dataset, name) for name in ("train_labels", "test_images", "test_labels")}
+    run = federation(Dataset(dataset.spec, train_images=dark, **rest), PrivateNorm(), model=seeded(Loud))
+    for result in run.run():
+        assert set(result.failed) == {"client-1"}
+        assert "'norm.running_var' has non-finite values" in result.failed["client-1"]
+        assert set(result.accuracies) == {"client-0", "client-2"}
+    assert not run.clients[1].trained
+    for client in run.clients:
+        assert all(bool(t.isfinite().all()) for t in client.private_state.values())
+
+
+@pytest.mark.parametrize("defense", DEFENSES, ids=lambda d: d.type)
+def test_if_all_diverge_the_training_ends_with_a_reason(dataset, defense):
+    run = small(dataset, defense, local={"lr": 1e38, "batch_size": 8})
+    before = everything(run)
+    with pytest.raises(
+        TrainingError,
+        match=r"Round 0: the training of all 3 clients diverged \(learning rate 1e\+38; "
+        r"client-0: .*non-finite.*Lower the learning rate\.",
+    ):
+        run.run_round(0)
+    assert not differences(before, everything(run))
+
+
+def accuracy_by_hand(run, client, test):
+    """Correct images of each class and all of them, counted one by one."""
+    client.enter(run.split, run.server.state)
+    model = run.split.model.eval()
+    with torch.no_grad():
+        right = [int(model(test[0][i : i + 1]).argmax()) == int(test[1][i]) for i in range(len(test[1]))]
+    by_class = {}
+    for hit, label in zip(right, test[1].tolist(), strict=True):
+        by_class.setdefault(label, []).append(hit)
+    return sum(right) / len(right), {label: sum(hits) / len(hits) for label, hits in by_class.items()}
+
+
+@pytest.mark.parametrize("defense", DEFENSES, ids=lambda d: d.type)
+def test_accuracies_count_what_is_right(dataset, defense):
+    """Oracle: image by image; the local test set has each of the client's training labels once."""
+    run = small(
+        dataset, defense, clients=2, partition=Shards(per_client=3), local={"batch_size": 8, "lr": 0.05}
+    )
+    *_, result = run.run()
+    test = (dataset.test_images, dataset.test_labels)
+    for client in run.clients:
+        whole, by_class = accuracy_by_hand(run, client, test)
+        labels = dataset.train_labels[client.samples].tolist()
+        home = sum(by_class[label] for label in labels) / len(labels)
+        assert result.accuracies[client.name] == pytest.approx(whole)
+        assert result.local_accuracies[client.name] == pytest.approx(home)
+    assert result.accuracy == pytest.approx(sum(result.accuracies.values()) / 2)
+    assert result.local_accuracy == pytest.approx(sum(result.local_accuracies.values()) / 2)
+    assert len(set(result.local_accuracies.values())) == 2
+
+
+def test_evaluation_changes_nothing(dataset):
+    run = small(dataset, KeyLock())
+    run.run_round(0)
+    before = everything(run)
+    assert run.evaluate() == run.evaluate()
+    assert not differences(before, everything(run))
+
+
+def test_only_some_of_those_who_have_trained_are_evaluated(dataset):
+    run = small(dataset, KeyLock(), clients=8, cohort=4, eval_clients=3)
+    assert [client.name for client in run.evaluated_clients()] == ["client-0", "client-1", "client-2"]
+    result = run.run_round(0)
+    trained_now = [client.name for client in run.clients if client.trained]
+    assert list(result.accuracies) == list(result.local_accuracies) == trained_now[:3]
+
+
+def test_rounds_between_evaluations(dataset):
+    run = small(dataset, rounds=5, eval_every=2)
+    results = list(run.run())
+    assert [r.accuracy is not None for r in results] == [False, True, False, True, True]
+    assert [bool(r.accuracies) for r in results] == [bool(r.local_accuracies) for r in results]
+
+
+def test_classes_that_are_not_tested_have_no_accuracy(dataset):
+    """A client all of whose classes lack test images is left out: there is no number for it, not NaN."""
+    tested = dataset.test_labels < 3
+    known = Dataset(
+        dataset.spec,
+        train_images=dataset.train_images,
+        train_labels=dataset.train_labels,
+        test_images=dataset.test_images[tested],
+        test_labels=dataset.test_labels[tested],
+    )
+    result = small(known, clients=2, partition=Shards(per_client=1)).run_round(1)
+    assert set(result.accuracies) == {"client-0", "client-1"}
+    assert len(result.local_accuracies) == 1
+    assert 0 <= result.local_accuracy <= 1
+
+
+def test_a_training_can_start_in_the_middle(dataset):
+    whole, rest = (small(dataset, rounds=3) for _ in range(2))
+    trained(whole)
+    rest.run_round(0)
+    assert [result.round for result in rest.run(start=1)] == [1, 2]
+    assert not differences(everything(whole), everything(rest))
+
+
+def test_class_counts_are_those_of_the_clients(dataset):
+    run = small(dataset, partition=Shards(per_client=2))
+    for row, client in zip(run.class_counts, run.clients, strict=True):
+        labels = dataset.train_labels[client.samples].tolist()
+        assert row.tolist() == [labels.count(label) for label in range(10)]
