@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from fedkl import demo, experiments
+from fedkl import data, demo, experiments
 from fedkl.attacks import DLG
 from fedkl.auditing import standard_arms
-from fedkl.config import AttackConfig, TrainConfig
+from fedkl.config import AttackConfig, ModelConfig, TrainConfig
 from fedkl.defenses import KeyLock
 from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining
@@ -139,3 +139,35 @@ def test_reconstructions_are_kept_with_their_truth(tmp_path):
     kept = run.load_tensors("reconstructions/lock-1")
     assert kept["reconstruction"].shape == kept["truth"].shape == (1, 3, 32, 32)
     assert torch.isfinite(kept["reconstruction"]).all()
+
+
+def test_the_servers_own_images_are_of_all_classes_where_test_images_are_sorted(tmp_path, monkeypatch):
+    """Folders of images come class by class: the first hundred would be of one class."""
+    whole = data.load("mnist-sample")
+    order = whole.test_labels.argsort(stable=True)
+    sorted_test = {"test_images": whole.test_images[order], "test_labels": whole.test_labels[order]}
+    train = {"train_images": whole.train_images[:64], "train_labels": whole.train_labels[:64]}
+    monkeypatch.setattr(data, "load", lambda *_, **__: data.Dataset(whole.spec, **train, **sorted_test))
+    seen = {}
+
+    def note(**given):
+        seen.update(given)
+        return []
+
+    monkeypatch.setattr(experiments, "server_fill_ins", note)
+    experiments.run(
+        TrainConfig(defense=KeyLock(), training=FederatedTraining(rounds=1)), out=tmp_path / "run"
+    )
+    (auxiliary, labels), (test, test_labels) = seen["auxiliary"], seen["test"]
+    assert len(auxiliary) == len(labels) == 100
+    assert len(labels.unique()) == len(test_labels.unique()) == 10
+    assert len(test) == len(test_labels) == 400
+    together = torch.cat([auxiliary[:, 0], test[:][:, 0]]).flatten(1)
+    assert len(together.unique(dim=0)) == len(whole.test_images[:, 0].flatten(1).unique(dim=0))
+
+
+def test_a_refused_experiment_leaves_its_folder_free(tmp_path):
+    wrong = TrainConfig(model=ModelConfig(name="nope"))
+    with pytest.raises(ConfigError, match="nope"):
+        experiments.run(wrong, out=tmp_path / "run")
+    experiments.run(TrainConfig(training=FederatedTraining(rounds=1)), out=tmp_path / "run")

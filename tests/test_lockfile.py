@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -293,3 +295,43 @@ def test_hostile_costs(tmp_path, key, cost):
     path.write_bytes(content[:8] + len(fields).to_bytes(4, "big") + fields + content[12 + length :])
     with pytest.raises(KeyFileError, match="header is damaged"):
         fedkl.load_key(path, passphrase=PASSPHRASE)
+
+
+def test_several_first_users_get_one_passphrase(tmp_path, monkeypatch):
+    monkeypatch.delenv("FEDKL_PASSPHRASE", raising=False)
+    for attempt in range(10):
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / str(attempt)))
+        start = threading.Barrier(8)
+
+        def first_use(start=start):
+            start.wait(10)
+            return lockfile.default_passphrase()
+
+        with ThreadPoolExecutor(8) as pool:
+            found = [task.result() for task in [pool.submit(first_use) for _ in range(8)]]
+        path = tmp_path / str(attempt) / "fedkl" / "passphrase"
+        assert set(found) == {path.read_text()}
+        assert len(found[0]) == 64
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert [p.name for p in path.parent.iterdir()] == ["passphrase"]
+
+
+def test_an_empty_passphrase_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("FEDKL_PASSPHRASE", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "fedkl").mkdir()
+    (tmp_path / "fedkl" / "passphrase").write_text("\n")
+    with pytest.raises(KeyFileError, match=r"passphrase: empty.*FEDKL_PASSPHRASE"):
+        lockfile.default_passphrase()
+
+
+def test_without_a_home_the_variable_is_named(monkeypatch):
+    for name in ("FEDKL_PASSPHRASE", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.expanduser", no_home)
+    with pytest.raises(KeyFileError, match="FEDKL_PASSPHRASE"):
+        lockfile.default_passphrase()

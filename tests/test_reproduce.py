@@ -92,8 +92,8 @@ def test_the_table_holds_what_the_runs_gave(tmp_path, tiny):
         assert record["statistics_shared"] is shared
     markdown = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert [line.split(" | ")[:6] for line in markdown.splitlines()[2:]] == [
-        ["| lenet/mnist-sample", "fedavg", "lenet", "none", "1", "2"],
-        ["| lenet/mnist-sample", "fedkl-published", "lenet", "private", "1", "2"],
+        ["| lenet/mnist-sample", "fedavg", "lenet", "none", "1 of 200", "2"],
+        ["| lenet/mnist-sample", "fedkl-published", "lenet", "private", "1 of 200", "2"],
     ]
     for line, record in zip(markdown.splitlines()[2:], records, strict=True):
         assert f"| {record['accuracy']:.2f} ± {record['spread']:.2f} |" in line
@@ -141,12 +141,21 @@ def test_a_single_seed_has_no_spread(tmp_path, tiny):
     (record, _) = reproduce.summarized(table, out=tmp_path)
     assert record["spread"] is None
     line = reproduce.markdown([record]).splitlines()[-1]
-    assert "| shared | 1 | 1 | 50.00 | 50.00 | 98.14 |" in line
+    assert "| shared | 1 of 200 | 1 | 50.00 | 50.00 | 98.14 |" in line
 
 
 def test_runs_of_other_seeds_do_not_count(tmp_path, tiny):
     finished(replace(tiny, seeds=5), tmp_path)
     assert [record["seeds"] for record in reproduce.summarized(tiny, out=tmp_path)] == [2, 2]
+
+
+def test_runs_with_other_settings_do_not_count(tmp_path, tiny):
+    finished(tiny, tmp_path)
+    other = replace(tiny, rounds=7)
+    assert reproduce.summarized(other, out=tmp_path) == []
+    with pytest.raises(ConfigError, match="other settings"):
+        table1(other, out=tmp_path, progress=silent)
+    assert not (tmp_path / "table.json").exists()
 
 
 @pytest.mark.parametrize("change", [{"clients": 10}, {"partition": Shards()}])
@@ -184,14 +193,18 @@ def test_networks_of_matched_and_published_pairs(name, arm):
     assert row.network(arm, "matched") == row.model
     assert row.network(arm, "published") == (plain if arm in WITHOUT_LOCK else locked)
     assert {plain, locked} <= MODELS.keys()
-    (cell,) = Table1(rows=(name,), arms=(arm,), seeds=1, pairs="published").cells()
+    (cell,) = Table1(rows=(name,), arms=(arm,), seeds=1, rounds=1, pairs="published").cells()
     assert cell.experiment.model.name == row.network(arm, "published")
 
 
 def test_budgets():
     for name, row in table1_rows().items():
         assert Table1(rows=(name,), budget="paper").rounds_of(row) == 200
-        assert Table1(rows=(name,)).rounds_of(row) == row.rounds < 200
+        if row.size == 224:
+            with pytest.raises(ConfigError, match="no quick budget"):
+                Table1(rows=(name,)).rounds_of(row)
+        else:
+            assert Table1(rows=(name,)).rounds_of(row) == row.rounds < 200
         assert Table1(rows=(name,), budget="paper", rounds=7).rounds_of(row) == 7
 
 
@@ -217,8 +230,8 @@ def test_every_seed_is_done_before_the_next():
         ({"arms": ("fedavg", "fedprox")}, r"arms: got 'fedprox'\. Choose from centralized, .*fedkl"),
         ({"rows": ()}, "rows: got none"),
         ({"arms": ("",)}, "arms: got ''\\. Choose"),
-        ({"seeds": 0}, "at least 1, got 0"),
-        ({"rounds": 0}, "at least 1, got 3, 0"),
+        ({"seeds": 0, "clients": 0}, "at least 1, got seeds=0, clients=0"),
+        ({"rounds": 0}, "at least 1, got rounds=0"),
     ],
 )
 def test_what_there_is_not_is_refused(options, said):

@@ -7,7 +7,7 @@ import torch
 
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.errors import ConfigError
-from fedkl.runs import RunDirectory, write_text
+from fedkl.runs import RunDirectory, exclusive, write_text
 
 
 def create(path, config=None):
@@ -96,3 +96,18 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_one_process_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    with exclusive(tmp_path / "run"):
+        with pytest.raises(ConfigError, match="another process"), exclusive(tmp_path / "run"):
+            pass
+    with exclusive(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="cannot be written"), exclusive(tmp_path / "file" / "run"):
+        pass

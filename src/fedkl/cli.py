@@ -43,7 +43,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(key_app, name="key")
 app.add_typer(reproduce_app, name="reproduce")
 
-console = Console()
+console = Console(emoji=False)
 
 OutOption = Annotated[Path, typer.Option("--out", help="Run directory; a finished run is not repeated.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; flags override its fields.")]
@@ -73,7 +73,7 @@ def _progress(title: str) -> Iterator[experiments.Progress]:
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True, emoji=False)) as bar:
         task = bar.add_task(title, total=None, note="")
 
         def step(done: int, total: int, note: str, /) -> None:
@@ -384,7 +384,7 @@ def main() -> None:
     try:
         app()
     except FedKLError as error:
-        Console(stderr=True).print(
+        Console(stderr=True, emoji=False).print(
             f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
         )
         sys.exit(2)

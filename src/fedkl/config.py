@@ -34,7 +34,7 @@ class DataConfig(_Config):
 
     name: str = "mnist-sample"
     root: str | None = None
-    size: Annotated[int, Field(ge=1)] | None = None
+    size: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
 class ModelConfig(_Config):
@@ -241,6 +241,8 @@ def partition_fields(text: str) -> dict[str, Any]:
     kind, colon, number = text.partition(":")
     field = {"shards": ("per_client", int), "dirichlet": ("alpha", float)}.get(kind)
     try:
+        if colon and kind == "iid":
+            raise ValueError
         return {"type": kind} | ({field[0]: field[1](number)} if field and colon else {})
     except ValueError as error:
         expected = "iid, shards:<number per client> or dirichlet:<alpha>"

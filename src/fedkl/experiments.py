@@ -10,10 +10,11 @@ from statistics import median
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
 import fedkl
-from fedkl import data, models
+from fedkl import data, models, rng
 from fedkl.auditing import Arm, TrialResult, attack_arms, standard_arms, trials_of
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.curves import curves
@@ -23,7 +24,7 @@ from fedkl.federated import Checkpoints, Federation, RoundResult, server_fill_in
 from fedkl.lockfile import default_passphrase
 from fedkl.locking.norms import statistics_names
 from fedkl.metrics import success_rate, summarize
-from fedkl.runs import RunDirectory
+from fedkl.runs import RunDirectory, exclusive
 
 SUCCESS_DB = 30.0
 
@@ -58,14 +59,15 @@ def run(
     Raises:
         FedKLError: The configuration, the data or the folder is not usable.
     """
-    directory = RunDirectory.create(out, config=config, version=fedkl.__version__)
-    if directory.summary is not None:
-        return directory
-    dataset = data.load(config.data.name, root=config.data.root, size=config.data.size)
-    if isinstance(config, TrainConfig):
-        _train(config, directory, dataset, progress, tensorboard=tensorboard)
-    else:
-        _attack(config, directory, dataset, progress)
+    with exclusive(out):
+        directory = RunDirectory.create(out, config=config, version=fedkl.__version__)
+        if directory.summary is not None:
+            return directory
+        dataset = data.load(config.data.name, root=config.data.root, size=config.data.size)
+        if isinstance(config, TrainConfig):
+            _train(config, directory, dataset, progress, tensorboard=tensorboard)
+        else:
+            _attack(config, directory, dataset, progress)
     return directory
 
 
@@ -135,7 +137,7 @@ def _rounds(
     if first is None:
         checkpoints.save(federation, round=0)  # keys are born here: no later attempt may draw others
     first, total = first or 0, config.training.rounds
-    records = [r for r in directory.results() if r["event"] == "round" and r["round"] < first]
+    records = [r for r in directory.results() if r.get("event") == "round" and r["round"] < first]
     if len(records) != first:
         raise ConfigError(
             f"{directory.path}/results.jsonl: holds {len(records)} of the {first} rounds that the checkpoint "
@@ -162,18 +164,20 @@ def _rounds(
 def _fill_ins(
     config: TrainConfig, federation: Federation, model: nn.Module, dataset: Dataset
 ) -> list[dict[str, Any]]:
-    """The server's own model; the auxiliary images are taken from the test images, and not tested on."""
+    """The server's own model; the auxiliary images are drawn from the test images, and not tested on."""
     if not federation.split.private_names:
         return []
-    aux, images, labels = config.auxiliary, dataset.test_images, dataset.test_labels
+    images, labels = dataset.test_images, dataset.test_labels
+    order = torch.randperm(len(labels), generator=rng.generator(config.seed, "auxiliary"))
+    auxiliary, test = order[: config.auxiliary], order[config.auxiliary :].sort().values
     results = server_fill_ins(
         defense=config.defense,
         model=model,
         state=federation.server.state,
         split=federation.split,
         clients=federation.evaluated_clients(),
-        auxiliary=(images[:aux].contiguous(), labels[:aux]),
-        test=(Subset(images, slice(aux, None)), labels[aux:]),
+        auxiliary=(images[auxiliary].contiguous(), labels[auxiliary]),
+        test=(Subset(images, test), labels[test]),
     )
     return [
         {"arm": r.arm, "statistics": r.statistics, "accuracy": r.accuracy, "auxiliary": r.auxiliary}

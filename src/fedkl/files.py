@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 _PART = ".part"
@@ -16,26 +16,51 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     Args:
         path: An existing file is replaced; missing folders are made.
         data: The content.
-        mode: Permissions, given before any content is written.
+        mode: Permissions, less the process's umask, given before any content is written.
 
     Raises:
         OSError: It cannot be written; nothing was changed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)  # 0600
+    part = _write_part(path, data, mode)
+    try:
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+def create_once(path: Path, data: bytes, *, mode: int) -> None:
+    """Writes a file if there is none yet; of several processes that try, one wins, and whole.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _write_part(path, data, mode)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(part, path)
+    finally:
+        part.unlink()
+    _sync_folder(path.parent)
+
+
+def _write_part(path: Path, data: bytes, mode: int) -> Path:
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(handle, "wb") as file:
-            if mode != 0o600:
-                Path(temporary).chmod(mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            Path(temporary).unlink()
+            part.unlink()
         raise
-    _sync_folder(path.parent)
+    return part
 
 
 def remove_parts(folder: Path) -> None:

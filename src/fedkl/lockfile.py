@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedkl.errors import KeyFileError, LockError
-from fedkl.files import write_atomically
+from fedkl.files import create_once, write_atomically
 from fedkl.keys import Key
 from fedkl.types import NamedTensors
 
@@ -231,16 +231,20 @@ def default_passphrase() -> str:
     given = os.environ.get(PASSPHRASE_VARIABLE)
     if given:
         return given
-    path = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "fedkl" / "passphrase"
+    folder = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config")
     try:
+        path = folder.expanduser() / "fedkl" / "passphrase"
         if not path.exists():
-            write_atomically(path, secrets.token_hex(32).encode(), mode=0o600)
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+            create_once(path, secrets.token_hex(32).encode(), mode=0o600)
+        passphrase = path.read_text(encoding="utf-8").strip()  # read back: another process may have won
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: there is no home
         raise KeyFileError(
-            f"{path}: the passphrase of this machine is not usable ({type(error).__name__}). Set "
-            f"{PASSPHRASE_VARIABLE}."
+            f"{folder}/fedkl/passphrase: the passphrase of this machine is not usable "
+            f"({type(error).__name__}). Set {PASSPHRASE_VARIABLE}."
         ) from error
+    if not passphrase:
+        raise KeyFileError(f"{path}: empty. Restore it, or set {PASSPHRASE_VARIABLE}.")
+    return passphrase
 
 
 def _write_container(path: Path, data: bytes) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from fedkl import config as configs
 from fedkl import experiments
 from fedkl.config import DataConfig, ModelConfig, TrainConfig
 from fedkl.data import IID, AnyPartition
@@ -54,15 +55,15 @@ class Row:
         size: Height and width of the images; None: the dataset's own.
         augmentation: Of training images.
         initialization: Of the weights.
-        rounds: Of the quick budget.
+        rounds: Of the quick budget; None: images of 224×224 take a CPU hours a round, so there is none.
         expected: The paper's accuracies in percent, by arm.
         pair: The two networks that the paper compared, where they differ.
     """
 
     name: str
     model: str
-    rounds: int
     expected: Mapping[str, float]
+    rounds: int | None = None
     size: int | None = None
     augmentation: str = "none"
     initialization: Literal["default", "uniform"] = "default"
@@ -135,14 +136,24 @@ class Table1:
                     f"reproduce table1, {name}: got {', '.join(unknown) or 'none'}. Choose from "
                     f"{', '.join(names)}."
                 )
-        if self.seeds < 1 or (self.rounds is not None and self.rounds < 1):
-            raise ConfigError(
-                f"reproduce table1: expected seeds and rounds of at least 1, got {self.seeds}, {self.rounds}."
-            )
+        counts = {"seeds": self.seeds, "rounds": self.rounds, "clients": self.clients}
+        wrong = [f"{name}={value}" for name, value in counts.items() if value is not None and value < 1]
+        if wrong:
+            raise ConfigError(f"reproduce table1: expected numbers of at least 1, got {', '.join(wrong)}.")
 
     def rounds_of(self, row: Row) -> int:
-        """Rounds of a row's cells."""
-        return self.rounds or (row.rounds if self.budget == "quick" else FederatedTraining().rounds)
+        """Rounds of a row's cells.
+
+        Raises:
+            ConfigError: The row has no quick budget.
+        """
+        rounds = self.rounds or (row.rounds if self.budget == "quick" else FederatedTraining().rounds)
+        if rounds is None:
+            raise ConfigError(
+                f"reproduce table1: {row.name} has no quick budget, because a round takes a CPU hours. Use "
+                "--budget paper or --rounds, best with --device cuda, or leave the row out."
+            )
+        return rounds
 
     @property
     def as_published(self) -> bool:
@@ -201,9 +212,19 @@ def table1(
 
     Returns:
         One record per row and arm; see `summarized`.
+
+    Raises:
+        ConfigError: A folder holds a run with other settings.
     """
     records: list[dict[str, Any]] = []
-    for cell in table.cells():
+    cells = list(table.cells())
+    others = [cell for cell in cells if _is_other(cell, out)]
+    if others:
+        raise ConfigError(
+            f"{out / others[0].place}: holds a run with other settings than the table's. Choose another "
+            "--out, or remove the folder."
+        )
+    for cell in cells:
         with progress(str(cell.place)) as step:
             experiments.run(cell.experiment, out=out / cell.place, progress=step)
         records = summarized(table, out=out)
@@ -217,16 +238,22 @@ def summarized(table: Table1, *, out: Path) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], list[tuple[Cell, dict[str, Any]]]] = {}
     for cell in table.cells():
         summary = RunDirectory(out / cell.place).summary
-        if summary is not None:
+        if summary is not None and not _is_other(cell, out):
             found.setdefault((cell.row.name, cell.arm), []).append((cell, summary))
     return [_record(table, cells) for cells in found.values()]
+
+
+def _is_other(cell: Cell, out: Path) -> bool:
+    """Whether the cell's folder holds a run with other settings."""
+    path = out / cell.place / "config.toml"
+    return path.is_file() and path.read_text(encoding="utf-8") != configs.dump(cell.experiment)
 
 
 def _record(table: Table1, cells: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str, Any]:
     row, arm = cells[0][0].row, cells[0][0].arm
     found = [summary for _, summary in cells]
     accuracies = [100 * summary["accuracy"] for summary in found]
-    local = [100 * summary["local_accuracy"] for summary in found]
+    local = [100 * s["local_accuracy"] for s in found if s["local_accuracy"] is not None]
     printed = {"fedkl-published": "fedkl", "centralized-published": "centralized-lock"}.get(arm, arm)
     comparable = table.as_published or ARMS[arm][1]
     return {
@@ -239,7 +266,7 @@ def _record(table: Table1, cells: Sequence[tuple[Cell, Mapping[str, Any]]]) -> d
         "accuracy": fmean(accuracies),
         "spread": stdev(accuracies) if len(accuracies) > 1 else None,
         "accuracies": accuracies,
-        "local_accuracy": fmean(local),
+        "local_accuracy": fmean(local) if local else None,
         "local_spread": stdev(local) if len(local) > 1 else None,
         "paper": row.expected.get(printed) if comparable else None,
         "paper_rounds": FederatedTraining().rounds,
@@ -261,12 +288,15 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
         shared = {True: "shared", False: "private", None: "none"}[r["statistics_shared"]]
         paper = "–" if r["paper"] is None else f"{r['paper']:.2f}"
         lines.append(
-            f"| {r['row']} | {r['arm']} | {r['network']} | {shared} | {r['rounds']} | {r['seeds']} | "
+            f"| {r['row']} | {r['arm']} | {r['network']} | {shared} | "
+            f"{r['rounds']} of {r['paper_rounds']} | {r['seeds']} | "
             f"{_mean(r, 'accuracy', 'spread')} | {_mean(r, 'local_accuracy', 'local_spread')} | {paper} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def _mean(record: Mapping[str, Any], name: str, spread: str) -> str:
+    if record[name] is None:
+        return "–"
     text = f"{record[name]:.2f}"
     return text if record[spread] is None else f"{text} ± {record[spread]:.2f}"

@@ -8,8 +8,15 @@ from torch import nn
 
 from fedkl.data import Dataset, Dirichlet, Shards
 from fedkl.defenses import KeyLock, NoDefense, PrivateNorm
-from fedkl.errors import TrainingError
-from fedkl.federated import ServerSGD, weighted_average
+from fedkl.errors import ConfigError, TrainingError
+from fedkl.federated import (
+    Averaging,
+    FederatedTraining,
+    Federation,
+    LocalTraining,
+    ServerSGD,
+    weighted_average,
+)
 from tests.federated.setting import (
     TwoNorms,
     copy_secrets,
@@ -258,11 +265,20 @@ def test_evaluation_changes_nothing(dataset):
 
 
 def test_only_some_of_those_who_have_trained_are_evaluated(dataset):
-    run = small(dataset, KeyLock(), clients=8, cohort=4, eval_clients=3)
-    assert [client.name for client in run.evaluated_clients()] == ["client-0", "client-1", "client-2"]
-    result = run.run_round(0)
-    trained_now = [client.name for client in run.clients if client.trained]
-    assert list(result.accuracies) == list(result.local_accuracies) == trained_now[:3]
+    run = small(dataset, KeyLock(), clients=8, cohort=4, eval_clients=3, rounds=12)
+    first_choice = {client.name for client in run.evaluated_clients()}
+    assert len(first_choice) == 3
+    seen = []
+    for round in range(12):
+        result = run.run_round(round)
+        trained_now = {client.name for client in run.clients if client.trained}
+        assert list(result.accuracies) == list(result.local_accuracies)
+        assert set(result.accuracies) <= trained_now
+        assert first_choice & trained_now <= set(result.accuracies), "once they have trained they are chosen"
+        seen.append(set(result.accuracies))
+    assert seen[-1] == first_choice
+    again = small(dataset, KeyLock(), clients=8, cohort=4, eval_clients=3)
+    assert {client.name for client in again.evaluated_clients()} == first_choice
 
 
 def test_rounds_between_evaluations(dataset):
@@ -301,3 +317,42 @@ def test_class_counts_are_those_of_the_clients(dataset):
     for row, client in zip(run.class_counts, run.clients, strict=True):
         labels = dataset.train_labels[client.samples].tolist()
         assert row.tolist() == [labels.count(label) for label in range(10)]
+
+
+def test_a_single_client_that_diverges_ends_the_training(dataset):
+    run = small(dataset, clients=1, rounds=3, local={"lr": 1e30})
+    with pytest.raises(TrainingError, match="client-0: '"):
+        list(run.run())
+
+
+class Tied(torch.nn.Module):
+    """One weight under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(3072, 10)
+        self.second = torch.nn.Linear(3072, 10)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.first(x.flatten(1)) + self.second(x.flatten(1))
+
+
+def test_tied_weights_are_averaged_or_refused(dataset):
+    def tied(server):
+        training = FederatedTraining(rounds=1, server=server)
+        return Federation(Tied(), defense=NoDefense(), dataset=dataset, training=training, seed=0)
+
+    run = tied(Averaging())
+    list(run.run())
+    assert torch.equal(run.server.state["first.weight"], run.server.state["second.weight"])
+    with pytest.raises(ConfigError, match=r"second\.weight.*tied"):
+        tied(ServerSGD())
+
+
+def test_a_batch_of_one_sample_that_a_norm_cannot_take_is_explained(dataset):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10), torch.nn.BatchNorm1d(10))
+    training = FederatedTraining(rounds=1, local=LocalTraining(batch_size=63))
+    run = Federation(model, defense=NoDefense(), dataset=dataset, training=training, seed=0)
+    with pytest.raises(TrainingError, match=r"batch of one sample.*now 63"):
+        list(run.run())

@@ -11,10 +11,8 @@ import time
 from fedkl.defenses import KeyLock
 from tests.federated.setting import TwoNorms
 
-# Keys and lock layers are drawn again in one model instance: `KeyLock.prepare` takes milliseconds a client.
 TRAINING = """
 import json, resource, sys
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -24,26 +22,6 @@ from torch import nn
 from fedkl import data
 from fedkl.defenses import KeyLock
 from fedkl.federated import Checkpoints, FederatedTraining, Federation, LocalTraining
-from fedkl.keys import Key
-from fedkl.locking import surgery
-
-class Redrawn(KeyLock):
-    lock = None
-
-    def prepare(self, model, *, key=None):
-        if Redrawn.lock is None:
-            Redrawn.lock = super().prepare(model)
-            Redrawn.layers = [
-                (each[0], each.original0, each.original1)
-                for norm in surgery.generated(Redrawn.lock.model)
-                for each in norm.parametrizations.values()
-            ]
-        Redrawn.lock.use_key(Key.generate(length=self.key_length))
-        with torch.no_grad():
-            for layer, weight, bias in Redrawn.layers:
-                for tensor, new in zip((weight, bias), layer._initial(len(bias))):
-                    tensor.copy_(new)
-        return Redrawn.lock
 
 def memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -66,7 +44,7 @@ def build(clients):
         nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 10)
     )
     training = FederatedTraining(clients=clients, cohort=5, rounds=2)
-    return Federation(model, defense=Redrawn(key_length=16), dataset=dataset, training=training, seed=0)
+    return Federation(model, defense=KeyLock(key_length=16), dataset=dataset, training=training, seed=0)
 
 def timed(task):
     before, start = memory(), perf_counter()

@@ -222,3 +222,25 @@ def test_sgd_on_a_relu_lock_with_a_published_start_has_dead_scales_and_the_unit_
         dead[initialization] = (lock.model[0].weight == 0).float().mean().item()
     assert dead["published"] == pytest.approx(0.5, abs=0.1)
     assert dead["unit"] == pytest.approx(0.16, abs=0.05)
+
+
+@pytest.mark.parametrize("chained", [True, False])
+@pytest.mark.parametrize("distribution", ["normal", "uniform"])
+def test_redrawn_secrets_are_those_of_another_client(chained, distribution):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
+    key = Key.generate(length=64, distribution=distribution)
+    lock = fedkl.lock(model, key=key, layers="all", chained=chained)
+    public, private = lock.public_state(), lock.private_state()
+    lock.redraw()
+    assert (lock.key.length, lock.key.distribution) == (64, distribution)
+    assert not torch.equal(lock.key.reveal(), key.reveal())
+    assert all(torch.equal(public[name], tensor) for name, tensor in lock.public_state().items())
+    after = lock.private_state()
+    for name, tensor in private.items():
+        assert torch.equal(after[name], tensor) == (not name.endswith("original0")), name
+    generated = lock.bake()[1].weight
+    k, weight = lock.key.reveal().float(), after["1.parametrizations.weight.original0"]
+    bias = after["1.parametrizations.weight.original1"]
+    torch.testing.assert_close(generated, nn.functional.softplus(weight @ k + bias))
+    spread = torch.cat([lock.bake()[3].weight for _ in range(40) if lock.redraw() is None]).std()
+    assert 0.3 < spread < 1.2, "as wide as at the first drawing"

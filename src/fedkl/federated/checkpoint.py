@@ -199,7 +199,13 @@ class Checkpoints:
 
     def _write_changed(self, clients: Sequence[Client], round: int) -> dict[str, str]:
         """Writes the clients that the files do not hold as they are; returns where each of them is now."""
-        changed = [client for client in clients if self._saved.get(client.name) != client.rounds]
+        again = f"private-{round:06d}-"  # files of this round are written anew, with all that they held
+        changed = [
+            client
+            for client in clients
+            if self._saved.get(client.name) != client.rounds
+            or self._places.get(client.name, "").startswith(again)
+        ]
         places: dict[str, str] = {}
         for number, group in enumerate(_groups(changed)):
             name = f"private-{round:06d}-{number}.fedkl"
@@ -211,7 +217,7 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         meta: dict[str, Any] = {}
         for client in clients:
-            meta[client.name] = {"rounds": client.rounds}
+            meta[client.name] = {"rounds": client.rounds, "file": path.name}
             parts = {"private": client.private_state, "optimizer": flattened(client.optimizer_state)}
             if client.key is not None:
                 meta[client.name]["distribution"] = client.key.distribution
@@ -235,6 +241,11 @@ class Checkpoints:
             states |= _client_states(
                 path, wanted, *lockfile.read(path, kind="checkpoint", passphrase=self._passphrase)
             )
+        for client in federation.clients:
+            if states[client.name].private_state.keys() != client.private_names:
+                raise ConfigError(
+                    f"{self._folder}: the checkpoint of another model or defense: it keeps other tensors."
+                )
         return states
 
 
@@ -256,9 +267,9 @@ def _client_states(
         client, part, name = place.split("/", 2)
         if client in wanted:
             parts[client].setdefault(part, {})[name] = tensor
-    missing = sorted(wanted - set(meta))
+    missing = sorted(name for name in wanted if meta.get(name, {}).get("file") != path.name)
     if missing:
-        raise KeyFileError(f"{path}: holds nothing of {', '.join(missing[:3])}.")
+        raise KeyFileError(f"{path}: holds nothing of {', '.join(missing[:3])}, or was once another.")
     return {
         name: _ClientState(
             key=lockfile.key_of(path, meta[name], found["secret"]) if "secret" in found else None,

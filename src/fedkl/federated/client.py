@@ -80,6 +80,11 @@ class Client:
         return {name: tensor.clone() for name, tensor in self._private_state.items()}
 
     @property
+    def private_names(self) -> frozenset[str]:
+        """Names of the tensors in its private state."""
+        return frozenset(self._private_state)
+
+    @property
     def optimizer_state(self) -> OptimizerState:
         """Its optimizer's state; as private as what it optimizes."""
         return self._optimizer_state

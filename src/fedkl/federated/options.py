@@ -84,7 +84,8 @@ class FederatedTraining:
         schedule: Of the learning rate.
         server: What the server does with the average of the updates.
         eval_every: Rounds between evaluations; the last round is always evaluated.
-        eval_clients: At most so many clients are evaluated, chosen once, of those that have trained.
+        eval_clients: At most so many clients are evaluated: the first, in an order drawn once, of those that
+            have trained.
         local: How a client trains.
     """
 
@@ -102,6 +103,7 @@ class FederatedTraining:
 
     def __post_init__(self) -> None:
         cohort = self.cohort_size
+        averages = isinstance(self.server, Averaging)
         checks = {
             f"{name}: expected at least 1, got {value}": value >= 1
             for name, value in (
@@ -115,6 +117,10 @@ class FederatedTraining:
         checks[f"min_cohort: expected 1 to {cohort} (cohort), got {self.min_cohort}"] = (
             1 <= self.min_cohort <= cohort
         )
+        checks[
+            "server: averaged gradients need a step, and only clients with SGD say which; with algorithm="
+            "'fedsgd' and optimizer='adam' expected a server of type 'sgd' or 'adam', got averaging"
+        ] = not (averages and self.local.algorithm == "fedsgd" and self.local.optimizer == "adam")
         checks[f"dropout: expected a probability in [0, 1), got {self.dropout}"] = 0 <= self.dropout < 1
         _check("FederatedTraining", checks)
 
@@ -130,13 +136,13 @@ class FederatedTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """On what a training runs. Results depend on it in the last bits only.
+    """On what a training runs. Without dropout, results depend on it in the last bits only.
 
     Attributes:
         device: ``"cpu"`` or ``"cuda"``.
         workers: Clients that train at once, each on a model instance and threads of its own; 0: as many as
             PyTorch has threads (``OMP_NUM_THREADS``), 1 on a GPU.
-        channels_last: Memory format of images and convolutions; faster for ResNets.
+        channels_last: Memory format of the weights of convolutions; faster for ResNets.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"

@@ -19,7 +19,7 @@ from fedkl.federated.aggregation import RunningAverage
 from fedkl.federated.client import Client
 from fedkl.federated.options import Execution, FederatedTraining
 from fedkl.federated.server import AnyServerOptimizer, Averaging, Server, ServerSGD
-from fedkl.federated.worker import ClientResult, TrainingData, Worker, WorkerPool, draws_random_numbers
+from fedkl.federated.worker import ClientResult, Samples, Worker, WorkerPool, draws_random_numbers
 from fedkl.locking import Split
 from fedkl.metrics import class_accuracies
 from fedkl.types import Images
@@ -110,6 +110,7 @@ class Federation:
         self._indexes = {client.name: index for index, client in enumerate(self.clients)}
         self._pool = self._workers(model, execution)
         _check_fedsgd(self.split, training)
+        _check_tied(self.split, training)
         self.server = Server(
             self.split.public_state(),
             trained=[name for name, p in self.split.public_parameters().items() if p.requires_grad],
@@ -118,13 +119,12 @@ class Federation:
 
     def _workers(self, model: nn.Module, execution: Execution) -> WorkerPool:
         dataset, device = self.dataset, self._device
-        shared = TrainingData(
-            images=_on(device, dataset.train_images), labels=dataset.train_labels.to(device)
-        )
-        self._test = TrainingData(images=_on(device, dataset.test_images), labels=dataset.test_labels)
+        shared = Samples(images=_on(device, dataset.train_images), labels=dataset.train_labels.to(device))
+        self._test = Samples(images=_on(device, dataset.test_images), labels=dataset.test_labels)
         threads = torch.get_num_threads()
         wanted = execution.workers or (threads if device.type == "cpu" else 1)
-        draws = draws_random_numbers(model, dataset.train_images[:2])
+        probe = dataset.train_images[torch.arange(2) % len(dataset.train_images)]
+        draws = draws_random_numbers(model, probe)
         if draws:
             wanted = 1  # threads would share one generator, and their turns would decide the result
         count = max(1, min(wanted, self.training.cohort_size, os.cpu_count() or 1))
@@ -159,7 +159,7 @@ class Federation:
         """Trains all rounds from `start` on, yielding each as it is done.
 
         Raises:
-            TrainingError: The training of every client diverged.
+            TrainingError: The training of all clients of a round diverged.
         """
         for round in range(start, self.training.rounds):
             yield self.run_round(round)
@@ -168,7 +168,8 @@ class Federation:
         """One round: the sampled clients train on the server's state, the server aggregates.
 
         Raises:
-            TrainingError: The training of every client diverged.
+            TrainingError: The training of all clients of the round diverged, of more than one where the
+                federation has more than one.
         """
         begin = perf_counter()
         lr = self.training.lr_at(round)
@@ -180,7 +181,8 @@ class Federation:
             else:
                 average.add(result.update)
                 losses.append(result.loss)
-        if failed and not losses:
+        alone = self.training.clients > 1 and len(failed) == 1  # a single one may be at fault itself
+        if failed and not losses and not alone:
             raise TrainingError(_diverged(round, lr, failed))
         enough = average.count >= self.training.min_cohort
         if enough:
@@ -248,7 +250,13 @@ class Federation:
         evaluated = self.evaluated_clients()
 
         def by_class(model: nn.Module) -> Tensor:
-            return class_accuracies(model, test.images, test.labels, classes=self.dataset.spec.classes)
+            return class_accuracies(
+                model,
+                test.images,
+                test.labels,
+                classes=self.dataset.spec.classes,
+                batch_size=_evaluation_batch(test.images),
+            )
 
         if self.split.private_names:
             results = self._pool.map(lambda worker, client: worker.run(client, state, by_class), evaluated)
@@ -262,27 +270,28 @@ class Federation:
         return _known(everywhere), _known(at_home)
 
     def evaluated_clients(self) -> list[Client]:
-        """The clients that have trained, or the first `eval_clients` of them; all if none has trained yet."""
-        trained = [client for client in self.clients if client.trained] or self.clients
-        return trained[: self.training.eval_clients]
+        """The first `eval_clients`, in an order drawn once, of those that have trained (else of all)."""
+        order = torch.randperm(len(self.clients), generator=rng.generator(self._seed, "evaluation"))
+        drawn = [self.clients[index] for index in order.tolist()]
+        chosen = ([client for client in drawn if client.trained] or drawn)[: self.training.eval_clients]
+        return sorted(chosen, key=lambda client: self._indexes[client.name])
 
     def _frequencies(self, client: Client) -> Tensor:
         return self.class_counts[self._indexes[client.name]].double()
 
 
 def _clients(parts: Sequence[Tensor], defense: Defense, model: nn.Module) -> list[Client]:
-    """One client for each part of the samples.
+    """One client for each part of the samples, all with secrets of their own.
 
-    Their private states lie together, a block for each tensor: allocated one by one between the copies of the
-    model that preparing takes, 10,000 of them held twice their size.
+    Their private states lie together, a block for each tensor: allocated one by one, 10,000 of them took
+    twice their size.
     """
-    blocks: dict[str, Tensor] = {}
+    split = defense.prepare(model)
+    state = split.private_state()
+    blocks = {name: tensor.new_empty((len(parts), *tensor.shape)) for name, tensor in state.items()}
     clients = []
     for index, part in enumerate(parts):
-        split = defense.prepare(model)
-        if not blocks:
-            state = split.private_state()
-            blocks = {name: tensor.new_empty((len(parts), *tensor.shape)) for name, tensor in state.items()}
+        split.redraw()
         room = {name: block[index] for name, block in blocks.items()}
         clients.append(Client(name=f"client-{index}", samples=part, split=split, room=room))
     return clients
@@ -304,7 +313,7 @@ def _known(accuracies: Mapping[str, float | None]) -> dict[str, float]:
 
 def _diverged(round: int, lr: float, failed: Mapping[str, str]) -> str:
     name, reason = next(iter(failed.items()))
-    first = reason.splitlines()[1].strip() if "\n" in reason else reason
+    first = reason.splitlines()[1].strip(" -") if "\n" in reason else reason
     return (
         f"Round {round}: the training of all {len(failed)} clients diverged (learning rate {lr:g}; "
         f"{name}: {first}). Lower the learning rate."
@@ -321,6 +330,25 @@ def _check_fedsgd(split: Split, training: FederatedTraining) -> None:
             f"fedsgd sends gradients only, but '{statistics[0]}' is a public buffer that nobody would "
             "learn. Use algorithm='fedavg', or a defense that keeps norm statistics private."
         )
+
+
+def _check_tied(split: Split, training: FederatedTraining) -> None:
+    """A weight under two names would be stepped under one of them and averaged under the other."""
+    if isinstance(_server_optimizer(training), Averaging):
+        return
+    named = split.public_parameters()
+    tensors = split.model.state_dict(keep_vars=True)
+    tied = [n for n, t in tensors.items() if isinstance(t, nn.Parameter) and n not in named]
+    if tied:
+        raise ConfigError(
+            f"'{tied[0]}' is another name of a tied weight, which only server averaging of weights handles. "
+            "Use training.server of type 'averaging' with algorithm='fedavg', or untie the weight."
+        )
+
+
+def _evaluation_batch(images: Images) -> int:
+    """512 images of 32×32 pixels, fewer of larger ones: activations grow with the pixels."""
+    return max(1, 512 * 32 * 32 // max(32 * 32, images.shape[-2] * images.shape[-1]))
 
 
 def _server_optimizer(training: FederatedTraining) -> AnyServerOptimizer:

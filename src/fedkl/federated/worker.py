@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fedkl import rng
 from fedkl.data import AUGMENTATIONS, prefetched
-from fedkl.errors import UpdateError, gathered
+from fedkl.errors import TrainingError, UpdateError, gathered
 from fedkl.federated.client import Client
 from fedkl.federated.optimizer_state import put_state, take_state
 from fedkl.federated.options import LocalTraining
@@ -27,9 +27,9 @@ from fedkl.update import PublicUpdate, UpdateKind
 _Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """The training samples of all clients, on the workers' device; a client has indexes into them."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Samples:
+    """Images with their labels; clients have indexes into the training samples."""
 
     images: Images
     labels: Tensor
@@ -61,7 +61,7 @@ class Worker:
     """
 
     def __init__(
-        self, split: Split, *, training: LocalTraining, data: TrainingData, seed: int, draws: bool = False
+        self, split: Split, *, training: LocalTraining, data: Samples, seed: int, draws: bool = False
     ) -> None:
         self.split = split
         self._training = training
@@ -161,8 +161,17 @@ class Worker:
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         half = self._training.precision == "bfloat16"
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half):
-            return F.cross_entropy(self.split.model(images), labels)
+        try:
+            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half):
+                return F.cross_entropy(self.split.model(images), labels)
+        except ValueError as error:
+            if len(images) > 1:
+                raise
+            raise TrainingError(
+                f"The model cannot train on a batch of one sample ({error}). Choose a batch_size that leaves "
+                f"no client with a last batch of one, now {self._training.batch_size}, or a norm that does "
+                "not need a batch."
+            ) from error
 
     def _batches(self, client: Client, round: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches; order and augmentation depend on seed, client, round and epoch only."""

@@ -83,6 +83,11 @@ class Lock(Split):
             layer.chain.set_key(key)
         self._key = key
 
+    def redraw(self) -> None:
+        """Draws a new key, as long as before, and new lock layers."""
+        self.use_key(Key.generate(length=self._key.length, distribution=self._key.distribution))
+        surgery.redraw(self._model)
+
     def bake(self) -> nn.Module:
         """A plain copy of the model: γ and β are ordinary affine parameters of their current values.
 

@@ -207,6 +207,12 @@ class LockLayer(nn.Module):
         weight, bias = self._initial(value.numel())
         return weight.to(value), bias.to(value)
 
+    def redraw(self, weight: Tensor, bias: Tensor) -> None:
+        """Writes a new initial W and b into this layer's."""
+        with torch.no_grad():
+            for tensor, new in zip((weight, bias), self._initial(bias.numel()), strict=True):
+                tensor.copy_(new)
+
     def forward(self, weight: Tensor, bias: Tensor) -> Tensor:
         """γ or β, in the shape of the norm's tensor."""
         if self._shape is None:

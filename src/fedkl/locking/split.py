@@ -67,6 +67,12 @@ class Split:
         """Detached copies of all private tensors by name: lock layers and norm statistics, never the key."""
         return {name: tensor.detach().clone() for name, tensor in withheld(self._model)}
 
+    def redraw(self) -> None:
+        """Draws all secrets anew, as for another client; what is public stays, and so do norm statistics.
+
+        One instance can thus give many clients their secrets. Here there is nothing to draw.
+        """
+
     def full_state(self) -> dict[str, Tensor]:
         """Public and private state together, never the key: for the client's own checkpoints.
 

@@ -70,6 +70,14 @@ def _register(layer: LockLayer, norm: nn.Module, tensor_name: str) -> None:
     layer.chain.append(norm, tensor_name)
 
 
+def redraw(model: nn.Module) -> None:
+    """Draws W and b of every lock layer anew, from the key that its chain holds now."""
+    locked: list[Any] = [module for module in model.modules() if _is_locked(module)]
+    lists: list[Any] = [each for module in locked for each in module.parametrizations.values()]
+    for each in sorted(lists, key=lambda one: one[0].position):  # a layer's scale depends on those before it
+        each[0].redraw(each.original0, each.original1)
+
+
 def warn_about_optimizers(model: nn.Module) -> None:
     """Warns when an optimizer exists that holds parameters of a model which is to be locked in place."""
     ids = {id(parameter) for parameter in model.parameters()}
