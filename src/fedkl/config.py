@@ -141,9 +141,14 @@ def load(path: Path) -> TrainConfig | AttackConfig:
     return parse(values, source=str(path))
 
 
+PUBLISHED_LOCK = KeyLock(key_distribution="uniform", activation="relu", initialization="published")
+"""The lock of arXiv 2305.04095."""
 # Settings of the lock by name: the fields that differ between them.
-_PUBLISHED = {"key_distribution": "uniform", "activation": "relu", "initialization": "published"}
-_LOCKS = {"default": {name: getattr(KeyLock(), name) for name in _PUBLISHED}, "published": _PUBLISHED}
+_DIFFERENT = ("key_distribution", "activation", "initialization")
+_LOCKS = {
+    name: {field: getattr(lock, field) for field in _DIFFERENT}
+    for name, lock in (("default", KeyLock()), ("published", PUBLISHED_LOCK))
+}
 _CONTROLS = tuple(d.type for d in get_args(AnyDefense) if "like" in d.__dataclass_fields__)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from fedkl import config as configs
 from fedkl import experiments
-from fedkl.config import DataConfig, ModelConfig, TrainConfig
+from fedkl.config import PUBLISHED_LOCK, DataConfig, ModelConfig, TrainConfig
 from fedkl.data import IID, AnyPartition
 from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError
@@ -29,8 +29,6 @@ else:
 
 Budget = Literal["quick", "paper"]
 Pairs = Literal["matched", "published"]
-
-PUBLISHED_LOCK = KeyLock(key_distribution="uniform", activation="relu", initialization="published")
 
 ARMS: dict[str, tuple[AnyDefense, bool]] = {
     "centralized": (NoDefense(), True),
