@@ -96,9 +96,7 @@ class Worker:
         """
         client.enter(self.split, state)
         self.split.model.train()
-        put_state(
-            self._optimizer, self._named, client.optimizer_state if self._training.keep_optimizer else {}
-        )
+        put_state(self._optimizer, self._named, client.optimizer_state)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         with self._model_randomness(client, round):
