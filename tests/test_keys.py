@@ -31,17 +31,20 @@ def lock(key):
 
 
 def digits_of(*tensors):
-    """Every value's first digits, as a print would show them."""
-    return {f"{abs(value):.4f}"[1:] for t in tensors for value in t.flatten().tolist() if abs(value) > 1e-3}
+    """Every value's first digits, as a print would show them: fixed, or scientific where sizes differ."""
+    values = [abs(value) for t in tensors for value in t.flatten().tolist() if abs(value) > 1e-3]
+    return {f"{value:.4f}"[1:] for value in values} | {f"{value:.4e}" for value in values}
 
 
 def assert_silent(text, *tensors):
     assert [d for d in digits_of(*tensors) if d in text] == []
 
 
-def test_the_digit_search_finds_a_printed_tensor(key):
+@pytest.mark.parametrize("smallest", [0.1, 1e-7], ids=["fixed", "scientific"])
+def test_the_digit_search_finds_a_printed_tensor(smallest):
+    values = torch.tensor([smallest, 0.31415, -0.27182])
     with pytest.raises(AssertionError):
-        assert_silent(str(key.reveal()), key.reveal())
+        assert_silent(str(values), values)
 
 
 def test_nothing_prints_the_values(key, lock):
