@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from fedkl import PublicUpdate, data, models
-from fedkl.attacks import DLG, Knowledge
+from fedkl.attacks import DLG, Knowledge, LocalSteps
+from fedkl.attacks.objectives import GradientMatching
 from fedkl.auditing import attack_arms, full_gradient, observe, standard_arms, trials_of
 from fedkl.defenses import KeyLock
 from fedkl.defenses.base import plain_copy
@@ -139,3 +140,96 @@ def test_the_server_sees_the_update_after_the_defenses_transform(dataset):
 def test_knowledge_in_words():
     assert Knowledge(labels=False).describe() == "nothing private"
     assert Knowledge(key=True).describe() == "labels, key"
+
+
+def loss_at_the_truth(arm, dataset, *, local=None, batch_size=1, train_mode=True, **changes):
+    """The attacker's objective at the true images, where its guess of everything else stays as it is."""
+    model, (trial,) = build(0), trials_of(dataset, trials=1, batch_size=batch_size)
+    observation = observe(
+        arm.defense.prepare(model),
+        defense=arm.defense,
+        model=model,
+        trial=trial,
+        classes=10,
+        knowledge=arm.knowledge,
+        regress=arm.regress,
+        train_mode=train_mode,
+        local=local,
+    )
+    matching = GradientMatching([replace(observation, **changes)], labels=[trial.labels])
+    point = matching.starts([torch.Generator().manual_seed(0)])
+    point[0, : trial.images.numel()] = trial.images.flatten()
+    value, gradient = matching(point, torch.tensor([0]))
+    return float(value), gradient, matching
+
+
+EXACT = ("no-norm", "public-norm", "lock-known-both")
+GUESSES = ("lock", "lock-known-key", "lock-known-layers", "lock-seen-gradient", "lock-regressed-key")
+
+
+@pytest.mark.parametrize(
+    "local", [None, LocalSteps(steps=3, lr=0.1), LocalSteps(steps=3, lr=0.1, batch_size=2)]
+)
+@pytest.mark.parametrize("lock", [KeyLock(), KeyLock(layers="all", chained=True)], ids=["first", "all"])
+def test_the_objective_knows_what_the_client_does(dataset, lock, local):
+    """Oracle: at the true images the simulated update is the client's, also one of several steps."""
+    for arm in standard_arms(lock):
+        value, _, _ = loss_at_the_truth(arm, dataset, local=local, batch_size=3)
+        if arm.name in EXACT:
+            assert value < 1e-10, arm.name
+        elif arm.name in GUESSES:
+            assert value > 1e-7, arm.name
+
+
+def test_the_gradient_of_the_lock_layers_is_compared_too(dataset):
+    arms = {arm.name: arm for arm in standard_arms()}
+    both = replace(
+        arms["lock-known-both"], knowledge=Knowledge(key=True, lock_layers=True, lock_gradient=True)
+    )
+    assert loss_at_the_truth(both, dataset)[0] < 1e-8
+    seen, unseen = (loss_at_the_truth(arms[name], dataset) for name in ("lock-seen-gradient", "lock"))
+    assert seen[2].dimension == unseen[2].dimension  # nothing more to find, only more to match
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("lock-regressed-key", 1024), ("lock-regressed-affine", 24)])
+def test_what_is_regressed_is_a_part_of_the_point(dataset, name, numbers):
+    arm = next(arm for arm in standard_arms() if arm.name == name)
+    _, gradient, matching = loss_at_the_truth(arm, dataset)
+    assert matching.dimension == 3 * 32 * 32 + numbers
+    assert gradient[0, -numbers:].any()
+
+
+def test_the_regressed_tensors_minimize_the_objective_where_they_are_true(dataset):
+    """With the true γ and β as the guess, the objective is zero and flat in them."""
+    arm = next(arm for arm in standard_arms() if arm.name == "lock-known-affine")
+    free = ("conv1.norm.weight", "conv1.norm.bias")
+    value, gradient, _ = loss_at_the_truth(arm, dataset, free=free)
+    assert value < 1e-8
+    assert gradient[0, -24:].abs().max() < 1e-3
+
+
+def test_eval_mode_uses_the_running_statistics(dataset):
+    arms = {arm.name: arm for arm in standard_arms(KeyLock(share_statistics=True))}
+    for name in ("public-norm", "lock-known-both"):
+        assert loss_at_the_truth(arms[name], dataset, train_mode=False)[0] < 1e-8
+
+
+def test_a_public_transform_is_applied_by_the_attacker_too(dataset):
+    def halved(tensors):
+        return {name: tensor / 2 for name, tensor in tensors.items()}
+
+    arm = standard_arms()[0]
+    plain, transformed = (
+        loss_at_the_truth(arm, dataset, transform=transform)[0] for transform in (None, halved)
+    )
+    assert plain < 1e-8
+    assert transformed == pytest.approx(0.25)
+
+
+def test_several_workers_find_the_same(dataset):
+    one, two = (
+        {(r.arm, r.trial): r.reconstruction for r in attack(dataset, ("no-norm", "lock"), workers=workers)}
+        for workers in (1, 2)
+    )
+    assert one.keys() == two.keys()
+    torch.testing.assert_close(one["no-norm", 1].images, two["no-norm", 1].images)

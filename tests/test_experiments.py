@@ -91,7 +91,7 @@ def test_a_locked_training_leaves_nothing_private_in_its_folder(tmp_path):
 def test_failures_are_counted_not_dropped():
     (arm,) = (a for a in standard_arms() if a.name == "lock")
     good = {
-        "mse": 0.1, "psnr": 35.0, "ssim": 0.5, "correlation": 0.9, "psnr_raw": 9.0, "psnr_affine": 11.0,
+        "mse": 0.1, "psnr": 35.0, "ssim": 0.6, "correlation": 0.9, "psnr_raw": 9.0, "psnr_affine": 11.0,
         "ssim_affine": 0.6, "identified": True, "rank": 1, "candidates": 100, "label_correct": True,
     }  # fmt: skip
     failed = dict.fromkeys(good) | {"identified": False, "rank": 100, "candidates": 100}
@@ -103,6 +103,7 @@ def test_failures_are_counted_not_dropped():
     assert summary["figures"]["psnr"]["n"] == 2
     assert summary["figures"]["psnr"]["failures"] == 1
     assert summary["success"]["rate"] == 0.5
+    assert summary["ssim_success"]["rate"] == 0.5
     assert summary["identified"]["rate"] == 0.5
     json.dumps(summary, allow_nan=False)
 

@@ -25,6 +25,7 @@ from rich.table import Table
 import fedkl
 from fedkl import config as configs
 from fedkl import data, demo, experiments, report, reproduce
+from fedkl import generator as generators
 from fedkl.errors import ConfigError, FedKLError
 from fedkl.lockfile import PASSPHRASE_VARIABLE
 from fedkl.runs import RunDirectory
@@ -38,9 +39,11 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Datasets: list and fetch.", no_args_is_help=True)
 key_app = typer.Typer(help="Key files: new, info, rotate.", no_args_is_help=True)
+generator_app = typer.Typer(help="The generators that the attack ggl searches.", no_args_is_help=True)
 reproduce_app = typer.Typer(help="The paper's tables, beside the print.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(key_app, name="key")
+app.add_typer(generator_app, name="generator")
 app.add_typer(reproduce_app, name="reproduce")
 
 console = Console(emoji=False)
@@ -59,6 +62,14 @@ InitOption = Annotated[str | None, typer.Option(help="Initial weights: default o
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Any field of config.toml: training.local.proximal=0.01.")
 ]
+TableOption = Annotated[Path, typer.Option("--out", help="Folder of the table; finished rows are kept.")]
+RowsOption = Annotated[str, typer.Option(help="Comma-separated, e.g. dlg/lenet/mnist; all: every row.")]
+ArmsOption = Annotated[str, typer.Option(help="Comma-separated, see `fedkl reproduce threats`.")]
+TrialsOption = Annotated[int, typer.Option(help="Test images attacked, one network each.")]
+BudgetOption = Annotated[reproduce.Budget, typer.Option(help="quick: minutes, marked as such. paper: hours.")]
+FirstSeedOption = Annotated[int, typer.Option(help="Seed of weights and attacks.")]
+DeviceOption = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")]
+WorkersOption = Annotated[int, typer.Option(help="Threads that share the trials; 0: all cores.")]
 PlainOption = Annotated[bool, typer.Option("--unencrypted", help="Leave the file unencrypted.")]
 
 
@@ -193,8 +204,10 @@ def _resumed(out: Path, flags: dict[str, object]) -> configs.TrainConfig:
 def attack(
     out: OutOption,
     config: ConfigOption = None,
-    kind: Annotated[str | None, typer.Option("--attack", help="dlg or idlg.")] = None,
-    arms: Annotated[str | None, typer.Option(help="Comma-separated arms; all if not given.")] = None,
+    kind: Annotated[str | None, typer.Option("--attack", help=f"{', '.join(configs.ATTACKS)}.")] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="Comma-separated arms; the lock and its controls if not given.")
+    ] = None,
     lock: LockOption = None,
     layers: LayersOption = None,
     labels: Annotated[
@@ -207,13 +220,21 @@ def attack(
     weighting: Annotated[str | None, typer.Option(help="Of layers: none, sqrt or full.")] = None,
     history: Annotated[int | None, typer.Option(help="Correction pairs of L-BFGS.")] = None,
     box: Annotated[float | None, typer.Option(help="Weight of the prior that pixels are in [0, 1].")] = None,
+    norm_mode: Annotated[str | None, typer.Option(help="Of the client's norms: train or eval.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="SGD steps behind one update.")] = None,
     data_name: DataOption = None,
     data_root: RootOption = None,
     model: ModelOption = None,
     initialization: InitOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that share the trials; 0: all cores.")] = None,
+    settings: SetOption = None,
     seed: SeedOption = None,
 ) -> None:
-    """Gradient inversion of the key-lock and its controls."""
+    """Gradient inversion of the key-lock and its controls. An interrupted attack goes on.
+
+    Attacks differ in their options; --set attack.NAME=VALUE sets any of them.
+    """
     fields = {
         "seed": seed,
         "data.name": data_name,
@@ -224,14 +245,26 @@ def attack(
         "labels_known": labels,
         "trials": trials,
         "batch_size": batch_size,
-        "attack.type": kind,
+        "norm_mode": norm_mode,
+        "local.steps": local_steps,
+        "device": device,
+        "workers": workers,
         "attack.evaluations": evaluations,
         "attack.restarts": restarts,
         "attack.weighting": weighting,
         "attack.history": history,
         "attack.box": box,
     }
-    _run(configs.from_flags("attack", file=config, fields=fields, lock=lock, layers=layers), out)
+    experiment = configs.from_flags(
+        "attack",
+        file=config,
+        fields=fields,
+        attack=kind,
+        lock=lock,
+        layers=layers,
+        settings=settings or (),
+    )
+    _run(experiment, out)
 
 
 @app.command("demo")
@@ -279,9 +312,138 @@ def reproduce_table1(
         device=device,
         data_root=data_root,
     )
-    records = reproduce.table1(table, out=out, progress=_progress)
-    console.print(reproduce.markdown(records), markup=False, highlight=False, soft_wrap=True)
+    reproduce.table1(table, out=out, progress=_progress)
+    _print_table(out)
+
+
+@reproduce_app.command("table6")
+def reproduce_table6(
+    out: TableOption,
+    rows: RowsOption = "all",
+    arms: ArmsOption = "no-norm,public-norm,lock,lock-known-both",
+    trials: TrialsOption = 20,
+    budget: BudgetOption = "quick",
+    seed: FirstSeedOption = 0,
+    lpips: Annotated[
+        bool,
+        typer.Option("--lpips", help="Measure LPIPS too; its weights must be there, see docs/attacks.md."),
+    ] = False,
+    device: DeviceOption = "cpu",
+    workers: WorkersOption = 0,
+    data_root: RootOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Reconstruction with and without the lock, beside the paper's. An interrupted table goes on."""
+    table = reproduce.LeakageTable(
+        rows=tuple(reproduce.leakage_rows()) if rows == "all" else _names(rows),
+        arms=_names(arms),
+        trials=trials,
+        budget=budget,
+        seed=seed,
+        device=device,
+        workers=workers,
+        data_root=data_root,
+        settings=tuple(settings or ()),
+    )
+    reproduce.leakage(table, out=out, progress=_progress, lpips=lpips)
+    _print_table(out)
+
+
+@reproduce_app.command("threats")
+def reproduce_threats(
+    out: TableOption,
+    attack_row: Annotated[str, typer.Option(help="The row of Table 6 that is attacked.")] = "dlg/lenet/mnist",
+    arms: ArmsOption = "all",
+    trials: TrialsOption = 20,
+    budget: BudgetOption = "quick",
+    seed: FirstSeedOption = 0,
+    device: DeviceOption = "cpu",
+    workers: WorkersOption = 0,
+    data_root: RootOption = None,
+    settings: SetOption = None,
+) -> None:
+    """One attack in every cell of the threat-model grid: what the server knows, and what it gets from it."""
+    table = reproduce.LeakageTable(
+        rows=(attack_row,),
+        arms=reproduce.all_arms() if arms == "all" else _names(arms),
+        trials=trials,
+        budget=budget,
+        seed=seed,
+        device=device,
+        workers=workers,
+        data_root=data_root,
+        settings=tuple(settings or ()),
+    )
+    reproduce.leakage(table, out=out, progress=_progress, described=True)
+    _print_table(out)
+
+
+@reproduce_app.command("table4")
+def reproduce_table4(
+    out: TableOption,
+    rows: RowsOption = "all",
+    arms: ArmsOption = "no-norm,lock",
+    trials: TrialsOption = 8,
+    budget: BudgetOption = "quick",
+    seed: FirstSeedOption = 0,
+    device: DeviceOption = "cpu",
+    workers: WorkersOption = 0,
+    data_root: RootOption = None,
+    settings: SetOption = None,
+) -> None:
+    """The pictures of DLG and GRNN: true, without lock, with lock."""
+    table = reproduce.LeakageTable(
+        rows=reproduce.rows_of("dlg", "grnn") if rows == "all" else _names(rows),
+        arms=_names(arms),
+        trials=trials,
+        budget=budget,
+        seed=seed,
+        device=device,
+        workers=workers,
+        data_root=data_root,
+        settings=tuple(settings or ()),
+    )
+    reproduce.gallery(table, title="Table 4: DLG and GRNN", out=out, progress=_progress)
+    _print_table(out, pictures=True)
+
+
+@reproduce_app.command("table5")
+def reproduce_table5(
+    out: TableOption,
+    rows: RowsOption = "all",
+    arms: ArmsOption = "no-norm,lock",
+    trials: TrialsOption = 4,
+    repeats: Annotated[int, typer.Option(help="Results of each image and arm; the paper shows 4.")] = 4,
+    budget: BudgetOption = "quick",
+    seed: FirstSeedOption = 0,
+    device: DeviceOption = "cpu",
+    workers: WorkersOption = 0,
+    data_root: RootOption = None,
+    settings: SetOption = None,
+) -> None:
+    """The pictures of GGL: true, four without lock, four with lock."""
+    table = reproduce.LeakageTable(
+        rows=reproduce.rows_of("ggl") if rows == "all" else _names(rows),
+        arms=_names(arms),
+        trials=trials,
+        repeats=repeats,
+        budget=budget,
+        seed=seed,
+        device=device,
+        workers=workers,
+        data_root=data_root,
+        settings=tuple(settings or ()),
+    )
+    reproduce.gallery(table, title="Table 5: GGL", out=out, progress=_progress)
+    _print_table(out, pictures=True)
+
+
+def _print_table(out: Path, *, pictures: bool = False) -> None:
+    text = (out / "table.md").read_text(encoding="utf-8")
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"Table: {out / 'table.md'}", soft_wrap=True, highlight=False)
+    if pictures:
+        console.print(f"Pictures: {out / 'pictures.html'}", soft_wrap=True, highlight=False)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -377,6 +539,39 @@ def key_rotate(
     key = fedkl.Key.generate(length=old.length, distribution=old.distribution)
     fedkl.save_key(key, path, passphrase=passphrase)
     console.print(f"{path}: replaced by a new {key}", highlight=False, soft_wrap=True)
+
+
+@generator_app.command("train")
+def generator_train(
+    data_name: Annotated[str, typer.Option("--data", help="Dataset name; see `fedkl data list`.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
+    latent: Annotated[int, typer.Option(help="Length of the latent vector.")] = 64,
+    noise: Annotated[float, typer.Option(help="Standard deviation of a pixel; small: sharp.")] = 0.15,
+    data_root: RootOption = None,
+) -> None:
+    """Trains a generator on a dataset's training images; a new file, or an old one replaced at the end."""
+    options = generators.GeneratorTraining(
+        data=data_name, data_root=data_root, epochs=epochs, seed=seed, latent=latent, noise=noise
+    )
+    with _progress(f"generator {data_name}") as progress:
+        trained = generators.train(options, progress=progress)
+    generators.save_generator(trained, out)
+    ceiling = generators.held_out_psnr(trained, options)
+    console.print(f"{out}: draws {ceiling:.1f} dB near held-out images", highlight=False, soft_wrap=True)
+
+
+@generator_app.command("samples")
+def generator_samples(
+    source: Annotated[str, typer.Argument(help="A generator's file, or mnist or cifar10 from the package.")],
+    out: Annotated[Path, typer.Option("--out", help="PNG to write: a row for each class.")],
+    columns: Annotated[int, typer.Option(min=1, help="Samples of each class.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the latent vectors.")] = 0,
+) -> None:
+    """Draws samples of a generator."""
+    generators.write_samples(generators.load_generator(source), out, columns=columns, seed=seed)
+    console.print(f"Samples: {out}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

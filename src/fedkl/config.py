@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from fedkl.attacks import DLG, IDLG, AnyAttack
+from fedkl.attacks import DLG, IDLG, AnyAttack, LocalSteps
 from fedkl.data import AnyPartition
 from fedkl.defenses import AnyDefense, KeyLock, NoDefense
 from fedkl.errors import ConfigError, gathered
@@ -67,7 +67,11 @@ class TrainConfig(_Config):
 
 
 class AttackConfig(_Config):
-    """One attack against the key-lock and its controls, on untrained networks."""
+    """One attack against the key-lock and its controls, on untrained networks.
+
+    Without `arms`, the lock and its controls are attacked. `norm_mode` is the client's, and known. A `chunk`
+    of trials is attacked at once, shared out among `workers` threads (0: one for each core; on a GPU, one).
+    """
 
     type: Literal["attack"] = "attack"
     seed: int = 0
@@ -79,6 +83,11 @@ class AttackConfig(_Config):
     labels_known: bool = True
     trials: Annotated[int, Field(ge=1)] = 20
     batch_size: Annotated[int, Field(ge=1)] = 1
+    norm_mode: Literal["train", "eval"] = "train"
+    local: LocalSteps = LocalSteps()
+    device: Literal["cpu", "cuda"] = "cpu"
+    workers: Annotated[int, Field(ge=0)] = 0
+    chunk: Annotated[int, Field(ge=1)] = 20
 
     @model_validator(mode="after")
     def _check(self) -> AttackConfig:
@@ -141,6 +150,9 @@ def load(path: Path) -> TrainConfig | AttackConfig:
     return parse(values, source=str(path))
 
 
+ATTACKS = tuple(attack.type for attack in get_args(AnyAttack))
+"""Types of the attacks."""
+
 PUBLISHED_LOCK = KeyLock(key_distribution="uniform", activation="relu", initialization="published")
 """The lock of arXiv 2305.04095."""
 # Settings of the lock by name: the fields that differ between them.
@@ -158,6 +170,7 @@ def from_flags(
     file: Path | None,
     fields: dict[str, Any],
     defense: str | None = None,
+    attack: str | None = None,
     lock: str | None = None,
     layers: str | None = None,
     settings: Sequence[str] = (),
@@ -170,6 +183,7 @@ def from_flags(
         fields: Values by dotted field; None: not given.
         defense: Type of the defense of a training. Another type than before starts from its own defaults, but
             where both have a lock, the lock stays.
+        attack: Type of the attack. Another type than before starts from its own defaults.
         lock: Setting of the lock, "default" or "published"; its other fields stay.
         layers: Locked layers.
         settings: Any field as ``training.local.proximal=0.01``: a dotted place and a TOML value.
@@ -180,6 +194,8 @@ def from_flags(
     values = values_of(parse({"type": kind}, source="Default") if file is None else load(file))
     if values["type"] != kind:
         raise ConfigError(f"{file}: expected a {kind} experiment, this is '{values['type']}'.")
+    if attack is not None and attack != values.get("attack", {}).get("type"):
+        values["attack"] = {"type": attack}
     for place, value in fields.items():
         if value is not None:
             _set(values, place, value)

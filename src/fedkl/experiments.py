@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from torch import nn
 
 import fedkl
 from fedkl import data, models, rng
-from fedkl.auditing import Arm, TrialResult, attack_arms, standard_arms, trials_of
+from fedkl.auditing import MAIN_ARMS, Arm, TrialResult, attack_arms, standard_arms, trials_of
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.curves import curves
 from fedkl.data import Dataset, Subset
@@ -27,6 +28,10 @@ from fedkl.metrics import success_rate, summarize
 from fedkl.runs import RunDirectory, exclusive
 
 SUCCESS_DB = 30.0
+"""PSNR from which an image counts as recovered."""
+
+SSIM_SUCCESS = 0.6
+"""SSIM from which an attack counts as successful, for the attack success rate."""
 
 
 @runtime_checkable
@@ -75,7 +80,7 @@ def _builder(config: TrainConfig | AttackConfig, dataset: Dataset) -> Callable[[
     spec = dataset.spec
 
     def build(offset: int) -> nn.Module:
-        return models.build_model(
+        model = models.build_model(
             config.model.name,
             channels=spec.shape[0],
             classes=spec.classes,
@@ -83,6 +88,7 @@ def _builder(config: TrainConfig | AttackConfig, dataset: Dataset) -> Callable[[
             initialization=config.model.initialization,
             normalization=(spec.mean, spec.std) if config.model.standardize else None,
         )
+        return model.to(config.device) if isinstance(config, AttackConfig) else model
 
     return build
 
@@ -241,7 +247,7 @@ def _accuracy_note(accuracy: float | None) -> str:
 
 
 def chosen_arms(config: AttackConfig) -> tuple[Arm, ...]:
-    """The arms that a configuration names; all of them if it names none.
+    """The arms that a configuration names; the lock and its controls if it names none.
 
     Raises:
         ConfigError: A name is unknown.
@@ -250,7 +256,7 @@ def chosen_arms(config: AttackConfig) -> tuple[Arm, ...]:
     unknown = [name for name in config.arms if name not in arms]
     if unknown:
         raise ConfigError(f"arms: unknown {', '.join(unknown)}. Choose from {', '.join(arms)}.")
-    return tuple(arms[name] for name in config.arms or arms)
+    return tuple(arms[name] for name in config.arms or MAIN_ARMS)
 
 
 def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, progress: Progress) -> None:
@@ -284,10 +290,20 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
         trials=trials,
         skip=done,
         seed=config.seed,
+        train_mode=config.norm_mode == "train",
+        local=config.local,
+        chunk=config.chunk,
+        workers=_attack_workers(config),
         on_result=keep,
         on_evaluation=show,
     )
     directory.finish(_attack_summary(config, arms, records))
+
+
+def _attack_workers(config: AttackConfig) -> int:
+    if config.device == "cuda":
+        return 1
+    return config.workers or os.cpu_count() or 1
 
 
 def _complete_trials(directory: RunDirectory, arms: Sequence[Arm]) -> list[dict[str, Any]]:
@@ -308,6 +324,10 @@ def _attack_summary(
         "attack": config.attack.type,
         "trials": config.trials,
         "batch_size": config.batch_size,
+        "model": config.model.name,
+        "dataset": config.data.name,
+        "norm_mode": config.norm_mode,
+        "local_steps": config.local.steps,
         "initialization": config.model.initialization,
         "arms": [arm_summary(arm, [r for r in records if r["arm"] == arm.name]) for arm in arms],
         "seconds": max(record["elapsed"] for record in records),
@@ -329,6 +349,7 @@ def arm_summary(arm: Arm, records: list[dict[str, Any]]) -> dict[str, Any]:
         for name in ("psnr", "ssim", "mse", "correlation", "psnr_raw", "psnr_affine", "ssim_affine")
     }
     success = success_rate(values("psnr"), threshold=SUCCESS_DB)
+    similar = success_rate(values("ssim"), threshold=SSIM_SUCCESS)
     identified = success_rate(flags("identified"), threshold=1.0)
     found = success_rate(flags("label_correct"), threshold=1.0)
     return {
@@ -339,6 +360,7 @@ def arm_summary(arm: Arm, records: list[dict[str, Any]]) -> dict[str, Any]:
         "candidates": scores[0]["candidates"],
         "figures": figures,
         "success": success._asdict(),
+        "ssim_success": similar._asdict(),
         "identified": identified._asdict(),
         "label_correct": found._asdict(),
         "evaluations": summarize([float(r["evaluations"]) for r in records]).to_dict(),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedkl import lock, models
-from fedkl.attacks import DLG, IDLG, infer_label
+from fedkl.attacks import DLG, IDLG, LocalSteps, infer_label, infer_labels, known_labels
 from fedkl.attacks.objectives import GradientMatching
+from fedkl.attacks.priors import outside_box
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import score
 
@@ -132,8 +135,8 @@ def test_the_objective_against_a_plain_loop(observe_plain, weighting, labels):
 def test_the_box_counts_pixels_outside_the_unit_interval_only(observe_plain):
     observation, _, _ = observe_plain()
     plain, boxed = (
-        GradientMatching([observation], labels=[observation.labels], weighting="none", box=box)
-        for box in (0.0, 2.0)
+        GradientMatching([observation], labels=[observation.labels], prior=prior)
+        for prior in (None, lambda images: 2.0 * outside_box(images))
     )
     index, inside = torch.tensor([0]), torch.rand(1, 3072, dtype=torch.float64)
     assert torch.equal(plain(inside, index)[0], boxed(inside, index)[0])
@@ -198,3 +201,43 @@ def test_unusable_budgets_are_refused():
 def test_observations_do_not_show_tensors(observe_plain):
     observation, _, _ = observe_plain()
     assert "tensor" not in repr(observation)
+
+
+def test_labels_of_a_batch_are_inferred_with_repetitions(observe_plain):
+    for first in range(0, 80, 8):
+        observation, _, labels = observe_plain(first=first, batch_size=8, labels=False)
+        assert torch.equal(infer_labels(observation), labels.sort().values)
+
+
+def test_labels_of_a_batch_need_the_bias(observe_plain):
+    observation, _, labels = observe_plain(batch_size=2, labels=False)
+    gradient = {name: g for name, g in observation.gradient.items() if name != "fc.bias"}
+    with pytest.raises(AttackError, match=r"last linear layer's bias"):
+        infer_labels(replace(observation, gradient=gradient))
+    assert torch.equal(known_labels([replace(observation, labels=labels)])[0], labels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"free": ("conv9.weight",)}, "'conv9.weight' is to be free, but there is no such tensor"),
+        ({"secrets": {"key": torch.zeros(3)}}, "secrets and generate belong together"),
+        (
+            {
+                "secrets": {"key": torch.zeros(12)},
+                "generate": lambda secrets: {"conv1.bias": secrets["key"]},
+                "free": ("conv1.bias",),
+            },
+            "'conv1.bias' is generated from secrets",
+        ),
+    ],
+)
+def test_contradictory_observations_are_refused(observe_plain, changes, message):
+    with pytest.raises(AttackError, match=message):
+        observe_plain(**changes)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"batch_size": -1}])
+def test_local_steps_out_of_range(wrong):
+    with pytest.raises(AttackError, match="expected steps ≥ 1"):
+        LocalSteps(**wrong)

@@ -78,7 +78,7 @@ def test_the_servers_view_of_a_lock(model, granted, exact):
     victim = defense.prepare(model, key=Key.generate())
     with torch.no_grad():
         victim.public_parameters()["0.weight"].mul_(2)  # the server must see the current public tensors
-    view, truth = defense.server_view(victim, model, granted=granted), plain_copy(victim)
+    view, truth = defense.server_view(victim, model, granted=granted).model, plain_copy(victim)
     assert torch.equal(view[0].weight, truth[0].weight)
     same = torch.allclose(view[1].weight, truth[1].weight) and torch.allclose(view[1].bias, truth[1].bias)
     assert same == exact

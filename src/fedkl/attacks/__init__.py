@@ -5,16 +5,38 @@ with a frozen dataclass, added to the union `AnyAttack`.
 
     base.py        Knowledge, Observation, Reconstruction, and the base class
     objectives.py  gradient matching, for many problems at once
+    priors.py      what an attacker knows about images
     batched.py     L-BFGS over a batch of independent problems
+    parallel.py    problems shared out among threads
     labels.py      label inference
-    dlg.py idlg.py one attack a file, named after its paper
+    generators.py  the generators that GGL searches; their weights: weights/
+    descent.py     what the first-order attacks share
+    dlg.py idlg.py … one attack a file, named after its paper
 """
 
-from fedkl.attacks.base import Attack, Knowledge, Observation, Reconstruction
+from fedkl.attacks.base import Attack, Knowledge, LocalSteps, Observation, Reconstruction
 from fedkl.attacks.dlg import DLG
+from fedkl.attacks.ggl import GGL
+from fedkl.attacks.grnn import GRNN
 from fedkl.attacks.idlg import IDLG
-from fedkl.attacks.labels import infer_label
+from fedkl.attacks.inverting import InvertingGradients
+from fedkl.attacks.labels import infer_label, infer_labels, known_labels
 
-AnyAttack = DLG | IDLG
+AnyAttack = DLG | IDLG | GGL | InvertingGradients | GRNN
 
-__all__ = ["DLG", "IDLG", "AnyAttack", "Attack", "Knowledge", "Observation", "Reconstruction", "infer_label"]
+__all__ = [
+    "DLG",
+    "GGL",
+    "GRNN",
+    "IDLG",
+    "AnyAttack",
+    "Attack",
+    "InvertingGradients",
+    "Knowledge",
+    "LocalSteps",
+    "Observation",
+    "Reconstruction",
+    "infer_label",
+    "infer_labels",
+    "known_labels",
+]

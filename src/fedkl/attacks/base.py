@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from fedkl.attacks.parallel import Progress, shared_out
 from fedkl.errors import AttackError, gathered
 from fedkl.metrics import Scaling
 from fedkl.types import ImageBatch, Labels
+
+Transform = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +25,7 @@ class Knowledge:
         labels: The true labels.
         key: The client's key.
         lock_layers: The lock layers' weights (for other private parameters: their values).
+        lock_gradient: The gradient of the lock layers' weights.
         affine: The values of γ and β, and the norm statistics.
         affine_gradient: The gradient of γ and β, as if they were public parameters.
     """
@@ -28,6 +33,7 @@ class Knowledge:
     labels: bool = True
     key: bool = False
     lock_layers: bool = False
+    lock_gradient: bool = False
     affine: bool = False
     affine_gradient: bool = False
 
@@ -37,11 +43,41 @@ class Knowledge:
             "labels": "labels",
             "key": "key",
             "lock_layers": "lock layers",
+            "lock_gradient": "gradient of the lock layers",
             "affine": "γ and β",
             "affine_gradient": "gradient of γ and β",
         }
         granted = [text for name, text in names.items() if getattr(self, name)]
         return ", ".join(granted) if granted else "nothing private"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSteps:
+    """The public protocol of a client's update: plain SGD steps on its batch.
+
+    One step sends the gradient; several send the sum of the steps' gradients, that is (before − after) / lr.
+
+    Attributes:
+        steps: How many.
+        lr: Learning rate of the steps.
+        batch_size: Images of one step, taken in turn; None: all of them in every step.
+    """
+
+    steps: int = 1
+    lr: float = 0.01
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.lr < math.inf or (self.batch_size or 1) < 1:
+            raise AttackError(
+                f"LocalSteps: expected steps ≥ 1, lr > 0 and batch_size ≥ 1, got steps={self.steps}, "
+                f"lr={self.lr}, batch_size={self.batch_size}."
+            )
+
+    def batch(self, step: int, images: int) -> Tensor:
+        """Indexes of a step's images, among so many."""
+        size = images if self.batch_size is None else min(self.batch_size, images)
+        return torch.arange(step * size, (step + 1) * size) % images
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,12 +86,21 @@ class Observation:
 
     Attributes:
         model: The plain model as the server can build it: public tensors, and its own fill-in for the rest.
-        gradient: The observed gradient by parameter name; a subset of the model's parameters.
+        gradient: The observed gradient by parameter name, of some of the model's parameters and `secrets`.
         image_shape: ``(channels, height, width)``.
         classes: Number of classes.
         batch_size: Number of images behind the gradient.
         train_mode: Whether the client computed it in train mode, with the norms' batch statistics.
         labels: The labels, if granted.
+        local: What the client did before it sent its update.
+        secrets: What generates some of the model's parameters (a key and lock layers), by name: the server's
+            guesses, true where granted.
+        generate: Maps `secrets` to those parameters by name, differentiably; hashable, equal where it does
+            the same.
+        free: Names, of the model's parameters or of `secrets`, whose values the server does not know and
+            which an attack finds together with the images, from those values on.
+        transform: What a defense does publicly to an update (e.g. clipping): the attack does the same to its
+            own gradients. Works on tensors by name, under `torch.func.vmap`.
     """
 
     model: nn.Module = field(repr=False)
@@ -65,14 +110,19 @@ class Observation:
     batch_size: int
     train_mode: bool = True
     labels: Labels | None = field(default=None, repr=False)
+    local: LocalSteps = field(default_factory=LocalSteps)
+    secrets: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    generate: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = field(default=None, repr=False)
+    free: tuple[str, ...] = ()
+    transform: Transform | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        parameters = dict(self.model.named_parameters())
+        known = dict(self.model.named_parameters()) | dict(self.secrets)
         problems = [
-            f"'{name}' is not a parameter of the model" for name in self.gradient if name not in parameters
+            f"'{name}' is not a parameter of the model" for name in self.gradient if name not in known
         ]
-        for name in set(self.gradient).intersection(parameters):
-            expected, got = tuple(parameters[name].shape), tuple(self.gradient[name].shape)
+        for name in set(self.gradient).intersection(known):
+            expected, got = tuple(known[name].shape), tuple(self.gradient[name].shape)
             if expected != got:
                 problems.append(f"the gradient of '{name}' has shape {got}, expected {expected}")
             elif not bool(torch.isfinite(self.gradient[name]).all()):
@@ -83,9 +133,32 @@ class Observation:
             problems.append("every observed gradient is zero")
         if self.labels is not None and tuple(self.labels.shape) != (self.batch_size,):
             problems.append(f"labels have shape {tuple(self.labels.shape)}, expected ({self.batch_size},)")
+        problems += self._problems_of_secrets(set(known))
         if problems:
             remedy = "Observe a gradient of this model, by parameter name."
             raise AttackError(gathered("This observation is impossible.", sorted(problems), remedy))
+
+    def _problems_of_secrets(self, known: set[str]) -> list[str]:
+        problems = [
+            f"'{name}' is to be free, but there is no such tensor" for name in self.free if name not in known
+        ]
+        if bool(self.secrets) != (self.generate is not None):
+            problems.append("secrets and generate belong together; only one of them was given")
+        taken = set(self.generated).intersection({*self.free, *self.gradient})
+        problems += [f"'{name}' is generated from secrets, and cannot be free or observed" for name in taken]
+        return problems
+
+    @property
+    def generated(self) -> tuple[str, ...]:
+        """Names of the model's parameters that `secrets` generate."""
+        return () if self.generate is None else tuple(self.generate(self.secrets))
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of what the client's local steps change: parameters and lock layers, never the key."""
+        parameters = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        links = [name for name in self.secrets if "." in name]  # a parameter's name has a module's before it
+        return tuple(name for name in (*parameters, *links) if name not in set(self.generated))
 
     @property
     def kind(self) -> Hashable:
@@ -98,6 +171,11 @@ class Observation:
             self.batch_size,
             self.train_mode,
             self.labels is None,
+            self.local,
+            tuple((name, tuple(tensor.shape)) for name, tensor in self.secrets.items()),
+            self.generate,
+            self.free,
+            self.transform,
         )
 
     @property
@@ -158,7 +236,8 @@ class Attack:
         observations: Sequence[Observation],
         *,
         generators: Sequence[torch.Generator],
-        on_evaluation: Callable[[int, int], None] | None = None,
+        on_evaluation: Progress | None = None,
+        workers: int = 1,
     ) -> list[Reconstruction]:
         """Attacks observations of one kind at once; up to rounding, results do not depend on the company.
 
@@ -166,6 +245,7 @@ class Attack:
             observations: All of the same `Observation.kind`.
             generators: One per observation.
             on_evaluation: Called with (evaluations so far, problems still running).
+            workers: Threads that share the observations out, each on one core.
 
         Raises:
             AttackError: The observations differ in kind, or this attack cannot work on them.
@@ -180,16 +260,21 @@ class Attack:
             raise AttackError(
                 f"{type(self).__name__}: expected observations of one kind, got {len(kinds)} kinds."
             )
-        return self._run(list(observations), list(generators), on_evaluation or _ignore)
+        self._check(observations[0])
+        pairs = list(zip(observations, generators, strict=True))
+
+        def run(share: list[tuple[Observation, torch.Generator]], progress: Progress) -> list[Reconstruction]:
+            return self._run([o for o, _ in share], [g for _, g in share], progress)
+
+        return shared_out(run, pairs, workers=workers, progress=on_evaluation)
+
+    def _check(self, observation: Observation) -> None:
+        """Raises AttackError where this attack cannot work on observations of this kind."""
 
     def _run(
         self,
         observations: list[Observation],
         generators: list[torch.Generator],
-        on_evaluation: Callable[[int, int], None],
+        on_evaluation: Progress,
     ) -> list[Reconstruction]:
         raise NotImplementedError
-
-
-def _ignore(evaluations: int, running: int) -> None:
-    return

@@ -74,7 +74,7 @@ def minimize(
         Byrd, Nocedal and Schnabel 1994, theorem 2.2 (compact representation); line search of Lewis and
         Overton 2013, algorithm 2.6.
     """
-    problems = torch.arange(len(start))
+    problems = torch.arange(len(start), device=start.device)
     result = Minima(
         points=start.clone(), values=start.new_zeros(len(start)), evaluations=torch.zeros_like(problems)
     )
@@ -110,12 +110,12 @@ class _State:
         self.f = torch.where(finite, f, torch.inf)
         self.g = torch.where(finite[:, None], g, 0.0)
         self.running: Bool[Tensor, " rows"] = finite & (self.g != 0).any(1)
-        self.evaluations = torch.ones(rows, dtype=torch.int64)
+        self.evaluations = torch.ones_like(problems)
         self.s = x.new_zeros(rows, history, d)
         self.y = x.new_zeros(rows, history, d)
         self.sy = x.new_zeros(rows, history, history)
         self.yy = x.new_zeros(rows, history, history)
-        self.pairs = torch.zeros(rows, dtype=torch.int64)  # accepted so far; the next goes to pairs % history
+        self.pairs = torch.zeros_like(problems)  # accepted so far; the next goes to pairs % history
         self.scale = x.new_ones(rows)
         self.direction = x.new_zeros(rows, d)
         self.slope = x.new_zeros(rows)
@@ -123,7 +123,7 @@ class _State:
         self.low = x.new_zeros(rows)
         self.high = x.new_full((rows,), torch.inf)
         self.milestone = self.f.clone()  # the value at the start of the present stopping window
-        self._new_directions(torch.arange(rows))
+        self._new_directions(torch.arange(rows, device=x.device))
 
     def take(self, keep: Tensor) -> _State:
         """The state of some of the problems only."""
@@ -210,7 +210,7 @@ class _State:
         """
         history = self.s.shape[1]
         # The slots from the oldest pair to the newest; in a ring that is not full, empty ones come first.
-        order = (self.pairs[:, None] + torch.arange(history)) % history
+        order = (self.pairs[:, None] + torch.arange(history, device=self.pairs.device)) % history
         by_age = order[:, :, None].expand(-1, -1, history)
         sy = self.sy.gather(1, by_age).gather(2, by_age.transpose(1, 2))
         yy = self.yy.gather(1, by_age).gather(2, by_age.transpose(1, 2))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from fedkl.attacks.base import Attack, Observation, Reconstruction
 from fedkl.attacks.batched import Minima, Stopping, minimize
 from fedkl.attacks.objectives import GradientMatching, Weighting
+from fedkl.attacks.parallel import Progress
+from fedkl.attacks.priors import outside_box
 from fedkl.errors import ConfigError
 from fedkl.metrics import Scaling
 from fedkl.types import Labels
@@ -30,7 +33,7 @@ class DLG(Attack):
         restarts: Starts per image; the attacker's own loss chooses.
         weighting: Of the layers in the objective; see `GradientMatching`. The original: ``"none"``.
         history: Correction pairs of L-BFGS. The original: 100.
-        box: Weight of the prior that pixels are in [0, 1], see `GradientMatching`. The original: 0. Behind a
+        box: Weight of the prior that pixels are in [0, 1], see `outside_box`. The original: 0. Behind a
             train-mode norm the gradient leaves the image's scale free, and only this fixes it while the
             attack runs; without it scale and offset are fixed afterwards.
 
@@ -62,19 +65,14 @@ class DLG(Attack):
         self,
         observations: list[Observation],
         generators: list[torch.Generator],
-        on_evaluation: Callable[[int, int], None],
+        on_evaluation: Progress,
     ) -> list[Reconstruction]:
         labels = self._labels(observations)
         repeated = [o for o in observations for _ in range(self.restarts)]
         known = None if labels is None else [y for y in labels for _ in range(self.restarts)]
-        matching = GradientMatching(repeated, labels=known, weighting=self.weighting, box=self.box)
-        start = torch.stack(
-            [
-                torch.randn(matching.dimension, generator=generator, dtype=torch.float64)
-                for generator in generators
-                for _ in range(self.restarts)
-            ]
-        )
+        prior = partial(_weighted_box, self.box) if self.box else None
+        matching = GradientMatching(repeated, labels=known, weighting=self.weighting, prior=prior)
+        start = matching.starts([g for g in generators for _ in range(self.restarts)])
         stopping = Stopping(evaluations=self.evaluations, value=1e-12)
         minima = minimize(
             matching, start, stopping=stopping, history=self.history, on_evaluation=on_evaluation
@@ -102,6 +100,10 @@ class DLG(Attack):
                 )
             )
         return results
+
+
+def _weighted_box(weight: float, images: Tensor) -> Tensor:
+    return weight * outside_box(images)
 
 
 def _groups(total: int, size: int) -> Sequence[range]:

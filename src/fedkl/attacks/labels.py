@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedkl.attacks.base import Observation
 from fedkl.errors import AttackError
 from fedkl.types import Labels
+
+_PROBES = 64
 
 
 def infer_label(observation: Observation) -> Labels:
@@ -28,8 +33,7 @@ def infer_label(observation: Observation) -> Labels:
     """
     if observation.batch_size != 1:
         raise AttackError(f"Label inference works for one image, got a batch of {observation.batch_size}.")
-    heads = [name for name, m in observation.model.named_modules() if isinstance(m, nn.Linear)]
-    weight, bias = (f"{heads[-1]}.{part}" if heads else "" for part in ("weight", "bias"))
+    weight, bias = _head(observation)
     if bias in observation.gradient:
         evidence = observation.gradient[bias]
     elif weight in observation.gradient:
@@ -37,3 +41,63 @@ def infer_label(observation: Observation) -> Labels:
     else:
         raise AttackError("Label inference needs the gradient of the last linear layer; it was not observed.")
     return torch.argmin(evidence, dim=0, keepdim=True)
+
+
+def infer_labels(observation: Observation) -> Labels:
+    """The labels of a batch, from how far the classifier's bias gradient is from the mean prediction.
+
+    With cross-entropy that gradient is p̄ − n/B, for the mean prediction p̄ and n images of each class. The
+    server estimates p̄ from random images; the counts B (p̄ − g) are rounded so that they sum up to B. Exact as
+    long as predictions hardly depend on the image, as in an untrained network. One image: `infer_label`.
+
+    Returns:
+        Shape ``(batch,)``, in ascending order: which image has which label is not known, and does not matter.
+
+    Raises:
+        AttackError: The classifier's bias gradient was not observed.
+
+    Source:
+        The count estimate of Wainakh et al. 2022 (LLG) and Geng et al. 2021, with the mean prediction of
+        random inputs in place of their empirical correction.
+    """
+    if observation.batch_size == 1:
+        return infer_label(observation)
+    _, bias = _head(observation)
+    if bias not in observation.gradient:
+        raise AttackError(
+            "Label inference for a batch needs the gradient of the last linear layer's bias; it was not "
+            "observed. Grant the labels, or attack one image."
+        )
+    gradient = observation.gradient[bias] / observation.local.steps
+    expected = observation.batch_size * (_mean_prediction(observation) - gradient)
+    return torch.repeat_interleave(_rounded(expected.clamp_min(0), observation.batch_size))
+
+
+def known_labels(observations: Sequence[Observation]) -> list[Labels]:
+    """The labels that were granted, else those that can be inferred."""
+    return [infer_labels(o) if o.labels is None else o.labels for o in observations]
+
+
+def _head(observation: Observation) -> tuple[str, str]:
+    """Names of the classifier's weight and bias."""
+    heads = [name for name, m in observation.model.named_modules() if isinstance(m, nn.Linear)]
+    weight, bias = (f"{heads[-1]}.{part}" if heads else "" for part in ("weight", "bias"))
+    return weight, bias
+
+
+@torch.no_grad()
+def _mean_prediction(observation: Observation) -> Tensor:
+    model = copy.deepcopy(observation.model).train(observation.train_mode)
+    some = next(model.parameters())
+    images = torch.rand(_PROBES, *observation.image_shape, generator=torch.Generator().manual_seed(0))
+    predictions: Tensor = model(images.to(some)).softmax(1)
+    return predictions.mean(0)
+
+
+def _rounded(expected: Tensor, total: int) -> Tensor:
+    """Whole numbers near `expected` that sum up to `total`: the largest remainders are rounded up."""
+    expected = expected * (total / expected.sum())
+    counts = expected.floor()
+    missing = total - int(counts.sum())
+    counts[(expected - counts).topk(missing).indices] += 1
+    return counts.long()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +15,9 @@ from torch.nn import functional as F
 from fedkl.attacks.base import Observation
 
 Weighting = Literal["none", "sqrt", "full"]
+Distance = Literal["relative", "cosine", "grnn"]
+Prior = Callable[[Tensor], Tensor]
+_Tensors = dict[str, Tensor]
 
 _EXPONENT: dict[Weighting, float] = {"none": 0.0, "sqrt": 0.5, "full": 1.0}
 # Gradients below this fraction of the whole (e.g. of a bias before a norm) are float32 rounding noise.
@@ -22,18 +25,24 @@ _NOISE = 1e-10
 
 
 class GradientMatching:
-    """The squared distance between gradients, for many observations of one architecture at once.
+    """The distance between gradients, for many observations of one kind at once.
 
-    The objective of problem i is Σ_l w_l ‖∂L/∂θ_l(x, y) − g_l‖² / Σ_l w_l ‖g_l‖², in float64. A point is an
-    image batch or, where labels are to be found too, an image batch and label logits.
+    A point is an image batch; where labels are to be found too, then label logits; then the tensors that the
+    observation leaves free (`Observation.free`), each flattened. Problem i depends on row i only.
 
     Args:
         observations: What the server has, one per problem, all of one kind.
         labels: Class indexes per observation; None: every point carries logits, through a softmax.
+        distance: Between the dummy gradient d and the observed g, over their layers l.
+            ``"relative"``: Σ w_l ‖d_l − g_l‖² / Σ w_l ‖g_l‖², 1 for a dummy gradient of zero (DLG).
+            ``"cosine"``: 1 − Σ w_l ⟨d_l, g_l⟩ / √(Σ w_l ‖d_l‖² · Σ w_l ‖g_l‖²) (Inverting Gradients).
+            ``"grnn"``: Δ + √Δ with Δ = Σ ‖d_l − g_l‖², not divided by anything.
         weighting: w_l = ‖g_l‖^(−2·exponent) with exponent 0 (``"none"``, the original), 0.5 (``"sqrt"``) or
             1 (``"full"``). Deep sigmoid networks in PyTorch's default initialization have gradients of such
             different sizes that the early layers, which hold the image, hardly count without it.
-        box: Weight of the mean squared excess of the pixels over [0, 1], the attacker's prior; 0: none.
+        largest: Only this many layers, those with the largest gradients, count; None: all.
+        prior: Added to the distance, a function of the image batch; see priors.py.
+        dtype: Of the computation. L-BFGS needs float64; first-order methods do with float32.
     """
 
     def __init__(
@@ -41,92 +50,188 @@ class GradientMatching:
         observations: Sequence[Observation],
         *,
         labels: Sequence[Tensor] | None,
-        weighting: Weighting,
-        box: float = 0.0,
+        distance: Distance = "relative",
+        weighting: Weighting = "none",
+        largest: int | None = None,
+        prior: Prior | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         first = observations[0]
-        self._box = box
+        self._first = first
+        self._prior = prior
+        self._distance = _DISTANCES[distance]
         self.shape = (first.batch_size, *first.image_shape)
         self.classes = first.classes
-        models = [_differentiable(observation) for observation in observations]
+        self.dtype = dtype
+        models = [_differentiable(observation, dtype) for observation in observations]
         self._model = models[0]
         parameters, buffers = stack_module_state(models)
-        self._parameters = {name: p.detach() for name, p in parameters.items()}
-        self._buffers = dict(buffers)
-        names = sorted(first.gradient)
-        self._observed = {
-            name: torch.stack([o.gradient[name] for o in observations]).double() for name in names
+        generated = set(first.generated)
+        self._known = {name: p.detach() for name, p in parameters.items() if name not in generated}
+        self._known |= {
+            name: _stacked([o.secrets[name] for o in observations], dtype) for name in first.secrets
         }
-        self._weights = _weights(self._observed, _EXPONENT[weighting])
-        self._labels = None if labels is None else torch.stack(list(labels))
+        self._buffers = dict(buffers)
+        self._observed = {
+            name: _stacked([o.gradient[name] for o in observations], dtype) for name in sorted(first.gradient)
+        }
+        self._weights = _weights(self._observed, _EXPONENT[weighting], largest)
+        if distance == "relative":
+            self._weights = _normalized(self._weights, self._observed)
+        self._labels = None if labels is None else torch.stack(list(labels)).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where points must be."""
+        return next(iter(self._observed.values())).device
 
     @property
     def dimension(self) -> int:
         """Length of a point."""
-        return self._pixels + (0 if self._labels is not None else self.shape[0] * self.classes)
+        return sum(self._lengths())
 
-    @property
-    def _pixels(self) -> int:
-        return torch.Size(self.shape).numel()
+    def starts(self, generators: Sequence[torch.Generator]) -> Float[Tensor, "problems d"]:
+        """Random points, one per generator: N(0, 1) images and logits, the server's guess for the rest."""
+        pixels, logits, *_ = self._lengths()
+        noise = [torch.randn(pixels + logits, generator=g, dtype=self.dtype) for g in generators]
+        guesses = [self._known[name].flatten(1) for name in self._first.free]
+        return torch.cat([torch.stack(noise).to(self.device), *guesses], 1)
 
     def images(self, points: Float[Tensor, "problems d"]) -> Float[Tensor, "problems b c h w"]:
         """The image part of points."""
-        return points[:, : self._pixels].reshape(-1, *self.shape)
+        return points[:, : self._lengths()[0]].reshape(-1, *self.shape)
 
     def logits(self, points: Float[Tensor, "problems d"]) -> Float[Tensor, "problems b k"]:
         """The label part of points."""
-        return points[:, self._pixels :].reshape(-1, self.shape[0], self.classes)
+        pixels, logits, *_ = self._lengths()
+        return points[:, pixels : pixels + logits].reshape(-1, self.shape[0], self.classes)
 
     def __call__(self, points: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Values and gradients at points, for the problems of these indexes; a problem may come twice."""
-        select = {name: p[index] for name, p in self._parameters.items()}
-        buffers = {name: b[index] for name, b in self._buffers.items()}
-        observed = {name: g[index] for name, g in self._observed.items()}
-        weights = {name: w[index] for name, w in self._weights.items()}
-        targets = self._targets(points, index)
-        gradients, values = vmap(grad_and_value(self._distance))(
-            points, select, buffers, observed, weights, targets
+        known, buffers, observed, weights = (
+            {name: tensor[index] for name, tensor in tensors.items()}
+            for tensors in (self._known, self._buffers, self._observed, self._weights)
+        )
+        # Where the point's own logits serve, a placeholder.
+        targets = points.new_zeros(len(points)) if self._labels is None else self._labels[index]
+        gradients, values = vmap(grad_and_value(self._value))(
+            points, known, buffers, observed, weights, targets
         )
         return values.detach(), gradients.detach()
 
-    def _targets(self, points: Tensor, index: Tensor) -> Tensor:
-        """Labels as indexes; a placeholder where the point's own logits serve."""
-        return points.new_zeros(len(points)) if self._labels is None else self._labels[index]
+    def _lengths(self) -> tuple[int, ...]:
+        """Numbers in a point: pixels, logits, and each free tensor."""
+        logits = 0 if self._labels is not None else self.shape[0] * self.classes
+        free = [self._known[name][0].numel() for name in self._first.free]
+        return torch.Size(self.shape).numel(), logits, *free
 
-    def _distance(
+    def _value(
         self,
         point: Tensor,
-        parameters: dict[str, Tensor],
-        buffers: dict[str, Tensor],
-        observed: dict[str, Tensor],
-        weights: dict[str, Tensor],
+        known: _Tensors,
+        buffers: _Tensors,
+        observed: _Tensors,
+        weights: _Tensors,
         target: Tensor,
     ) -> Tensor:
-        images = point[: self._pixels].reshape(self.shape)
+        pixels, logits, *free = torch.split(point, list(self._lengths()))
+        images = pixels.reshape(self.shape)
         if self._labels is None:
-            target = point[self._pixels :].reshape(self.shape[0], self.classes).softmax(1)
+            target = logits.reshape(self.shape[0], self.classes).softmax(1)
+        tensors = known | {
+            name: part.reshape(known[name].shape) for name, part in zip(self._first.free, free, strict=True)
+        }
+        dummy = self._update(images, target, tensors, buffers)
+        if self._first.transform is not None:
+            dummy = dict(self._first.transform(dummy))
+        value = self._distance(dummy, observed, weights)
+        return value if self._prior is None else value + self._prior(images)
 
-        def loss(public: dict[str, Tensor]) -> Tensor:
-            state = {**parameters, **public, **buffers}
-            return F.cross_entropy(functional_call(self._model, state, (images,)), target)
+    def _update(self, images: Tensor, target: Tensor, tensors: _Tensors, buffers: _Tensors) -> _Tensors:
+        """What a client with these images sends: the sum of its steps' gradients, of what is observed."""
+        local, names = self._first.local, sorted(self._first.gradient)
+        if local.steps == 1:
+            part = {name: tensors[name] for name in names}
+            return self._gradient(part, images, target, tensors, buffers)
+        trained = {name: tensors[name] for name in self._first.trained}
+        total = {name: torch.zeros_like(tensors[name]) for name in names}
+        for step in range(local.steps):
+            batch = local.batch(step, len(images))
+            gradient = self._gradient(trained, images[batch], target[batch], tensors, buffers)
+            total = {name: total[name] + gradient[name] for name in names}
+            trained = {name: tensor - local.lr * gradient[name] for name, tensor in trained.items()}
+        return total
 
-        dummy = grad(loss)({name: parameters[name] for name in observed})
-        terms = [weights[name] * (dummy[name] - observed[name]).square().sum() for name in observed]
-        outside = F.relu(-images) + F.relu(images - 1)
-        return torch.stack(terms).sum() + self._box * outside.square().mean()
+    def _gradient(
+        self, of: _Tensors, images: Tensor, target: Tensor, tensors: _Tensors, buffers: _Tensors
+    ) -> _Tensors:
+        def loss(part: _Tensors) -> Tensor:
+            state = tensors | part
+            generated = self._first.generate(state) if self._first.generate is not None else {}
+            own = {name: tensor for name, tensor in state.items() if name not in self._first.secrets}
+            return F.cross_entropy(
+                functional_call(self._model, {**own, **generated, **buffers}, (images,)), target
+            )
+
+        gradient: _Tensors = grad(loss)(of)
+        return gradient
 
 
-def _weights(observed: dict[str, Tensor], exponent: float) -> dict[str, Tensor]:
-    sizes = {name: g.flatten(1).square().sum(1) for name, g in observed.items()}
-    total = torch.stack(list(sizes.values())).sum(0)
-    raw = {name: torch.maximum(size, _NOISE * total) ** -exponent for name, size in sizes.items()}
-    norm = torch.stack([raw[name] * sizes[name] for name in sizes]).sum(0)
-    return {name: weight / norm for name, weight in raw.items()}
+def _relative(dummy: _Tensors, observed: _Tensors, weights: _Tensors) -> Tensor:
+    terms = [weights[name] * (dummy[name] - observed[name]).square().sum() for name in observed]
+    return torch.stack(terms).sum()  # the weights are divided already
 
 
-def _differentiable(observation: Observation) -> nn.Module:
-    """A float64 copy in the client's mode; train-mode norms lose their statistics: vmap cannot write them."""
-    model = copy.deepcopy(observation.model).double().train(observation.train_mode)
+def _cosine(dummy: _Tensors, observed: _Tensors, weights: _Tensors) -> Tensor:
+    """1 − cos as ½‖d/‖d‖ − g/‖g‖‖², which near 0 does not lose its digits to a difference from 1."""
+
+    def size(tensors: _Tensors) -> Tensor:
+        return torch.stack([weights[name] * tensors[name].square().sum() for name in observed]).sum().sqrt()
+
+    d, g = size(dummy), size(observed)
+    terms = [weights[name] * (dummy[name] / d - observed[name] / g).square().sum() for name in observed]
+    return torch.stack(terms).sum() / 2
+
+
+def _grnn(dummy: _Tensors, observed: _Tensors, weights: _Tensors) -> Tensor:
+    terms = [weights[name] * (dummy[name] - observed[name]).square().sum() for name in observed]
+    squared = torch.stack(terms).sum()
+    # The derivative of a root is infinite at zero: where the gradient fits exactly, there is nothing to gain.
+    return squared + (squared + torch.finfo(squared.dtype).tiny).sqrt()
+
+
+_DISTANCES: dict[Distance, Callable[[_Tensors, _Tensors, _Tensors], Tensor]] = {
+    "relative": _relative,
+    "cosine": _cosine,
+    "grnn": _grnn,
+}
+
+
+def _stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.stack([tensor.detach().to(dtype) for tensor in tensors])
+
+
+def _weights(observed: _Tensors, exponent: float, largest: int | None) -> _Tensors:
+    names = list(observed)
+    sizes = torch.stack([observed[name].flatten(1).square().sum(1) for name in names], 1)
+    raw = torch.maximum(sizes, _NOISE * sizes.sum(1, keepdim=True)) ** -exponent
+    if largest is not None and largest < len(names):
+        chosen = sizes.topk(largest, dim=1).indices
+        raw = raw * torch.zeros_like(raw).scatter(1, chosen, 1.0)
+    return {name: raw[:, column] for column, name in enumerate(names)}
+
+
+def _normalized(weights: _Tensors, observed: _Tensors) -> _Tensors:
+    """Weights with which the observed gradient has size 1."""
+    size = torch.stack([weights[name] * observed[name].flatten(1).square().sum(1) for name in observed]).sum(
+        0
+    )
+    return {name: weight / size for name, weight in weights.items()}
+
+
+def _differentiable(observation: Observation, dtype: torch.dtype) -> nn.Module:
+    """A copy in the client's mode; train-mode norms lose their statistics: vmap cannot write them."""
+    model = copy.deepcopy(observation.model).to(dtype).train(observation.train_mode)
     for module in model.modules():
         if observation.train_mode and isinstance(module, nn.modules.batchnorm._NormBase):
             module.track_running_stats = False

@@ -3,11 +3,20 @@
 A new defense is a new file with a frozen dataclass, added to the union `AnyDefense`.
 """
 
-from fedkl.defenses.base import Defense, Granted
+from fedkl.defenses.base import Defense, Granted, ServerView
 from fedkl.defenses.keylock import KeyLock
 from fedkl.defenses.none import NoDefense
 from fedkl.defenses.norms import PrivateNorm, PublicNorm
 
 AnyDefense = NoDefense | KeyLock | PublicNorm | PrivateNorm
 
-__all__ = ["AnyDefense", "Defense", "Granted", "KeyLock", "NoDefense", "PrivateNorm", "PublicNorm"]
+__all__ = [
+    "AnyDefense",
+    "Defense",
+    "Granted",
+    "KeyLock",
+    "NoDefense",
+    "PrivateNorm",
+    "PublicNorm",
+    "ServerView",
+]

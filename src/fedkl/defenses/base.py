@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedkl.keys import Key
-from fedkl.locking import Lock, Split
+from fedkl.locking import Generation, Lock, Split
 from fedkl.update import PublicUpdate
 
 
@@ -31,6 +31,23 @@ class Granted(Protocol):
         """The values of γ and β, and the norm statistics."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ServerView:
+    """What the server can build: the public tensors, what it was granted, and its own guess of the rest.
+
+    Attributes:
+        model: The plain model, γ and β as ordinary parameters.
+        private: Names of its parameters that the client does not send.
+        secrets: What generates those of a key-lock: a key and lock layers, by name.
+        generate: Maps `secrets` to parameters of `model`; None where nothing is generated.
+    """
+
+    model: nn.Module = field(repr=False)
+    private: tuple[str, ...] = ()
+    secrets: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    generate: Generation | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Defense:
     """Base of all defenses: an undefended client."""
@@ -48,8 +65,8 @@ class Defense:
         """What the client does to an update before it is sent."""
         return update
 
-    def server_view(self, victim: Split, model: nn.Module, *, granted: Granted) -> nn.Module:
-        """The plain model that the server can build, with one fill-in for what it was not granted.
+    def server_view(self, victim: Split, model: nn.Module, *, granted: Granted) -> ServerView:
+        """What the server can build, with one fill-in for what it was not granted.
 
         The server knows the architecture and the defense: it prepares the model as a client would, with
         secrets of its own, and puts in the public tensors and whatever it was granted.
@@ -60,7 +77,7 @@ class Defense:
             granted: The secrets that the server knows.
         """
         if granted.affine:
-            return plain_copy(victim)
+            return ServerView(model=plain_copy(victim))
         own_key = victim.key if isinstance(victim, Lock) and granted.key else None
         view = self.prepare(model, key=own_key)
         view.load_public_state(victim.public_state())
@@ -69,7 +86,15 @@ class Defense:
             with torch.no_grad():
                 for name, parameter in view.private_parameters().items():
                     parameter.copy_(secrets[name])
-        return plain_copy(view)
+        if not isinstance(view, Lock):
+            return ServerView(model=plain_copy(view), private=tuple(view.private_parameters()))
+        generate = view.generation()
+        return ServerView(
+            model=plain_copy(view),
+            private=tuple(link.tensor for link in generate.links),
+            secrets=view.secrets(),
+            generate=generate,
+        )
 
 
 def plain_copy(split: Split) -> nn.Module:

@@ -7,9 +7,11 @@
 * functional.py: modules that call a norm as a function, which no lock can reach
 * withholding.py: how modules keep private tensors out of states and pickles
 * split.py: which tensors are private, which are public, and how states of either side move
+* generation.py: how secrets become γ and β, without the model
 * keylock.py: `lock`, `lock_` and the `Lock` they return
 """
 
+from fedkl.locking.generation import KEY, Generation
 from fedkl.locking.keylock import Lock, load_lock, lock, lock_
 from fedkl.locking.layers import Activation, Initialization
 from fedkl.locking.norms import register_norm
@@ -18,7 +20,9 @@ from fedkl.locking.targets import Layers
 from fedkl.locking.withholding import withhold, withhold_statistics
 
 __all__ = [
+    "KEY",
     "Activation",
+    "Generation",
     "Initialization",
     "Layers",
     "Lock",

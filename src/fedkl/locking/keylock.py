@@ -16,6 +16,7 @@ from fedkl import lockfile
 from fedkl.errors import KeyFileError, LockError, UpdateError
 from fedkl.keys import Key
 from fedkl.locking import surgery, targets
+from fedkl.locking.generation import Generation, generation_of, secrets_of
 from fedkl.locking.layers import Activation, Initialization
 from fedkl.locking.split import Split
 from fedkl.locking.targets import ExampleInputs, Layers
@@ -98,6 +99,14 @@ class Lock(Split):
         surgery.unlock(plain)
         release(plain)
         return plain
+
+    def generation(self) -> Generation:
+        """How `secrets` become γ and β, without the model. Holds no secret."""
+        return generation_of(self._model)
+
+    def secrets(self) -> dict[str, Tensor]:
+        """Copies of the key and the lock layers by name: what `generation` takes. Never to be sent."""
+        return secrets_of(self._key.reveal(), self.private_parameters())
 
     def save(self, path: str | Path, *, passphrase: str | None) -> None:
         """Writes key and private state to one file, mode 0600, atomically.

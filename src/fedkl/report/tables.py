@@ -8,7 +8,7 @@ from typing import Any
 from fedkl.attacks import IDLG
 from fedkl.data import IID
 from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PublicNorm
-from fedkl.experiments import SUCCESS_DB, chosen_arms
+from fedkl.experiments import SSIM_SUCCESS, SUCCESS_DB, chosen_arms
 from fedkl.report import verdict, wording
 from fedkl.report.collect import AttackRun, TrainRun
 from fedkl.report.page import Table
@@ -215,6 +215,7 @@ def attack_table(run: AttackRun, *, titled: bool) -> Table:
             "SSIM, median",
             "PSNR in dB after the best affine fit, median (diagnostic: uses the truth)",
             f"Recovered, ≥ {SUCCESS_DB:.0f} dB [95 %]",
+            f"Attack success rate, SSIM ≥ {SSIM_SUCCESS} [95 %]",
             "Identified [95 %]",
             "Candidates",
             "Label found",
@@ -223,7 +224,7 @@ def attack_table(run: AttackRun, *, titled: bool) -> Table:
             "Verdict",
         ],
         rows=[_attack_row(arm, run, j) for arm, j in zip(run.arms.values(), judgments, strict=True)],
-        narrow=(0, 5, 9, 10),
+        narrow=(0, 5, 9, 11),
         turned=True,
         notes=_attack_notes(size),
     )
@@ -259,6 +260,7 @@ def _attack_row(arm: dict[str, Any], run: AttackRun, judgment: verdict.Judgment)
         wording.number(figures["ssim"]["median"], digits=2),
         wording.number(figures["psnr_affine"]["median"]),
         wording.count_interval(arm["success"]),
+        _similar(arm),
         wording.count_interval(arm["identified"]),
         str(arm["candidates"]),
         "given" if given else wording.count(arm["label_correct"]),
@@ -266,6 +268,12 @@ def _attack_row(arm: dict[str, Any], run: AttackRun, judgment: verdict.Judgment)
         wording.small(arm["loss"]["median"]),
         judgment.text,
     ]
+
+
+def _similar(arm: dict[str, Any]) -> str:
+    """Summaries of older runs have no rate of similar images."""
+    rate = arm.get("ssim_success")
+    return wording.NONE if rate is None else wording.count_interval(rate)
 
 
 def _knows(arm: dict[str, Any], run: AttackRun) -> str:

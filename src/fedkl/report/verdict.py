@@ -170,10 +170,20 @@ def _arm_finding(run: AttackRun, arm: dict[str, Any], collected: Collected) -> F
     return Finding(question, measured, *judge(arm, run))
 
 
+_ATTACKS = {
+    "dlg": "DLG",
+    "idlg": "iDLG",
+    "ig": "Inverting Gradients",
+    "grnn": "GRNN",
+    "ggl": "GGL",
+    "closed-form": "the closed form",
+}
+
+
 def attack_name(run: AttackRun) -> str:
     """The attack's name as in the literature."""
     name = str(run.summary["attack"])
-    return {"dlg": "DLG", "idlg": "iDLG"}.get(name, name)
+    return _ATTACKS.get(name, name)
 
 
 def _decibels(arm: dict[str, Any]) -> str:

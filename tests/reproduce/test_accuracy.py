@@ -63,7 +63,7 @@ def tiny(monkeypatch):
     )
     monkeypatch.setattr(experiments, "server_fill_ins", lambda **_: [])
     monkeypatch.setattr(data, "load", lambda *_, **__: few)
-    monkeypatch.setattr(reproduce, "table1_rows", lambda: {TINY.name: TINY})
+    monkeypatch.setattr(reproduce.accuracy, "table1_rows", lambda: {TINY.name: TINY})
     return Table1(rows=(TINY.name,), arms=ARMS, seeds=2, rounds=1)
 
 

@@ -1,33 +1,30 @@
-"""`fedkl reproduce`: a table of the paper, cell by cell, beside the print."""
+"""Table 1: test accuracy with and without the lock, cell by cell, beside the print."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from fedkl import config as configs
 from fedkl import experiments
 from fedkl.config import PUBLISHED_LOCK, DataConfig, ModelConfig, TrainConfig
 from fedkl.data import IID, AnyPartition
 from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError
 from fedkl.federated import Execution, FederatedTraining, LocalTraining
-from fedkl.files import write_atomically
+from fedkl.reproduce.cells import (
+    Budget,
+    OpenProgress,
+    check_names,
+    holds_other,
+    published,
+    refuse_others,
+    write_table,
+)
 from fedkl.runs import RunDirectory
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-Budget = Literal["quick", "paper"]
 Pairs = Literal["matched", "published"]
 
 ARMS: dict[str, tuple[AnyDefense, bool]] = {
@@ -125,15 +122,8 @@ class Table1:
     data_root: str | None = None
 
     def __post_init__(self) -> None:
-        known = {"rows": tuple(table1_rows()), "arms": tuple(ARMS)}
-        for name, names in known.items():
-            given = getattr(self, name)
-            unknown = [repr(one) for one in given if one not in names]
-            if unknown or not given:
-                raise ConfigError(
-                    f"reproduce table1, {name}: got {', '.join(unknown) or 'none'}. Choose from "
-                    f"{', '.join(names)}."
-                )
+        check_names(self.rows, table1_rows(), place="table1, rows")
+        check_names(self.arms, ARMS, place="table1, arms")
         counts = {"seeds": self.seeds, "rounds": self.rounds, "clients": self.clients}
         wrong = [f"{name}={value}" for name, value in counts.items() if value is not None and value < 1]
         if wrong:
@@ -194,13 +184,10 @@ class Table1:
 
 def table1_rows() -> dict[str, Row]:
     """The rows of Table 1 by name."""
-    text = (files("fedkl.paper") / "table1.toml").read_text(encoding="utf-8")
-    return {name: Row(name=name, **fields) for name, fields in tomllib.loads(text)["rows"].items()}
+    return {name: Row(name=name, **fields) for name, fields in published("table1").items()}
 
 
-def table1(
-    table: Table1, *, out: Path, progress: Callable[[str], AbstractContextManager[experiments.Progress]]
-) -> list[dict[str, Any]]:
+def table1(table: Table1, *, out: Path, progress: OpenProgress) -> list[dict[str, Any]]:
     """Runs the cells that are not there yet, each in a run directory of its own, and sums them up.
 
     Args:
@@ -216,18 +203,12 @@ def table1(
     """
     records: list[dict[str, Any]] = []
     cells = list(table.cells())
-    others = [cell for cell in cells if _is_other(cell, out)]
-    if others:
-        raise ConfigError(
-            f"{out / others[0].place}: holds a run with other settings than the table's. Choose another "
-            "--out, or remove the folder."
-        )
+    refuse_others({out / cell.place: cell.experiment for cell in cells})
     for cell in cells:
         with progress(str(cell.place)) as step:
             experiments.run(cell.experiment, out=out / cell.place, progress=step)
         records = summarized(table, out=out)
-        write_atomically(out / "table.json", (json.dumps(records, indent=2) + "\n").encode())
-        write_atomically(out / "table.md", markdown(records).encode())
+        write_table(out, records, markdown(records))
     return records
 
 
@@ -236,15 +217,9 @@ def summarized(table: Table1, *, out: Path) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], list[tuple[Cell, dict[str, Any]]]] = {}
     for cell in table.cells():
         summary = RunDirectory(out / cell.place).summary
-        if summary is not None and not _is_other(cell, out):
+        if summary is not None and not holds_other(out / cell.place, cell.experiment):
             found.setdefault((cell.row.name, cell.arm), []).append((cell, summary))
     return [_record(table, cells) for cells in found.values()]
-
-
-def _is_other(cell: Cell, out: Path) -> bool:
-    """Whether the cell's folder holds a run with other settings."""
-    path = out / cell.place / "config.toml"
-    return path.is_file() and path.read_text(encoding="utf-8") != configs.dump(cell.experiment)
 
 
 def _record(table: Table1, cells: Sequence[tuple[Cell, Mapping[str, Any]]]) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""`fedkl reproduce`: the paper's tables, cell by cell, beside the print.
+
+accuracy.py  Table 1
+leakage.py   Tables 4, 5 and 6 and the threat grid: which rows, run how
+records.py   their figures beside the paper's
+gallery.py   their pictures
+cells.py     what the tables share
+"""
+
+from fedkl.reproduce.accuracy import (
+    ARMS,
+    Cell,
+    Pairs,
+    Row,
+    Table1,
+    markdown,
+    summarized,
+    table1,
+    table1_rows,
+)
+from fedkl.reproduce.cells import Budget
+from fedkl.reproduce.gallery import gallery
+from fedkl.reproduce.leakage import (
+    DEFAULT_ARMS,
+    LeakageRow,
+    LeakageTable,
+    all_arms,
+    leakage,
+    leakage_rows,
+    rows_of,
+)
+
+__all__ = [
+    "ARMS",
+    "DEFAULT_ARMS",
+    "Budget",
+    "Cell",
+    "LeakageRow",
+    "LeakageTable",
+    "Pairs",
+    "Row",
+    "Table1",
+    "all_arms",
+    "gallery",
+    "leakage",
+    "leakage_rows",
+    "markdown",
+    "rows_of",
+    "summarized",
+    "table1",
+    "table1_rows",
+]
