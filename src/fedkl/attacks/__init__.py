@@ -12,8 +12,10 @@ with a frozen dataclass, added to the union `AnyAttack`.
     generators.py  the generators that GGL searches; their weights: weights/
     descent.py     what the first-order attacks share
     dlg.py idlg.py … one attack a file, named after its paper
+    adaptive/      attackers who know how the defense works
 """
 
+from fedkl.attacks.adaptive import ClosedForm
 from fedkl.attacks.base import Attack, Knowledge, LocalSteps, Observation, Reconstruction
 from fedkl.attacks.dlg import DLG
 from fedkl.attacks.ggl import GGL
@@ -22,7 +24,7 @@ from fedkl.attacks.idlg import IDLG
 from fedkl.attacks.inverting import InvertingGradients
 from fedkl.attacks.labels import infer_label, infer_labels, known_labels
 
-AnyAttack = DLG | IDLG | GGL | InvertingGradients | GRNN
+AnyAttack = DLG | IDLG | GGL | InvertingGradients | GRNN | ClosedForm
 
 __all__ = [
     "DLG",
@@ -31,6 +33,7 @@ __all__ = [
     "IDLG",
     "AnyAttack",
     "Attack",
+    "ClosedForm",
     "InvertingGradients",
     "Knowledge",
     "LocalSteps",

@@ -1,0 +1,16 @@
+"""Attackers who know how the defense works.
+
+closed_form.py  γ, β and the image by linear algebra, layer by layer
+descent.py      the way down: head, blocks, image
+norms.py        γ and β as moments; what a norm hides and what it does not
+layers.py       a convolution's input by least squares
+chain.py        reads a network as a chain of layers, norms and activations
+activations.py  those that can be inverted
+prior.py        smoothness
+rank.py         equations against unknowns, beforehand
+"""
+
+from fedkl.attacks.adaptive.closed_form import ClosedForm, ClosedFormReconstruction, PassedLayer
+from fedkl.attacks.adaptive.rank import Passage, passable_layers
+
+__all__ = ["ClosedForm", "ClosedFormReconstruction", "Passage", "PassedLayer", "passable_layers"]

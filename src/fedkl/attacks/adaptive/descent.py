@@ -1,0 +1,298 @@
+"""From the head of a chain down to the image, block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedkl.attacks.adaptive import prior
+from fedkl.attacks.adaptive.chain import Block, Chain
+from fedkl.attacks.adaptive.layers import FLOAT32, ConvolutionSystem, Evidence, Solution
+from fedkl.attacks.adaptive.norms import Standardized, standardized
+from fedkl.attacks.adaptive.search import minimum
+
+_FLAT = 1e6
+_PASSES = 4  # over a norm with saturated positions
+_HOPELESS = 1e30
+_MISFIT = 4.0  # from here on the variances are corrected
+_RANGE = (-2.0, 9.0)
+_POINTS = 16
+_NEARBY = (0.1, 0.01)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class State:
+    """What is known at a block's output, of one image.
+
+    Attributes:
+        h: The values, flattened.
+        variance: Of their error.
+        delta: ∂L/∂h.
+    """
+
+    h: Float[Tensor, " values"]
+    variance: Float[Tensor, " values"]
+    delta: Float[Tensor, " values"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Passed:
+    """What passing one block gave.
+
+    Attributes:
+        block: The block.
+        input: Its input, flattened.
+        misfit: Of the forward and backward equations; see `Solution`.
+        norm: What was found about its norm, if it has one.
+        below: The state at the output of the block below.
+        factor: What the solution was multiplied with.
+    """
+
+    block: Block
+    input: Tensor
+    misfit: tuple[float, float]
+    norm: Standardized | None
+    below: State
+    factor: float = 1.0
+
+
+class _Unscaled(NamedTuple):
+    """What is found behind a norm, but for one factor: `variance` is that of the solution's input."""
+
+    solution: Solution
+    known: Standardized | None
+    variance: Tensor
+
+
+class Descent:
+    """Goes down a chain.
+
+    Args:
+        chain: The network.
+        gradient: The observed gradient by parameter name.
+        smoothness: 1 / variance of the difference between neighboring pixels, where the unit is a typical
+            deviation of the first layer's output.
+        chroma: How much less colors differ between neighbors than brightness, as a factor of that.
+    """
+
+    def __init__(
+        self, chain: Chain, gradient: Mapping[str, Tensor], *, smoothness: float, chroma: float
+    ) -> None:
+        self.chain = chain
+        self._gradient = {name: g.detach().double().cpu() for name, g in gradient.items()}
+        self._systems: dict[str, ConvolutionSystem] = {}
+        self._priors: dict[str, Tensor] = {}
+        self._sigma: dict[int, Tensor] = {}
+        self._smoothness, self._chroma = smoothness, chroma
+
+    def head(self) -> State:
+        """The head's input h, from ∂L/∂b = p − y and ∂L/∂W = (p − y) hᵀ, by least squares over the rows."""
+        layer = self.chain.blocks[-1].layer
+        slope = self._gradient[f"{layer.name}.bias"]
+        h = self._gradient[f"{layer.name}.weight"].T @ slope / slope.square().sum()
+        return State(h=h, variance=(FLOAT32 * h).square(), delta=layer.weight.T @ slope)
+
+    def run(self) -> list[Passed]:
+        """Passes all blocks below the head, from above."""
+        state, passed = self.head(), []
+        for place in reversed(range(len(self.chain.blocks) - 1)):
+            passed.append(self._pass(place, state))
+            state = passed[-1].below
+        return passed
+
+    def _pass(self, place: int, state: State) -> Passed:
+        block = self.chain.blocks[place]
+        if not block.layer.is_convolution:
+            return self._pass_linear(block, state)
+        if block.norm is not None and place > 0:
+            return self._searched(place, state)
+        unit = self._pixel_unit if block.norm is not None else _one
+        solution, known = self._solve(place, state, unit)
+        variance = solution.variance() if place > 0 else torch.zeros_like(solution.input)
+        return self._passed(place, solution, known, factor=unit(solution), variance=variance)
+
+    def _pass_linear(self, block: Block, state: State) -> Passed:
+        """The input of a linear layer from ∂L/∂W = δ hᵀ."""
+        delta = state.delta * block.activation.undo(state.h)[1]
+        gradient = self._gradient[f"{block.layer.name}.weight"]
+        h = gradient.T @ delta / delta.square().sum().clamp_min(1e-300)
+        below = State(h=h, variance=(FLOAT32 * h).square(), delta=block.layer.weight.T @ delta)
+        return Passed(block=block, input=h, misfit=(0.0, 0.0), norm=None, below=below)
+
+    def _searched(self, place: int, state: State) -> Passed:
+        """Passes a norm above another block: the lost factor is the one that the block below fits best.
+
+        The factor is sought as the largest |h| that it gives: in logits up to the activation's bound, in
+        octaves where it has none. ε makes the solution depend a little on the factor: solve again, and seek
+        again nearby.
+        """
+        unscaled = self._unscaled(place, state)
+        found = minimum(partial(self._misfit_at, place, unscaled), *_RANGE, points=_POINTS)
+        for nearby in _NEARBY:
+            sigma = unscaled.solution.sigma * self._factor(place, unscaled, found)
+            unscaled = self._unscaled(place, state, sigma=sigma, variance=unscaled.variance)
+            misfit = partial(self._misfit_at, place, unscaled)
+            found = minimum(misfit, found - nearby, found + nearby)
+        return self._scaled(place, unscaled, found)
+
+    def _unscaled(
+        self, place: int, state: State, *, sigma: Tensor | None = None, variance: Tensor | None = None
+    ) -> _Unscaled:
+        """Solves a block behind a norm; the variance is worked out unless it is given."""
+        solution, known = self._solve(place, state, _boundless, passes=1, sigma=sigma)
+        return _Unscaled(solution, known, solution.variance() if variance is None else variance)
+
+    def _factor(self, place: int, unscaled: _Unscaled, position: float) -> float:
+        bound = self.chain.blocks[place - 1].activation.high
+        largest = bound / (1 + math.exp(-position)) if math.isfinite(bound) else 2.0**position
+        return largest / float(unscaled.solution.input.abs().max())
+
+    def _scaled(self, place: int, unscaled: _Unscaled, position: float) -> Passed:
+        factor = self._factor(place, unscaled, position)
+        return self._passed(
+            place, unscaled.solution, unscaled.known, factor=factor, variance=unscaled.variance
+        )
+
+    def _misfit_at(self, place: int, unscaled: _Unscaled, position: float) -> float:
+        return self._misfit(place - 1, self._scaled(place, unscaled, position).below)
+
+    def _misfit(self, place: int, state: State) -> float:
+        """How badly a block fits a state at its output. Its σ of the last time serves for ε."""
+        unit = self._pixel_unit if place == 0 else _boundless
+        sigma = self._sigma.get(place)
+        try:
+            solution, known = self._solve(place, state, unit, passes=1, sigma=sigma, corrected=False)
+        except ArithmeticError:
+            return _HOPELESS
+        if known is not None:
+            self._sigma[place] = solution.sigma * unit(solution)
+        return sum(solution.misfit)
+
+    def _solve(
+        self,
+        place: int,
+        state: State,
+        unit: Callable[[Solution], float],
+        *,
+        passes: int = _PASSES,
+        sigma: Tensor | None = None,
+        corrected: bool = True,
+    ) -> tuple[Solution, Standardized | None]:
+        """A block's input and, behind a norm, its γ and β; `unit` gives the factor that the norm lost."""
+        block, system = self.chain.blocks[place], self._system(place)
+        z, slope = block.activation.undo(state.h)
+        variance = state.variance / slope.square() + (FLOAT32 * z).square()
+        values = [each.view(system.outputs, -1) for each in (z, variance, state.delta * slope)]
+        gradient = self._gradient[f"{block.layer.name}.weight"].flatten(2)
+        if block.norm is None:
+            plain = _evidence(*values, layer_bias=block.layer.bias, gradient=gradient)
+            solution = system.solve(plain, prior=self._prior(place), mean=0.5)
+            if corrected and max(solution.misfit) > _MISFIT:
+                solution = system.solve(plain.inflated(solution.misfit), prior=self._prior(place), mean=0.5)
+            return solution, None
+        known = standardized(*values, gradient=gradient)
+        if sigma is not None:
+            known = known.of_size(sigma, eps=block.norm.eps)
+        solution = system.solve(known.evidence(gradient), prior=self._prior(place))
+        for _ in range(passes - 1):
+            spread = solution.sigma * unit(solution)
+            refined = known.refined(system.apply(solution.input), spread, eps=block.norm.eps)
+            if not refined.differs(known):
+                break
+            known = refined
+            solution = system.solve(known.evidence(gradient), prior=self._prior(place))
+        if corrected and max(solution.misfit) > _MISFIT:
+            evidence = known.evidence(gradient).inflated(solution.misfit)
+            solution = system.solve(evidence, prior=self._prior(place))
+        return solution, known
+
+    def _passed(
+        self,
+        place: int,
+        solution: Solution,
+        known: Standardized | None,
+        *,
+        factor: float,
+        variance: Tensor,
+    ) -> Passed:
+        """The state below, with the solution and σ multiplied by the factor."""
+        sigma = (solution.sigma * factor).unsqueeze(1)
+        delta = solution.delta / torch.where(sigma == 0, 1.0, sigma)
+        below = State(
+            h=(solution.input * factor).flatten(),
+            variance=(variance * factor**2).flatten(),
+            delta=self._system(place).transpose(delta).flatten(),
+        )
+        return Passed(
+            block=self.chain.blocks[place],
+            input=below.h,
+            misfit=solution.misfit,
+            norm=known,
+            below=below,
+            factor=factor,
+        )
+
+    def _pixel_unit(self, solution: Solution) -> float:
+        """The factor by which the image fills [0, 1]; the scale of a norm's input is not otherwise known."""
+        pixels = self._to_pixels(solution.input)
+        low, high = torch.quantile(pixels.flatten(), torch.tensor([0.005, 0.995]).double()).tolist()
+        return 1 / max(float(high - low), 1e-12)
+
+    def _to_pixels(self, values: Tensor) -> Tensor:
+        shape = self.chain.blocks[0].input_shape
+        return values.view(shape) / self.chain.scale
+
+    def image(self, last: Passed) -> Tensor:
+        """Pixels from the lowest block's input."""
+        return (last.input.view(self.chain.blocks[0].input_shape) - self.chain.shift) / self.chain.scale
+
+    def _system(self, place: int) -> ConvolutionSystem:
+        block = self.chain.blocks[place]
+        if block.layer.name not in self._systems:
+            self._systems[block.layer.name] = ConvolutionSystem(block.layer, input_shape=block.input_shape)
+        return self._systems[block.layer.name]
+
+    def _prior(self, place: int) -> Tensor:
+        block = self.chain.blocks[place]
+        if block.layer.name not in self._priors:
+            shape = block.input_shape
+            made = prior.smooth(
+                shape,
+                precision=self._smoothness if place == 0 else 1.0,
+                chroma=self._chroma if place == 0 else 0.0,
+            )
+            if place > 0 and self.chain.blocks[place - 1].norm is not None:
+                rows = self._gradient[f"{self.chain.blocks[place - 1].layer.name}.weight"].flatten(1)
+                made += prior.constant(~rows.any(1), shape[1] * shape[2], precision=_FLAT)
+            self._priors[block.layer.name] = made
+        return self._priors[block.layer.name]
+
+
+def _evidence(
+    z: Tensor, variance: Tensor, delta: Tensor, *, layer_bias: Tensor, gradient: Tensor
+) -> Evidence:
+    """Of a convolution without a norm."""
+    return Evidence(
+        output=z - layer_bias.unsqueeze(1),
+        variance=variance,
+        delta=delta,
+        gradient=gradient,
+        gradient_variance=(FLOAT32**2 * gradient.square().mean((1, 2))).clamp_min(1e-300),
+        homogeneous=False,
+    )
+
+
+def _one(solution: Solution) -> float:
+    return 1.0
+
+
+def _boundless(solution: Solution) -> float:
+    """As if ε were 0."""
+    return 1e9

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fedkl import data
+from fedkl.attacks import Knowledge
+from fedkl.auditing import observe, trials_of
+from fedkl.defenses import NoDefense
+
+
+class Small(nn.Sequential):
+    """A sigmoid LeNet for images of 16×16, small enough that every test takes a moment."""
+
+    def __init__(self, *, width=8, act=nn.Sigmoid, between=nn.Identity):
+        super().__init__(
+            nn.Conv2d(3, width, 5, stride=2, padding=2),
+            act(),
+            nn.Conv2d(width, width, 5, stride=2, padding=2),
+            between(),
+            act(),
+            nn.Flatten(),
+            nn.Linear(width * 16, 10),
+        )
+
+
+@pytest.fixture(scope="session")
+def images():
+    return data.load("mnist-sample", size=16)
+
+
+@pytest.fixture
+def small():
+    return Small
+
+
+@pytest.fixture
+def observed(images):
+    """What the server sees of one small real image, with the victim and the truth."""
+
+    def observation(defense=None, *, model=None, index=0, dataset=images, batch_size=1, **knowledge):
+        torch.manual_seed(index)
+        model = model or Small()
+        defense = defense or NoDefense()
+        victim = defense.prepare(model)
+        trial = trials_of(dataset, trials=index + 1, batch_size=batch_size)[index]
+        seen = observe(
+            victim,
+            defense=defense,
+            model=model,
+            trial=trial,
+            classes=10,
+            knowledge=Knowledge(labels=False, **knowledge),
+        )
+        return seen, victim, trial
+
+    return observation
