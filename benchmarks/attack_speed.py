@@ -191,8 +191,15 @@ def plain_dlg(case: Case, attack: DLG, seen: Callable[[Tensor], None], seed: int
     size = sum(w * float(g.square().sum()) for w, g in zip(weights, observed, strict=True))
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(case.truth.shape, generator=generator, dtype=torch.float64).requires_grad_()
+    # Its own tolerances would stop it long before the image is found: the objective is relative, and small.
     optimizer = torch.optim.LBFGS(
-        [image], lr=1, max_iter=20, history_size=attack.history, line_search_fn="strong_wolfe"
+        [image],
+        lr=1,
+        max_iter=20,
+        tolerance_grad=0,
+        tolerance_change=0,
+        history_size=attack.history,
+        line_search_fn="strong_wolfe",
     )
     values: list[float] = []
 
@@ -335,19 +342,23 @@ def time_to_success(attack: DLG, found: list[Case], options: argparse.Namespace)
         sides["plain, 2 threads"] = lambda: dlg_plain(attack, found, 2)
     report: dict[str, object] = {}
     seconds: dict[str, float] = {}
+    whole: dict[str, float] = {}
     for name, side in sides.items():
         start = time.perf_counter()
         seen = side()
-        whole = time.perf_counter() - start
+        whole[name] = time.perf_counter() - start
         seconds[name], succeeded = until_success(seen, found)
         report[name] = {
             "seconds to 90 %": round(seconds[name], 1),
             "succeeded": succeeded,
-            "whole run": round(whole, 1),
-            "ms per evaluation": round(1e3 * whole / len(seen), 2),
+            "whole run": round(whole[name], 1),
+            "ms per evaluation": round(1e3 * whole[name] / len(seen), 2),
         }
-    plain = min(value for name, value in seconds.items() if name != "fedkl")
-    return report | {"ratio": round(plain / seconds["fedkl"], 2)}
+    # A plain loop whose budget ended below 90 % would have needed more than its whole run.
+    plain = min(min(value, whole[name]) for name, value in seconds.items() if name != "fedkl")
+    at_least = all(math.isinf(value) for name, value in seconds.items() if name != "fedkl")
+    ratio = None if math.isinf(seconds["fedkl"]) else round(plain / seconds["fedkl"], 2)
+    return report | {"ratio": ratio, "ratio is a lower bound": at_least}
 
 
 def main() -> None:
