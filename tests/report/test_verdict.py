@@ -73,7 +73,7 @@ def test_the_norm_matched_control_comes_first_and_must_match(tmp_path, train_run
     [
         ([35.0] * 10, "resists this attack"),
         ([35.0] * 9 + [20.0], "resists this attack"),
-        ([35.0] * 8 + [None, 20.0], "says nothing: attack recovers only 8 of 10 of its control"),
+        ([35.0] * 8 + [None, 20.0], "says nothing: attack finds only 8 of 10 of its control"),
     ],
 )
 def test_a_locked_arm_counts_only_where_its_control_falls(tmp_path, attack_run, control, expected):
@@ -83,10 +83,17 @@ def test_a_locked_arm_counts_only_where_its_control_falls(tmp_path, attack_run, 
 
 @pytest.mark.parametrize("arm", ["no-norm", "public-norm", "lock-known-both"])
 @pytest.mark.parametrize(
-    ("psnr", "expected"), [(35.0, "control: attack succeeds"), (6.0, "control: attack too weak")]
+    ("psnr", "identified", "expected"),
+    [
+        (35.0, False, "control: attack succeeds"),
+        (6.0, True, "control: attack succeeds"),
+        (6.0, False, "control: attack too weak"),
+    ],
 )
-def test_an_arm_without_secrets_is_a_control_and_no_leak(tmp_path, attack_run, arm, psnr, expected):
-    attack_run({arm: [psnr] * 10}, identified=(arm,))
+def test_an_arm_without_secrets_is_a_control_and_no_leak(
+    tmp_path, attack_run, arm, psnr, identified, expected
+):
+    attack_run({arm: [psnr] * 10}, identified=(arm,) if identified else ())
     finding = verdicts(tmp_path)[f"DLG on {arm}"]
     assert (finding.verdict, finding.tone) == (expected, "open")
 

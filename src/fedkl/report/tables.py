@@ -36,8 +36,9 @@ def verdict_table(findings: Sequence[verdict.Finding]) -> Table:
         tones=[finding.tone for finding in findings],
         notes=[
             f"An image is recovered from {SUCCESS_DB:.0f} dB on. An arm that withstands an attack counts "
-            f"only where the same attack recovers at least {100 * verdict.CONTROL_RATE:.0f} % of the images "
-            f"of its control ({verdict.CONTROL}); otherwise it says nothing. A leak that is seen counts in "
+            "only where the same attack recovers or identifies at least "
+            f"{100 * verdict.CONTROL_RATE:.0f} % of the images of its control ({verdict.CONTROL}); "
+            "otherwise it says nothing. A leak that is seen counts in "
             f"any case. Controls ({', '.join(verdict.OPEN_ARMS)}) hide nothing from the server: they test "
             "the attack.",
         ],

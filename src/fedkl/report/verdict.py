@@ -131,9 +131,18 @@ def _unlocked_sentence(run: TrainRun) -> str:
     return f"After {rounds}, {run.name} reaches {accuracy}; no run with the lock is there to compare."
 
 
-def succeeds(arm: dict[str, Any]) -> bool:
+def recovers(arm: dict[str, Any]) -> bool:
     """Whether the attack recovers enough of an arm's images for it to serve as a control."""
     return bool(arm["success"]["rate"] >= CONTROL_RATE)
+
+
+def succeeds(arm: dict[str, Any]) -> bool:
+    """Whether it recovers or identifies enough of them.
+
+    Some attacks find an image without its contrast, or one that is only like it: they identify what they do
+    not recover.
+    """
+    return recovers(arm) or bool(arm["identified"]["rate"] >= CONTROL_RATE)
 
 
 def identifies(arm: dict[str, Any], batch_size: int) -> bool:
@@ -156,8 +165,8 @@ def judge(arm: dict[str, Any], run: AttackRun) -> Judgment:
     if control is None:
         return Judgment(f"says nothing: control {CONTROL} missing", "open")
     if not succeeds(control):
-        share = wording.count(control["success"])
-        return Judgment(f"says nothing: attack recovers only {share} of its control", "open")
+        best = max(control["success"], control["identified"], key=lambda share: float(share["rate"]))
+        return Judgment(f"says nothing: attack finds only {wording.count(best)} of its control", "open")
     return Judgment("resists this attack", "good")
 
 
@@ -218,7 +227,7 @@ def _lock_sentences(lock: dict[str, Any], run: AttackRun) -> str:
     if lock["figures"]["psnr"]["failures"]:
         text += f" {_plural(lock['figures']['psnr']['failures'], 'failure')} count as not recovered."
     control = run.arms.get(CONTROL)
-    if hits or (control is not None and succeeds(control)):
+    if hits or (control is not None and recovers(control)):
         return text
     if control is None:
         return f"{text} Without the control {CONTROL}, that failure to recover says nothing about the lock."
