@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+from types import SimpleNamespace
 
 import jaxtyping
 import pytest
@@ -28,6 +30,12 @@ def _no_home(tmp_path_factory):
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
         patch.delenv("FEDKL_PASSPHRASE", raising=False)
         yield
+
+
+@pytest.fixture
+def fixed_secrets(monkeypatch):
+    """Keys and lock layers that are the same in every run: chance must not decide a test of figures."""
+    monkeypatch.setattr("fedkl.keys.os", SimpleNamespace(urandom=random.Random(1).randbytes))
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ from fedkl.defenses import KeyLock
 from fedkl.defenses.base import plain_copy
 from fedkl.errors import DataError
 
+pytestmark = pytest.mark.usefixtures("fixed_secrets")
+
 
 @pytest.fixture(scope="module")
 def dataset():
@@ -125,14 +127,18 @@ def test_the_server_sees_the_update_after_the_defenses_transform(dataset):
 
     @dataclass(frozen=True, kw_only=True)
     class Zeroed(KeyLock):
+        def public_transform(self, tensors):
+            return {n: t if n != "conv1.weight" else 0 * t for n, t in tensors.items()}
+
         def transform(self, update):
-            tensors = {n: t if n != "conv1.weight" else 0 * t for n, t in update.tensors.items()}
+            tensors = self.public_transform(update.tensors)
             return PublicUpdate(schema=update.schema, tensors=tensors, num_samples=1, round=0)
 
     model, (trial,), defense = build(0), trials_of(dataset, trials=1), Zeroed()
     observation = observe(
         defense.prepare(model), defense=defense, model=model, trial=trial, classes=10, knowledge=Knowledge()
     )
+    assert observation.transform == defense.public_transform
     assert not observation.gradient["conv1.weight"].any()
     assert observation.gradient["conv2.weight"].any()
 
@@ -189,6 +195,18 @@ def test_the_gradient_of_the_lock_layers_is_compared_too(dataset):
     assert loss_at_the_truth(both, dataset)[0] < 1e-8
     seen, unseen = (loss_at_the_truth(arms[name], dataset) for name in ("lock-seen-gradient", "lock"))
     assert seen[2].dimension == unseen[2].dimension  # nothing more to find, only more to match
+
+
+def test_the_gradient_of_the_lock_layers_gives_the_key_away(dataset):
+    """Of γ = act(W k + b), ∂L/∂W = δ kᵀ and ∂L/∂b = δ: their ratio is the key. No attack is needed."""
+    model, (trial,) = build(0), trials_of(dataset, trials=1)
+    arm = next(arm for arm in standard_arms() if arm.name == "lock-seen-gradient")
+    victim = arm.defense.prepare(model)
+    seen = observe(victim, defense=arm.defense, model=model, trial=trial, classes=10, knowledge=arm.knowledge)
+    weight, bias = (f"conv1.norm.parametrizations.weight.original{i}" for i in (0, 1))
+    row = seen.gradient[bias].abs().argmax()
+    key = seen.gradient[weight][row] / seen.gradient[bias][row]
+    torch.testing.assert_close(key, victim.key.reveal().float(), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("lock-regressed-key", 1024), ("lock-regressed-affine", 24)])

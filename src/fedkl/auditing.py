@@ -56,6 +56,9 @@ def standard_arms(lock: KeyLock | None = None, *, labels: bool = True) -> tuple[
         lock: The lock; default options if None.
         labels: Whether the server is granted the true labels, in every arm.
 
+    The gradient of the lock layers gives the first lock's key away without any attack, as the ratio of the
+    gradients of W and b; the arms that see it only match it too, with the key they have.
+
     Source:
         The grid: arXiv 2305.04095, section 3; its public implementation.
     """
@@ -80,10 +83,10 @@ def standard_arms(lock: KeyLock | None = None, *, labels: bool = True) -> tuple[
         arm("lock-known-key", "key-lock, key known", key=True),
         arm("lock-known-layers", "key-lock, lock layers known, wrong key", lock_layers=True),
         arm("lock-known-both", "key-lock, key and lock layers known", key=True, lock_layers=True),
-        arm("lock-seen-gradient", "key-lock, gradient of the lock layers seen", lock_gradient=True),
+        arm("lock-seen-gradient", "key-lock, gradient of the lock layers matched too", lock_gradient=True),
         arm(
             "lock-known-key-seen-gradient",
-            "key-lock, key known and gradient of the lock layers seen",
+            "key-lock, key known, gradient of the lock layers matched too",
             key=True,
             lock_gradient=True,
         ),
@@ -198,6 +201,9 @@ def observe(
 ) -> Observation:
     """What the server has after one update of the victim: the update as it is sent.
 
+    Where γ and β are known or found as numbers and there are several local steps, the server simulates their
+    change as that of ordinary parameters: it cannot know how the lock layers trained.
+
     Args:
         victim: The client's split; not changed.
         defense: The client's defense, which the server knows.
@@ -236,6 +242,7 @@ def observe(
         secrets=view.secrets if simulated else {},
         generate=view.generate if simulated else None,
         free={"nothing": (), "key": (KEY,), "affine": view.private}[regress],
+        transform=defense.public_transform,
     )
 
 

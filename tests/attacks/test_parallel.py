@@ -36,12 +36,13 @@ def test_a_share_runs_on_one_core_and_the_setting_is_restored():
         torch.set_num_threads(before)
 
 
-def test_a_failure_ends_the_other_shares():
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_failure_ends_the_other_shares(broken):
     """A share that is not needed any more leaves at its next report."""
     steps = []
 
     def run(share, progress):
-        if 0 in share:
+        if broken in share:
             raise ValueError("broken")
         for step in range(500):
             time.sleep(0.01)

@@ -158,7 +158,8 @@ class Observation:
         """Names of what the client's local steps change: parameters and lock layers, never the key."""
         parameters = [name for name, p in self.model.named_parameters() if p.requires_grad]
         links = [name for name in self.secrets if "." in name]  # a parameter's name has a module's before it
-        return tuple(name for name in (*parameters, *links) if name not in set(self.generated))
+        generated = set(self.generated)
+        return tuple(name for name in (*parameters, *links) if name not in generated)
 
     @property
     def kind(self) -> Hashable:

@@ -36,8 +36,7 @@ class GGL(Attack):
 
     Labels are used if the observation grants them, otherwise inferred. The image of a candidate u is
     G(bound · tanh(u / bound), label), its loss the squared distance of its gradient from the observed one.
-    Public transforms of a defense are applied to its gradient too; what the observation leaves free stays at
-    the server's guess.
+    Public transforms of a defense are applied to its gradient too.
 
     Attributes:
         generator: One of `fedkl.attacks.generators.SHIPPED`, or the path of a generator's file. None: the
@@ -93,6 +92,11 @@ class GGL(Attack):
             raise AttackError(
                 f"GGL searches for one image behind a gradient, got a batch of {observation.batch_size}. "
                 "Use batch_size = 1, or another attack."
+            )
+        if observation.free:
+            raise AttackError(
+                f"GGL searches for an image only; to be found besides: {', '.join(observation.free)}. "
+                "Leave out the arms that regress, or use another attack."
             )
         self._prior(observation)
 

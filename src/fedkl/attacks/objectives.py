@@ -58,6 +58,7 @@ class GradientMatching:
     ) -> None:
         first = observations[0]
         self._first = first
+        self._trained = first.trained
         self._prior = prior
         self._distance = _DISTANCES[distance]
         self.shape = (first.batch_size, *first.image_shape)
@@ -153,7 +154,7 @@ class GradientMatching:
         if local.steps == 1:
             part = {name: tensors[name] for name in names}
             return self._gradient(part, images, target, tensors, buffers)
-        trained = {name: tensors[name] for name in self._first.trained}
+        trained = {name: tensors[name] for name in self._trained}
         total = {name: torch.zeros_like(tensors[name]) for name in names}
         for step in range(local.steps):
             batch = local.batch(step, len(images))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from threading import Event, Lock
 from typing import TypeVar
 
@@ -44,6 +44,9 @@ def shared_out(
             shares = [list(problems[worker::workers]) for worker in range(workers)]
             futures = [executor.submit(run, share, board.of(worker)) for worker, share in enumerate(shares)]
             try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()  # raises what went wrong, before any other share is stopped by it
                 found = [future.result() for future in futures]
             except BaseException:
                 board.stop.set()  # without it, leaving the pool would wait for the other shares

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -65,6 +66,15 @@ class Defense:
         """What the client does to an update before it is sent."""
         return update
 
+    @property
+    def public_transform(self) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None:
+        """What `transform` does to the tensors, for an attacker who does the same to its own gradients.
+
+        Differentiable, without secrets; None where nothing is done. A defense that overrides `transform` says
+        it here too: the attacker knows the defense.
+        """
+        return None
+
     def server_view(self, victim: Split, model: nn.Module, *, granted: Granted) -> ServerView:
         """What the server can build, with one fill-in for what it was not granted.
 
@@ -92,7 +102,7 @@ class Defense:
         return ServerView(
             model=plain_copy(view),
             private=tuple(link.tensor for link in generate.links),
-            secrets=view.secrets(),
+            secrets=view.reveal_secrets(),
             generate=generate,
         )
 

@@ -101,10 +101,10 @@ class Lock(Split):
         return plain
 
     def generation(self) -> Generation:
-        """How `secrets` become γ and β, without the model. Holds no secret."""
+        """How `reveal_secrets` become γ and β, without the model. Holds no secret."""
         return generation_of(self._model)
 
-    def secrets(self) -> dict[str, Tensor]:
+    def reveal_secrets(self) -> dict[str, Tensor]:
         """Copies of the key and the lock layers by name: what `generation` takes. Never to be sent."""
         return secrets_of(self._key.reveal(), self.private_parameters())
 

@@ -73,11 +73,11 @@ def test_the_published_lock_is_read_off_despite_dead_channels(observed, images):
     seen, victim, trial = observed(PUBLISHED, model=None, index=2)
     gamma = plain_copy(victim).get_parameter("0.norm.weight")
     found = run(seen, chroma=1000.0)
+    assert 3 <= int((gamma > 0).sum()) < len(gamma)
     assert found.layers[-1].live == int((gamma > 0).sum())
     assert bool((found.gammas["0.norm.weight"][gamma == 0] == 0).all())
     assert affine_error(found, victim) < 0.02
-    if found.layers[-1].live >= 3:  # chance decides how many; one or two leave the image to the prior
-        assert quality(found, trial, images.test_images[:100]).correlation > 0.6
+    assert quality(found, trial, images.test_images[:100]).correlation > 0.6
 
 
 def test_a_private_norm_without_a_key_is_read_off(observed, images):
@@ -87,7 +87,7 @@ def test_a_private_norm_without_a_key_is_read_off(observed, images):
     assert quality(found, trial, images.test_images[:100]).correlation > 0.95
 
 
-def test_a_chain_of_locks_is_read_off(observed, images):
+def test_a_chain_of_private_norms_is_read_off(observed, images):
     lock = PrivateNorm(like=KeyLock(layers="all"))  # γ = 1, β = 0: the chain is passed whatever the key was
     seen, victim, trial = observed(lock, index=4)
     found = run(seen)

@@ -113,6 +113,11 @@ class ClosedForm(Attack):
                 f"ClosedForm: expected the gradient of one image, got a batch of {observation.batch_size}: "
                 "the head's input cannot be divided out then. Use another attack."
             )
+        if observation.free:
+            raise AttackError(
+                "ClosedForm: it reads γ and β off by itself; nothing may be free, got "
+                f"{', '.join(observation.free)}. Leave out the arms that regress."
+            )
         if observation.local.steps > 1 or observation.transform is not None:
             raise AttackError(
                 "ClosedForm: expected the gradient of one step as it is, got several local steps or a "
