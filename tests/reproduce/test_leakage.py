@@ -104,7 +104,8 @@ def test_every_cell_of_the_threat_grid(tmp_path):
     assert [record["arm"] for record in records] == list(all_arms())
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert (
-        "| lock-seen-gradient | key-lock, gradient of the lock layers seen | labels, gradient of the" in text
+        "| lock-seen-gradient | key-lock, gradient of the lock layers matched too | labels, gradient of the"
+        in text
     )
     assert {len(line.split(" | ")) for line in text.splitlines() if line.startswith("| ")} == {18}
 
