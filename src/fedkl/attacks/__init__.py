@@ -10,7 +10,7 @@ with a frozen dataclass, added to the union `AnyAttack`.
     parallel.py    problems shared out among threads
     labels.py      label inference
     generators.py  the generators that GGL searches; their weights: weights/
-    descent.py     what the first-order attacks share
+    descent.py     what attacks that descend share
     dlg.py idlg.py … one attack a file, named after its paper
     adaptive/      attackers who know how the defense works
 """

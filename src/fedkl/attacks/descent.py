@@ -1,4 +1,4 @@
-"""What the first-order attacks share: the best point of every problem, and results from it."""
+"""What attacks that descend share: the best point of every problem, and results from it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fedkl.attacks.base import Reconstruction
+from fedkl.attacks.batched import Minima
 from fedkl.attacks.objectives import GradientMatching
 from fedkl.metrics import Scaling
 
@@ -37,12 +38,12 @@ class Incumbents:
 
 def best_of_restarts(
     matching: GradientMatching,
-    found: Incumbents,
+    found: Incumbents | Minima,
     labels: Sequence[Tensor] | None,
     *,
     restarts: int,
     scaling: Scaling,
-    evaluations: int,
+    evaluations: int | Tensor,
     unit: Tensor | float = 1.0,
 ) -> list[Reconstruction]:
     """One reconstruction for every `restarts` problems in a row, chosen by the attacker's own loss.
@@ -53,13 +54,14 @@ def best_of_restarts(
         labels: Per problem; None: they are the points' logits.
         restarts: Starts per observation.
         scaling: See `Reconstruction.scaling`.
-        evaluations: That every start used.
+        evaluations: That every start used, or each of them.
         unit: The attacker's own objective for a dummy gradient of zero, per problem.
     """
     images = matching.images(found.points).float()
     images = torch.where(found.values.isfinite()[:, None, None, None, None], images, torch.nan)
     known = matching.logits(found.points).argmax(-1) if labels is None else torch.stack(list(labels))
     losses = (found.values / unit).double().cpu().reshape(-1, restarts)
+    used = torch.as_tensor(evaluations).expand(len(found.values)).tolist()
     results: list[Reconstruction] = []
     for place, start in enumerate(losses.argmin(1).tolist()):
         row = place * restarts + start
@@ -69,7 +71,7 @@ def best_of_restarts(
                 labels=known[row],
                 scaling=scaling,
                 loss=float(losses[place, start]),
-                evaluations=evaluations,
+                evaluations=used[row],
                 start=start,
             )
         )

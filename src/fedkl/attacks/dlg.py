@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from fedkl.attacks.base import Attack, Observation, Reconstruction
-from fedkl.attacks.batched import Minima, Stopping, minimize
+from fedkl.attacks.batched import Stopping, minimize
+from fedkl.attacks.descent import best_of_restarts
 from fedkl.attacks.objectives import GradientMatching, Weighting
 from fedkl.attacks.parallel import Progress
-from fedkl.attacks.priors import outside_box
+from fedkl.attacks.priors import outside_box, weighted
 from fedkl.errors import ConfigError
-from fedkl.metrics import Scaling
 from fedkl.types import Labels
 
 
@@ -70,41 +67,19 @@ class DLG(Attack):
         labels = self._labels(observations)
         repeated = [o for o in observations for _ in range(self.restarts)]
         known = None if labels is None else [y for y in labels for _ in range(self.restarts)]
-        prior = partial(_weighted_box, self.box) if self.box else None
-        matching = GradientMatching(repeated, labels=known, weighting=self.weighting, prior=prior)
+        matching = GradientMatching(
+            repeated, labels=known, weighting=self.weighting, prior=weighted(outside_box, self.box)
+        )
         start = matching.starts([g for g in generators for _ in range(self.restarts)])
         stopping = Stopping(evaluations=self.evaluations, value=1e-12)
         minima = minimize(
             matching, start, stopping=stopping, history=self.history, on_evaluation=on_evaluation
         )
-        found = matching.logits(minima.points).argmax(-1) if known is None else torch.stack(known)
-        scaling = "clip" if self.box else observations[0].scaling
-        return self._best(matching, minima, found, scaling)
-
-    def _best(
-        self, matching: GradientMatching, minima: Minima, labels: Tensor, scaling: Scaling
-    ) -> list[Reconstruction]:
-        images = matching.images(minima.points).float()
-        images[~minima.values.isfinite()] = torch.nan
-        results: list[Reconstruction] = []
-        for group in _groups(len(images), self.restarts):
-            chosen = min(group, key=lambda i: float(minima.values[i]))
-            results.append(
-                Reconstruction(
-                    images=images[chosen],
-                    labels=labels[chosen],
-                    scaling=scaling,
-                    loss=float(minima.values[chosen]),
-                    evaluations=int(minima.evaluations[chosen]),
-                    start=chosen - group[0],
-                )
-            )
-        return results
-
-
-def _weighted_box(weight: float, images: Tensor) -> Tensor:
-    return weight * outside_box(images)
-
-
-def _groups(total: int, size: int) -> Sequence[range]:
-    return [range(first, first + size) for first in range(0, total, size)]
+        return best_of_restarts(
+            matching,
+            minima,
+            known,
+            restarts=self.restarts,
+            scaling="clip" if self.box else observations[0].scaling,
+            evaluations=minima.evaluations,
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ from fedkl.attacks.base import Attack, Observation, Reconstruction
 from fedkl.attacks.descent import Incumbents, best_of_restarts
 from fedkl.attacks.objectives import GradientMatching, Weighting
 from fedkl.attacks.parallel import Progress
-from fedkl.attacks.priors import squared_variation
+from fedkl.attacks.priors import squared_variation, weighted
 from fedkl.errors import AttackError, ConfigError
 
 _SMALLEST = 4  # side of the first feature map
@@ -91,7 +90,7 @@ class GRNN(Attack):
             labels=labels,
             distance="grnn",
             weighting=self.weighting,
-            prior=partial(_weighted_variation, self.tv) if self.tv else None,
+            prior=weighted(_mean_variation, self.tv),
             dtype=torch.float32,
         )
         seeded = [g for g in generators for _ in range(self.restarts)]
@@ -255,7 +254,7 @@ _TAP = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.
 _TAPS = torch.kron(_TAP, _TAP)
 
 
-def _weighted_variation(weight: float, images: Tensor) -> Tensor:
+def _mean_variation(images: Tensor) -> Tensor:
     """Twice the mean squared differences of neighbors, vertical plus horizontal, as in the public code."""
     _, channels, side, _ = images.shape
-    return weight * 4 / (channels * side * (side - 1)) * squared_variation(images)
+    return 4 / (channels * side * (side - 1)) * squared_variation(images)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ from fedkl.attacks.descent import Incumbents, best_of_restarts
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.objectives import GradientMatching, Weighting
 from fedkl.attacks.parallel import Progress
-from fedkl.attacks.priors import total_variation
+from fedkl.attacks.priors import total_variation, weighted
 from fedkl.errors import ConfigError
 from fedkl.types import ImageBatch
 
@@ -98,7 +97,7 @@ class InvertingGradients(Attack):
             distance="cosine",
             weighting=self.weighting,
             largest=self.largest,
-            prior=partial(_weighted_variation, self.tv / _STD) if self.tv else None,
+            prior=weighted(total_variation, self.tv / _STD),
             dtype=torch.float32,
         )
         starts = matching.starts([g for g in generators for _ in range(self.restarts)])
@@ -146,7 +145,3 @@ def median_filtered(images: ImageBatch) -> Float[Tensor, "batch channels height 
     """
     windows = F.pad(images, (1, 1, 1, 1), mode="reflect").unfold(2, 3, 1).unfold(3, 3, 1)
     return windows.flatten(-2).median(-1).values
-
-
-def _weighted_variation(weight: float, images: Tensor) -> Tensor:
-    return weight * total_variation(images)

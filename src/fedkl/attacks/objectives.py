@@ -13,10 +13,10 @@ from torch.func import functional_call, grad, grad_and_value, stack_module_state
 from torch.nn import functional as F
 
 from fedkl.attacks.base import Observation
+from fedkl.attacks.priors import Prior
 
 Weighting = Literal["none", "sqrt", "full"]
 Distance = Literal["relative", "cosine", "grnn"]
-Prior = Callable[[Tensor], Tensor]
 _Tensors = dict[str, Tensor]
 
 _EXPONENT: dict[Weighting, float] = {"none": 0.0, "sqrt": 0.5, "full": 1.0}

@@ -5,10 +5,19 @@ Every prior maps an image batch of shape (batch, channels, height, width) to a s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedkl.types import ImageBatch
+
+Prior = Callable[[Tensor], Tensor]
+
+
+def weighted(prior: Prior, weight: float) -> Prior | None:
+    """A prior times its weight; None for a weight of 0, which costs nothing then."""
+    return (lambda images: weight * prior(images)) if weight else None
 
 
 def outside_box(images: ImageBatch) -> Tensor:
