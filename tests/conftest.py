@@ -32,12 +32,18 @@ def _no_home(tmp_path_factory):
         yield
 
 
-@pytest.fixture
-def fixed_secrets(monkeypatch):
-    """Keys and lock layers that are the same in every run: chance must not decide a test of figures."""
-    monkeypatch.setattr("fedkl.keys.os", SimpleNamespace(urandom=random.Random(1).randbytes))
+_SECRETS = random.Random()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _secrets_from_a_seed():
+    """Keys and lock layers are the same in every run: chance must not decide whether a test passes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedkl.keys.os", SimpleNamespace(urandom=_SECRETS.randbytes))
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    _SECRETS.seed(1)

@@ -15,8 +15,6 @@ from fedkl.defenses import KeyLock
 from fedkl.defenses.base import plain_copy
 from fedkl.errors import DataError
 
-pytestmark = pytest.mark.usefixtures("fixed_secrets")
-
 
 @pytest.fixture(scope="module")
 def dataset():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import os
 import pickle
 import traceback
 
@@ -156,9 +157,18 @@ def test_the_uniform_source_has_the_moments_of_a_uniform():
     assert values.var().item() == pytest.approx(1 / 12, abs=5 * math.sqrt(1 / 180 / 2e5))
 
 
+def test_the_source_is_the_operating_system(monkeypatch):
+    monkeypatch.setattr("fedkl.keys.os", os)  # the tests' own source is a seeded one
+    drawn = []
+    source = os.urandom
+    monkeypatch.setattr("os.urandom", lambda count: drawn.append(source(count)) or drawn[-1])
+    Key.generate(length=5)
+    assert [len(part) for part in drawn] == [40]
+
+
 @pytest.mark.parametrize("byte", [b"\x00", b"\xff"])
 def test_the_uniform_source_never_reaches_its_ends(monkeypatch, byte):
-    monkeypatch.setattr("os.urandom", lambda count: byte * count)
+    monkeypatch.setattr("fedkl.keys.os.urandom", lambda count: byte * count)
     assert 0 < secure_uniform(1).item() < 1
     assert torch.isfinite(secure_normal(1)).all()
 

@@ -17,7 +17,7 @@ from fedkl.errors import ConfigError, FedKLError, KeyFileError
 from fedkl.federated import Checkpoints, Client, Execution, ServerAdam, ServerSGD
 from fedkl.federated.checkpoint import _sealed, _unsealed
 from tests.federated.setting import TwoNorms, WithDropout, differences, everything, federation, seeded
-from tests.locking.leaks import encodings
+from tests.locking.leaks import patterns
 
 DEFENSES = [NoDefense(), KeyLock(), KeyLock(layers="all"), PrivateNorm()]
 HARD = {  # everything that a checkpoint could forget
@@ -354,7 +354,7 @@ def test_a_checkpoint_of_other_clients_is_refused(dataset, saved):
 def forms_of(run):
     """Bytes of all that is private: keys, lock layers, statistics and the optimizer's moments."""
     private = {name: t for name, t in everything(run).items() if name.startswith("client-")}
-    found = {name: encodings(tensor) for name, tensor in private.items()}
+    found = {name: patterns(tensor) for name, tensor in private.items()}
     kinds = ["/key", "original0", "running_mean", "/optimizer/"]
     assert all(any(kind in name and forms for name, forms in found.items()) for kind in kinds)
     return found

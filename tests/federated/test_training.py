@@ -27,7 +27,7 @@ from tests.federated.setting import (
     seeded,
     trained,
 )
-from tests.locking.leaks import encodings
+from tests.locking.leaks import patterns
 
 DEFENSES = [NoDefense(), KeyLock(), KeyLock(layers="all"), PublicNorm(), PrivateNorm()]
 SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
@@ -268,7 +268,7 @@ def test_updates_carry_nothing_private(dataset, defense, algorithm):
         secrets |= {f"{name}/{slot}": tensor for slot, tensor in slots.items()}
     for name, tensor in secrets.items():
         assert name.encode() not in sent
-        assert not any(form in sent for form in encodings(tensor)), name
+        assert not any(form in sent for form in patterns(tensor)), name
 
 
 def test_this_check_can_fail(dataset, monkeypatch):

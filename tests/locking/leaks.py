@@ -28,12 +28,17 @@ def secrets_of(lock) -> dict[str, torch.Tensor]:
 
 
 def encodings(tensor: torch.Tensor) -> set[bytes]:
-    """The tensor's bytes in all floating-point encodings; none for constants, which carry no information."""
-    flat = tensor.flatten()
-    if flat.numel() < 3 or bool((flat == flat[0]).all()):
-        return set()
-    kinds = ENCODINGS if flat.is_floating_point() else (flat.dtype,)
-    return {flat.to(kind).contiguous().view(torch.uint8).numpy().tobytes() for kind in kinds}
+    """The tensor's bytes in all floating-point encodings."""
+    return {_bytes(form) for form in _forms(tensor)}
+
+
+def patterns(secret: torch.Tensor) -> set[bytes]:
+    """Its encodings that nothing else has by chance: with three different numbers besides zero.
+
+    Constants carry no information, and the zeros of a dead ReLU stand in many a gradient; what a number
+    becomes is asked after its rounding, for float16 makes zeros of small ones.
+    """
+    return {_bytes(form) for form in _forms(secret) if len(set(form.tolist()) - {0.0}) >= 3}
 
 
 def public_paths(lock, loss) -> Iterator[tuple[str, set[str], bytes]]:
@@ -61,13 +66,13 @@ def public_paths(lock, loss) -> Iterator[tuple[str, set[str], bytes]]:
 def leaks(lock, loss) -> list[str]:
     """One line for every private tensor that some public path gives away."""
     secrets = secrets_of(lock)
-    patterns = {name: encodings(tensor) for name, tensor in secrets.items()}
+    sought = {name: patterns(tensor) for name, tensor in secrets.items()}
     found = []
     for path, names, content in public_paths(lock, loss):
         found += [f"{path}: name {name}" for name in names.intersection(secrets)]
         found += [
             f"{path}: bytes of {name}"
-            for name, forms in patterns.items()
+            for name, forms in sought.items()
             if any(form in content for form in forms)
         ]
     return found
@@ -75,5 +80,14 @@ def leaks(lock, loss) -> list[str]:
 
 def _contents(tensors, prefix="") -> tuple[set[str], bytes]:
     names = {prefix + name for name in tensors}
-    blobs = (encoded for tensor in tensors.values() for encoded in encodings(tensor.detach()))
+    blobs = (encoded for tensor in tensors.values() for encoded in encodings(tensor))
     return names, b"|".join(blobs)
+
+
+def _forms(tensor: torch.Tensor) -> list[torch.Tensor]:
+    flat = tensor.detach().flatten()
+    return [flat.to(kind) for kind in (ENCODINGS if flat.is_floating_point() else (flat.dtype,))]
+
+
+def _bytes(flat: torch.Tensor) -> bytes:
+    return flat.contiguous().view(torch.uint8).numpy().tobytes()

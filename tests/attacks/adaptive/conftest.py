@@ -25,11 +25,6 @@ class Small(nn.Sequential):
         )
 
 
-@pytest.fixture(autouse=True)
-def _fixed_secrets(fixed_secrets):
-    pass
-
-
 @pytest.fixture(scope="session")
 def images():
     return data.load("mnist-sample", size=16)
