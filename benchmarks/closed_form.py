@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fedkl import data, models, rng
 from fedkl.attacks import ClosedForm, Knowledge
 from fedkl.attacks.adaptive import ClosedFormReconstruction
-from fedkl.auditing import CANDIDATES, Trial, observe, trials_of
+from fedkl.auditing import CANDIDATES, Arm, Trial, observe, trials_of
 from fedkl.defenses import Defense, KeyLock, NoDefense, PrivateNorm
 from fedkl.defenses.base import plain_copy
 from fedkl.locking import Split
@@ -81,10 +81,8 @@ def one(args: argparse.Namespace, defense: Defense, dataset: data.Dataset, trial
         "lenet", channels=channels, classes=classes, seed=trial.index, initialization=args.initialization
     )
     victim = with_bound(defense.prepare(model), args.lock_bound)
-    knowledge = Knowledge(labels=False)
-    observation = observe(
-        victim, defense=defense, model=model, trial=trial, classes=classes, knowledge=knowledge
-    )
+    arm = Arm(name="seen", description="", defense=defense, knowledge=Knowledge(labels=False))
+    observation = observe(victim, arm=arm, model=model, trial=trial, classes=classes)
     start = time.perf_counter()
     found = ClosedForm(chroma=args.chroma).reconstruct(
         observation, generator=rng.generator(0, "attack", trial.index)

@@ -8,9 +8,17 @@ import pytest
 import torch
 
 from fedkl import PublicUpdate, data, models
-from fedkl.attacks import DLG, Knowledge, LocalSteps
+from fedkl.attacks import DLG, Auxiliary, Knowledge, LocalSteps
 from fedkl.attacks.objectives import GradientMatching
-from fedkl.auditing import attack_arms, full_gradient, observe, standard_arms, trials_of
+from fedkl.auditing import (
+    Arm,
+    SimulatedClients,
+    attack_arms,
+    full_gradient,
+    observe,
+    standard_arms,
+    trials_of,
+)
 from fedkl.defenses import KeyLock
 from fedkl.defenses.base import plain_copy
 from fedkl.errors import DataError
@@ -25,6 +33,10 @@ def build(seed):
     return models.build_model("lenet", channels=3, classes=10, seed=seed)
 
 
+def own_data(dataset):
+    return Auxiliary(images=dataset.train_images[:8], labels=dataset.train_labels[:8], simulate=dict)
+
+
 def views(dataset, lock):
     model, (trial,) = build(0), trials_of(dataset, trials=1)
     victims = {}
@@ -32,7 +44,7 @@ def views(dataset, lock):
     for arm in standard_arms(lock):
         victim = victims.setdefault(arm.defense, arm.defense.prepare(model))
         observation = observe(
-            victim, defense=arm.defense, model=model, trial=trial, classes=10, knowledge=arm.knowledge
+            victim, arm=arm, model=model, trial=trial, classes=10, auxiliary=own_data(dataset)
         )
         result[arm.name] = (victim, observation)
     return result, trial
@@ -133,9 +145,8 @@ def test_the_server_sees_the_update_after_the_defenses_transform(dataset):
             return PublicUpdate(schema=update.schema, tensors=tensors, num_samples=1, round=0)
 
     model, (trial,), defense = build(0), trials_of(dataset, trials=1), Zeroed()
-    observation = observe(
-        defense.prepare(model), defense=defense, model=model, trial=trial, classes=10, knowledge=Knowledge()
-    )
+    arm = Arm(name="zeroed", description="", defense=defense)
+    observation = observe(defense.prepare(model), arm=arm, model=model, trial=trial, classes=10)
     assert observation.transform == defense.public_transform
     assert not observation.gradient["conv1.weight"].any()
     assert observation.gradient["conv2.weight"].any()
@@ -151,12 +162,11 @@ def loss_at_the_truth(arm, dataset, *, local=None, batch_size=1, train_mode=True
     model, (trial,) = build(0), trials_of(dataset, trials=1, batch_size=batch_size)
     observation = observe(
         arm.defense.prepare(model),
-        defense=arm.defense,
+        arm=arm,
         model=model,
         trial=trial,
         classes=10,
-        knowledge=arm.knowledge,
-        regress=arm.regress,
+        auxiliary=own_data(dataset),
         train_mode=train_mode,
         local=local,
     )
@@ -200,7 +210,7 @@ def test_the_gradient_of_the_lock_layers_gives_the_key_away(dataset):
     model, (trial,) = build(0), trials_of(dataset, trials=1)
     arm = next(arm for arm in standard_arms() if arm.name == "lock-seen-gradient")
     victim = arm.defense.prepare(model)
-    seen = observe(victim, defense=arm.defense, model=model, trial=trial, classes=10, knowledge=arm.knowledge)
+    seen = observe(victim, arm=arm, model=model, trial=trial, classes=10)
     weight, bias = (f"conv1.norm.parametrizations.weight.original{i}" for i in (0, 1))
     row = seen.gradient[bias].abs().argmax()
     key = seen.gradient[weight][row] / seen.gradient[bias][row]
@@ -249,3 +259,60 @@ def test_several_workers_find_the_same(dataset):
     )
     assert one.keys() == two.keys()
     torch.testing.assert_close(one["no-norm", 1].images, two["no-norm", 1].images)
+
+
+def simulation(dataset, name, **changes):
+    """Simulated clients of an arm, its victim, and two updates of one simulated client for real images."""
+    model = build(0)
+    arm = next(arm for arm in standard_arms(auxiliary=8) if arm.name == name)
+    victim = arm.defense.prepare(model)
+    clients = SimulatedClients(arm=arm, victim=victim, model=model, **changes)
+    return arm, victim, model, clients
+
+
+def test_a_simulated_client_has_secrets_of_its_own(dataset):
+    arm, victim, model, clients = simulation(dataset, "lock")
+    trial, *_ = trials_of(dataset, trials=1)
+    images, labels = trial.images[None], trial.labels[None]
+    sent = observe(victim, arm=arm, model=model, trial=trial, classes=10).gradient
+    one, other = clients(images, labels), clients(images, labels)
+    assert set(one) == set(sent)
+    assert not torch.allclose(one["conv2.weight"][0], sent["conv2.weight"], rtol=1e-3)
+    assert not torch.allclose(one["conv2.weight"], other["conv2.weight"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["no-norm", "public-norm", "lock-known-both", "lock-known-affine"])
+@pytest.mark.parametrize("local", [LocalSteps(), LocalSteps(steps=2, lr=0.1)])
+def test_a_simulated_client_is_the_victim_where_nothing_is_left_to_draw(dataset, name, local):
+    arm, victim, model, clients = simulation(dataset, name, local=local)
+    trials = trials_of(dataset, trials=2)
+    sent = [
+        observe(victim, arm=arm, model=model, trial=trial, classes=10, local=local).gradient
+        for trial in trials
+    ]
+    simulated = clients(
+        torch.stack([trial.images for trial in trials]), torch.stack([trial.labels for trial in trials])
+    )
+    assert set(simulated) == set(sent[0])
+    if name == "lock-known-affine" and local.steps > 1:
+        return  # the server cannot know how the lock layers trained
+    for tensor in simulated:
+        torch.testing.assert_close(simulated[tensor], torch.stack([each[tensor] for each in sent]))
+
+
+def test_better_guesses_of_gamma_and_beta(dataset):
+    arms, _ = views(dataset, KeyLock())
+    drawn, neutral, calibrated = (
+        arms[name][1].model.conv1.norm for name in ("lock", "lock-neutral", "lock-calibrated")
+    )
+    assert torch.equal(neutral.weight, torch.ones_like(neutral.weight))
+    assert torch.equal(neutral.bias, torch.zeros_like(neutral.bias))
+    for one, other in ((drawn, neutral), (neutral, calibrated), (drawn, calibrated)):
+        assert not torch.allclose(one.weight, other.weight, rtol=1e-2)
+
+
+def test_calibrating_needs_images(dataset):
+    arm = next(arm for arm in standard_arms() if arm.name == "lock-calibrated")
+    model, (trial,) = build(0), trials_of(dataset, trials=1)
+    with pytest.raises(DataError, match=r"lock-calibrated: expected auxiliary images .* --auxiliary 100"):
+        observe(arm.defense.prepare(model), arm=arm, model=model, trial=trial, classes=10)

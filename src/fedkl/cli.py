@@ -213,7 +213,9 @@ def attack(
     labels: Annotated[
         bool | None, typer.Option("--labels-known/--labels-unknown", help="Grant the labels, in every arm.")
     ] = None,
-    trials: Annotated[int | None, typer.Option(help="Test images attacked, one network each.")] = None,
+    auxiliary: Annotated[int | None, typer.Option(help="Labeled images that the server owns.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Test images, or batches of them, attacked.")] = None,
+    networks: Annotated[str | None, typer.Option(help="each: one per trial; one: the same for all.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images behind one gradient.")] = None,
     evaluations: Annotated[int | None, typer.Option(help="Budget of one start, in evaluations.")] = None,
     restarts: Annotated[int | None, typer.Option(help="Starts per image.")] = None,
@@ -243,7 +245,9 @@ def attack(
         "model.initialization": initialization,
         "arms": None if arms is None else _names(arms),
         "labels_known": labels,
+        "auxiliary": auxiliary,
         "trials": trials,
+        "networks": networks,
         "batch_size": batch_size,
         "norm_mode": norm_mode,
         "local.steps": local_steps,
@@ -438,6 +442,47 @@ def reproduce_table5(
     _print_table(out, pictures=True)
 
 
+@reproduce_app.command("adaptive")
+def reproduce_adaptive(
+    out: TableOption,
+    rows: RowsOption = "lenet/mnist",
+    layers: Annotated[str, typer.Option(help="Locked layers: first, all or both.")] = "first,all",
+    batches: Annotated[str, typer.Option(help="Images behind an update.")] = "1,4,16",
+    steps: Annotated[str, typer.Option(help="Local steps behind an update.")] = "1,5",
+    rungs: Annotated[
+        str, typer.Option(help=f"Of {', '.join(reproduce.RUNGS)}.")
+    ] = "floor,learned,closed-form",
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images attacked in a cell; 20 or 100 if not given.")
+    ] = None,
+    auxiliary: Annotated[int, typer.Option(min=1, help="Labeled images that the server owns.")] = 2000,
+    lock: Annotated[str, typer.Option(help="published or default.")] = "published",
+    norm_mode: Annotated[str, typer.Option(help="Of the clients' norms: train or eval.")] = "train",
+    seed: FirstSeedOption = 0,
+    workers: WorkersOption = 0,
+    data_root: RootOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Attackers who know the lock: the worst rung of every arrangement, its control and the floor."""
+    matrix = reproduce.Matrix(
+        rows=tuple(reproduce.ROWS) if rows == "all" else _names(rows),
+        layers=_names(layers),
+        batches=_numbers(batches),
+        steps=_numbers(steps),
+        rungs=tuple(reproduce.RUNGS) if rungs == "all" else _names(rungs),
+        images=images,
+        auxiliary=auxiliary,
+        lock=lock,
+        norm_mode=norm_mode,
+        seed=seed,
+        workers=workers,
+        data_root=data_root,
+        settings=tuple(settings or ()),
+    )
+    reproduce.adaptive(matrix, out=out, progress=_progress)
+    _print_table(out)
+
+
 def _print_table(out: Path, *, pictures: bool = False) -> None:
     text = (out / "table.md").read_text(encoding="utf-8")
     console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -448,6 +493,13 @@ def _print_table(out: Path, *, pictures: bool = False) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(name) for name in _names(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text}: expected whole numbers, e.g. 1,4,16.") from error
 
 
 @app.command("report")

@@ -69,8 +69,10 @@ class TrainConfig(_Config):
 class AttackConfig(_Config):
     """One attack against the key-lock and its controls, on untrained networks.
 
-    Without `arms`, the lock and its controls are attacked. `norm_mode` is the client's, and known. A `chunk`
-    of trials is attacked at once, shared out among `workers` threads (0: one for each core; on a GPU, one).
+    Without `arms`, the lock and its controls are attacked. `norm_mode` is the client's, and known. The server
+    has `auxiliary` labeled images of its own. Trials have one network each, or all the same one, as the
+    clients of a round have; every trial has its own key. A `chunk` of trials is attacked at once, shared out
+    among `workers` threads (0: one for each core; on a GPU, one).
     """
 
     type: Literal["attack"] = "attack"
@@ -81,6 +83,8 @@ class AttackConfig(_Config):
     lock: KeyLock = KeyLock()
     arms: tuple[str, ...] = ()
     labels_known: bool = True
+    auxiliary: Annotated[int, Field(ge=0)] = 0
+    networks: Literal["each", "one"] = "each"
     trials: Annotated[int, Field(ge=1)] = 20
     batch_size: Annotated[int, Field(ge=1)] = 1
     norm_mode: Literal["train", "eval"] = "train"

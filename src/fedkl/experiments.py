@@ -252,7 +252,8 @@ def chosen_arms(config: AttackConfig) -> tuple[Arm, ...]:
     Raises:
         ConfigError: A name is unknown.
     """
-    arms = {arm.name: arm for arm in standard_arms(config.lock, labels=config.labels_known)}
+    known = standard_arms(config.lock, labels=config.labels_known, auxiliary=config.auxiliary)
+    arms = {arm.name: arm for arm in known}
     unknown = [name for name in config.arms if name not in arms]
     if unknown:
         raise ConfigError(f"arms: unknown {', '.join(unknown)}. Choose from {', '.join(arms)}.")
@@ -285,7 +286,7 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
     attack_arms(
         arms,
         attack=config.attack,
-        build=_builder(config, dataset),
+        build=_networks(config, dataset),
         dataset=dataset,
         trials=trials,
         skip=done,
@@ -298,6 +299,15 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
         on_evaluation=show,
     )
     directory.finish(_attack_summary(config, arms, records))
+
+
+def _networks(config: AttackConfig, dataset: Dataset) -> Callable[[int], nn.Module]:
+    """The network of each trial, or one for all of them."""
+    build = _builder(config, dataset)
+    if config.networks == "each":
+        return build
+    model = build(0)
+    return lambda trial: model
 
 
 def _attack_workers(config: AttackConfig) -> int:

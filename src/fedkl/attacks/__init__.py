@@ -15,8 +15,8 @@ with a frozen dataclass, added to the union `AnyAttack`.
     adaptive/      attackers who know how the defense works
 """
 
-from fedkl.attacks.adaptive import ClosedForm
-from fedkl.attacks.base import Attack, Knowledge, LocalSteps, Observation, Reconstruction
+from fedkl.attacks.adaptive import ClosedForm, LearnedInversion, PriorOnly
+from fedkl.attacks.base import Attack, Auxiliary, Knowledge, LocalSteps, Observation, Reconstruction
 from fedkl.attacks.dlg import DLG
 from fedkl.attacks.ggl import GGL
 from fedkl.attacks.grnn import GRNN
@@ -24,7 +24,7 @@ from fedkl.attacks.idlg import IDLG
 from fedkl.attacks.inverting import InvertingGradients
 from fedkl.attacks.labels import infer_label, infer_labels, known_labels
 
-AnyAttack = DLG | IDLG | GGL | InvertingGradients | GRNN | ClosedForm
+AnyAttack = DLG | IDLG | GGL | InvertingGradients | GRNN | ClosedForm | LearnedInversion | PriorOnly
 
 __all__ = [
     "DLG",
@@ -33,11 +33,14 @@ __all__ = [
     "IDLG",
     "AnyAttack",
     "Attack",
+    "Auxiliary",
     "ClosedForm",
     "InvertingGradients",
     "Knowledge",
+    "LearnedInversion",
     "LocalSteps",
     "Observation",
+    "PriorOnly",
     "Reconstruction",
     "infer_label",
     "infer_labels",

@@ -28,6 +28,7 @@ class Knowledge:
         lock_gradient: The gradient of the lock layers' weights.
         affine: The values of γ and β, and the norm statistics.
         affine_gradient: The gradient of γ and β, as if they were public parameters.
+        auxiliary: How many labeled images of the same kind the server owns.
     """
 
     labels: bool = True
@@ -36,6 +37,7 @@ class Knowledge:
     lock_gradient: bool = False
     affine: bool = False
     affine_gradient: bool = False
+    auxiliary: int = 0
 
     def describe(self) -> str:
         """The granted secrets as one phrase."""
@@ -48,6 +50,7 @@ class Knowledge:
             "affine_gradient": "gradient of γ and β",
         }
         granted = [text for name, text in names.items() if getattr(self, name)]
+        granted += [f"{self.auxiliary} auxiliary images"] if self.auxiliary else []
         return ", ".join(granted) if granted else "nothing private"
 
 
@@ -81,6 +84,27 @@ class LocalSteps:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Auxiliary:
+    """Data of the server's own, and what the protocol's clients would send for it.
+
+    Observations with the same `Auxiliary` object are of the same public model and protocol: what an attack
+    learns for one of them holds for all.
+
+    Attributes:
+        images: None of a client's; shape ``(images, channels, height, width)``.
+        labels: Theirs.
+        simulate: What one new client sends for each of several batches, all from the public model as it is:
+            images of shape ``(updates, batch, channels, height, width)`` and labels ``(updates, batch)`` to
+            tensors by name, stacked over the updates. The client is prepared as the defense says, with
+            secrets of the server's own draw, but for those that it was granted.
+    """
+
+    images: ImageBatch = field(repr=False)
+    labels: Labels = field(repr=False)
+    simulate: Callable[[Tensor, Tensor], dict[str, Tensor]] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Observation:
     """All that the server has. It holds no ground truth.
 
@@ -101,6 +125,7 @@ class Observation:
             which an attack finds together with the images, from those values on.
         transform: What a defense does publicly to an update (e.g. clipping): the attack does the same to its
             own gradients. Works on tensors by name, under `torch.func.vmap`.
+        auxiliary: Data of the server's own, if granted.
     """
 
     model: nn.Module = field(repr=False)
@@ -115,6 +140,7 @@ class Observation:
     generate: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = field(default=None, repr=False)
     free: tuple[str, ...] = ()
     transform: Transform | None = field(default=None, repr=False)
+    auxiliary: Auxiliary | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         known = dict(self.model.named_parameters()) | dict(self.secrets)
@@ -177,7 +203,26 @@ class Observation:
             self.generate,
             self.free,
             self.transform,
+            self.auxiliary is None,
         )
+
+    def own_data(self, attack: str, *, least: int) -> Auxiliary:
+        """The server's own data, for an attack that cannot do without.
+
+        Args:
+            attack: Its name.
+            least: How many images it needs.
+
+        Raises:
+            AttackError: There are fewer.
+        """
+        got = 0 if self.auxiliary is None else len(self.auxiliary.images)
+        if self.auxiliary is None or got < least:
+            raise AttackError(
+                f"{attack}: expected at least {least} auxiliary images of the server's own, got {got}. Grant "
+                f"more: --auxiliary {max(least, 2000)}."
+            )
+        return self.auxiliary
 
     @property
     def scaling(self) -> Scaling:
@@ -219,6 +264,11 @@ class Reconstruction:
 @dataclass(frozen=True, kw_only=True)
 class Attack:
     """Base of all attacks. An author writes `_run`; checks are made here."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether observations can be shared out among threads: not where one of them serves the others."""
+        return True
 
     def reconstruct(self, observation: Observation, *, generator: torch.Generator) -> Reconstruction:
         """Attacks one observation.
@@ -267,7 +317,7 @@ class Attack:
         def run(share: list[tuple[Observation, torch.Generator]], progress: Progress) -> list[Reconstruction]:
             return self._run([o for o, _ in share], [g for _, g in share], progress)
 
-        return shared_out(run, pairs, workers=workers, progress=on_evaluation)
+        return shared_out(run, pairs, workers=workers if self.divisible else 1, progress=on_evaluation)
 
     def _check(self, observation: Observation) -> None:
         """Raises AttackError where this attack cannot work on observations of this kind."""

@@ -33,7 +33,7 @@ def infer_label(observation: Observation) -> Labels:
     """
     if observation.batch_size != 1:
         raise AttackError(f"Label inference works for one image, got a batch of {observation.batch_size}.")
-    weight, bias = _head(observation)
+    weight, bias = head_names(observation)
     if bias in observation.gradient:
         evidence = observation.gradient[bias]
     elif weight in observation.gradient:
@@ -62,7 +62,7 @@ def infer_labels(observation: Observation) -> Labels:
     """
     if observation.batch_size == 1:
         return infer_label(observation)
-    _, bias = _head(observation)
+    _, bias = head_names(observation)
     if bias not in observation.gradient:
         raise AttackError(
             "Label inference for a batch needs the gradient of the last linear layer's bias; it was not "
@@ -78,7 +78,7 @@ def known_labels(observations: Sequence[Observation]) -> list[Labels]:
     return [infer_labels(o) if o.labels is None else o.labels for o in observations]
 
 
-def _head(observation: Observation) -> tuple[str, str]:
+def head_names(observation: Observation) -> tuple[str, str]:
     """Names of the classifier's weight and bias."""
     heads = [name for name, m in observation.model.named_modules() if isinstance(m, nn.Linear)]
     weight, bias = (f"{heads[-1]}.{part}" if heads else "" for part in ("weight", "bias"))

@@ -88,6 +88,26 @@ class Defense:
         """
         if granted.affine:
             return ServerView(model=plain_copy(victim))
+        view = self.imitated(victim, model, granted=granted)
+        private = tuple(view.private_parameters())
+        if not isinstance(view, Lock):
+            return ServerView(model=plain_copy(view), private=private)
+        generate = view.generation()
+        return ServerView(
+            model=plain_copy(view),
+            private=tuple(link.tensor for link in generate.links),
+            secrets=view.reveal_secrets(),
+            generate=generate,
+        )
+
+    def imitated(self, victim: Split, model: nn.Module, *, granted: Granted) -> Split:
+        """A client as the server would build it: public tensors, granted secrets, and draws for the others.
+
+        Args:
+            victim: The client's split; only what is public or granted is read.
+            model: The plain architecture.
+            granted: The secrets that the server knows; γ and β themselves do not count here.
+        """
         own_key = victim.key if isinstance(victim, Lock) and granted.key else None
         view = self.prepare(model, key=own_key)
         view.load_public_state(victim.public_state())
@@ -96,15 +116,7 @@ class Defense:
             with torch.no_grad():
                 for name, parameter in view.private_parameters().items():
                     parameter.copy_(secrets[name])
-        if not isinstance(view, Lock):
-            return ServerView(model=plain_copy(view), private=tuple(view.private_parameters()))
-        generate = view.generation()
-        return ServerView(
-            model=plain_copy(view),
-            private=tuple(link.tensor for link in generate.links),
-            secrets=view.reveal_secrets(),
-            generate=generate,
-        )
+        return view
 
 
 def plain_copy(split: Split) -> nn.Module:

@@ -4,6 +4,7 @@ accuracy.py  Table 1
 leakage.py   Tables 4, 5 and 6 and the threat grid: which rows, run how
 records.py   their figures beside the paper's
 gallery.py   their pictures
+adaptive.py  the worst-rung matrix; ladder.py: the rungs; verdicts.py: what it says
 cells.py     what the tables share
 """
 
@@ -18,8 +19,10 @@ from fedkl.reproduce.accuracy import (
     table1,
     table1_rows,
 )
+from fedkl.reproduce.adaptive import ROWS, Matrix, adaptive
 from fedkl.reproduce.cells import Budget
 from fedkl.reproduce.gallery import gallery
+from fedkl.reproduce.ladder import RUNGS
 from fedkl.reproduce.leakage import (
     DEFAULT_ARMS,
     LeakageRow,
@@ -33,13 +36,17 @@ from fedkl.reproduce.leakage import (
 __all__ = [
     "ARMS",
     "DEFAULT_ARMS",
+    "ROWS",
+    "RUNGS",
     "Budget",
     "Cell",
     "LeakageRow",
     "LeakageTable",
+    "Matrix",
     "Pairs",
     "Row",
     "Table1",
+    "adaptive",
     "all_arms",
     "gallery",
     "leakage",

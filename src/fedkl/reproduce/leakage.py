@@ -21,6 +21,8 @@ from fedkl.runs import RunDirectory
 DEFAULT_ARMS = ("no-norm", "public-norm", "lock", "lock-known-both")
 """The paper's two arms, and the controls: the same norms in public, and an attacker who lacks nothing."""
 
+_CALIBRATED_ON = 100  # images of the server's own, where an arm needs any
+
 
 @dataclass(frozen=True, kw_only=True)
 class LeakageRow:
@@ -150,6 +152,7 @@ class LeakageTable:
             "lock": asdict(lock),
             "arms": self.arms,
             "labels_known": row.labels_known,
+            "auxiliary": _CALIBRATED_ON if "lock-calibrated" in self.arms else 0,
             "trials": self.trials,
             "norm_mode": row.norm_mode,
             "device": self.device,

@@ -6,7 +6,7 @@ from torch import nn
 
 from fedkl import data
 from fedkl.attacks import Knowledge
-from fedkl.auditing import observe, trials_of
+from fedkl.auditing import Arm, observe, trials_of
 from fedkl.defenses import NoDefense
 
 
@@ -45,14 +45,10 @@ def observed(images):
         defense = defense or NoDefense()
         victim = defense.prepare(model)
         trial = trials_of(dataset, trials=index + 1, batch_size=batch_size)[index]
-        seen = observe(
-            victim,
-            defense=defense,
-            model=model,
-            trial=trial,
-            classes=10,
-            knowledge=Knowledge(labels=False, **knowledge),
+        arm = Arm(
+            name="seen", description="", defense=defense, knowledge=Knowledge(labels=False, **knowledge)
         )
+        seen = observe(victim, arm=arm, model=model, trial=trial, classes=10)
         return seen, victim, trial
 
     return observation

@@ -8,9 +8,21 @@ chain.py        reads a network as a chain of layers, norms and activations
 activations.py  those that can be inverted
 prior.py        smoothness
 rank.py         equations against unknowns, beforehand
+learned.py      an inversion learned from simulated clients; kernels.py: the regression behind it
+floor.py        the floor: a guess from the label alone
 """
 
 from fedkl.attacks.adaptive.closed_form import ClosedForm, ClosedFormReconstruction, PassedLayer
+from fedkl.attacks.adaptive.floor import PriorOnly
+from fedkl.attacks.adaptive.learned import LearnedInversion
 from fedkl.attacks.adaptive.rank import Passage, passable_layers
 
-__all__ = ["ClosedForm", "ClosedFormReconstruction", "Passage", "PassedLayer", "passable_layers"]
+__all__ = [
+    "ClosedForm",
+    "ClosedFormReconstruction",
+    "LearnedInversion",
+    "Passage",
+    "PassedLayer",
+    "PriorOnly",
+    "passable_layers",
+]

@@ -1,0 +1,181 @@
+"""Kernel ridge regression on several views of the same things, chosen on held-out examples."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedkl.errors import AttackError
+
+_WIDTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the kernel, in units of the median squared distance
+_RIDGES = (1e-5, 1e-3, 1e-1)
+_LEAST_DISTANCE = 1e-3  # smaller ones are rounding
+_COMPONENTS = 32  # principal ones of the targets, by which views are ranked
+_RANKED_ON = 500  # examples
+_SKETCH = 4096  # numbers that a longer vector is hashed to
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Views:
+    """Vectors by name, some per update and some per image of it; compared by their directions only.
+
+    Attributes:
+        per_update: Shape ``(updates, length)``.
+        per_image: Shape ``(updates × batch, length)``.
+        batch: Images of an update.
+    """
+
+    per_update: Mapping[str, Tensor] = field(repr=False)
+    per_image: Mapping[str, Tensor] = field(repr=False)
+    batch: int
+
+    def __post_init__(self) -> None:
+        for name in ("per_update", "per_image"):
+            short = {view: _direction(_sketched(tensor)) for view, tensor in getattr(self, name).items()}
+            object.__setattr__(self, name, short)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All views, those per image first."""
+        return (*self.per_image, *self.per_update)
+
+    def __len__(self) -> int:
+        return self.batch * len(next(iter(self.per_update.values())))
+
+    def distances(self, others: Views, name: str) -> Float[Tensor, "own others"]:
+        """Squared distances between the images of these and of other updates, in one view; 0 to 4."""
+        if name in self.per_image:
+            return _distances(self.per_image[name], others.per_image[name])
+        between = _distances(self.per_update[name], others.per_update[name])
+        return between.repeat_interleave(self.batch, 0).repeat_interleave(others.batch, 1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Regression:
+    """exp(−d² / width) against fitted weights, where d² is the mean over some views.
+
+    Attributes:
+        names: The views that count.
+        width: Of the kernel.
+        mean: Of the targets.
+        weights: Shape ``(examples, target)``.
+        error: Squared error on the held-out examples, relative to that of the mean.
+    """
+
+    names: tuple[str, ...]
+    width: float
+    mean: Tensor = field(repr=False)
+    weights: Tensor = field(repr=False)
+    error: float
+
+    def __call__(self, known: Views, asked: Views) -> Float[Tensor, "asked target"]:
+        """Targets of other updates' images.
+
+        Args:
+            known: The examples that it was fitted on.
+            asked: The other updates.
+        """
+        squared = torch.stack([asked.distances(known, name) for name in self.names]).mean(0)
+        return ((-squared / self.width).exp().double() @ self.weights).float() + self.mean
+
+
+def best_regression(
+    known: Views,
+    targets: Float[Tensor, "examples target"],
+    probes: Views,
+    truth: Float[Tensor, "probes target"],
+) -> Regression:
+    """Fits on known examples what does best on the held-out ones.
+
+    Views are ranked by how they do alone; then unions of the best 1, 2, 4, … are compared.
+
+    Args:
+        known: The examples.
+        targets: What they are about.
+        probes: Held-out examples.
+        truth: What those are about.
+    """
+    mean = targets.mean(0)
+    y, y_probes = targets - mean, truth - mean
+    axes = torch.pca_lowrank(y, q=min(_COMPONENTS, *y.shape), center=False, niter=4)[2]
+    inner = {name: known.distances(known, name) for name in known.names}
+    outer = {name: probes.distances(known, name) for name in known.names}
+    few = min(_RANKED_ON, len(y))
+    alone = {
+        name: _searched(inner[name][:few, :few], outer[name][:, :few], (y @ axes)[:few], y_probes @ axes)[0]
+        for name in known.names
+    }
+    ranked = sorted(alone, key=lambda name: alone[name])
+    sizes = sorted({min(2**power, len(ranked)) for power in range(len(ranked).bit_length() + 1)})
+    unions = {
+        size: _searched(_mean(inner, ranked[:size]), _mean(outer, ranked[:size]), y @ axes, y_probes @ axes)
+        for size in sizes
+    }
+    size = min(unions, key=lambda size: unions[size][0])
+    _, width, ridge = unions[size]
+    weights = _solved(_mean(inner, ranked[:size]), y, width=width, ridge=ridge)
+    if weights is None:
+        raise AttackError(
+            "LearnedInversion: the simulated updates are all alike, so that nothing can be learned from "
+            "them. Grant more auxiliary images."
+        )
+    found = (-_mean(outer, ranked[:size]) / width).exp().double() @ weights
+    error = float((found - y_probes).square().mean() / y_probes.square().mean())
+    return Regression(names=tuple(ranked[:size]), width=width, mean=mean, weights=weights, error=error)
+
+
+def _searched(inner: Tensor, outer: Tensor, y: Tensor, truth: Tensor) -> tuple[float, float, float]:
+    """The least held-out error, and the width and ridge that gave it.
+
+    Distances in float32 are those of points only up to rounding: where that makes a kernel indefinite, the
+    ridge is too small to be of use.
+    """
+    unit = max(float(inner.median()), _LEAST_DISTANCE)
+    found = [(math.inf, unit, _RIDGES[-1])]
+    for share, ridge in itertools.product(_WIDTHS, _RIDGES):
+        width = share * unit
+        weights = _solved(inner, y, width=width, ridge=ridge)
+        if weights is None:
+            continue
+        guess = (-outer / width).exp().double() @ weights
+        found.append((float((guess - truth).square().mean()), width, ridge))
+    return min(found)
+
+
+def _solved(squared: Tensor, y: Tensor, *, width: float, ridge: float) -> Tensor | None:
+    """Weights of shape (examples, target); None where rounding made the kernel indefinite."""
+    kernel = (-squared / width).exp().double()
+    kernel.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(kernel)
+    return None if bool(failed) else torch.cholesky_solve(y.double(), factor)
+
+
+def _mean(squared: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    return torch.stack([squared[name] for name in names]).mean(0)
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    return (2 - 2 * a @ b.T).clamp_min(0)
+
+
+def _direction(vectors: Tensor) -> Tensor:
+    directions: Tensor = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    return directions
+
+
+def _sketched(vectors: Tensor) -> Tensor:
+    """Long vectors hashed to shorter ones, which keeps distances to about 2 % (count sketch)."""
+    length = vectors.shape[1]
+    if length <= _SKETCH:
+        return vectors.float()
+    generator = torch.Generator().manual_seed(length)  # the same for all vectors of a view
+    bucket = torch.randint(_SKETCH, (length,), generator=generator)
+    sign = torch.randint(2, (length,), generator=generator).float() * 2 - 1
+    short = torch.zeros(len(vectors), _SKETCH, device=vectors.device)
+    return short.index_add_(1, bucket.to(vectors.device), vectors.float() * sign.to(vectors.device))

@@ -1,0 +1,25 @@
+"""What a server could reconstruct: arms × trials, attacked and scored.
+
+arms.py       what a client does, and what the server knows of it
+observing.py  what the server has after an update
+grid.py       every trial in every arm
+"""
+
+from fedkl.auditing.arms import MAIN_ARMS, Arm, standard_arms
+from fedkl.auditing.grid import CANDIDATES, TrialResult, attack_arms
+from fedkl.auditing.observing import SimulatedClients, Trial, full_gradient, local_update, observe, trials_of
+
+__all__ = [
+    "CANDIDATES",
+    "MAIN_ARMS",
+    "Arm",
+    "SimulatedClients",
+    "Trial",
+    "TrialResult",
+    "attack_arms",
+    "full_gradient",
+    "local_update",
+    "observe",
+    "standard_arms",
+    "trials_of",
+]

@@ -1,0 +1,186 @@
+"""What a server could reconstruct: arms (defense × what the server knows) × trials, scored per image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkl import rng
+from fedkl.attacks import Attack, Auxiliary, LocalSteps, Observation, Reconstruction
+from fedkl.auditing.arms import Arm
+from fedkl.auditing.observing import SimulatedClients, Trial, observe
+from fedkl.data import Dataset
+from fedkl.defenses import Defense
+from fedkl.errors import DataError
+from fedkl.locking import Split
+from fedkl.metrics import Score, score
+
+CANDIDATES = 100
+"""Test images among which a reconstruction must identify its own; more where more are attacked."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrialResult:
+    """One trial of one arm.
+
+    Attributes:
+        arm: The arm's name.
+        trial: The trial's number.
+        scores: One per image.
+        reconstruction: What the attack found.
+    """
+
+    arm: str
+    trial: int
+    scores: tuple[Score, ...]
+    reconstruction: Reconstruction
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without images."""
+        return {
+            "event": "trial",
+            "arm": self.arm,
+            "trial": self.trial,
+            "loss": self.reconstruction.loss if math.isfinite(self.reconstruction.loss) else None,
+            "evaluations": self.reconstruction.evaluations,
+            "scaling": self.reconstruction.scaling,
+            "scores": [score.to_dict() for score in self.scores],
+        }
+
+
+def attack_arms(
+    arms: Sequence[Arm],
+    *,
+    attack: Attack,
+    build: Callable[[int], nn.Module],
+    dataset: Dataset,
+    trials: Sequence[Trial],
+    seed: int,
+    train_mode: bool = True,
+    local: LocalSteps | None = None,
+    skip: Collection[int] = (),
+    chunk: int = 20,
+    workers: int = 1,
+    on_result: Callable[[TrialResult], None],
+    on_evaluation: Callable[[int, int], None] | None = None,
+) -> None:
+    """Attacks every trial in every arm.
+
+    Arms with the same defense attack the same victim (same weights, same γ and β) in a trial; every arm uses
+    the same images, model seeds and attack seeds. Observations of one kind are attacked as one batch, across
+    arms. Trials that share a network share γ and β where these are public.
+
+    Args:
+        arms: The arms.
+        attack: The attack.
+        build: The plain model of a trial by the trial's number, the same object for the same network; it
+            decides the device.
+        dataset: Its test images are the candidates of the identification; of its training images the server
+            has as many as an arm grants.
+        trials: The trials, from the dataset's test images.
+        seed: Of the attack's randomness. Keys and lock layers come from the operating system.
+        train_mode: Whether the client's norms use the batch's statistics.
+        local: The client's local steps; one if None.
+        skip: Numbers of trials that are not attacked, e.g. those of an earlier, interrupted run.
+        chunk: Trials attacked at once.
+        workers: Threads that share a chunk out; see `Attack.reconstruct_many`.
+        on_result: Called with each result.
+        on_evaluation: Called with (evaluations so far, problems still running) of the present batch.
+    """
+    candidates = dataset.test_images[: max(CANDIDATES, sum(len(trial.images) for trial in trials))]
+    own = _OwnData(dataset, seed=seed, train_mode=train_mode, local=local or LocalSteps())
+    due = [trial for trial in trials if trial.index not in skip]
+    for first in range(0, len(due), chunk):
+        group = due[first : first + chunk]
+        models = {trial.index: build(trial.index) for trial in group}
+        victims: dict[tuple[Defense, int], Split] = {}
+        first_with = {id(models[trial.index]): trial.index for trial in reversed(group)}
+        batches: dict[Hashable, list[tuple[Arm, Trial, Observation]]] = {}
+        for arm, trial in ((arm, trial) for arm in arms for trial in group):
+            model = models[trial.index]
+            public = arm.knowledge.affine_gradient
+            place = (arm.defense, first_with[id(model)] if public else trial.index)
+            if place not in victims:
+                victims[place] = arm.defense.prepare(model)
+            observation = observe(
+                victims[place],
+                arm=arm,
+                model=model,
+                trial=trial.to(next(model.parameters()).device),
+                classes=dataset.spec.classes,
+                train_mode=train_mode,
+                local=local,
+                auxiliary=own.of(arm, victims[place], model),
+            )
+            batches.setdefault(observation.kind, []).append((arm, trial, observation))
+        for batch in batches.values():
+            generators = [rng.generator(seed, "attack", trial.index) for _, trial, _ in batch]
+            found = attack.reconstruct_many(
+                [o for _, _, o in batch],
+                generators=generators,
+                on_evaluation=on_evaluation,
+                workers=workers,
+            )
+            for (arm, trial, _), reconstruction in zip(batch, found, strict=True):
+                on_result(_scored(arm, trial, reconstruction, candidates))
+
+
+class _OwnData:
+    """The server's own data, and clients to learn from: one `Auxiliary` for all that it holds for."""
+
+    def __init__(self, dataset: Dataset, *, seed: int, train_mode: bool, local: LocalSteps) -> None:
+        self._dataset = dataset
+        order = torch.randperm(len(dataset.train_images), generator=rng.generator(seed, "auxiliary"))
+        self._order = order
+        self._protocol = (train_mode, local)
+        self._made: dict[Hashable, Auxiliary] = {}
+
+    def of(self, arm: Arm, victim: Split, model: nn.Module) -> Auxiliary | None:
+        """What an arm grants; None where that is nothing.
+
+        Raises:
+            DataError: The dataset has fewer training images.
+        """
+        granted = arm.knowledge
+        if not granted.auxiliary:
+            return None
+        if granted.auxiliary > len(self._order):
+            raise DataError(
+                f"auxiliary: expected at most {len(self._order)}, the training images of "
+                f"{self._dataset.spec.name}, got {granted.auxiliary}."
+            )
+        secret = granted.key or granted.lock_layers or granted.affine
+        place = (arm.defense, granted, id(model), id(victim) if secret else None)
+        if place not in self._made:
+            self._made[place] = self._auxiliary(arm, victim, model)
+        return self._made[place]
+
+    def _auxiliary(self, arm: Arm, victim: Split, model: nn.Module) -> Auxiliary:
+        train_mode, local = self._protocol
+        index = self._order[: arm.knowledge.auxiliary]
+        device = next(model.parameters()).device
+        return Auxiliary(
+            images=self._dataset.train_images[index].to(device),
+            labels=self._dataset.train_labels[index].to(device),
+            simulate=SimulatedClients(
+                arm=arm, victim=victim, model=model, train_mode=train_mode, local=local
+            ),
+        )
+
+
+def _scored(arm: Arm, trial: Trial, reconstruction: Reconstruction, candidates: Tensor) -> TrialResult:
+    scores = score(
+        reconstruction.images,
+        trial.images,
+        candidates=candidates,
+        candidate_index=trial.places,
+        labels_true=trial.labels,
+        labels_found=reconstruction.labels,
+        scaling=reconstruction.scaling,
+    )
+    return TrialResult(arm=arm.name, trial=trial.index, scores=tuple(scores), reconstruction=reconstruction)

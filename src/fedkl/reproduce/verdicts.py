@@ -1,0 +1,125 @@
+"""What the worst-rung matrix says: per arrangement the rung that reads most, its control and the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedkl.report import wording
+from fedkl.reproduce.ladder import CEILING, CONTROL, FLOOR
+from fedkl.reproduce.records import Record
+
+CONTROL_SHARE = 0.9
+"""Share of the control's images that a rung must identify before it says anything about a lock."""
+
+_CELL = ("row", "batch", "steps")
+_NOTES = (
+    "Worst rung: the attack that identified most images among the candidates (then: the higher median SSIM); "
+    "rungs are not combined. Intervals: 95 %, after Wilson. n counts images.",
+    "Leaks: the worst rung's interval lies above the floor's. At the floor: it does not, though the same "
+    f"attack identified at least {CONTROL_SHARE:.0%} of the control's images (the same network without a "
+    "lock). Says nothing: no rung of the cell did; the attacks were too weak. At the floor is a claim "
+    "about these attacks at this n, not of safety; below n = 100 it is not even that.",
+    "The floor looks at the label only: the mean of the auxiliary images of its class. In a batch the "
+    "matching with the truth lifts identification, there too.",
+    "Not a rung: matching with γ and β known, the ceiling of the matching rungs.",
+)
+
+
+def markdown(records: Sequence[Record], *, refused: Sequence[tuple[Mapping[str, Any], str]]) -> str:
+    """The matrix, all rungs behind it, and those that could not work.
+
+    Args:
+        records: One per cell and arm, with row, batch, steps, rung, arm and layers (``"none"``: the control).
+        refused: Cells that an attack cannot do, and why.
+    """
+    places = list(dict.fromkeys((*(r[name] for name in _CELL), r["layers"]) for r in records))
+    judged = [_judged(place, records) for place in places if place[3] != "none"]
+    header = ("network/data", "batch", "steps", "locked", "worst rung", "n", "identified [95 %]", "SSIM")
+    lines = _table(
+        (*header, "same attack, no lock", "floor", "verdict"), [row for row in judged if row is not None]
+    )
+    reasons = dict.fromkeys(f"Not run: {given['rung']}, {_where(given)}. {why}" for given, why in refused)
+    return "\n\n".join([lines, *_NOTES, "All rungs:", _all_rungs(records), *reasons]) + "\n"
+
+
+def _judged(place: tuple[Any, ...], records: Sequence[Record]) -> list[str] | None:
+    here = [r for r in records if tuple(r[name] for name in _CELL) == place[:3]]
+    own = [r for r in here if r["layers"] == place[3]]
+    rungs = [r for r in own if r["rung"] != FLOOR and r["arm"] != CEILING]
+    if not rungs:
+        return None
+    controls = {r["rung"]: r for r in here if r["arm"] == CONTROL}
+    strong = [r for r in rungs if _rate(controls.get(r["rung"])) >= CONTROL_SHARE]
+    worst = max(strong or rungs, key=lambda r: (_rate(r), _middle(r["ssim"])))
+    floor = next((r for r in own if r["rung"] == FLOOR), None)
+    control = controls.get(worst["rung"])
+    return [
+        *(str(part) for part in place),
+        _name(worst),
+        str(worst["n"]),
+        wording.count_interval(worst["identified"]),
+        _ssim(worst),
+        wording.NONE if control is None else wording.count(control["identified"]),
+        wording.NONE if floor is None else wording.count(floor["identified"]),
+        verdict(worst, floor=floor, strong=bool(strong)),
+    ]
+
+
+def verdict(worst: Record, *, floor: Record | None, strong: bool) -> str:
+    """What a cell says; see the notes below the table.
+
+    Args:
+        worst: The rung that read most.
+        floor: The floor's record, if it was run.
+        strong: Whether the rung succeeded on its control.
+    """
+    bound = floor["identified"]["high"] if floor is not None else None
+    if bound is not None and worst["identified"]["low"] > bound:
+        return "leaks"
+    if not strong or bound is None:
+        return "says nothing"
+    return "at the floor"
+
+
+def _all_rungs(records: Sequence[Record]) -> str:
+    header = ("network/data", "batch", "steps", "locked", "rung", "n", "identified", "SSIM", "PSNR (dB)")
+    rows = [
+        [
+            *(str(r[name]) for name in _CELL),
+            r["layers"],
+            _name(r),
+            str(r["n"]),
+            wording.count(r["identified"]),
+            _ssim(r),
+            wording.NONE if r["psnr"] is None else wording.number(r["psnr"]["median"], digits=1),
+        ]
+        for r in records
+    ]
+    return _table(header, rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _where(given: Mapping[str, Any]) -> str:
+    return f"{given['row']}, batch {given['batch']}, {given['steps']} local steps"
+
+
+def _name(record: Record) -> str:
+    plain = record["arm"] in (CONTROL, "lock")
+    return record["rung"] if plain else f"{record['rung']}, {record['arm'].removeprefix('lock-')}"
+
+
+def _rate(record: Record | None) -> float:
+    return 0.0 if record is None else float(record["identified"]["rate"])
+
+
+def _middle(figure: Mapping[str, float] | None) -> float:
+    return -1.0 if figure is None else figure["median"]
+
+
+def _ssim(record: Record) -> str:
+    return wording.NONE if record["ssim"] is None else wording.number(record["ssim"]["median"], digits=2)

@@ -1,0 +1,191 @@
+"""The learned inversion: what simulated clients teach, its choice of views, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fedkl import rng
+from fedkl.attacks import Knowledge, LearnedInversion, PriorOnly
+from fedkl.attacks.adaptive.kernels import Views, best_regression
+from fedkl.auditing import Arm, attack_arms, trials_of
+from fedkl.defenses import KeyLock, NoDefense
+from fedkl.errors import AttackError, ConfigError, DataError
+
+SMALL = LearnedInversion(simulations=400)
+
+
+def attacked(images, model, attack, defense=None, *, batch_size=1, trials=8, auxiliary=400, labels=True):
+    """Results of one arm, all trials on one network."""
+    found = []
+    arm = Arm(
+        name="one",
+        description="",
+        defense=defense or NoDefense(),
+        knowledge=Knowledge(labels=labels, auxiliary=auxiliary),
+    )
+    attack_arms(
+        [arm],
+        attack=attack,
+        build=lambda trial: model,
+        dataset=images,
+        trials=trials_of(images, trials=trials, batch_size=batch_size),
+        seed=0,
+        on_result=found.append,
+    )
+    return found
+
+
+def mean_error(results):
+    return float(np.mean([score.mse for result in results for score in result.scores]))
+
+
+def identified(results):
+    return sum(score.identified for result in results for score in result.scores)
+
+
+def test_reads_an_undefended_update_and_does_better_than_the_label_alone(images, small):
+    model = small()
+    learned, floor = (attacked(images, model, attack) for attack in (SMALL, PriorOnly()))
+    assert mean_error(learned) < 0.5 * mean_error(floor)
+    assert identified(learned) == 8
+    assert identified(floor) < 4
+    assert learned[0].reconstruction.loss < 0.5
+
+
+def test_reads_an_update_behind_a_lock_that_it_never_saw(images, small):
+    model = small()
+    learned, floor = (
+        attacked(images, model, attack, KeyLock(), trials=20) for attack in (SMALL, PriorOnly())
+    )
+    assert mean_error(learned) < 0.8 * mean_error(floor)
+    assert identified(learned) > identified(floor)
+
+
+def test_tells_the_images_of_a_batch_apart_by_their_labels(images, small):
+    model = small()
+    learned, floor = (
+        attacked(images, model, attack, batch_size=2, labels=False) for attack in (SMALL, PriorOnly())
+    )
+    assert all(result.reconstruction.images.shape == (2, 3, 16, 16) for result in learned)
+    assert mean_error(learned) < 0.8 * mean_error(floor)
+
+
+def test_learns_nothing_from_updates_that_do_not_depend_on_the_image(images, small):
+    """With a simulation that ignores its images, only the label is left, and the loss says so."""
+
+    class Deaf(LearnedInversion):
+        def _simulated(self, observation, own, count, generator, on_evaluation):
+            views, truth = super()._simulated(observation, own, count, generator, on_evaluation)
+            for name in views.per_update:
+                views.per_update[name].normal_(generator=generator)
+            views.per_image["row of the class"].normal_(generator=generator)
+            return views, truth
+
+    model = small()
+    deaf, floor = (attacked(images, model, attack) for attack in (Deaf(simulations=400), PriorOnly()))
+    assert mean_error(deaf) > 0.9 * mean_error(floor)
+    assert deaf[0].reconstruction.loss > 0.7
+
+
+def test_one_fit_serves_all_observations_of_a_network(images, small, monkeypatch):
+    fits = []
+    learn = LearnedInversion._learn
+    monkeypatch.setattr(
+        LearnedInversion,
+        "_learn",
+        lambda self, group, *rest: fits.append(len(group)) or learn(self, group, *rest),
+    )
+    attacked(images, small(), SMALL, KeyLock(), trials=3)
+    assert fits == [3]
+
+
+def test_needs_auxiliary_images(images, small, observed):
+    seen, _, _ = observed()
+    for attack, least in ((SMALL, 40), (PriorOnly(), 1)):
+        with pytest.raises(
+            AttackError, match=rf"at least {least} auxiliary images .* got 0\. Grant more: --aux"
+        ):
+            attack.reconstruct(seen, generator=torch.Generator())
+    with pytest.raises(AttackError, match=r"at least 60 auxiliary images .* got 50"):
+        attacked(images, small(), SMALL, batch_size=8, trials=1, auxiliary=50)
+    with pytest.raises(DataError, match="at most 2000, the training images of mnist-sample, got 10000"):
+        attacked(images, small(), SMALL, trials=1, auxiliary=10_000)
+
+
+def test_refuses_what_it_does_not_look_for(images, small):
+    arm = Arm(
+        name="free", description="", defense=KeyLock(), knowledge=Knowledge(auxiliary=100), regress="affine"
+    )
+    with pytest.raises(AttackError, match="nothing may be free, got"):
+        attack_arms(
+            [arm], attack=SMALL, build=lambda trial: small(), dataset=images,
+            trials=trials_of(images, trials=1), seed=0, on_result=print,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"simulations": 39}, {"updates_per_client": 0}])
+def test_settings_out_of_range(options):
+    with pytest.raises(ConfigError, match="expected"):
+        LearnedInversion(**options)
+
+
+@pytest.mark.parametrize("guess", ["mean", "class-mean", "class-image"])
+def test_the_floor_is_made_of_auxiliary_images_only(images, small, guess):
+    (result,) = attacked(images, small(), PriorOnly(guess=guess), trials=1, auxiliary=50)
+    order = torch.randperm(len(images.train_images), generator=rng.generator(0, "auxiliary"))[:50]
+    own = images.train_images[order]
+    of_class = own[images.train_labels[order] == images.test_labels[0]]
+    found = result.reconstruction.images[0]
+    if guess == "class-image":
+        assert any(torch.equal(found, each) for each in of_class)
+    else:
+        torch.testing.assert_close(found, (own if guess == "mean" else of_class).mean(0))
+
+
+def test_the_regression_equals_a_plain_one():
+    """Kernel ridge regression of one view by NumPy, at the width and ridge that were chosen."""
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 5, generator=source)
+    y = torch.stack([x[:, 0] * x[:, 1], x[:, 2].tanh()], 1)
+    known, probes, asked = (Views(per_update={"x": x[p]}, per_image={}, batch=1) for p in _parts(120))
+    fit, check, rest = _parts(120)
+    regression = best_regression(known, y[fit], probes, y[check])
+    found = regression(known, asked)
+    unit = (x / x.norm(dim=1, keepdim=True)).double().numpy()
+    squared = ((unit[:, None] - unit[None]) ** 2).sum(2)
+    kernel = np.exp(-squared / regression.width)
+    mean = y[fit].double().numpy().mean(0)
+    errors = []
+    for ridge in (1e-5, 1e-3, 1e-1):
+        weights = np.linalg.solve(kernel[fit][:, fit] + ridge * np.eye(len(fit)), y[fit].numpy() - mean)
+        errors.append(np.abs(kernel[rest][:, fit] @ weights + mean - found.numpy()).max())
+    assert min(errors) < 1e-3
+    assert regression.names == ("x",)
+
+
+def _parts(count):
+    order = np.arange(count)
+    return order[: count // 2], order[count // 2 : 3 * count // 4], order[3 * count // 4 :]
+
+
+def test_views_without_information_do_not_count():
+    source = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(300, 4, generator=source), torch.randn(300, 4, generator=source)
+    fit, check, _ = _parts(300)
+    known, probes = (
+        Views(per_update={"noise": noise[p], "x": x[p]}, per_image={}, batch=1) for p in (fit, check)
+    )
+    assert best_regression(known, x[fit], probes, x[check]).names == ("x",)
+
+
+def test_long_vectors_keep_their_distances_when_hashed():
+    source = torch.Generator().manual_seed(0)
+    long = torch.randn(20, 20_000, generator=source)
+    views = Views(per_update={"long": long}, per_image={}, batch=1)
+    assert views.per_update["long"].shape == (20, 4096)
+    unit = long / long.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(
+        views.distances(views, "long"), torch.cdist(unit, unit).square(), atol=0.15, rtol=0.1
+    )

@@ -1,0 +1,130 @@
+"""The worst-rung matrix: what is run, that it is resumed, what it says and when it says nothing."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from fedkl.cli import app
+from fedkl.errors import ConfigError
+from fedkl.reproduce import Matrix, adaptive
+from fedkl.reproduce.ladder import RUNGS
+from fedkl.reproduce.verdicts import markdown, verdict
+
+SMALL = {
+    "rows": ("lenet/mnist",),
+    "layers": ("first",),
+    "batches": (1,),
+    "steps": (1,),
+    "images": 2,
+    "auxiliary": 60,
+    "workers": 1,
+    "settings": ("data.name=mnist-sample",),
+}
+
+
+def no_progress(name):
+    return nullcontext(lambda done, total, note: None)
+
+
+def rate(hits, n):
+    share = hits / n
+    return {"rate": share, "low": max(share - 0.1, 0), "high": min(share + 0.1, 1), "n": n}
+
+
+def record(rung, hits, *, layers="first", arm="lock", ssim=0.5, n=100, batch=1):
+    return {
+        "row": "lenet/mnist", "batch": batch, "steps": 1, "rung": rung, "layers": layers, "arm": arm, "n": n,
+        "identified": rate(hits, n), "ssim": {"median": ssim, "low": ssim, "high": ssim}, "psnr": None,
+    }  # fmt: skip
+
+
+def control(rung, hits):
+    return record(rung, hits, layers="none", arm="no-norm")
+
+
+def row_of(text):
+    return next(line for line in text.splitlines() if line.startswith("| lenet/mnist"))
+
+
+@pytest.mark.parametrize(
+    ("learned", "on_control", "floor", "said"),
+    [
+        (60, 100, 5, "leaks"),
+        (60, 50, 5, "leaks"),
+        (6, 100, 5, "at the floor"),
+        (6, 50, 5, "says nothing"),
+    ],
+)
+def test_what_a_cell_says(learned, on_control, floor, said):
+    records = [record("learned", learned), control("learned", on_control), record("floor", floor)]
+    assert row_of(markdown(records, refused=[])).endswith(f"| {said} |")
+
+
+def test_without_a_floor_nothing_is_at_it():
+    assert verdict(record("learned", 6), floor=None, strong=True) == "says nothing"
+
+
+def test_the_worst_rung_is_one_that_works_on_its_control():
+    weak, strong = record("matching", 30, ssim=0.9), record("learned", 20, ssim=0.1)
+    records = [weak, control("matching", 30), strong, control("learned", 95), record("floor", 3)]
+    assert "| learned |" in row_of(markdown(records, refused=[]))
+
+
+def test_the_ceiling_is_no_rung():
+    ceiling = record("matching", 100, arm="lock-known-affine")
+    records = [ceiling, record("matching", 5), control("matching", 100), record("floor", 3)]
+    text = markdown(records, refused=[])
+    assert "| matching | 100 | 5 of 100" in row_of(text)
+    assert "| matching, known-affine | 100 | 100 of 100 |" in text
+
+
+def test_every_rung_is_a_usable_experiment():
+    cells = Matrix(rows=("lenet/mnist", "resnet20/cifar10")).cells()
+    assert {cell.given["rung"] for cell in cells} == set(RUNGS)
+    assert len({cell.place for cell in cells}) == len(cells) == 2 * 3 * 2 * 2 * len(RUNGS)
+    sixteen = next(c.experiment for c in cells if c.given["batch"] == 16 and c.given["rung"] == "learned")
+    assert (sixteen.trials, sixteen.batch_size, sixteen.networks) == (7, 16, "one")
+
+
+def test_a_matrix_of_real_attacks_is_resumed(tmp_path, monkeypatch):
+    quick = replace(RUNGS["learned"], attack={"type": "learned", "simulations": 60})
+    monkeypatch.setitem(RUNGS, "learned", quick)
+    matrix = Matrix(**SMALL, rungs=("floor", "learned"))
+    records = adaptive(matrix, out=tmp_path, progress=no_progress)
+    assert [(r["rung"], r["layers"]) for r in records] == [
+        ("floor", "first"),
+        ("learned", "none"),
+        ("learned", "first"),
+    ]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.jsonl")}
+    assert adaptive(matrix, out=tmp_path, progress=no_progress) == records
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.jsonl")}
+    assert json.loads((tmp_path / "table.json").read_text()) == records
+
+
+def test_a_rung_that_cannot_work_is_named(tmp_path):
+    matrix = Matrix(**SMALL | {"batches": (2,)}, rungs=("floor", "closed-form"))
+    adaptive(matrix, out=tmp_path, progress=no_progress)
+    text = (tmp_path / "table.md").read_text()
+    assert (
+        "Not run: closed-form, lenet/mnist, batch 2, 1 local steps. ClosedForm: expected the gradient" in text
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rows": ("vgg/mnist",)}, {"rungs": ("magic",)}, {"batches": (0,)}, {"lock": "thick"}, {"layers": ()}],
+)
+def test_unknown_names_and_numbers(changes):
+    with pytest.raises(ConfigError, match="reproduce"):
+        Matrix(**SMALL | changes)
+
+
+def test_batches_on_the_command_line(tmp_path):
+    result = CliRunner().invoke(app, ["reproduce", "adaptive", "--out", str(tmp_path), "--batches", "one"])
+    assert result.exit_code == 2
