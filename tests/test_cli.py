@@ -40,7 +40,7 @@ def test_train_then_repeat_from_its_own_config(fedkl, tmp_path):
     assert code == 0, text
     summary = json.loads((out / "summary.json").read_text())
     assert summary["rounds"] == 1
-    assert len(summary["fill_ins"]) == 7
+    assert len(summary["fill_ins"]) == 8
     config = tomllib.loads((out / "config.toml").read_text())
     assert config["defense"]["key_distribution"] == "uniform"
     assert config["defense"]["key_length"] == 77

@@ -8,8 +8,9 @@ from torch import nn
 
 from fedkl import Key
 from fedkl.attacks import Knowledge
-from fedkl.defenses import KeyLock, NoDefense, PrivateNorm, PublicNorm
+from fedkl.defenses import KeyLock, NoDefense, PrivateLayers, PrivateNorm, PublicNorm
 from fedkl.defenses.base import plain_copy
+from fedkl.errors import LockError
 
 STATISTICS = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 AFFINE = {"1.weight", "1.bias"}
@@ -27,6 +28,9 @@ def model():
         (PublicNorm(), STATISTICS),
         (PrivateNorm(), STATISTICS | AFFINE),
         (KeyLock(), STATISTICS | AFFINE),
+        (PrivateLayers(), {"4.weight", "4.bias"}),
+        (PrivateLayers(layers="stem"), {"0.weight", "0.bias"}),
+        (PrivateLayers(layers=("1",)), STATISTICS | AFFINE),
         (KeyLock(share_statistics=True), AFFINE),
         (PrivateNorm(like=KeyLock(share_statistics=True)), AFFINE),
     ],
@@ -90,3 +94,20 @@ def test_the_servers_view_changes_nothing(model):
     before = victim.private_state()
     defense.server_view(victim, model, granted=Knowledge())
     assert all(torch.equal(before[name], t) for name, t in victim.private_state().items())
+
+
+def test_every_client_draws_its_own_private_layers(model):
+    one, two = (PrivateLayers().prepare(model) for _ in range(2))
+    again = one.private_state()
+    one.redraw()
+    weights = [model[4].weight, again["4.weight"], one.model[4].weight, two.model[4].weight]
+    for i, a in enumerate(weights):
+        assert a.std().item() == pytest.approx(weights[0].std().item(), rel=0.1)
+        assert not any(torch.allclose(a, b, rtol=1e-2) for b in weights[:i])
+    assert torch.equal(one.public_state()["0.weight"], model[0].weight)
+
+
+@pytest.mark.parametrize("layers", [("nowhere",), ("2",), ()])
+def test_private_layers_must_exist(model, layers):
+    with pytest.raises(LockError, match=r"PrivateLayers: expected modules .* Choose from 0, 4"):
+        PrivateLayers(layers=layers).prepare(model)

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from fedkl import lockfile
-from fedkl.defenses import KeyLock, NoDefense, PrivateNorm
+from fedkl.defenses import KeyLock, NoDefense, PrivateLayers, PrivateNorm
 from fedkl.errors import ConfigError, FedKLError, KeyFileError
 from fedkl.federated import Checkpoints, Client, Execution, ServerAdam, ServerSGD
 from fedkl.federated.checkpoint import _sealed, _unsealed
 from tests.federated.setting import TwoNorms, WithDropout, differences, everything, federation, seeded
 from tests.locking.leaks import patterns
 
-DEFENSES = [NoDefense(), KeyLock(), KeyLock(layers="all"), PrivateNorm()]
+DEFENSES = [NoDefense(), KeyLock(), KeyLock(layers="all"), PrivateNorm(), PrivateLayers()]
 HARD = {  # everything that a checkpoint could forget
     "clients": 6,
     "cohort": 4,

@@ -32,8 +32,9 @@ def test_fill_ins_of_an_untrained_federation(dataset):
         test=(dataset.test_images[20:], dataset.test_labels[20:]),
         refit_steps=5,
     )
-    places = [(arm.arm, arm.statistics) for arm in arms]
-    assert len(places) == len(set(places)) == 7
+    places = [(arm.arm, arm.statistics, arm.auxiliary) for arm in arms]
+    assert len(places) == len(set(places)) == 8
+    assert [arm.auxiliary for arm in arms if arm.arm == "refit"] == [10, 20]
     assert {arm.arm for arm in arms} == {"neutral", "random-key", "mean-affine", "refit"}
     assert all(0 <= arm.accuracy <= 1 for arm in arms)
 

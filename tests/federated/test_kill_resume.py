@@ -224,7 +224,10 @@ def assert_as_if_never_killed(run, whole):
     assert rounds == records(whole, "round")
     assert records(run, "partition") == records(whole, "partition")
     assert len(records(run, "partition")) == 1
-    fill_ins = [[(r["arm"], r["statistics"]) for r in records(each, "fill-in")] for each in (run, whole)]
+    fill_ins = [
+        [(r["arm"], r["statistics"], r["auxiliary"]) for r in records(each, "fill-in")]
+        for each in (run, whole)
+    ]
     assert fill_ins[0] == fill_ins[1]
     assert len(set(fill_ins[0])) == len(fill_ins[0])
     names = [path.name for path in (run / "checkpoints").iterdir()]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedkl.data import Dataset, Dirichlet, Shards
-from fedkl.defenses import KeyLock, NoDefense, PrivateNorm
+from fedkl.defenses import KeyLock, NoDefense, PrivateLayers, PrivateNorm
 from fedkl.errors import ConfigError, TrainingError
 from fedkl.federated import (
     Averaging,
@@ -28,7 +28,7 @@ from tests.federated.setting import (
     trained,
 )
 
-DEFENSES = [NoDefense(), KeyLock(layers="all"), PrivateNorm()]
+DEFENSES = [NoDefense(), KeyLock(layers="all"), PrivateNorm(), PrivateLayers()]
 
 
 def small(dataset, defense=None, **options):

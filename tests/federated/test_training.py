@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fedkl import data, rng
 from fedkl.data import Dirichlet
-from fedkl.defenses import KeyLock, NoDefense, PrivateNorm, PublicNorm
+from fedkl.defenses import KeyLock, NoDefense, PrivateLayers, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError, DataError, SecretError
 from fedkl.federated import Client, Execution, ServerAdam, StepSchedule
 from fedkl.federated.optimizer_state import put_state
@@ -29,7 +29,7 @@ from tests.federated.setting import (
 )
 from tests.locking.leaks import patterns
 
-DEFENSES = [NoDefense(), KeyLock(), KeyLock(layers="all"), PublicNorm(), PrivateNorm()]
+DEFENSES = [NoDefense(), KeyLock(), KeyLock(layers="all"), PublicNorm(), PrivateNorm(), PrivateLayers()]
 SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
 

@@ -36,15 +36,14 @@ def rate(hits, n):
     return {"rate": share, "low": max(share - 0.1, 0), "high": min(share + 0.1, 1), "n": n}
 
 
-def record(rung, hits, *, layers="first", arm="lock", ssim=0.5, n=100, batch=1):
-    return {
-        "row": "lenet/mnist", "batch": batch, "steps": 1, "rung": rung, "layers": layers, "arm": arm, "n": n,
-        "identified": rate(hits, n), "ssim": {"median": ssim, "low": ssim, "high": ssim}, "psnr": None,
-    }  # fmt: skip
+def record(rung, hits, *, arrangement="lock, first", arm="lock", ssim=0.5, n=100, batch=1):
+    cell = {"row": "lenet/mnist", "batch": batch, "steps": 1, "rung": rung, "arrangement": arrangement}
+    figures = {"identified": rate(hits, n), "ssim": {"median": ssim, "low": ssim, "high": ssim}, "psnr": None}
+    return cell | figures | {"arm": arm, "n": n}
 
 
 def control(rung, hits):
-    return record(rung, hits, layers="none", arm="no-norm")
+    return record(rung, hits, arrangement="no-norm", arm="no-norm")
 
 
 def row_of(text):
@@ -86,7 +85,7 @@ def test_the_ceiling_is_no_rung():
 def test_every_rung_is_a_usable_experiment():
     cells = Matrix(rows=("lenet/mnist", "resnet20/cifar10")).cells()
     assert {cell.given["rung"] for cell in cells} == set(RUNGS)
-    assert len({cell.place for cell in cells}) == len(cells) == 2 * 3 * 2 * 2 * len(RUNGS)
+    assert len({cell.place for cell in cells}) == len(cells) == 2 * 3 * 2 * 3 * len(RUNGS)
     sixteen = next(c.experiment for c in cells if c.given["batch"] == 16 and c.given["rung"] == "learned")
     assert (sixteen.trials, sixteen.batch_size, sixteen.networks) == (7, 16, "one")
 
@@ -96,10 +95,10 @@ def test_a_matrix_of_real_attacks_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setitem(RUNGS, "learned", quick)
     matrix = Matrix(**SMALL, rungs=("floor", "learned"))
     records = adaptive(matrix, out=tmp_path, progress=no_progress)
-    assert [(r["rung"], r["layers"]) for r in records] == [
-        ("floor", "first"),
-        ("learned", "none"),
-        ("learned", "first"),
+    others = ["private-head", "private-stem", "lock, first"]
+    assert [(r["rung"], r["arrangement"]) for r in records] == [
+        *(("floor", each) for each in others),
+        *(("learned", each) for each in ("no-norm", *others)),
     ]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.jsonl")}
     assert adaptive(matrix, out=tmp_path, progress=no_progress) == records

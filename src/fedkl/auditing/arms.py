@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedkl.attacks import Knowledge
-from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PrivateNorm
+from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PrivateLayers, PrivateNorm
 
 Regressed = Literal["nothing", "key", "affine"]
 
@@ -95,6 +95,8 @@ def standard_arms(lock: KeyLock | None = None, *, labels: bool = True, auxiliary
         arm("lock-known-affine", "key-lock, γ and β known, not their gradient", affine=True),
         arm("lock-neutral", "key-lock, γ = 1 and β = 0 put in", filled_in="neutral"),
         arm("lock-calibrated", "key-lock, γ and β fitted to auxiliary images", filled_in="calibrated"),
+        arm("private-head", "no lock, the classifier stays private", PrivateLayers(layers="head")),
+        arm("private-stem", "no lock, the first layer stays private", PrivateLayers(layers="stem")),
     )
 
 

@@ -7,8 +7,9 @@ from fedkl.defenses.base import Defense, Granted, ServerView
 from fedkl.defenses.keylock import KeyLock
 from fedkl.defenses.none import NoDefense
 from fedkl.defenses.norms import PrivateNorm, PublicNorm
+from fedkl.defenses.private_layers import PrivateLayers
 
-AnyDefense = NoDefense | KeyLock | PublicNorm | PrivateNorm
+AnyDefense = NoDefense | KeyLock | PublicNorm | PrivateNorm | PrivateLayers
 
 __all__ = [
     "AnyDefense",
@@ -16,6 +17,7 @@ __all__ = [
     "Granted",
     "KeyLock",
     "NoDefense",
+    "PrivateLayers",
     "PrivateNorm",
     "PublicNorm",
     "ServerView",

@@ -19,7 +19,7 @@ class Completion:
 
     Attributes:
         model: The model; its methods' results have one of their own.
-        affine: Names of the private γ and β.
+        affine: Names of the private parameters: γ and β, or those of whole private layers.
         norms: The norms whose statistics are private.
     """
 
@@ -39,14 +39,14 @@ class Completion:
         return copy.deepcopy(self)
 
     def neutral(self) -> Completion:
-        """γ = 1 and β = 0 where they are private."""
+        """γ = 1 and β = 0 where they are private; other private parameters stay as the server drew them."""
         result = self._copy()
         with torch.no_grad():
             for name in self.affine:
                 owner, _, tensor_name = name.rpartition(".")
                 names = norm_tensors(result.model.get_submodule(owner))
-                is_scale = names is not None and tensor_name == names.scale
-                result.model.get_parameter(name).fill_(1.0 if is_scale else 0.0)
+                if names is not None:
+                    result.model.get_parameter(name).fill_(1.0 if tensor_name == names.scale else 0.0)
         return result
 
     def averaged(self, baked: Sequence[nn.Module]) -> Completion:

@@ -67,7 +67,8 @@ def server_fill_ins(
         refit_steps: Adam steps (lr 0.05) of the refit.
 
     Returns:
-        One result per arm and kind of statistics; none where no parameter is private.
+        One result per arm and kind of statistics, of the refit one per 10, 100, 1000 and all of the auxiliary
+        images; none where no parameter is private.
     """
     server = defense.prepare(model)
     server.load_public_state(state)
@@ -84,10 +85,17 @@ def server_fill_ins(
         for arm, variant in arms.items()
         for kind, candidate, used in variant.with_statistics(auxiliary[0])
     ]
-    refit = arms["neutral"].refitted(*auxiliary, steps=refit_steps)
-    kind, candidate, _ = refit.with_statistics(auxiliary[0])[-1]
-    score = evaluate(candidate, *test)
-    return [*results, FillIn(arm="refit", statistics=kind, accuracy=score, auxiliary=len(auxiliary[0]))]
+    for count in sorted({*_REFITS, len(auxiliary[0])}):
+        if count <= len(auxiliary[0]):
+            images, labels = (each[:count] for each in auxiliary)
+            refit = arms["neutral"].refitted(images, labels, steps=refit_steps)
+            kind, candidate, _ = refit.with_statistics(images)[-1]
+            score = evaluate(candidate, *test)
+            results.append(FillIn(arm="refit", statistics=kind, accuracy=score, auxiliary=count))
+    return results
+
+
+_REFITS = (10, 100, 1000)
 
 
 def _baked(client: Client, split: Split, state: NamedTensors) -> nn.Module:

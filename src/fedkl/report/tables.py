@@ -7,7 +7,7 @@ from typing import Any
 
 from fedkl.attacks import IDLG
 from fedkl.data import IID
-from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PublicNorm
+from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.experiments import SSIM_SUCCESS, SUCCESS_DB, chosen_arms
 from fedkl.report import verdict, wording
 from fedkl.report.collect import AttackRun, TrainRun
@@ -135,8 +135,8 @@ def _accuracy(mean: float, clients: Mapping[str, float]) -> str:
 def _defense(defense: AnyDefense) -> str:
     if isinstance(defense, NoDefense):
         return "none"
-    lock = defense if isinstance(defense, KeyLock) else defense.like
-    layers = lock.layers if isinstance(lock.layers, str) else ", ".join(lock.layers)
+    like = defense.like if isinstance(defense, PublicNorm | PrivateNorm) else defense
+    layers = like.layers if isinstance(like.layers, str) else ", ".join(like.layers)
     detail = f"layers {layers}"
     if isinstance(defense, KeyLock):
         detail += f", {lock.key_distribution} key, {lock.activation}"
@@ -187,9 +187,10 @@ def _fill_in_row(run: TrainRun, fill_in: dict[str, Any]) -> list[str]:
     statistics = {"initial": "mean 0, variance 1", "public": "public: the federation's own"}
     estimated = f"from {fill_in['auxiliary']} auxiliary images"
     own = run.summary["accuracy"]
+    labels = f" ({fill_in['auxiliary']})" if fill_in["arm"] == "refit" else ""
     return [
         run.name,
-        _FILL_INS.get(fill_in["arm"], fill_in["arm"]),
+        _FILL_INS.get(fill_in["arm"], fill_in["arm"]) + labels,
         statistics.get(fill_in["statistics"], estimated),
         wording.percent(fill_in["accuracy"], digits=2),
         wording.percent(own, digits=2),

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fedkl import config as configs
 from fedkl import experiments
@@ -14,11 +14,12 @@ from fedkl.config import PUBLISHED_LOCK, AttackConfig
 from fedkl.defenses import KeyLock
 from fedkl.errors import AttackError, ConfigError
 from fedkl.reproduce.cells import OpenProgress, check_names, refuse_others, write_table
-from fedkl.reproduce.ladder import CONTROL, RUNGS, Rung
+from fedkl.reproduce.ladder import RUNGS, Rung
 from fedkl.reproduce.records import Record, records_of
 from fedkl.reproduce.verdicts import markdown
 
-Arrangement = Literal["first", "all"]
+UNLOCKED = "unlocked"
+"""In place of locked layers: the arms that have no lock."""
 
 ROWS: Mapping[str, tuple[str, str]] = {
     "lenet/mnist": ("lenet", "mnist"),
@@ -86,14 +87,13 @@ class Matrix:
         return [
             self._cell(RUNGS[rung], row, layers, batch, steps)
             for rung, row, batch, steps, layers in itertools.product(
-                self.rungs, self.rows, self.batches, self.steps, self.layers
+                self.rungs, self.rows, self.batches, self.steps, (UNLOCKED, *self.layers)
             )
         ]
 
     def _cell(self, rung: Rung, row: str, layers: str, batch: int, steps: int) -> MatrixCell:
         model, data = ROWS[row]
         lock: KeyLock = PUBLISHED_LOCK if self.lock == "published" else KeyLock()
-        with_control = layers == self.layers[0] and rung.control
         images = rung.images if self.images is None else self.images
         fields: dict[str, Any] = {
             "seed": self.seed,
@@ -102,8 +102,8 @@ class Matrix:
             "model.name": model,
             "model.initialization": "default",
             "attack": dict(rung.attack),
-            "lock": asdict(replace(lock, layers=layers)),  # type: ignore[arg-type]
-            "arms": (CONTROL,) * with_control + rung.arms,
+            "lock": asdict(lock if layers == UNLOCKED else replace(lock, layers=layers)),  # type: ignore[arg-type]
+            "arms": rung.unlocked if layers == UNLOCKED else rung.locked,
             "labels_known": True,
             "auxiliary": self.auxiliary,
             "networks": rung.networks,
@@ -165,7 +165,8 @@ def adaptive(matrix: Matrix, *, out: Path, progress: OpenProgress) -> list[Recor
             refused.append((cell.given, str(error)))
             continue
         for record in records_of(run, given=cell.given, printed=None, distances={}):
-            records.append(record | ({"layers": "none"} if record["arm"] == CONTROL else {}))
+            arrangement = record["arm"] if record["layers"] == UNLOCKED else f"lock, {record['layers']}"
+            records.append(record | {"arrangement": arrangement})
         write_table(out, records, markdown(records, refused=refused))
     if not records:
         raise ConfigError(f"reproduce adaptive: no cell can be run. {refused[0][1]}")

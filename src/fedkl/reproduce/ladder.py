@@ -23,30 +23,38 @@ class Rung:
     Attributes:
         name: Short name.
         attack: Settings by field.
-        arms: Of the locked network.
+        locked: Arms of the locked network, attacked for every choice of locked layers.
+        unlocked: Arms that have no lock: the control, and other arrangements.
         images: Attacked in a cell by default.
         networks: One network for all images, as in a round, or one for each.
-        control: Whether it is run on the network without a lock too.
     """
 
     name: str
     attack: Mapping[str, Any]
-    arms: tuple[str, ...] = ("lock",)
+    locked: tuple[str, ...] = ("lock",)
+    unlocked: tuple[str, ...] = (CONTROL,)
     images: int = 20
     networks: Literal["each", "one"] = "each"
-    control: bool = True
 
+
+_OTHERS = ("private-head", "private-stem")
 
 RUNGS: Mapping[str, Rung] = {
     rung.name: rung
     for rung in (
-        Rung(name=FLOOR, attack={"type": "prior-only"}, images=100, networks="one", control=False),
-        Rung(name="learned", attack={"type": "learned"}, images=100, networks="one"),
+        Rung(name=FLOOR, attack={"type": "prior-only"}, unlocked=_OTHERS, images=100, networks="one"),
+        Rung(
+            name="learned",
+            attack={"type": "learned"},
+            unlocked=(CONTROL, *_OTHERS),
+            images=100,
+            networks="one",
+        ),
         Rung(name="closed-form", attack={"type": "closed-form"}),
         Rung(
             name="matching",
             attack={"type": "ig", "iterations": 500, "weighting": "sqrt"},
-            arms=("lock", "lock-neutral", "lock-calibrated", "lock-regressed-affine", CEILING),
+            locked=("lock", "lock-neutral", "lock-calibrated", "lock-regressed-affine", CEILING),
         ),
     )
 }

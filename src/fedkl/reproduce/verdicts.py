@@ -30,12 +30,12 @@ def markdown(records: Sequence[Record], *, refused: Sequence[tuple[Mapping[str, 
     """The matrix, all rungs behind it, and those that could not work.
 
     Args:
-        records: One per cell and arm, with row, batch, steps, rung, arm and layers (``"none"``: the control).
+        records: One per cell and arm, with row, batch, steps, rung, arm and arrangement (what is private).
         refused: Cells that an attack cannot do, and why.
     """
-    places = list(dict.fromkeys((*(r[name] for name in _CELL), r["layers"]) for r in records))
-    judged = [_judged(place, records) for place in places if place[3] != "none"]
-    header = ("network/data", "batch", "steps", "locked", "worst rung", "n", "identified [95 %]", "SSIM")
+    places = list(dict.fromkeys((*(r[name] for name in _CELL), r["arrangement"]) for r in records))
+    judged = [_judged(place, records) for place in places if place[3] != CONTROL]
+    header = ("network/data", "batch", "steps", "private", "worst rung", "n", "identified [95 %]", "SSIM")
     lines = _table(
         (*header, "same attack, no lock", "floor", "verdict"), [row for row in judged if row is not None]
     )
@@ -45,7 +45,7 @@ def markdown(records: Sequence[Record], *, refused: Sequence[tuple[Mapping[str, 
 
 def _judged(place: tuple[Any, ...], records: Sequence[Record]) -> list[str] | None:
     here = [r for r in records if tuple(r[name] for name in _CELL) == place[:3]]
-    own = [r for r in here if r["layers"] == place[3]]
+    own = [r for r in here if r["arrangement"] == place[3]]
     rungs = [r for r in own if r["rung"] != FLOOR and r["arm"] != CEILING]
     if not rungs:
         return None
@@ -83,11 +83,11 @@ def verdict(worst: Record, *, floor: Record | None, strong: bool) -> str:
 
 
 def _all_rungs(records: Sequence[Record]) -> str:
-    header = ("network/data", "batch", "steps", "locked", "rung", "n", "identified", "SSIM", "PSNR (dB)")
+    header = ("network/data", "batch", "steps", "private", "rung", "n", "identified", "SSIM", "PSNR (dB)")
     rows = [
         [
             *(str(r[name]) for name in _CELL),
-            r["layers"],
+            r["arrangement"],
             _name(r),
             str(r["n"]),
             wording.count(r["identified"]),
@@ -109,7 +109,7 @@ def _where(given: Mapping[str, Any]) -> str:
 
 
 def _name(record: Record) -> str:
-    plain = record["arm"] in (CONTROL, "lock")
+    plain = not record["arm"].startswith("lock-")
     return record["rung"] if plain else f"{record['rung']}, {record['arm'].removeprefix('lock-')}"
 
 
