@@ -11,9 +11,9 @@ and does not use here (torchvision, matplotlib) is stood in for.
 `ig`: `inversefed.GradientReconstructor`, signed Adam on the cosine distance with total variation. Networks,
 gradients, labels, starts, step sizes, schedule, box and iterations are the same, so that quality must agree.
 
-`dlg`: main.py, L-BFGS on the summed squared difference, labels optimized along, at most 300 calls of 20
-iterations; we get as many evaluations. Its L-BFGS is in float32 without line search, ours in float64 with
-one; starts differ. Objective and method are the same, then, but not the points: compare quality too.
+`dlg`: main.py, L-BFGS on the summed squared difference, labels optimized along, 300 calls of 20 iterations or
+the budget of evaluations, whichever ends first. Its L-BFGS is in float32 without line search, ours in float64
+with one; starts differ. Objective and method are the same, then, but not the points: compare quality too.
 
 Sides take turns, on one core and on two: there we share the trials out among two threads, the peer runs in
 two processes with one thread and half of the trials each. That is kinder to it than two threads for every
@@ -32,6 +32,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,7 +52,6 @@ from fedkl.attacks import DLG, Attack
 from fedkl.attacks.inverting import InvertingGradients
 from fedkl.metrics import psnr
 
-DLG_EVALUATIONS = 300 * 20  # of the peer's main.py, if none of its calls of L-BFGS ends early
 UNITS = ("ms per evaluation", "CPU ms per evaluation", "seconds")
 
 
@@ -74,13 +74,16 @@ def starts(found: list[Case]) -> list[torch.Generator]:
 @contextlib.contextmanager
 def standing_in(modules: dict[str, Any]) -> Iterator[None]:
     """While a peer is imported or runs: modules in place of others, and silence."""
-    with (
-        patch.dict(sys.modules, modules),
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        yield
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
+    sys.modules.update(modules)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:  # what else was imported meanwhile stays: patch.dict would take it out again
+        for name in modules:
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 def inversefed(checkout: Path) -> ModuleType:
@@ -111,34 +114,46 @@ def peer_ig(module: ModuleType, attack: InvertingGradients, found: list[Case]) -
     return Side(images, attack.iterations * len(found))
 
 
-class Counted(nn.Module):
-    """A network that counts its forwards: the peer makes one for each evaluation of its objective."""
+class Finished(Exception):  # noqa: N818 - no error: the way out of the peer's script
+    """The budget is spent."""
 
-    def __init__(self, network: nn.Module) -> None:
+
+class Counted(nn.Module):
+    """A network that counts its forwards: the peer makes one for each evaluation of its objective.
+
+    Attributes:
+        calls: So far.
+        seen: What it was last called with: the peer's dummy image.
+    """
+
+    def __init__(self, network: nn.Module, budget: int) -> None:
         super().__init__()
-        self.network, self.calls = network, 0
+        self.network, self.calls, self._budget = network, 0, budget
+        self.seen = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's own."""
-        self.calls += 1
+        if self.calls > self._budget:  # the first call was the client's
+            raise Finished
+        self.calls, self.seen = self.calls + 1, x.detach().clone()
         logits: Tensor = self.network(x)
         return logits
 
 
-def peer_dlg(checkout: Path, found: list[Case]) -> Side:
+def peer_dlg(checkout: Path, budget: int, found: list[Case]) -> Side:
     """The peer's script, on our networks and images instead of its LeNet and CIFAR-100."""
     images, evaluations = [], 0
     for case in found:
         observation = case.observation
         assert observation.labels is not None
-        counted, utils = (
-            Counted(observation.model),
-            SimpleNamespace(**runpy.run_path(str(checkout / "utils.py"))),
-        )
+        counted = Counted(observation.model, budget)
+        utils = SimpleNamespace(**runpy.run_path(str(checkout / "utils.py")))
         utils.label_to_onehot = partial(utils.label_to_onehot, num_classes=observation.classes)
         torchvision, plots, vision = MagicMock(), MagicMock(), MagicMock()
         torchvision.configure_mock(__version__="none")
-        torchvision.datasets.CIFAR100.return_value = [(case.truth[0], int(observation.labels))]
+        torchvision.datasets.CIFAR100.return_value = defaultdict(
+            lambda case=case: (case.truth[0], int(case.observation.labels))
+        )
         torchvision.transforms.ToTensor.return_value = lambda image: image
         vision.LeNet.return_value, vision.weights_init = counted, lambda module: None
         named = {
@@ -148,10 +163,10 @@ def peer_dlg(checkout: Path, found: list[Case]) -> Side:
             "models": vision,
         }
         with standing_in(named | {"models.vision": vision, "utils": utils}):
-            with patch.object(sys, "argv", ["main.py", "--index", "0"]):
-                ended = runpy.run_path(str(checkout / "main.py"))
-        images.append(ended["dummy_data"].detach())
-        evaluations += counted.calls
+            with patch.object(sys, "argv", ["main.py"]), contextlib.suppress(Finished):
+                runpy.run_path(str(checkout / "main.py"))
+        images.append(counted.seen)
+        evaluations += counted.calls - 1
     return Side(images, evaluations)
 
 
@@ -239,6 +254,7 @@ def main() -> None:
     parser.add_argument("--data", default="mnist-sample")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--iterations", type=int, default=100, help="ig: the budget")
+    parser.add_argument("--evaluations", type=int, default=6000, help="dlg: the budget")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -249,7 +265,8 @@ def main() -> None:
         attack, module = InvertingGradients(iterations=options.iterations), inversefed(options.checkout)
         theirs: Callable[[list[Case]], Side] = partial(peer_ig, module, attack)
     else:
-        attack, theirs = DLG(evaluations=DLG_EVALUATIONS), partial(peer_dlg, options.checkout)
+        attack = DLG(evaluations=options.evaluations)
+        theirs = partial(peer_dlg, options.checkout, options.evaluations)
     own = partial(ours, attack, found, labels_known=options.peer == "ig")
     sides = {
         "fedkl, 1 core": partial(own, workers=1),
