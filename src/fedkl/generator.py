@@ -18,8 +18,8 @@ from fedkl import data, rng
 from fedkl.attacks.generators import (
     IMAGE_SIDE,
     ConditionalGenerator,
-    Generator,
     GeneratorInfo,
+    ImageGenerator,
     load_generator,
     save_generator,
 )
@@ -184,7 +184,7 @@ def latent_psnr(
     return -10 * best.log10()
 
 
-def write_samples(generator: Generator, path: Path, *, columns: int = 10, seed: int = 0) -> None:
+def write_samples(generator: ImageGenerator, path: Path, *, columns: int = 10, seed: int = 0) -> None:
     """Writes a PNG with a row of samples for each of the first ten classes.
 
     Raises:

@@ -126,7 +126,7 @@ class ConditionalGenerator(nn.Module):
         return same and side == [IMAGE_SIDE, IMAGE_SIDE] and classes == self.info.classes
 
 
-Generator = ConditionalGenerator | BigGANDeep
+ImageGenerator = ConditionalGenerator | BigGANDeep
 """Draws images in [0, 1] from latent vectors and classes; has `latent`, `classes`, `shape` and `fits`."""
 
 
@@ -145,7 +145,7 @@ def save_generator(generator: ConditionalGenerator, path: Path) -> None:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
-def load_generator(source: str, *, truncation: float = 1.0) -> Generator:
+def load_generator(source: str, *, truncation: float = 1.0) -> ImageGenerator:
     """A generator that travels inside the package, one from a file, or a BigGAN-deep from a folder.
 
     Args:
@@ -171,7 +171,7 @@ def load_generator(source: str, *, truncation: float = 1.0) -> Generator:
 
 def generator_for(
     source: str | None, *, image_shape: tuple[int, int, int], classes: int, truncation: float = 1.0
-) -> Generator:
+) -> ImageGenerator:
     """The generator to search for images of this shape and number of classes.
 
     Args:

@@ -16,7 +16,7 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from fedkl.attacks.base import Attack, Observation, Reconstruction
-from fedkl.attacks.generators import Generator, generator_for
+from fedkl.attacks.generators import ImageGenerator, generator_for
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.objectives import GradientMatching, Weighting
 from fedkl.errors import AttackError, ConfigError
@@ -102,7 +102,7 @@ class GGL(Attack):
             )
         self._prior(observation)
 
-    def _prior(self, observation: Observation) -> Generator:
+    def _prior(self, observation: Observation) -> ImageGenerator:
         shape, classes = observation.image_shape, observation.classes
         return generator_for(self.generator, image_shape=shape, classes=classes, truncation=self.truncation)
 
@@ -220,7 +220,7 @@ class _Found(NamedTuple):
 class _Drawing:
     """The generator as a function of unbounded points, in the size and channels that the network expects."""
 
-    def __init__(self, prior: Generator, shape: tuple[int, int, int], bound: float) -> None:
+    def __init__(self, prior: ImageGenerator, shape: tuple[int, int, int], bound: float) -> None:
         self.latent = prior.latent
         self._prior = prior
         self._shape = shape
