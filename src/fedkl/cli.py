@@ -616,7 +616,7 @@ def generator_train(
 
 @generator_app.command("samples")
 def generator_samples(
-    source: Annotated[str, typer.Argument(help="A generator's file, or mnist or cifar10 from the package.")],
+    source: Annotated[str, typer.Argument(help="A generator's file or folder, or mnist or cifar10.")],
     out: Annotated[Path, typer.Option("--out", help="PNG to write: a row for each class.")],
     columns: Annotated[int, typer.Option(min=1, help="Samples of each class.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the latent vectors.")] = 0,

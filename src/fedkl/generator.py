@@ -19,6 +19,7 @@ from fedkl.attacks.generators import (
     IMAGE_SIDE,
     ConditionalGenerator,
     GeneratorInfo,
+    ImageGenerator,
     load_generator,
     save_generator,
 )
@@ -183,18 +184,19 @@ def latent_psnr(
     return -10 * best.log10()
 
 
-def write_samples(generator: ConditionalGenerator, path: Path, *, columns: int = 10, seed: int = 0) -> None:
+def write_samples(generator: ImageGenerator, path: Path, *, columns: int = 10, seed: int = 0) -> None:
     """Writes a PNG with a row of samples for each of the first ten classes.
 
     Raises:
         ConfigError: The file cannot be written.
     """
-    rows = min(generator.info.classes, 10)
+    rows = min(generator.classes, 10)
     labels = torch.arange(rows).repeat_interleave(columns)
-    z = torch.randn(len(labels), generator.info.latent, generator=rng.generator(seed, "samples"))
+    z = torch.randn(len(labels), generator.latent, generator=rng.generator(seed, "samples"))
     with torch.no_grad():
         images = generator(z, labels).unflatten(0, (rows, columns))
-    grid = images.permute(0, 3, 1, 4, 2).reshape(rows * IMAGE_SIDE, columns * IMAGE_SIDE, -1)
+    _, height, width = generator.shape
+    grid = images.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, -1)
     picture = Image.fromarray((grid * 255).round().byte().squeeze(2).numpy())
     file = io.BytesIO()
     picture.save(file, format="PNG", optimize=True)

@@ -1,9 +1,15 @@
-"""LPIPS with random weights, against a second implementation, written from the formula."""
+"""LPIPS with random backbones, against the formula, torchmetrics and the original package."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
+import torchmetrics.functional.image.lpips as torchmetrics_lpips
+from torch import nn
 from torch.nn import functional as F
 
 from fedkl.errors import AttackError, DataError
@@ -79,6 +85,51 @@ def test_lpips_is_the_formula(backbone):
     measure(a[..., :smallest, :smallest], b[..., :smallest, :smallest])
     with pytest.raises(AttackError, match=f"at least {smallest} × {smallest}"):
         measure(a[..., : smallest - 1], b[..., : smallest - 1])
+
+
+def torchvision_features(backbone, state):
+    """What torchvision's network has as `features`, with these weights."""
+    layers = []
+    for index in VGG if backbone == "vgg" else ALEX:
+        weight, bias = state[f"features.{index}.weight"], state[f"features.{index}.bias"]
+        stride, padding = (4, 2) if weight.shape[-1] == 11 else (1, weight.shape[-1] // 2)
+        while len(layers) < index:
+            layers.append(nn.MaxPool2d(2 if backbone == "vgg" else 3, 2))
+        conv = nn.Conv2d(*weight.shape[1::-1], weight.shape[-1], stride, padding)
+        conv.load_state_dict({"weight": weight, "bias": bias})
+        layers += [conv, nn.ReLU()]
+    return nn.Sequential(*layers, nn.MaxPool2d(2))
+
+
+@pytest.mark.parametrize("backbone", ["vgg", "alex"])
+def test_lpips_is_that_of_torchmetrics(backbone, monkeypatch):
+    state = weights(backbone)
+    features = torchvision_features(backbone, state)
+    monkeypatch.setattr(torchmetrics_lpips, "_get_tv_model_features", lambda *_: features)
+    reference = torchmetrics_lpips._LPIPS(net=backbone)
+    own = LPIPS(backbone, features=state, heads=perceptual._head_state(backbone))
+    a, b = torch.rand(2, 3, 3, 48, 32)
+    expected = reference(a, b, normalize=True).flatten().double()
+    torch.testing.assert_close(own(a, b), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("backbone", ["vgg", "alex"])
+def test_lpips_is_that_of_the_original_package(backbone, monkeypatch):
+    """Runs after `pip install --no-deps lpips`; CI does without, since torchvision does not import there."""
+    state = weights(backbone)
+    stub = ModuleType("torchvision")
+    stub.models = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "torchvision", stub)
+    original = pytest.importorskip("lpips")
+    features = SimpleNamespace(features=torchvision_features(backbone, state))
+    network = SimpleNamespace(vgg16=lambda **_: features, alexnet=lambda **_: features)
+    monkeypatch.setattr(original.pretrained_networks, "tv", network)
+    reference = original.LPIPS(net=backbone, pnet_rand=True, verbose=False)
+    heads = perceptual._read(Path(original.__file__).parent / "weights" / "v0.1" / f"{backbone}.pth")
+    own = LPIPS(backbone, features=state, heads=heads)
+    a, b = torch.rand(2, 3, 3, 48, 32)
+    expected = reference(a, b, normalize=True).flatten().double()
+    torch.testing.assert_close(own(a, b), expected, rtol=1e-5, atol=0)
 
 
 def test_weights_are_read_from_the_named_folder(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Class-conditional image generators: the prior that GGL searches. Safetensors files, never pickle."""
+"""Class-conditional image generators, the prior that GGL searches: our own, and BigGAN-deep."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedkl.errors import ConfigError, gathered
+from fedkl.attacks.biggan import BigGANDeep
+from fedkl.attacks.biggan_files import load_biggan, mismatches
+from fedkl.errors import AttackError, ConfigError, gathered
 from fedkl.files import write_atomically
 from fedkl.types import ImageBatch, Labels, NamedTensors
 
@@ -23,7 +25,7 @@ SHIPPED = ("mnist", "cifar10")
 """Generators that travel inside the package; see docs/generators.md."""
 
 IMAGE_SIDE = 32
-"""Height and width of what a generator draws, in pixels."""
+"""Height and width of what our own generators draw, in pixels."""
 
 _ARCHITECTURE = "deconvolution-32"
 _EMBEDDING = 32
@@ -102,11 +104,30 @@ class ConditionalGenerator(nn.Module):
         images: Tensor = self.up3(self.act(self.up2(x))).sigmoid()
         return images
 
+    @property
+    def latent(self) -> int:
+        """Length of the latent vector."""
+        return self.info.latent
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.info.classes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of its images."""
+        return self.info.channels, IMAGE_SIDE, IMAGE_SIDE
+
     def fits(self, image_shape: tuple[int, int, int], classes: int) -> bool:
         """Whether it can stand for images of this shape and number of classes."""
         channels, *side = image_shape
         same = self.info.channels in (1, channels)
         return same and side == [IMAGE_SIDE, IMAGE_SIDE] and classes == self.info.classes
+
+
+ImageGenerator = ConditionalGenerator | BigGANDeep
+"""Draws images in [0, 1] from latent vectors and classes; has `latent`, `classes`, `shape` and `fits`."""
 
 
 def save_generator(generator: ConditionalGenerator, path: Path) -> None:
@@ -124,21 +145,67 @@ def save_generator(generator: ConditionalGenerator, path: Path) -> None:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
-def load_generator(source: str) -> ConditionalGenerator:
-    """A generator that travels inside the package, or one from a file.
+def load_generator(source: str, *, truncation: float = 1.0) -> ImageGenerator:
+    """A generator that travels inside the package, one from a file, or a BigGAN-deep from a folder.
 
     Args:
-        source: One of `SHIPPED`, or a path.
+        source: One of `SHIPPED`, or a path; see `load_biggan` for folders.
+        truncation: Of a BigGAN-deep; the others have none.
 
     Returns:
         In evaluation mode, without gradients of its weights.
 
     Raises:
-        ConfigError: The file is missing, damaged, altered, or no generator of this version.
+        ConfigError: Files are missing, damaged, altered, or no generator of this version; a truncation other
+            than 1 for a generator that has none.
 
-    >>> load_generator("mnist").info.dataset
-    'mnist'
+    >>> load_generator("mnist").classes
+    10
     """
+    if source not in SHIPPED and Path(source).is_dir():
+        return load_biggan(Path(source), truncation=truncation)
+    if truncation != 1:
+        raise ConfigError(f"generator: '{source}' has no truncation, got {truncation}. Leave it at 1.")
+    return _load_own(source)
+
+
+def generator_for(
+    source: str | None, *, image_shape: tuple[int, int, int], classes: int, truncation: float = 1.0
+) -> ImageGenerator:
+    """The generator to search for images of this shape and number of classes.
+
+    Args:
+        source: Which, see `load_generator`; None: the only one of `SHIPPED` that fits.
+        image_shape: ``(channels, height, width)``.
+        classes: Number of classes.
+        truncation: See `load_generator`.
+
+    Raises:
+        AttackError: It does not fit; or None was given, and none or several of the package do.
+        ConfigError: See `load_generator`.
+    """
+    wanted = f"images of shape {image_shape} in {classes} classes"
+    remedy = "`fedkl generator train --data NAME --out FILE` makes one; give FILE as GGL's generator."
+    if source is not None:
+        generator = load_generator(source, truncation=truncation)
+        if not generator.fits(image_shape, classes):
+            raise AttackError(
+                f"GGL: the generator '{source}' draws images of shape {generator.shape} in "
+                f"{generator.classes} classes, expected {wanted}. {remedy}"
+            )
+        return generator
+    fitting = {name: own for name in SHIPPED if (own := _load_own(name)).fits(image_shape, classes)}
+    if len(fitting) > 1:
+        raise AttackError(
+            f"GGL: {' and '.join(fitting)} both draw {wanted}. Give as GGL's generator the one whose "
+            "training images are most like the clients'."
+        )
+    if not fitting:
+        raise AttackError(f"GGL: no generator in the package draws {wanted}. {remedy}")
+    return next(iter(fitting.values()))
+
+
+def _load_own(source: str) -> ConditionalGenerator:
     file = resources.files("fedkl.attacks") / "weights" / f"{source}.safetensors"
     place = file if source in SHIPPED else Path(source)
     try:
@@ -151,7 +218,9 @@ def load_generator(source: str) -> ConditionalGenerator:
         ) from error
     info, tensors = _parse(source, data)
     generator = ConditionalGenerator(info)
-    _check_tensors(source, generator.state_dict(), tensors)
+    problems = mismatches(generator.state_dict(), tensors)
+    if problems:
+        raise ConfigError(gathered(f"generator: {source} does not fit itself.", sorted(problems), _REMEDY))
     generator.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return generator.eval().requires_grad_(False)
 
@@ -178,19 +247,6 @@ def _parse(source: str, data: bytes) -> tuple[GeneratorInfo, dict[str, Tensor]]:
         return GeneratorInfo(**fields), tensors
     except TypeError as error:
         raise ConfigError(f"generator: {source} is of another version of fedkl. {_REMEDY}") from error
-
-
-def _check_tensors(source: str, expected: NamedTensors, got: NamedTensors) -> None:
-    problems = [f"'{name}' is missing" for name in expected.keys() - got.keys()]
-    problems += [f"'{name}' is not expected" for name in got.keys() - expected.keys()]
-    for name in expected.keys() & got.keys():
-        if expected[name].shape != got[name].shape:
-            shapes = f"{tuple(got[name].shape)}, expected {tuple(expected[name].shape)}"
-            problems.append(f"'{name}' has shape {shapes}")
-        elif not bool(torch.isfinite(got[name]).all()):
-            problems.append(f"'{name}' has non-finite values")
-    if problems:
-        raise ConfigError(gathered(f"generator: {source} does not fit itself.", sorted(problems), _REMEDY))
 
 
 def _digest(text: str, tensors: NamedTensors) -> str:

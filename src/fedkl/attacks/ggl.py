@@ -13,14 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
+from torch.nn import functional as F
 
 from fedkl.attacks.base import Attack, Observation, Reconstruction
-from fedkl.attacks.generators import (
-    IMAGE_SIDE,
-    SHIPPED,
-    ConditionalGenerator,
-    load_generator,
-)
+from fedkl.attacks.generators import ImageGenerator, generator_for
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.objectives import GradientMatching, Weighting
 from fedkl.errors import AttackError, ConfigError
@@ -39,8 +35,11 @@ class GGL(Attack):
     Public transforms of a defense are applied to its gradient too.
 
     Attributes:
-        generator: One of `fedkl.attacks.generators.SHIPPED`, or the path of a generator's file. None: the
-            shipped one, if exactly one draws images of the observation's shape and classes.
+        generator: One of `fedkl.attacks.generators.SHIPPED`, the path of a generator's file, or the folder of
+            a BigGAN-deep. None: the shipped one, if exactly one draws images of the observation's shape and
+            classes.
+        truncation: Whose statistics the norms of a BigGAN-deep use; other generators have none. The
+            original: 1.
         optimizer: ``"cma"``, or ``"adam"`` on u by gradient, from N(0, I).
         generations: Of CMA-ES.
         population: Candidates of a generation. The original: 500 × 50 evaluations.
@@ -61,6 +60,7 @@ class GGL(Attack):
 
     type: Literal["ggl"] = "ggl"
     generator: str | None = None
+    truncation: float = 1.0
     optimizer: Literal["cma", "adam"] = "cma"
     generations: int = 500
     population: int = 50
@@ -82,6 +82,8 @@ class GGL(Attack):
             for name in ("lr", "bound")
             if not 0 < getattr(self, name) < math.inf
         ]
+        if not 0 < self.truncation <= 1:
+            problems.append(f"0 < truncation ≤ 1, got {self.truncation}")
         if self.optimizer not in ("cma", "adam"):
             problems.append(f"optimizer cma or adam, got '{self.optimizer}'")
         if problems:
@@ -100,29 +102,9 @@ class GGL(Attack):
             )
         self._prior(observation)
 
-    def _prior(self, observation: Observation) -> ConditionalGenerator:
-        """The generator to search; raises AttackError where there is none for these images."""
+    def _prior(self, observation: Observation) -> ImageGenerator:
         shape, classes = observation.image_shape, observation.classes
-        wanted = f"images of shape {shape} in {classes} classes"
-        remedy = "`fedkl generator train --data NAME --out FILE` makes one; give FILE as GGL's generator."
-        if self.generator is not None:
-            generator = load_generator(self.generator)
-            if not generator.fits(shape, classes):
-                drawn = (generator.info.channels, IMAGE_SIDE, IMAGE_SIDE)
-                raise AttackError(
-                    f"GGL: the generator '{self.generator}' draws images of shape {drawn} in "
-                    f"{generator.info.classes} classes, expected {wanted}. {remedy}"
-                )
-            return generator
-        fitting = {name: g for name in SHIPPED if (g := load_generator(name)).fits(shape, classes)}
-        if len(fitting) > 1:
-            raise AttackError(
-                f"GGL: {' and '.join(fitting)} both draw {wanted}. Give as GGL's generator the one whose "
-                "training images are most like the clients'."
-            )
-        if not fitting:
-            raise AttackError(f"GGL: no generator in the package draws {wanted}. {remedy}")
-        return next(iter(fitting.values()))
+        return generator_for(self.generator, image_shape=shape, classes=classes, truncation=self.truncation)
 
     def _run(
         self,
@@ -236,10 +218,10 @@ class _Found(NamedTuple):
 
 
 class _Drawing:
-    """The generator as a function of unbounded points, with the channels that the network expects."""
+    """The generator as a function of unbounded points, in the size and channels that the network expects."""
 
-    def __init__(self, prior: ConditionalGenerator, shape: tuple[int, int, int], bound: float) -> None:
-        self.latent = prior.info.latent
+    def __init__(self, prior: ImageGenerator, shape: tuple[int, int, int], bound: float) -> None:
+        self.latent = prior.latent
         self._prior = prior
         self._shape = shape
         self._bound = bound
@@ -247,6 +229,8 @@ class _Drawing:
     def __call__(self, u: Float[Tensor, "n latent"], labels: Labels) -> Float[Tensor, "n c h w"]:
         z = self._bound * (u / self._bound).tanh()
         images: Tensor = self._prior(z, labels.expand(len(u)))
+        if images.shape[2:] != self._shape[1:]:
+            images = F.interpolate(images, self._shape[1:], mode="area")
         return images.expand(-1, *self._shape)
 
 

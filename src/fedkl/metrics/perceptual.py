@@ -43,8 +43,8 @@ class LPIPS:
     the channels. Images are compared at their own size, as in the original: 32×32 ones are a single position
     in AlexNet's last layers.
 
-    Unverified: where this was written, neither the ImageNet weights nor the reference implementation were at
-    hand. It was tested with random weights against a second implementation.
+    Unverified with the ImageNet weights, which were not at hand. With random ones and the linear heads, it
+    equals the reference implementation (package lpips 0.1.4) to rounding.
 
     Args:
         backbone: ``"vgg"`` (VGG-16) or ``"alex"`` (AlexNet).
