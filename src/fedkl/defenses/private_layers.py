@@ -40,7 +40,7 @@ class _OwnLayers(Split):
 class PrivateLayers(Defense):
     """Clients keep whole layers to themselves, each with a start of its own; there is no lock.
 
-    The server averages the rest. It cannot evaluate its model, nor read labels off a gradient that lacks the head.
+    The server averages the rest. It cannot evaluate its model, nor read labels off a gradient without a head.
 
     Attributes:
         layers: ``"head"``: the last linear layer; ``"stem"``: the first convolution or linear layer; or names

@@ -139,7 +139,7 @@ def _defense(defense: AnyDefense) -> str:
     layers = like.layers if isinstance(like.layers, str) else ", ".join(like.layers)
     detail = f"layers {layers}"
     if isinstance(defense, KeyLock):
-        detail += f", {lock.key_distribution} key, {lock.activation}"
+        detail += f", {defense.key_distribution} key, {defense.activation}"
     return f"{defense.type} ({detail})"
 
 
