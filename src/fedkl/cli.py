@@ -449,9 +449,7 @@ def reproduce_adaptive(
     layers: Annotated[str, typer.Option(help="Locked layers: first, all or both.")] = "first,all",
     batches: Annotated[str, typer.Option(help="Images behind an update.")] = "1,4,16",
     steps: Annotated[str, typer.Option(help="Local steps behind an update.")] = "1,5",
-    rungs: Annotated[
-        str, typer.Option(help=f"Of {', '.join(reproduce.RUNGS)}.")
-    ] = "floor,learned,closed-form",
+    rungs: Annotated[str, typer.Option(help=f"Of {', '.join(reproduce.RUNGS)}.")] = "floor,learned",
     images: Annotated[
         int | None, typer.Option(min=1, help="Images attacked in a cell; 20 or 100 if not given.")
     ] = None,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,8 @@ def attack_arms(
 
     Arms with the same defense attack the same victim (same weights, same γ and β) in a trial; every arm uses
     the same images, model seeds and attack seeds. Observations of one kind are attacked as one batch, across
-    arms. Trials that share a network share γ and β where these are public.
+    arms. Trials of a chunk that share a network share γ and β where these are public, and what is learned of
+    the server's own data.
 
     Args:
         arms: The arms.
@@ -93,41 +95,68 @@ def attack_arms(
         on_evaluation: Called with (evaluations so far, problems still running) of the present batch.
     """
     candidates = dataset.test_images[: max(CANDIDATES, sum(len(trial.images) for trial in trials))]
-    own = _OwnData(dataset, seed=seed, train_mode=train_mode, local=local or LocalSteps())
     due = [trial for trial in trials if trial.index not in skip]
     for first in range(0, len(due), chunk):
         group = due[first : first + chunk]
-        models = {trial.index: build(trial.index) for trial in group}
-        victims: dict[tuple[Defense, int], Split] = {}
-        first_with = {id(models[trial.index]): trial.index for trial in reversed(group)}
-        batches: dict[Hashable, list[tuple[Arm, Trial, Observation]]] = {}
-        for arm, trial in ((arm, trial) for arm in arms for trial in group):
-            model = models[trial.index]
-            public = arm.knowledge.affine_gradient
-            place = (arm.defense, first_with[id(model)] if public else trial.index)
-            if place not in victims:
-                victims[place] = arm.defense.prepare(model)
-            observation = observe(
-                victims[place],
-                arm=arm,
-                model=model,
-                trial=trial.to(next(model.parameters()).device),
-                classes=dataset.spec.classes,
-                train_mode=train_mode,
-                local=local,
-                auxiliary=own.of(arm, victims[place], model),
-            )
-            batches.setdefault(observation.kind, []).append((arm, trial, observation))
+        seen = _observed(
+            arms, group, build=build, dataset=dataset, seed=seed, train_mode=train_mode, local=local
+        )
+        batches: dict[Hashable, list[_Seen]] = {}
+        for one in seen:
+            batches.setdefault(one.observation.kind, []).append(one)
         for batch in batches.values():
-            generators = [rng.generator(seed, "attack", trial.index) for _, trial, _ in batch]
             found = attack.reconstruct_many(
-                [o for _, _, o in batch],
-                generators=generators,
+                [one.observation for one in batch],
+                generators=[rng.generator(seed, "attack", one.trial.index) for one in batch],
                 on_evaluation=on_evaluation,
                 workers=workers,
             )
-            for (arm, trial, _), reconstruction in zip(batch, found, strict=True):
-                on_result(_scored(arm, trial, reconstruction, candidates))
+            for one, reconstruction in zip(batch, found, strict=True):
+                on_result(_scored(one.arm, one.trial, reconstruction, candidates))
+
+
+class _Seen(NamedTuple):
+    """What the server has of one trial in one arm."""
+
+    arm: Arm
+    trial: Trial
+    observation: Observation
+
+
+def _observed(
+    arms: Sequence[Arm],
+    group: Sequence[Trial],
+    *,
+    build: Callable[[int], nn.Module],
+    dataset: Dataset,
+    seed: int,
+    train_mode: bool,
+    local: LocalSteps | None,
+) -> list[_Seen]:
+    """Observes every trial of a chunk in every arm; arms with the same defense share a trial's victim."""
+    models = {trial.index: build(trial.index) for trial in group}
+    first_with = {id(models[trial.index]): trial.index for trial in reversed(group)}
+    own = _OwnData(dataset, seed=seed, train_mode=train_mode, local=local or LocalSteps())
+    victims: dict[tuple[Defense, int], Split] = {}
+    seen = []
+    for arm, trial in itertools.product(arms, group):
+        model = models[trial.index]
+        public = arm.knowledge.affine_gradient  # γ and β belong to the network then, not to a client
+        place = (arm.defense, first_with[id(model)] if public else trial.index)
+        if place not in victims:
+            victims[place] = arm.defense.prepare(model)
+        observation = observe(
+            victims[place],
+            arm=arm,
+            model=model,
+            trial=trial.to(next(model.parameters()).device),
+            classes=dataset.spec.classes,
+            train_mode=train_mode,
+            local=local,
+            auxiliary=own.of(arm, victims[place], model),
+        )
+        seen.append(_Seen(arm, trial, observation))
+    return seen
 
 
 class _OwnData:
