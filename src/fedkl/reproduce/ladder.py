@@ -50,7 +50,7 @@ RUNGS: Mapping[str, Rung] = {
             images=100,
             networks="one",
         ),
-        Rung(name="closed-form", attack={"type": "closed-form"}),
+        Rung(name="closed-form", attack={"type": "closed-form"}, unlocked=(CONTROL, "private-head")),
         Rung(
             name="matching",
             attack={"type": "ig", "iterations": 500, "weighting": "sqrt"},

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from fedkl.attacks import ClosedForm, LocalSteps
-from fedkl.defenses import KeyLock, PrivateNorm
+from fedkl.attacks.adaptive import blind
+from fedkl.attacks.adaptive.chain import Layer
+from fedkl.attacks.adaptive.layers import ConvolutionSystem
+from fedkl.defenses import KeyLock, PrivateLayers, PrivateNorm
 from fedkl.defenses.base import plain_copy
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import score
@@ -141,10 +144,10 @@ def test_refuses_a_transformed_update(observed):
         run(replace(seen, transform=dict))
 
 
-def test_refuses_an_unobserved_head(observed):
+def test_refuses_where_nothing_at_the_top_is_observed(observed):
     seen, _, _ = observed()
-    partial = {name: g for name, g in seen.gradient.items() if name != "6.bias"}
-    with pytest.raises(AttackError, match=r"not observed: 6\.bias"):
+    partial = {name: g for name, g in seen.gradient.items() if name not in ("2.bias", "6.bias")}
+    with pytest.raises(AttackError, match=r"not observed: 2\.bias"):
         run(replace(seen, gradient=partial))
 
 
@@ -187,3 +190,39 @@ def test_refuses_a_network_with_shortcuts(observed):
 def test_refuses_impossible_options(options):
     with pytest.raises(ConfigError, match="smoothness > 0"):
         ClosedForm(**options)
+
+
+def test_a_private_head_does_not_hide_the_image(observed, images):
+    seen, _, trial = observed(PrivateLayers())
+    assert not any(name.startswith("6.") for name in seen.gradient)
+    found = run(seen)
+    assert found.labels is None
+    (result,) = score(
+        found.images, trial.images, candidates=images.test_images[:100], candidate_index=trial.places,
+        labels_true=trial.labels, labels_found=None, scaling=found.scaling,
+    )  # fmt: skip
+    assert result.identified
+    assert result.correlation > 0.99
+    assert found.loss < 1e-10
+
+
+def test_the_blind_top_finds_input_and_gradient_of_a_convolution():
+    """Oracle: a convolution with known input and output gradient."""
+    source = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(4, 6, 5, padding=2).double()
+    h = torch.rand(1, 4, 6, 6, generator=source, dtype=torch.float64)
+    delta = torch.randn(1, 6, 6, 6, generator=source, dtype=torch.float64)
+    gradient, bias = torch.autograd.grad((conv(h) * delta).sum(), [conv.weight, conv.bias])
+    layer = Layer(name="conv", weight=conv.weight.detach(), bias=conv.bias.detach(), padding=(2, 2))
+    system = ConvolutionSystem(layer, input_shape=(4, 6, 6))
+    found = blind.solved(system, gradient.flatten(2), bias, generator=source, starts=5)
+    torch.testing.assert_close(found.input, h[0].flatten(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.delta, delta[0].flatten(1), atol=1e-4, rtol=0)
+    assert found.misfit < 1e-12
+
+
+def test_a_private_head_above_a_norm_is_refused(observed, small):
+    seen, *_ = observed(model=small(between=lambda: nn.BatchNorm2d(8)))
+    below = replace(seen, gradient={n: g for n, g in seen.gradient.items() if not n.startswith("6.")})
+    with pytest.raises(AttackError, match=r"a last convolution's .* without a norm .* 6\.weight"):
+        run(below)

@@ -2,6 +2,7 @@
 
 closed_form.py  γ, β and the image by linear algebra, layer by layer
 descent.py      the way down: head, blocks, image
+blind.py        the top of the way where the head is private
 norms.py        γ and β as moments; what a norm hides and what it does not
 layers.py       a convolution's input by least squares
 chain.py        reads a network as a chain of layers, norms and activations

@@ -4,6 +4,7 @@ The attack goes down a chain of convolutions with one-to-one activations, from t
 
 1. Head. With cross-entropy ∂L/∂b = p − y and ∂L/∂W = (p − y) hᵀ, so that the head's input is
    h = ∂L/∂Wᵀ (p − y) / ‖p − y‖², the label is the only negative entry of p − y, and ∂L/∂h = Wᵀ (p − y).
+   A private head: the last convolution's own gradient gives its input and δ (`blind.py`).
 2. A public convolution u = W * h′ + b, h = act(u): u and δ = ∂L/∂u follow from h and ∂L/∂h. Both u and
    ∂L/∂W = corr(δ, h′) are linear in h′, with more equations than unknowns: least squares (`layers.py`).
 3. A norm: z = γ x̂ + β with x̂ of mean 0 and variance 1 over the positions of each channel, so that β is the
@@ -33,7 +34,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedkl.attacks.adaptive.chain import read_chain
+from fedkl.attacks.adaptive.blind import LARGEST
+from fedkl.attacks.adaptive.chain import Chain, read_chain
 from fedkl.attacks.adaptive.descent import Descent, Passed
 from fedkl.attacks.base import Attack, Observation, Reconstruction
 from fedkl.attacks.labels import infer_label
@@ -82,7 +84,8 @@ class ClosedForm(Attack):
     """Reads γ, β and the image off the gradient of one image, layer by layer, by linear algebra.
 
     It needs a chain of convolutions and linear layers with invertible activations, no norms but instance
-    norms and batch norms in train mode, and the head's gradient. It uses no key, labels or auxiliary data.
+    norms and batch norms in train mode, and the head's gradient or, where that is private, a last convolution
+    without a norm. It uses no key, labels or auxiliary data.
     Where dead channels leave fewer equations than pixels, a smoothness prior supplies the rest.
 
     Attributes:
@@ -128,12 +131,23 @@ class ClosedForm(Attack):
         )
         head = chain.blocks[-1].layer.name
         needed = [f"{block.layer.name}.weight" for block in chain.blocks]
-        missing = sorted({f"{head}.bias", *needed}.difference(observation.gradient))
+        missing = {f"{head}.bias", *needed}.difference(observation.gradient)
+        if missing and missing <= {f"{head}.weight", f"{head}.bias"}:
+            missing = self._missing_below(chain, observation)
         if missing:
             raise AttackError(
-                "ClosedForm: expected the gradient of every layer's weight and of the head's bias, not "
-                f"observed: {', '.join(missing)}. Use another attack."
+                "ClosedForm: expected the gradient of every layer's weight and of the head's bias or, without"
+                " the head, of a last convolution's weight and bias, without a norm and not too large; not "
+                f"observed: {', '.join(sorted(missing))}. Use another attack."
             )
+
+    def _missing_below(self, chain: Chain, observation: Observation) -> set[str]:
+        """What the blind top lacks, by name; nothing where it can start."""
+        block = chain.blocks[-2] if len(chain.blocks) > 1 else chain.blocks[-1]
+        size = math.prod(block.input_shape) + math.prod(block.output_shape)
+        if not block.layer.is_convolution or block.norm is not None or size > LARGEST:
+            return {f"{chain.blocks[-1].layer.name}.weight"}
+        return {f"{block.layer.name}.bias"}.difference(observation.gradient)
 
     def _run(
         self,
@@ -143,21 +157,23 @@ class ClosedForm(Attack):
     ) -> list[Reconstruction]:
         found: list[Reconstruction] = []
         for number, observation in enumerate(observations, start=1):
-            found.append(self._one(observation))
+            found.append(self._one(observation, generators[number - 1]))
             on_evaluation(number, len(observations) - number)
         return found
 
-    def _one(self, observation: Observation) -> ClosedFormReconstruction:
+    def _one(self, observation: Observation, generator: torch.Generator) -> ClosedFormReconstruction:
         chain = read_chain(
             observation.model, image_shape=observation.image_shape, train_mode=observation.train_mode
         )
         descent = Descent(chain, observation.gradient, smoothness=self.smoothness, chroma=self.chroma)
         try:
-            passed = descent.run()
+            passed = descent.run(generator)
             image = descent.image(passed[-1]).unsqueeze(0).float()
         except ArithmeticError:  # a failure of this image, not of the whole audit
             passed, image = [], torch.full((1, *observation.image_shape), torch.nan)
-        labels = infer_label(observation) if observation.labels is None else observation.labels
+        labels = observation.labels
+        if labels is None and descent.sees_head:
+            labels = infer_label(observation)
         norms = [(each.block.norm, each.norm) for each in passed]
         named = [(norm, values) for norm, values in norms if norm is not None and values is not None]
         gammas = {norm.scale: values.scale.float() for norm, values in named if norm.scale}
@@ -166,13 +182,22 @@ class ClosedForm(Attack):
             images=image,
             labels=labels,
             scaling="clip" if chain.blocks[0].norm is None else "prior",
-            loss=_distance(observation, image, labels, {**gammas, **betas}),
+            loss=(
+                _distance(observation, image, labels, {**gammas, **betas})
+                if descent.sees_head and labels is not None
+                else _blind_misfit(passed)
+            ),
             evaluations=1,
             start=0,
             gammas=gammas,
             betas=betas,
             layers=tuple(_report(each) for each in passed),
         )
+
+
+def _blind_misfit(passed: list[Passed]) -> float:
+    """Of the blind top's equations: without the head, no gradient of the found image can be computed."""
+    return passed[0].misfit[1] if passed else math.inf
 
 
 def _report(passed: Passed) -> PassedLayer:

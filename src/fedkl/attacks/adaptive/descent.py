@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedkl.attacks.adaptive import prior
+from fedkl.attacks.adaptive import blind, prior
 from fedkl.attacks.adaptive.chain import Block, Chain
 from fedkl.attacks.adaptive.layers import FLOAT32, ConvolutionSystem, Evidence, Solution
 from fedkl.attacks.adaptive.norms import Standardized, standardized
 from fedkl.attacks.adaptive.search import minimum
 
+_BLIND_STARTS = 5
 _FLAT = 1e6
 _PASSES = 4  # over a norm with saturated positions
 _HOPELESS = 1e30
@@ -99,13 +100,41 @@ class Descent:
         h = self._gradient[f"{layer.name}.weight"].T @ slope / slope.square().sum()
         return State(h=h, variance=(FLOAT32 * h).square(), delta=layer.weight.T @ slope)
 
-    def run(self) -> list[Passed]:
-        """Passes all blocks below the head, from above."""
-        state, passed = self.head(), []
-        for place in reversed(range(len(self.chain.blocks) - 1)):
+    def run(self, generator: torch.Generator) -> list[Passed]:
+        """Passes all blocks below the head, from above.
+
+        Args:
+            generator: Of the starts of the blind top, where the head's gradient is not observed.
+        """
+        place, passed = len(self.chain.blocks) - 2, []
+        if not self.sees_head:
+            passed.append(self._blind_top(generator))
+            place -= 1
+        state = passed[-1].below if passed else self.head()
+        while place >= 0:
             passed.append(self._pass(place, state))
             state = passed[-1].below
+            place -= 1
         return passed
+
+    @property
+    def sees_head(self) -> bool:
+        """Whether the head's gradient was observed."""
+        head = self.chain.blocks[-1].layer.name
+        return all(f"{head}.{part}" in self._gradient for part in ("weight", "bias"))
+
+    def _blind_top(self, generator: torch.Generator) -> Passed:
+        """The last convolution's input and output gradient, from its own gradient alone."""
+        place = len(self.chain.blocks) - 2
+        block, system = self.chain.blocks[place], self._system(place)
+        gradient, bias = (self._gradient[f"{block.layer.name}.{part}"] for part in ("weight", "bias"))
+        found = blind.solved(system, gradient.flatten(2), bias, generator=generator, starts=_BLIND_STARTS)
+        below = State(
+            h=found.input.flatten(),
+            variance=found.variance.flatten() + (FLOAT32 * found.input.flatten()).square(),
+            delta=system.transpose(found.delta).flatten(),
+        )
+        return Passed(block=block, input=below.h, misfit=(0.0, found.misfit), norm=None, below=below)
 
     def _pass(self, place: int, state: State) -> Passed:
         block = self.chain.blocks[place]
