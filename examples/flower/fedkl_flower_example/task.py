@@ -1,0 +1,80 @@
+"""What a client does, in plain PyTorch. The batch order depends on seed, client and round only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedkl import data, models, rng
+from fedkl.federated.optimizer_state import flattened, put_state, take_state, unflattened
+
+
+def net() -> nn.Module:
+    """The plain model, with the same initial weights everywhere."""
+    return models.build_model("lenet", channels=3, classes=10, seed=0, initialization="uniform")
+
+
+def samples(dataset: data.Dataset, *, client: int, clients: int, seed: int) -> Tensor:
+    """Indexes of a client's training images."""
+    draws = rng.generator(seed, "partition")
+    return data.IID().split(dataset.train_labels, clients=clients, generator=draws)[client]
+
+
+def train(
+    model: nn.Module,
+    memory: dict[str, Tensor],
+    dataset: data.Dataset,
+    index: Tensor,
+    *,
+    config: Mapping[str, object],
+    place: tuple[str, int],
+) -> float:
+    """One local epoch; the momentum lives in the client's memory.
+
+    Args:
+        model: Trained in place.
+        memory: Holds the optimizer's state from round to round.
+        dataset: All images.
+        index: The client's own.
+        config: ``batch-size``, ``lr`` and ``seed``.
+        place: Name of the client and round from 0.
+
+    Returns:
+        Mean loss over the batches.
+    """
+    model.train()
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=float(config["lr"]),
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+        fused=True,
+    )
+    put_state(optimizer, named, unflattened(memory))
+    order = torch.randperm(len(index), generator=rng.generator(int(config["seed"]), "batches", *place, 0))
+    losses = []
+    for batch in index[order].split(int(config["batch-size"])):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(dataset.train_images[batch]), dataset.train_labels[batch])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    memory.clear()
+    memory.update(flattened(take_state(optimizer, named)))
+    return float(torch.stack(losses).mean())
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, dataset: data.Dataset) -> float:
+    """On all test images, in [0, 1]."""
+    model.eval()
+    chunks = torch.arange(len(dataset.test_labels)).split(512)
+    right = sum(
+        int((model(dataset.test_images[i]).argmax(1) == dataset.test_labels[i]).sum()) for i in chunks
+    )
+    return right / len(dataset.test_labels)
