@@ -16,9 +16,9 @@ app = ClientApp(mods=[LockMod(task.net)])  # fedkl: the mod
 
 
 @lru_cache(maxsize=1)
-def dataset(name: str) -> data.Dataset:
+def dataset(name: str, images: int) -> data.Dataset:
     """The process's one copy of the data."""
-    return data.load(name)
+    return task.load(name, images=images)
 
 
 @app.train()
@@ -27,7 +27,7 @@ def train(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)
     client = current_client()  # fedkl: in place of a new model and load_state_dict
     config, node = context.run_config, context.node_config
-    images = dataset(str(config["dataset"]))
+    images = dataset(str(config["dataset"]), int(config["images"]))
     index = task.samples(
         images,
         client=int(node["partition-id"]),
@@ -45,7 +45,8 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Accuracy of the global model with the node's own lock."""
     torch.set_num_threads(1)
-    images = dataset(str(context.run_config["dataset"]))
+    config = context.run_config
+    images = dataset(str(config["dataset"]), int(config["images"]))
     accuracy = task.accuracy(current_client().model, images)  # fedkl: in place of a new model
     metrics = MetricRecord({"num-examples": len(images.test_labels), "accuracy": accuracy})
     return Message(content=RecordDict({"metrics": metrics}), reply_to=message)

@@ -9,12 +9,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkl import data, models, rng
-from fedkl.federated.optimizer_state import flattened, put_state, take_state, unflattened
 
 
 def net() -> nn.Module:
     """The plain model, with the same initial weights everywhere."""
     return models.build_model("lenet", channels=3, classes=10, seed=0, initialization="uniform")
+
+
+def load(name: str, *, images: int) -> data.Dataset:
+    """The first `images` training images of a dataset (0: all), and all its test images."""
+    full = data.load(name)
+    if not images:
+        return full
+    return data.Dataset(
+        full.spec,
+        train_images=full.train_images[:images],
+        train_labels=full.train_labels[:images],
+        test_images=full.test_images,
+        test_labels=full.test_labels,
+    )
 
 
 def samples(dataset: data.Dataset, *, client: int, clients: int, seed: int) -> Tensor:
@@ -36,7 +49,7 @@ def train(
 
     Args:
         model: Trained in place.
-        memory: Holds the optimizer's state from round to round.
+        memory: Holds the momentum from round to round.
         dataset: All images.
         index: The client's own.
         config: ``batch-size``, ``lr`` and ``seed``.
@@ -55,7 +68,8 @@ def train(
         weight_decay=5e-4,
         fused=True,
     )
-    put_state(optimizer, named, unflattened(memory))
+    for name, momentum in memory.items():
+        optimizer.state[named[name]]["momentum_buffer"] = momentum
     order = torch.randperm(len(index), generator=rng.generator(int(config["seed"]), "batches", *place, 0))
     losses = []
     for batch in index[order].split(int(config["batch-size"])):
@@ -64,8 +78,7 @@ def train(
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-    memory.clear()
-    memory.update(flattened(take_state(optimizer, named)))
+    memory.update({name: optimizer.state[p]["momentum_buffer"] for name, p in named.items()})
     return float(torch.stack(losses).mean())
 
 

@@ -75,7 +75,7 @@ class Guard(Strategy):
         grid: Grid,
         initial_arrays: ArrayRecord,
         num_rounds: int = 3,
-        timeout: float = 3600,
+        timeout: float = 3600.0,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFunction | None = None,
@@ -90,7 +90,7 @@ class Guard(Strategy):
             ConfigError: Another process uses the folder of the checkpoints, or it cannot be written.
             FedKLError: There are checkpoints, but none can be read, or they are of another model.
         """
-        self._specs = _specs(initial_arrays)
+        self.expect(initial_arrays)
         with self._alone():
             arrays = self._resumed(initial_arrays)
             left = max(0, num_rounds - self._done)
@@ -100,6 +100,14 @@ class Guard(Strategy):
         for kind, rounds in self._history.items():
             setattr(result, kind, {number: MetricRecord(values) for number, values in rounds.items()})
         return result
+
+    def expect(self, arrays: ArrayRecord) -> None:
+        """Says what every reply has to look like; `start` does it.
+
+        Raises:
+            UpdateError: The arrays are not finite, or are no arrays of numbers.
+        """
+        self._specs = _specs(arrays)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

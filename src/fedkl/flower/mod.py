@@ -131,7 +131,7 @@ def _receive(message: Message, lock: Lock) -> None:
 
 def _refuse_private_names(content: RecordDict, lock: Lock, subject: str) -> None:
     """No message names a private tensor: neither as content nor to ask for it."""
-    private = lock.private_names
+    private = lock.private_names.union(link.tensor for link in lock.generation().links)  # γ and β too
     named = {name for name in _words(content) if name in private}
     if named:
         problems = [f"'{name}' is private" for name in sorted(named)]
