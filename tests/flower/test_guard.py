@@ -180,7 +180,7 @@ def crash_at(number):
 
 @pytest.mark.parametrize("kind", [FedAvg, FedAvgM, FedAdam])
 def test_a_server_that_died_goes_on_after_its_last_round(kind, tmp_path):
-    """Clients here depend on the server's arrays only, so the end must be the same to the last bit."""
+    """Clients here depend on the server's arrays only; Flower adds their replies up in a random order."""
     app = ClientApp()
 
     @app.train()
@@ -206,11 +206,13 @@ def test_a_server_that_died_goes_on_after_its_last_round(kind, tmp_path):
             life(tmp_path / "parts", evaluate=crash_at(number))
     parts = life(tmp_path / "parts", evaluate=crash_at(99))
     expected = values(whole.arrays)
-    assert all(np.array_equal(array, expected[name]) for name, array in values(parts.arrays).items())
+    for name, array in values(parts.arrays).items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-5, atol=1e-6)
     assert sorted(parts.train_metrics_clientapp) == [1, 2, 3, 4, 5]
     assert parts.evaluate_metrics_serverapp[5]["round"] == 5
     again = life(tmp_path / "parts")  # nothing left to do
-    assert all(np.array_equal(array, expected[name]) for name, array in values(again.arrays).items())
+    last = values(parts.arrays)
+    assert all(np.array_equal(array, last[name]) for name, array in values(again.arrays).items())
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):

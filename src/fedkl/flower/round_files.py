@@ -64,11 +64,10 @@ class RoundFiles:
         """
         tensors = {f"arrays/{name}": tensor for name, tensor in saved.arrays.items()}
         tensors |= {f"memory/{name}": tensor for name, tensor in saved.memory.items()}
+        meta = {"round": saved.round, "order": list(tensors)}  # some strategies go by position
         path = self.folder / f"round-{saved.round:06d}.fedkl"
         try:
-            lockfile.write(
-                path, kind="checkpoint", meta={"round": saved.round}, tensors=tensors, passphrase=None
-            )
+            lockfile.write(path, kind="checkpoint", meta=meta, tensors=tensors, passphrase=None)
             for old in self._newest_first()[self._keep :]:
                 old.unlink()
         except (OSError, KeyFileError) as error:
@@ -122,13 +121,14 @@ class RoundFiles:
 
 def _read(path: Path) -> SavedRound:
     meta, tensors = lockfile.read(path, kind="checkpoint", passphrase=None)
-    if type(meta.get("round")) is not int:
+    order = meta.get("order")
+    if type(meta.get("round")) is not int or not isinstance(order, list) or set(order) != set(tensors):
         raise KeyFileError(f"{path}: holds no round of a Flower server.")
-    return SavedRound(round=meta["round"], arrays=_part(tensors, "arrays/"), memory=_part(tensors, "memory/"))
-
-
-def _part(tensors: NamedTensors, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    parts: dict[str, dict[str, Tensor]] = {"arrays": {}, "memory": {}}
+    for name in order:
+        part, _, key = name.partition("/")
+        parts[part][key] = tensors[name]
+    return SavedRound(round=meta["round"], **parts)
 
 
 def arrays_in(strategy: Strategy) -> dict[str, Tensor]:
