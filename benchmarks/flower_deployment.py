@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6000, help="training images of all clients together")
     parser.add_argument("--seconds", type=float, default=1800, help="until a run is given up")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that processes are ended
     logging.getLogger("flwr").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     config = {"dataset": arguments.dataset, "images": arguments.images, "timeout": 300.0}

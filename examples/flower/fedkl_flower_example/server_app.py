@@ -17,7 +17,12 @@ def main(grid: Grid, context: Context) -> None:
     """All rounds, or those that a run before has left."""
     config = context.run_config
     needed = int(config["min-replies"])
-    strategy = FedAvg(min_available_nodes=needed, min_train_nodes=needed, min_evaluate_nodes=needed)
+    strategy = FedAvg(
+        fraction_evaluate=float(config["fraction-evaluate"]),
+        min_available_nodes=needed,
+        min_train_nodes=needed,
+        min_evaluate_nodes=needed,
+    )
     strategy = Guard(  # fedkl
         strategy, checkpoints=str(config["checkpoints"]) or None, min_replies=needed
     )
