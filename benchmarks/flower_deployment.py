@@ -2,6 +2,7 @@
 
     python benchmarks/flower_deployment.py rounds    # TLS and node keys; the same training in one process
     python benchmarks/flower_deployment.py wire      # no TLS: every byte is searched for private numbers
+    python benchmarks/flower_deployment.py simulation    # Flower's simulation, where ray is installed
     python benchmarks/flower_deployment.py faults    # kill -9 of a client process, a node, the SuperLink
     python benchmarks/flower_deployment.py cost      # milliseconds per message, beside the plain Flower app
 
@@ -42,12 +43,13 @@ from fedkl_flower_example import client_app, server_app, task
 from tests.locking.leaks import patterns, secrets_of
 
 NODES = 3
+_SCENARIOS = ("rounds", "simulation", "wire", "faults")
 
 
 def main() -> None:
     """Runs one scenario in a temporary folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("scenario", choices=("rounds", "wire", "faults", "cost"))
+    parser.add_argument("scenario", choices=(*_SCENARIOS, "cost"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dataset", default="mnist")
     parser.add_argument("--images", type=int, default=6000, help="training images of all clients together")
@@ -62,7 +64,7 @@ def main() -> None:
 
         print(json.dumps(cost()))
         return
-    scenario = {"rounds": rounds, "wire": wire, "faults": faults}[arguments.scenario]
+    scenario = globals()[arguments.scenario]
     with tempfile.TemporaryDirectory(prefix="fk") as folder:
         result = scenario(Path(folder), config, arguments.rounds, arguments.seconds)
     print(json.dumps({"scenario": arguments.scenario, **config, **result}))
@@ -95,6 +97,27 @@ def rounds(folder: Path, config: dict[str, Any], count: int, seconds: float) -> 
             "deployed locks, in process": max(moved),
         },
     }
+
+
+def simulation(folder: Path, config: dict[str, Any], count: int, seconds: float) -> dict[str, Any]:
+    """The same training in Flower's simulation and in one process, with the same keys."""
+    new_locks(folder / "one")
+    simulated = Deployment(folder / "sim", nodes=NODES, tls=False)
+    shutil.copytree(folder / "one", simulated.store(0))
+    try:
+        one = in_process(folder / "one", config, count)
+        wall = simulated.simulate(config, rounds=count, seconds=seconds)
+        assert simulated.rounds() == count, simulated.log("run")[-3000:]
+        return {
+            "nodes": NODES,
+            "rounds": count,
+            "simulated_s": round(wall, 1),
+            "accuracy_in_process": accuracies(one["history"]),
+            "accuracy_simulated": accuracies(simulated.history()),
+            "largest_difference": distance(newest(simulated.checkpoints), one["arrays"]),
+        }
+    finally:
+        simulated.stop()
 
 
 def wire(folder: Path, config: dict[str, Any], count: int, seconds: float) -> dict[str, Any]:

@@ -155,6 +155,35 @@ class Deployment:
         self.wait(done, f"round {rounds}, though the run has ended,", seconds=5)
         return time.monotonic() - begin
 
+    def simulate(
+        self, config: Mapping[str, bool | float | int | str], *, rounds: int, seconds: float
+    ) -> float:
+        """The same app in Flower's simulation, which needs ray; in place of `start` and `finish`.
+
+        All clients find their locks in the first node's store. Returns the seconds that took.
+        """
+        text = '[superlink]\ndefault = "local"\n[superlink.local]\naddress = ":local-in-memory:"\n'
+        (self._home("cli") / "config.toml").write_text(text)
+        values = {"checkpoints": str(self.checkpoints), "rounds": rounds, **config}
+        given = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
+        nodes = f"num-supernodes={self.nodes} client-resources-num-cpus=1 init-args-num-cpus=2"
+        command = ["flwr", "run", str(self.app), "--stream", "--run-config", given]
+        runtime, control = free_ports(2)
+        begin = time.monotonic()
+        run = self._spawn(
+            "run",
+            [*command, "--federation-config", nodes],
+            home="cli",
+            FEDKL_STORE=str(self.store(0)),
+            FEDKL_PASSPHRASE=PASSPHRASE,
+            FLWR_LOCAL_SUPERLINK_HTTP_API_PORT=str(runtime),
+            FLWR_LOCAL_CONTROL_API_PORT=str(control),
+            RAY_TMPDIR=str(self.folder),
+            RAY_USAGE_STATS_ENABLED="0",
+        )
+        self.wait(lambda: run.poll() is not None, f"{rounds} simulated rounds", seconds=seconds)
+        return time.monotonic() - begin
+
     def kill(self, name: str) -> None:
         """Kill -9 of a process by name: ``superlink`` or ``node-<i>``; what it started is left to itself."""
         process = self._processes.pop(name)
