@@ -150,7 +150,8 @@ def faults(folder: Path, config: dict[str, Any], count: int, seconds: float) -> 
     config = {**config, "timeout": 60.0, "fraction-evaluate": 0.0}
     with deployment(folder, nodes=NODES, tls=True) as deployed:
         run = deployed.run({**config, "rounds": count})
-        deployed.kill_client(0)
+        deployed.wait(deployed.lock_file(0).exists, "node 0 to have its lock", seconds=seconds)
+        deployed.kill_client(0)  # it has its model and trains
         deployed.wait(lambda: deployed.rounds() >= 1, "round 1", seconds=seconds)
         keys = {node: key_of(deployed, node) for node in range(NODES) if deployed.lock_file(node).exists()}
         deployed.wait(lambda: bool(deployed.client_processes(1)), "node 1 to train", seconds=seconds)
