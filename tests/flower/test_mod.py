@@ -205,6 +205,24 @@ def test_no_text_of_a_failure_leaves_the_node(handler, caplog, capfd):
     assert ask(app_of(honest)).has_content()
 
 
+@pytest.mark.parametrize("place", ["lock", "memory"])
+def test_a_private_side_that_diverged_is_not_kept(place, caplog):
+    def diverge(message, context):
+        client = current_client()
+        if place == "memory":
+            client.memory["momentum"] = torch.tensor([math.inf])
+        else:
+            client.model.get_buffer("1.running_mean").fill_(math.nan)
+        return reply(message, ArrayRecord(client.model.state_dict()))
+
+    assert ask(app_of(honest)).has_content()
+    before = stored()
+    assert ask(app_of(diverge)).error.reason == FAILED
+    assert "diverged" in caplog.text
+    assert all(torch.equal(before[name], tensor) for name, tensor in stored().items())
+    assert ask(app_of(honest)).has_content()
+
+
 def test_a_node_without_a_store_or_a_name_says_so_and_the_server_learns_nothing(monkeypatch, caplog):
     monkeypatch.delenv("FEDKL_STORE")
     assert ask(app_of(honest)).error.reason == FAILED

@@ -12,7 +12,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import nn
 
 from fedkl.defenses import KeyLock
-from fedkl.errors import FedKLError, LockError, SecretError, gathered
+from fedkl.errors import FedKLError, LockError, SecretError, UpdateError, gathered
 from fedkl.flower.private_numbers import PrivateNumbers, numbers_in
 from fedkl.flower.records import arrays_of, fitted, only_arrays, tensors_of
 from fedkl.flower.store import ClientStore, StoredClient, client_name
@@ -95,8 +95,7 @@ def _handle(
 ) -> Message:
     stage.reason = REFUSED_MESSAGE
     _receive(message, client.lock)
-    before = client.lock.secrets()
-    before = [secret.detach().clone() for secret in before]
+    before = [secret.detach().clone() for secret in client.lock.secrets()]
     stage.reason = FAILED
     token = _CURRENT.set(client)
     try:
@@ -111,8 +110,18 @@ def _handle(
     reply.content = _checked(reply.content, client.lock, numbers)
     stage.reason = FAILED
     if _category(message) == "train":
+        _check_sound(client)
         store.save(client)
     return reply
+
+
+def _check_sound(client: StoredClient) -> None:
+    """Private tensors can diverge without the public ones; a lock that did would never open again."""
+    kept = client.lock.private_state() | client.memory
+    problems = [f"'{name}' has non-finite values" for name, t in kept.items() if not t.isfinite().all()]
+    if problems:
+        remedy = "The lock stays as it was. Lower the learning rate."
+        raise UpdateError(gathered(f"The training of {client.name} diverged.", problems, remedy))
 
 
 def _category(message: Message) -> str:

@@ -127,7 +127,8 @@ class ClientStore:
         Raises:
             KeyFileError: The file cannot be written; the one before stays.
         """
-        client.lock.save(self.path(client.name), passphrase=self._passphrase, memory=client.memory)
+        memory = {name: tensor.detach().clone() for name, tensor in client.memory.items()}
+        client.lock.save(self.path(client.name), passphrase=self._passphrase, memory=memory)
 
 
 def client_name(node_config: Mapping[str, object]) -> str:
