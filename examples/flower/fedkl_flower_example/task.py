@@ -60,14 +60,7 @@ def train(
     """
     model.train()
     named = dict(model.named_parameters())
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=float(config["lr"]),
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=5e-4,
-        fused=True,
-    )
+    optimizer = _optimizer(model, lr=float(config["lr"]))
     for name, momentum in memory.items():
         optimizer.state[named[name]]["momentum_buffer"] = momentum
     order = torch.randperm(len(index), generator=rng.generator(int(config["seed"]), "batches", *place, 0))
@@ -80,6 +73,13 @@ def train(
         losses.append(loss.detach())
     memory.update({name: optimizer.state[p]["momentum_buffer"] for name, p in named.items()})
     return float(torch.stack(losses).mean())
+
+
+def _optimizer(model: nn.Module, *, lr: float) -> torch.optim.Optimizer:
+    decay, momentum = 5e-4, 0.9
+    return torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=momentum, nesterov=True, weight_decay=decay, fused=True
+    )
 
 
 @torch.inference_mode()

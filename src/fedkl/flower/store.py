@@ -14,8 +14,7 @@ from fedkl.defenses import KeyLock
 from fedkl.errors import ConfigError, KeyFileError
 from fedkl.files import exclusive, remove_parts
 from fedkl.lockfile import default_passphrase
-from fedkl.locking import Lock, load_lock
-from fedkl.locking.keylock import load_memory
+from fedkl.locking import Lock, load_lock, load_memory
 
 STORE, CLIENT, PASSPHRASE_FILE = "fedkl-store", "fedkl-client", "fedkl-passphrase-file"
 """Entries of a SuperNode's ``--node-config``."""
