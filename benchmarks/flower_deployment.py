@@ -128,11 +128,11 @@ def wire(folder: Path, config: dict[str, Any], count: int, seconds: float) -> di
         secrets = secrets_on_disk(versions)
         public = RoundFiles(deployed.checkpoints).newest()
     found = [name for name, tensor in secrets for form in patterns(tensor) if any(form in s for s in streams)]
-    up = sum(len(s) for r in deployed.recorders for s in r.sent)
+    sent = [bytes(s) for r in deployed.recorders for s in r.sent]
+    up = sum(map(len, sent))
     start = task.net().state_dict()
     seen = [name for name, tensor in start.items() if any(p in s for p in patterns(tensor) for s in streams)]
     assert public is not None
-    sent = [n for n, t in public.arrays.items() if len(patterns(t))]
     return {
         "rounds": count,
         "bytes_sent_by_nodes": up,
@@ -140,8 +140,9 @@ def wire(folder: Path, config: dict[str, Any], count: int, seconds: float) -> di
         "private_tensors": len(secrets),
         "lock_versions": len(versions),
         "private_found": found,
-        "public_tensors": len(sent),
+        "public_tensors": len(public.arrays),
         "initial_public_tensors_found": len(seen),
+        "arrays_found_in_replies": sum(s.count(b"\x93NUMPY") for s in sent),
     }
 
 
