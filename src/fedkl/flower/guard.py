@@ -20,7 +20,7 @@ from fedkl.flower.records import arrays_of, fitted, only_arrays, tensors_of
 from fedkl.flower.round_files import History, RoundFiles, SavedRound, arrays_in, put_arrays
 from fedkl.update import TensorSpec, check_tensors
 
-_LOG = logging.getLogger("fedkl.flower")
+_LOG = logging.getLogger("flwr.fedkl")  # among Flower's own lines, in its format
 _TRAIN, _EVALUATE, _SERVER = (
     "train_metrics_clientapp",
     "evaluate_metrics_clientapp",
