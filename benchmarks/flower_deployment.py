@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -176,6 +177,9 @@ def faults(folder: Path, config: dict[str, Any], count: int, seconds: float) -> 
             "rounds_before_the_superlink_died": before,
             "rounds_in_the_end": deployed.rounds(),
             "resumed": f"Number of rounds: {count - before}" in log,
+            "train_replies_and_failures": re.findall(
+                r"aggregate_train: Received (\d+) results and (\d+)", log
+            ),
             "keys_known_before": len(keys),
             "keys_unchanged": sum(same),
             "losses": [round(loss, 4) for loss in losses],
