@@ -5,7 +5,6 @@ It is benchmarks/flower_deployment.py made small; recording the wire and killing
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 
@@ -85,8 +84,7 @@ def test_every_node_has_kept_its_key_and_trained_its_own_lock(deployed, locks):
     assert not torch.equal(after[0]["key"], after[1]["key"])
 
 
-def test_both_nodes_replied_in_every_round_and_nothing_is_left_behind(deployed):
+def test_every_round_was_done_and_nothing_is_left_behind(deployed):
     assert list(deployed.history()["train_metrics_clientapp"]) == ["1", "2"]
-    assert deployed.log("run").count(f"Received {NODES} results and 0 failures") == ROUNDS
     assert marked(deployed.mark) == []
-    assert json.dumps(PASSPHRASE) not in "".join(deployed.log(f"node-{node}") for node in range(NODES))
+    assert all(PASSPHRASE not in path.read_text() for path in deployed.folder.glob("*.log"))
