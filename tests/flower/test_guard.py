@@ -70,6 +70,9 @@ BAD = {
         "metrics": MetricRecord({"num-examples": math.nan, "loss": 1.0}),
     },
     "weights": {"arrays": arrays_with({}), "metrics": MetricRecord({"num-examples": [1, 2], "loss": 1.0})},
+    "list for a number": {"arrays": arrays_with({}), "metrics": metrics(loss=[1.0, 2.0])},
+    "other dtype": {"arrays": arrays_with({"0.bias": torch.ones(6).double()})},
+    "complex": {"arrays": arrays_with({"0.bias": torch.ones(6, dtype=torch.complex64)})},
     "other metrics": {"arrays": arrays_with({}), "metrics": metrics(accuracy=1.0)},
 }
 
@@ -80,6 +83,13 @@ def test_a_bad_reply_is_refused_by_name_and_the_round_goes_on(content, caplog):
     arrays, result = guard().aggregate_train(1, [sound(1.0), bad, sound(3.0)])
     assert all(np.array_equal(array, np.full_like(array, 2.0)) for array in values(arrays).values())
     assert result["loss"] == 1.0
+    assert "node 66 refused" in caplog.text
+
+
+def test_records_of_another_name_are_refused(caplog):
+    content = {"weights": arrays_with({}), "metrics": metrics(loss=1.0)}
+    arrays, _ = guard().aggregate_train(1, [answer(content, node=66), sound(1.0), sound(3.0)])
+    assert all(np.array_equal(array, np.full_like(array, 2.0)) for array in values(arrays).values())
     assert "node 66 refused" in caplog.text
 
 

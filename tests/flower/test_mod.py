@@ -86,6 +86,7 @@ BAD_MESSAGES = {
     "nan": {"arrays": arrays_with({"0.bias": torch.full((6,), math.nan)})},
     "infinite": {"arrays": arrays_with({"0.bias": torch.full((6,), math.inf)})},
     "infinite when cast": {"arrays": arrays_with({"0.bias": torch.full((6,), 1e300, dtype=torch.float64)})},
+    "complex": {"arrays": arrays_with({"0.bias": torch.ones(6, dtype=torch.complex64)})},
     "no array": {"arrays": ArrayRecord({"0.bias": Array("float32", (6,), "numpy.ndarray", b"nothing")})},
     "foreign": {"arrays": ArrayRecord({"0.bias": Array("float32", (6,), "pickle", b"cos\nsystem")})},
     "two records": {"more": arrays_with({})},

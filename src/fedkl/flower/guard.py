@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -197,17 +196,21 @@ class Guard(Strategy):
                 fine.append(reply)
             except FedKLError as error:
                 _refused(number, reply, str(error))
-        keys = Counter(_metric_keys(reply) for reply in fine).most_common(1)
-        for reply in fine:
-            if _metric_keys(reply) != keys[0][0]:
-                _refused(number, reply, "its metrics have other names than those of the others.")
-        return errors + [reply for reply in fine if _metric_keys(reply) == keys[0][0]]
+        layouts = [_layout(reply, with_arrays=with_arrays) for reply in fine]
+        usual = Counter(layouts).most_common(1)
+        kept = []
+        for reply, layout in zip(fine, layouts, strict=True):
+            if layout == usual[0][0]:
+                kept.append(reply)
+            else:
+                _refused(number, reply, "its records or metrics have other names or kinds than most have.")
+        return errors + kept
 
     def _check(self, reply: Message, weight: str, *, with_arrays: bool) -> None:
         if with_arrays:
             record = only_arrays(reply.content, subject="Reply")
             check_tensors(
-                fitted(tensors_of(record, subject="Reply"), self._specs),
+                tensors_of(record, subject="Reply"),
                 self._specs,
                 subject="Reply refused.",
                 remedy="Reply with exactly the tensors that were sent.",
@@ -243,9 +246,11 @@ def _specs(arrays: ArrayRecord) -> dict[str, TensorSpec]:
     return specs
 
 
-def _metric_keys(reply: Message) -> tuple[str, ...]:
-    record: Mapping[str, Any] = next(iter(reply.content.metric_records.values()))
-    return tuple(sorted(record))
+def _layout(reply: Message, *, with_arrays: bool) -> tuple[object, ...]:
+    """Names of records and metrics, and how long lists are; a strategy ends the run when these differ."""
+    name, metrics = next(iter(reply.content.metric_records.items()))
+    kinds = tuple(sorted((key, len(v) if isinstance(v, list) else -1) for key, v in metrics.items()))
+    return (tuple(reply.content.array_records) if with_arrays else (), name, kinds)
 
 
 def _refused(number: int, reply: Message, reason: str) -> None:

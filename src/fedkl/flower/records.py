@@ -80,6 +80,8 @@ def fitted(tensors: NamedTensors, specs: Mapping[str, TensorSpec]) -> dict[str, 
 def _fitted(tensor: Tensor, spec: TensorSpec | None) -> Tensor:
     if spec is None or tensor.dtype == spec.dtype or not tensor.isfinite().all():
         return tensor
+    if tensor.is_complex():
+        return tensor
     if spec.dtype.is_floating_point:
         return tensor.to(spec.dtype)
     rounds = tensor.is_floating_point() and spec.dtype is not torch.bool
