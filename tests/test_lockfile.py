@@ -15,6 +15,7 @@ from torch import nn
 import fedkl
 from fedkl import Key, lockfile
 from fedkl.errors import KeyFileError
+from fedkl.locking import load_memory
 
 PASSPHRASE = "correct horse"
 
@@ -84,6 +85,18 @@ def test_a_lock_comes_back(tmp_path, passphrase, options):
     torch.testing.assert_close(loaded.model.eval()(x), lock.model.eval()(x))
     assert repr(loaded) == repr(lock)
     assert loaded.private_names == lock.private_names
+
+
+def test_a_lock_comes_back_with_what_else_its_client_remembers(tmp_path, passphrase):
+    lock, memory = locked(), {"momentum/fc.weight": torch.arange(4.0)}
+    lock.save(tmp_path / "lock", passphrase=passphrase, memory=memory)
+    loaded = fedkl.load_lock(tmp_path / "lock", net(), passphrase=passphrase)
+    assert torch.equal(loaded.key.reveal(), lock.key.reveal())
+    found = load_memory(tmp_path / "lock", passphrase=passphrase)
+    assert found.keys() == memory.keys()
+    assert torch.equal(found["momentum/fc.weight"], memory["momentum/fc.weight"])
+    lock.save(tmp_path / "lock", passphrase=passphrase)
+    assert load_memory(tmp_path / "lock", passphrase=passphrase) == {}
 
 
 def test_a_lock_in_execution_order_comes_back(tmp_path):

@@ -7,7 +7,8 @@ import torch
 
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.errors import ConfigError
-from fedkl.runs import RunDirectory, exclusive, write_text
+from fedkl.files import exclusive
+from fedkl.runs import RunDirectory, write_text
 
 
 def create(path, config=None):

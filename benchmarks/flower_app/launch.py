@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,8 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from processes import MARK, end_marked, free_ports
+
 APP = Path(__file__).resolve().parent
-MARK = "FEDKL_BENCHMARK_MARK"
 
 Engine = Literal["run_simulation", "flwr-run"]
 
@@ -77,7 +76,7 @@ def run_flower(
             try:
                 times = _wait(process, folder / "result.json", start=start, timeout=timeout)
             finally:
-                _end(process, mark)
+                end_marked(mark, process)
         if "ready_s" not in times or process.returncode != 0:
             tail = log_path.read_text(errors="replace").splitlines()[-30:]
             raise FlowerRunError("\n".join([f"Flower ({engine}) gave no result ({times}).", *tail]))
@@ -104,7 +103,7 @@ def _environment(python: Path, folder: Path) -> tuple[dict[str, str], str]:
     (folder / "flwr" / "config.toml").write_text(
         '[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = ":local-in-memory:"\n'
     )
-    runtime, control = _free_ports(2)
+    runtime, control = free_ports(2)
     return {
         **os.environ,
         MARK: mark,
@@ -119,14 +118,6 @@ def _environment(python: Path, folder: Path) -> tuple[dict[str, str], str]:
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
     }, mark
-
-
-def _free_ports(count: int) -> list[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
 
 
 @contextmanager
@@ -153,34 +144,3 @@ def _wait(
             break
         time.sleep(0.01)
     return times
-
-
-def _end(process: subprocess.Popen[bytes], mark: str) -> None:
-    """Ends the command and all that carries the mark: first asked, then, after five seconds, killed."""
-    deadline = time.monotonic() + 5
-    while True:
-        number = signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL
-        left = _marked(mark)
-        if process.poll() is None:
-            left.append(process.pid)
-        if not left:
-            return
-        for pid in left:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
-        time.sleep(0.2)
-
-
-def _marked(mark: str) -> list[int]:
-    """Processes with the mark in their environment. Where there is no /proc: none, the command alone ends."""
-    wanted = f"{MARK}={mark}".encode()
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-        except OSError:  # ended meanwhile, or another user's
-            continue
-    return found

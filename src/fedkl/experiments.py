@@ -22,10 +22,11 @@ from fedkl.curves import curves
 from fedkl.data import Dataset, Subset
 from fedkl.errors import ConfigError
 from fedkl.federated import Checkpoints, Federation, RoundResult, server_fill_ins
+from fedkl.files import exclusive
 from fedkl.lockfile import default_passphrase
 from fedkl.locking.norms import statistics_names
 from fedkl.metrics import success_rate, summarize
-from fedkl.runs import RunDirectory, exclusive
+from fedkl.runs import RunDirectory
 
 SUCCESS_DB = 30.0
 """PSNR from which an image counts as recovered."""

@@ -13,17 +13,11 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 from fedkl import config as configs
 from fedkl.errors import ConfigError
@@ -153,36 +147,6 @@ class RunDirectory:
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json: the run is complete."""
         write_text(self.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Makes a folder, and keeps other processes from running in it, where the system can (POSIX).
-
-    Raises:
-        ConfigError: A process is running in it, or it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path, os.O_RDONLY) if fcntl else -1
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from error
-    if folder < 0:
-        yield
-        return
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(folder)
-        raise ConfigError(
-            f"{path}: another process is running in this folder. Wait for it, or choose another --out."
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(folder)  # gives the lock back; so does the end of the process, however it ends
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@
 """
 
 from fedkl.locking.generation import KEY, Generation
-from fedkl.locking.keylock import Lock, load_lock, lock, lock_
+from fedkl.locking.keylock import Lock, load_lock, load_memory, lock, lock_
 from fedkl.locking.layers import Activation, Initialization
 from fedkl.locking.norms import register_norm
 from fedkl.locking.split import Split
@@ -28,6 +28,7 @@ __all__ = [
     "Lock",
     "Split",
     "load_lock",
+    "load_memory",
     "lock",
     "lock_",
     "register_norm",

@@ -21,6 +21,7 @@ from fedkl.locking.layers import Activation, Initialization
 from fedkl.locking.split import Split
 from fedkl.locking.targets import ExampleInputs, Layers
 from fedkl.locking.withholding import check_not_split, release
+from fedkl.types import NamedTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +109,15 @@ class Lock(Split):
         """Copies of the key and the lock layers by name: what `generation` takes. Never to be sent."""
         return secrets_of(self._key.reveal(), self.private_parameters())
 
-    def save(self, path: str | Path, *, passphrase: str | None) -> None:
+    def save(self, path: str | Path, *, passphrase: str | None, memory: NamedTensors | None = None) -> None:
         """Writes key and private state to one file, mode 0600, atomically.
 
         Args:
             path: Where to; an existing file is replaced.
             passphrase: Encrypts the file (AES-256-GCM under a scrypt key). None, given explicitly, leaves
                 it unencrypted.
+            memory: What else the client keeps between rounds, e.g. its optimizer's moments; see
+                `load_memory`.
 
         Raises:
             KeyFileError: The passphrase is empty, or the file cannot be written.
@@ -125,12 +128,14 @@ class Lock(Split):
             "structure": self._structure(),
         }
         tensors = {f"private/{name}": tensor for name, tensor in self.private_state().items()}
+        tensors |= {f"memory/{name}": tensor for name, tensor in (memory or {}).items()}
         tensors["key"] = self._key.reveal()
         lockfile.write(Path(path), kind="lock", meta=meta, tensors=tensors, passphrase=passphrase)
 
-    def _secrets(self) -> list[Tensor]:
+    def secrets(self) -> list[Tensor]:
+        """Every tensor whose content must not leave: the private state, the key, γ and β."""
         affine = [tensor for norm in surgery.generated(self._model).values() for tensor in norm.values()]
-        return [*super()._secrets(), self._key.reveal(), *affine]
+        return [*super().secrets(), self._key.reveal(), *affine]
 
     def _structure(self) -> str:
         """Fingerprint of the public structure, to which a saved lock is bound: names, shapes, no values."""
@@ -293,7 +298,7 @@ def load_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
         options = _Options(**{**meta["options"], "layers": tuple(meta["options"]["layers"])})
     except (KeyError, TypeError, LockError) as error:
         raise KeyFileError(f"{path}: unknown options; written by another version of fedkl?") from error
-    private = {name.removeprefix("private/"): t for name, t in tensors.items() if name != "key"}
+    private = _part(tensors, "private/")
     try:
         targets.plan(model, layers=options.layers, order=dict(model.named_modules()))
         loaded = _install(copy.deepcopy(model), key=key, options=options)
@@ -303,3 +308,16 @@ def load_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
     except (LockError, UpdateError) as error:
         raise foreign from error
     return loaded
+
+
+def load_memory(path: str | Path, *, passphrase: str | None) -> dict[str, Tensor]:
+    """What `Lock.save` was given as `memory`; empty if nothing.
+
+    Raises:
+        KeyFileError: The file is missing, damaged, foreign, or does not open with this passphrase.
+    """
+    return _part(lockfile.read(Path(path), kind="lock", passphrase=passphrase)[1], "memory/")
+
+
+def _part(tensors: NamedTensors, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

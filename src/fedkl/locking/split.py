@@ -160,15 +160,15 @@ class Split:
             UpdateError: See `PublicUpdate`.
         """
         update = PublicUpdate(schema=self.schema(kind), tensors=tensors, num_samples=num_samples, round=round)
-        secrets = [secret.detach().cpu() for secret in self._secrets()]
+        secrets = [secret.detach().cpu() for secret in self.secrets()]
         copied = [name for name, t in update.tensors.items() if _equals_any(t, secrets)]
         if copied:
             problems = [f"'{name}' has the content of a private tensor" for name in copied]
             raise SecretError(gathered("PublicUpdate refused.", problems, "Send public tensors only."))
         return update
 
-    def _secrets(self) -> list[Tensor]:
-        """Every tensor whose content an update must not carry, under whatever name."""
+    def secrets(self) -> list[Tensor]:
+        """Every tensor whose content an update must not carry, under whatever name. Never to be sent."""
         return [tensor for _, tensor in withheld(self._model)]
 
 

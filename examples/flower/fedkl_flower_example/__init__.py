@@ -1,0 +1,6 @@
+"""LeNet on MNIST with a private key-lock on every node.
+
+task.py        model, data, one local epoch: nothing of Flower
+client_app.py  the ClientApp
+server_app.py  the ServerApp
+"""

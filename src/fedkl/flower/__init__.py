@@ -1,0 +1,42 @@
+"""FedKL on Flower (extra ``fedkl[flower]``): a client mod, a guard around any strategy, a run in one process.
+
+A Flower user changes two lines of the ClientApp::
+
+    app = ClientApp(mods=[fedkl.flower.LockMod(Net)])
+    ...
+    model = fedkl.flower.current_client().model     # in place of Net()
+
+and one or two of the ServerApp::
+
+    strategy = fedkl.flower.Guard(FedAvg(), checkpoints="checkpoints")
+    strategy.start(grid=grid, initial_arrays=fedkl.flower.public_arrays(Net()), num_rounds=5)
+"""
+
+from fedkl.errors import ConfigError
+
+try:
+    import flwr as _flwr
+except ImportError as error:
+    raise ConfigError(
+        "fedkl.flower: Flower is not installed. Install it with pip install 'fedkl[flower]' "
+        "(Python 3.11 or later)."
+    ) from error
+
+from fedkl.flower.guard import Guard
+from fedkl.flower.in_process import InProcessGrid, run_in_process
+from fedkl.flower.mod import LockMod, current_client
+from fedkl.flower.records import public_arrays
+from fedkl.flower.store import ClientStore, StoredClient
+
+del _flwr
+
+__all__ = [
+    "ClientStore",
+    "Guard",
+    "InProcessGrid",
+    "LockMod",
+    "StoredClient",
+    "current_client",
+    "public_arrays",
+    "run_in_process",
+]

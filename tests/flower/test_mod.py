@@ -1,0 +1,245 @@
+"""The client mod: what it lets in, what it lets out, and what is left on the node."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
+
+from fedkl.errors import LockError
+from fedkl.flower import current_client
+from fedkl.flower.mod import FAILED, REFUSED_MESSAGE, REFUSED_REPLY
+from tests.flower.setting import (
+    app_of,
+    arrays_with,
+    ask,
+    good_content,
+    honest,
+    message_bytes,
+    metrics,
+    net,
+    reply,
+    stored,
+)
+
+PRIVATE = ("1.parametrizations.weight.original0", "1.running_mean")
+NUMBERS = torch.arange(18.0).reshape(3, 6) + 0.5
+
+
+def test_an_honest_client_sends_exactly_the_public_tensors_and_keeps_the_rest():
+    answer = ask(app_of(honest))
+    assert sorted(answer.content["arrays"]) == [
+        "0.bias",
+        "0.weight",
+        "3.bias",
+        "3.weight",
+        "4.bias",
+        "4.weight",
+    ]
+    first = stored()
+    ask(app_of(honest), good_content())
+    second = stored()
+    assert torch.equal(first["key"], second["key"])
+    assert not torch.equal(first["1.running_mean"], second["1.running_mean"])
+
+
+def test_the_model_of_the_client_has_the_servers_tensors_and_its_own_private_ones():
+    changed = {"0.weight": torch.full((6, 4), 0.25)}
+    ask(app_of(honest))
+    seen = {}
+
+    def look(message, context):
+        seen.update(current_client().lock.full_state())
+        return reply(message)
+
+    ask(app_of(look), good_content(arrays=arrays_with(changed)), "evaluate")
+    assert torch.equal(seen["0.weight"], changed["0.weight"])
+    assert torch.equal(seen["1.running_mean"], stored()["1.running_mean"])
+
+
+def test_evaluations_and_queries_store_nothing():
+    ask(app_of(honest))
+    before = stored()
+    for kind in ("evaluate", "query"):
+        assert ask(app_of(honest), kind=kind).has_content()
+    assert all(torch.equal(before[name], tensor) for name, tensor in stored().items())
+
+
+def test_memory_is_kept_with_the_lock():
+    def remember(message, context):
+        memory = current_client().memory
+        memory["steps"] = memory.get("steps", torch.zeros(1)) + 1
+        return reply(
+            message, ArrayRecord(current_client().model.state_dict()), seen=metrics(s=float(memory["steps"]))
+        )
+
+    values = [ask(app_of(remember)).content["seen"]["s"] for _ in range(3)]
+    assert values == [1.0, 2.0, 3.0]
+
+
+BAD_MESSAGES = {
+    "missing": {"arrays": arrays_with({"0.bias": None})},
+    "unexpected": {"arrays": arrays_with({"new": torch.ones(2)})},
+    "shape": {"arrays": arrays_with({"0.bias": torch.ones(5)})},
+    "nan": {"arrays": arrays_with({"0.bias": torch.full((6,), math.nan)})},
+    "infinite": {"arrays": arrays_with({"0.bias": torch.full((6,), math.inf)})},
+    "infinite when cast": {"arrays": arrays_with({"0.bias": torch.full((6,), 1e300, dtype=torch.float64)})},
+    "complex": {"arrays": arrays_with({"0.bias": torch.ones(6, dtype=torch.complex64)})},
+    "no array": {"arrays": ArrayRecord({"0.bias": Array("float32", (6,), "numpy.ndarray", b"nothing")})},
+    "foreign": {"arrays": ArrayRecord({"0.bias": Array("float32", (6,), "pickle", b"cos\nsystem")})},
+    "two records": {"more": arrays_with({})},
+    "no record": {"arrays": ConfigRecord()},
+    "private array": {"arrays": arrays_with({PRIVATE[1]: torch.zeros(6)})},
+    "asks by key": {"config": ConfigRecord({PRIVATE[0]: True})},
+    "asks by name": {"config": ConfigRecord({"send": PRIVATE[0]})},
+    "asks by list": {"config": ConfigRecord({"send": ["0.weight", PRIVATE[0]]})},
+    "asks for gamma": {"config": ConfigRecord({"send": "1.weight"})},
+    "asks in a text": {"config": ConfigRecord({"send": f"0.weight,{PRIVATE[1]}"})},
+    "asks by record": {PRIVATE[0]: MetricRecord()},
+}
+
+
+@pytest.mark.parametrize("content", BAD_MESSAGES.values(), ids=BAD_MESSAGES)
+def test_a_bad_message_is_refused_and_the_node_stays_up(content, caplog):
+    called = []
+    app = app_of(lambda message, context: called.append(message) or honest(message, context))
+    answer = ask(app, good_content(**content))
+    assert answer.error.reason == REFUSED_MESSAGE
+    assert called == []
+    assert "refused" in caplog.text
+    assert ask(app).has_content()
+
+
+def test_flowers_averages_of_counts_are_no_bad_message():
+    assert ask(
+        app_of(honest), good_content(arrays=arrays_with({"0.bias": torch.ones(6).double()}))
+    ).has_content()
+
+
+def parameters(client):
+    return ArrayRecord({name: p.detach() for name, p in client.model.named_parameters()})
+
+
+def with_tensor(client, tensor, name="3.weight"):
+    return ArrayRecord({**client.lock.public_state(), name: tensor})
+
+
+def hidden(client, values):
+    state = client.lock.public_state()["3.weight"].flatten()
+    state[7 : 7 + values.numel()] = values
+    return with_tensor(client, state.reshape(6, 6))
+
+
+def beta(client):
+    return dict(client.model.named_modules())["1"].bias.detach()
+
+
+BAD_REPLIES = {
+    "parameters()": lambda c: {"arrays": parameters(c)},
+    "private name": lambda c: {"arrays": with_tensor(c, torch.zeros(6), "1.running_mean")},
+    "second record": lambda c: {"more": ArrayRecord(c.lock.private_state())},
+    "renamed": lambda c: {"arrays": with_tensor(c, c.lock.private_state()["1.running_mean"], "0.bias")},
+    "beta renamed": lambda c: {"arrays": with_tensor(c, beta(c), "3.bias")},
+    "rounded": lambda c: {"arrays": with_tensor(c, beta(c).half().float(), "3.bias")},
+    "bfloat16": lambda c: {"arrays": with_tensor(c, beta(c).bfloat16().float(), "3.bias")},
+    "inside another": lambda c: {"arrays": hidden(c, c.lock.key.reveal().float())},
+    "in a metric": lambda c: {"more": MetricRecord({"gamma": beta(c).tolist()})},
+    "key in a metric": lambda c: {"more": MetricRecord({"key": c.lock.key.reveal().tolist()})},
+    "bytes": lambda c: {"more": ConfigRecord({"file": b"x" + beta(c).numpy().tobytes()})},
+    "half bytes": lambda c: {"more": ConfigRecord({"file": [beta(c).half().numpy().tobytes()]})},
+    "metric's name": lambda c: {"more": MetricRecord({"1.running_mean": 0.5})},
+    "name in a text": lambda c: {"more": ConfigRecord({"norms": "1.running_mean"})},
+    "nan": lambda c: {"arrays": with_tensor(c, torch.full((6,), math.nan), "3.bias")},
+    "shape": lambda c: {"arrays": with_tensor(c, torch.ones(2), "3.bias")},
+    "dtype": lambda c: {"arrays": with_tensor(c, NUMBERS.double(), "4.weight")},
+}
+
+
+@pytest.mark.parametrize("build", BAD_REPLIES.values(), ids=BAD_REPLIES)
+def test_a_reply_with_private_names_or_numbers_is_not_sent(build, caplog):
+    def leak(message, context):
+        honest(message, context)
+        client = current_client()
+        return reply(message, **{"arrays": ArrayRecord(client.lock.public_state()), **build(client)})
+
+    ask(app_of(honest))  # the numbers of a new lock may still be constants
+    before = stored()
+    answer = ask(app_of(leak))
+    assert answer.error.reason == REFUSED_REPLY
+    assert "refused" in caplog.text
+    assert all(torch.equal(before[name], tensor) for name, tensor in stored().items())
+    assert ask(app_of(honest)).has_content()
+
+
+def test_bytes_around_an_array_are_not_sent():
+    def stow(message, context):
+        state = ArrayRecord(current_client().model.state_dict())
+        array = state["0.bias"]
+        state["0.bias"] = Array(array.dtype, array.shape, array.stype, array.data + b"secret")
+        return reply(message, state)
+
+    assert b"secret" not in message_bytes(ask(app_of(stow)))
+
+
+def raises(message, context):
+    raise ValueError(f"secret {current_client().lock.key.reveal().tolist()}")
+
+
+def own_error(message, context):
+    return Message(Error(9, f"secret {current_client().lock.key.reveal().tolist()}"), reply_to=message)
+
+
+def nothing(message, context):
+    return None
+
+
+@pytest.mark.parametrize("handler", [raises, own_error, nothing])
+def test_no_text_of_a_failure_leaves_the_node(handler, caplog, capfd):
+    answer = ask(app_of(handler))
+    assert answer.error.reason in (FAILED, REFUSED_REPLY)
+    number = str(float(stored()["key"][0]))[:8]
+    for text in (caplog.text, *capfd.readouterr()):
+        assert "secret" not in text
+        assert number not in text
+    assert ask(app_of(honest)).has_content()
+
+
+@pytest.mark.parametrize("place", ["lock", "memory"])
+def test_a_private_side_that_diverged_is_not_kept(place, caplog):
+    def diverge(message, context):
+        client = current_client()
+        if place == "memory":
+            client.memory["momentum"] = torch.tensor([math.inf])
+        else:
+            client.model.get_buffer("1.running_mean").fill_(math.nan)
+        return reply(message, ArrayRecord(client.model.state_dict()))
+
+    assert ask(app_of(honest)).has_content()
+    before = stored()
+    assert ask(app_of(diverge)).error.reason == FAILED
+    assert "diverged" in caplog.text
+    assert all(torch.equal(before[name], tensor) for name, tensor in stored().items())
+    assert ask(app_of(honest)).has_content()
+
+
+def test_a_node_without_a_store_or_a_name_says_so_and_the_server_learns_nothing(monkeypatch, caplog):
+    monkeypatch.delenv("FEDKL_STORE")
+    assert ask(app_of(honest)).error.reason == FAILED
+    assert "no store" in caplog.text
+    message = ask(app_of(honest), **{"fedkl-store": "x", "fedkl-client": "../x"})
+    assert message.error.reason == FAILED
+    assert "Client name" in caplog.text
+
+
+def test_there_is_no_client_outside_a_message():
+    with pytest.raises(LockError, match="no message"):
+        current_client()
+
+
+def test_clients_have_keys_of_their_own():
+    for name in ("a", "b"):
+        ask(app_of(honest), **{"fedkl-client": name})
+    assert not torch.equal(stored("a")["key"], stored("b")["key"])
+    assert net()[0].weight.shape == (6, 4)
