@@ -369,7 +369,7 @@ def reproduce_threats(
     """One attack in every cell of the threat-model grid: what the server knows, and what it gets from it."""
     table = reproduce.LeakageTable(
         rows=(attack_row,),
-        arms=reproduce.all_arms() if arms == "all" else _names(arms),
+        arms=reproduce.grid_arms() if arms == "all" else _names(arms),
         trials=trials,
         budget=budget,
         seed=seed,

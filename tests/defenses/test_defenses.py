@@ -107,7 +107,15 @@ def test_every_client_draws_its_own_private_layers(model):
     assert torch.equal(one.public_state()["0.weight"], model[0].weight)
 
 
-@pytest.mark.parametrize("layers", [("nowhere",), ("2",), ()])
+def test_private_layers_of_the_last_client_vary_as_those_of_the_first(model):
+    split = PrivateLayers().prepare(model)
+    for _ in range(200):
+        split.redraw()
+    for name, tensor in split.private_state().items():
+        assert tensor.std().item() == pytest.approx(model.get_parameter(name).std().item(), rel=0.6)
+
+
+@pytest.mark.parametrize("layers", [("nowhere",), ("2",), (), ("",)])
 def test_private_layers_must_exist(model, layers):
     with pytest.raises(LockError, match=r"PrivateLayers: expected modules .* Choose from 0, 4"):
         PrivateLayers(layers=layers).prepare(model)

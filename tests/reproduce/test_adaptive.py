@@ -43,7 +43,7 @@ def record(rung, hits, *, arrangement="lock, first", arm="lock", ssim=0.5, n=100
 
 
 def control(rung, hits):
-    return record(rung, hits, arrangement="no-norm", arm="no-norm")
+    return record(rung, hits, arrangement="public-norm, first", arm="public-norm")
 
 
 def row_of(text):
@@ -65,13 +65,26 @@ def test_what_a_cell_says(learned, on_control, floor, said):
 
 
 def test_without_a_floor_nothing_is_at_it():
-    assert verdict(record("learned", 6), floor=None, strong=True) == "says nothing"
+    controls = {"learned": control("learned", 100)}
+    assert verdict([record("learned", 6)], controls=controls, floor=None) == "says nothing"
 
 
-def test_the_worst_rung_is_one_that_works_on_its_control():
-    weak, strong = record("matching", 30, ssim=0.9), record("learned", 20, ssim=0.1)
-    records = [weak, control("matching", 30), strong, control("learned", 95), record("floor", 3)]
-    assert "| learned |" in row_of(markdown(records, refused=[]))
+def test_few_images_are_never_at_the_floor():
+    few = [record("closed-form", 0, n=20), control("closed-form", 100), record("floor", 5)]
+    assert row_of(markdown(few, refused=[])).endswith("| says nothing |")
+
+
+def test_a_rung_leaks_whether_or_not_it_works_on_its_control():
+    weak, strong = record("matching", 80), record("learned", 5)
+    records = [weak, control("matching", 85), strong, control("learned", 95), record("floor", 3)]
+    row = row_of(markdown(records, refused=[]))
+    assert "| matching |" in row
+    assert row.endswith("| leaks |")
+
+
+def test_rungs_that_were_not_run_are_named():
+    records = [record("learned", 5), control("learned", 95), record("floor", 3)]
+    assert "Rungs not run: closed-form, matching." in markdown(records, refused=[])
 
 
 def test_the_ceiling_is_no_rung():
@@ -83,7 +96,7 @@ def test_the_ceiling_is_no_rung():
 
 
 def test_every_rung_is_a_usable_experiment():
-    cells = Matrix(rows=("lenet/mnist", "resnet20/cifar10")).cells()
+    cells = Matrix(rows=("lenet/mnist", "resnet20/cifar10"), rungs=tuple(RUNGS)).cells()
     assert {cell.given["rung"] for cell in cells} == set(RUNGS)
     assert len({cell.place for cell in cells}) == len(cells) == 2 * 3 * 2 * 3 * len(RUNGS)
     sixteen = next(c.experiment for c in cells if c.given["batch"] == 16 and c.given["rung"] == "learned")
@@ -98,7 +111,7 @@ def test_a_matrix_of_real_attacks_is_resumed(tmp_path, monkeypatch):
     others = ["private-head", "private-stem", "lock, first"]
     assert [(r["rung"], r["arrangement"]) for r in records] == [
         *(("floor", each) for each in others),
-        *(("learned", each) for each in ("no-norm", *others)),
+        *(("learned", each) for each in ("no-norm", *others[:2], "public-norm, first", others[2])),
     ]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.jsonl")}
     assert adaptive(matrix, out=tmp_path, progress=no_progress) == records

@@ -15,7 +15,7 @@ from fedkl.errors import ConfigError, DataError
 from fedkl.experiments import SSIM_SUCCESS, SUCCESS_DB
 from fedkl.metrics.perceptual import LPIPS
 from fedkl.models import MODELS
-from fedkl.reproduce import LeakageTable, all_arms, gallery, leakage, leakage_rows, rows_of
+from fedkl.reproduce import LeakageTable, all_arms, gallery, grid_arms, leakage, leakage_rows, rows_of
 from fedkl.reproduce.leakage import LeakageRow
 from fedkl.reproduce.records import _paper, perceptual_distances
 from fedkl.runs import RunDirectory
@@ -97,6 +97,11 @@ def test_an_interrupted_table_goes_on(tmp_path):
     records = leakage(table, out=tmp_path, progress=silent)
     assert records[:2] == first
     assert [record["row"] for record in records[2:]] == ["dlg/lenet/cifar10"] * 2
+
+
+def test_the_threat_grid_runs_where_labels_are_not_known(tmp_path):
+    table = tiny(rows=("ggl/lenet/mnist",), arms=grid_arms(), trials=1)
+    assert not {"private-head", "private-stem", "lock-calibrated"} & set(table.arms)
 
 
 def test_every_cell_of_the_threat_grid(tmp_path):

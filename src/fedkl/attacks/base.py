@@ -97,11 +97,13 @@ class Auxiliary:
             images of shape ``(updates, batch, channels, height, width)`` and labels ``(updates, batch)`` to
             tensors by name, stacked over the updates. The client is prepared as the defense says, with
             secrets of the server's own draw, but for those that it was granted.
+        seed: Of what is learned from them: the same for every observation that shares it.
     """
 
     images: ImageBatch = field(repr=False)
     labels: Labels = field(repr=False)
     simulate: Callable[[Tensor, Tensor], dict[str, Tensor]] = field(repr=False)
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

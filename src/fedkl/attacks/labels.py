@@ -79,8 +79,9 @@ def known_labels(observations: Sequence[Observation]) -> list[Labels]:
 
 
 def head_names(observation: Observation) -> tuple[str, str]:
-    """Names of the classifier's weight and bias."""
-    heads = [name for name, m in observation.model.named_modules() if isinstance(m, nn.Linear)]
+    """Names of the classifier's weight and bias: the last linear layer with an output for every class."""
+    layers = [(name, m) for name, m in observation.model.named_modules() if isinstance(m, nn.Linear)]
+    heads = [name for name, m in layers if m.out_features == observation.classes]
     weight, bias = (f"{heads[-1]}.{part}" if heads else "" for part in ("weight", "bias"))
     return weight, bias
 

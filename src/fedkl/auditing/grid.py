@@ -89,14 +89,15 @@ def attack_arms(
         train_mode: Whether the client's norms use the batch's statistics.
         local: The client's local steps; one if None.
         skip: Numbers of trials that are not attacked, e.g. those of an earlier, interrupted run.
-        chunk: Trials attacked at once.
+        chunk: Trials attacked at once; all of them where one serves the others (`Attack.divisible`).
         workers: Threads that share a chunk out; see `Attack.reconstruct_many`.
         on_result: Called with each result.
         on_evaluation: Called with (evaluations so far, problems still running) of the present batch.
     """
     candidates = dataset.test_images[: max(CANDIDATES, sum(len(trial.images) for trial in trials))]
     due = [trial for trial in trials if trial.index not in skip]
-    for first in range(0, len(due), chunk):
+    chunk = chunk if attack.divisible else len(due)
+    for first in range(0, len(due), max(chunk, 1)):
         group = due[first : first + chunk]
         seen = _observed(
             arms, group, build=build, dataset=dataset, seed=seed, train_mode=train_mode, local=local
@@ -165,7 +166,7 @@ class _OwnData:
     def __init__(self, dataset: Dataset, *, seed: int, train_mode: bool, local: LocalSteps) -> None:
         self._dataset = dataset
         order = torch.randperm(len(dataset.train_images), generator=rng.generator(seed, "auxiliary"))
-        self._order = order
+        self._order, self._seed = order, seed
         self._protocol = (train_mode, local)
         self._made: dict[Hashable, Auxiliary] = {}
 
@@ -196,9 +197,8 @@ class _OwnData:
         return Auxiliary(
             images=self._dataset.train_images[index].to(device),
             labels=self._dataset.train_labels[index].to(device),
-            simulate=SimulatedClients(
-                arm=arm, victim=victim, model=model, train_mode=train_mode, local=local
-            ),
+            simulate=SimulatedClients.of(arm, victim, model, train_mode=train_mode, local=local),
+            seed=rng.generator(self._seed, "learned").initial_seed(),
         )
 
 

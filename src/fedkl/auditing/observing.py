@@ -13,11 +13,15 @@ from torch.nn import functional as F
 from fedkl.attacks import Auxiliary, LocalSteps, Observation
 from fedkl.auditing.arms import Arm
 from fedkl.data import Dataset
-from fedkl.defenses.base import ServerView, plain_copy
+from fedkl.defenses import Defense
+from fedkl.defenses.base import Known, ServerView, plain_copy
 from fedkl.defenses.completion import Completion
 from fedkl.errors import DataError
 from fedkl.locking import KEY, Split
 from fedkl.types import ImageBatch, Labels
+
+_FIT_STEPS = 200
+_FIT_IMAGES = 100
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,7 +93,7 @@ def observe(
         classes: Number of classes.
         train_mode: Whether the client's norms use the batch's statistics.
         local: The client's local steps; one if None.
-        auxiliary: The server's own data; see `own_data`.
+        auxiliary: The server's own data, if the arm grants any.
 
     Raises:
         DataError: The arm fits γ and β to auxiliary images, and there are none.
@@ -136,51 +140,77 @@ def _completed(victim: Split, arm: Arm, model: nn.Module, auxiliary: Auxiliary |
     if arm.filled_in == "calibrated":
         if auxiliary is None:
             raise DataError(f"{arm.name}: expected auxiliary images to fit γ and β to. Add --auxiliary 100.")
-        completion = completion.refitted(auxiliary.images, auxiliary.labels, steps=_FIT_STEPS)
+        images, labels = auxiliary.images[:_FIT_IMAGES], auxiliary.labels[:_FIT_IMAGES]
+        completion = completion.refitted(images, labels, steps=_FIT_STEPS)
     return replace(view, model=completion.model)
-
-
-_FIT_STEPS = 200
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SimulatedClients:
     """`Auxiliary.simulate`: clients with fresh secrets, but for what the server was granted.
 
+    Nothing of the victim is in here that was not granted.
+
     Attributes:
-        arm: What the server knows.
-        victim: Its public tensors, and whatever of its secrets was granted, are used.
+        defense: What clients do.
         model: The plain architecture.
+        known: What the server has of the victim.
+        baked: The victim's network with γ and β as numbers, where they are known; None: they are drawn.
+        names: The tensors that are observed.
         train_mode: Of the clients' norms.
         local: The clients' local steps.
     """
 
-    arm: Arm
-    victim: Split = field(repr=False)
+    defense: Defense
     model: nn.Module = field(repr=False)
-    train_mode: bool = True
-    local: LocalSteps = field(default_factory=LocalSteps)
+    known: Known = field(repr=False)
+    baked: nn.Module | None = field(repr=False)
+    names: tuple[str, ...]
+    train_mode: bool
+    local: LocalSteps
+
+    @classmethod
+    def of(
+        cls, arm: Arm, victim: Split, model: nn.Module, *, train_mode: bool = True, local: LocalSteps
+    ) -> SimulatedClients:
+        """The clients of an arm.
+
+        Args:
+            arm: What the server knows.
+            victim: Only what is public or granted is taken.
+            model: The plain architecture.
+            train_mode: Of the clients' norms.
+            local: The clients' local steps.
+        """
+        granted = arm.knowledge
+        baked = plain_copy(victim) if granted.affine else None
+        names = set(victim.public_parameters())
+        if granted.affine_gradient and baked is not None:
+            names = {name for name, _ in baked.named_parameters()}
+        if granted.lock_gradient:
+            names |= set(victim.private_parameters())
+        return cls(
+            defense=arm.defense,
+            model=model,
+            known=arm.defense.known(victim, granted=granted),
+            baked=baked,
+            names=tuple(sorted(names)),
+            train_mode=train_mode,
+            local=local,
+        )
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Updates of one client, stacked; see `Auxiliary`."""
-        defense, knowledge = self.arm.defense, self.arm.knowledge
-        client = self.victim if knowledge.affine else defense.imitated(
-            self.victim, self.model, granted=knowledge
-        )  # fmt: skip
-        trained = plain_copy(client) if knowledge.affine else client.model
-        names = set(client.public_parameters())
-        if knowledge.affine_gradient:
-            names = {name for name, _ in trained.named_parameters()}
-        if knowledge.lock_gradient:
-            names |= set(client.private_parameters())
-        sent: dict[str, list[Tensor]] = {name: [] for name in sorted(names)}
+        trained = self.baked
+        if trained is None:
+            trained = self.defense.imitated(self.model, known=self.known).model
+        transform = self.defense.public_transform
+        sent: dict[str, list[Tensor]] = {name: [] for name in self.names}
         for x, y in zip(images, labels, strict=True):
             update = local_update(trained, x, y, train_mode=self.train_mode, local=self.local)
-            part: Mapping[str, Tensor] = {name: update[name] for name in names}
-            if defense.public_transform is not None:
-                part = defense.public_transform(part)
-            for name in names:
-                sent[name].append(part[name])
+            part: Mapping[str, Tensor] = {name: update[name] for name in self.names}
+            for name, tensor in (part if transform is None else transform(part)).items():
+                sent[name].append(tensor)
         return {name: torch.stack(parts) for name, parts in sent.items()}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedkl.keys import Key
 from fedkl.locking import Generation, Lock, Split
+from fedkl.types import NamedTensors
 from fedkl.update import PublicUpdate
 
 
@@ -47,6 +48,21 @@ class ServerView:
     private: tuple[str, ...] = ()
     secrets: dict[str, Tensor] = field(default_factory=dict, repr=False)
     generate: Generation | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Known:
+    """What a server has of one client.
+
+    Attributes:
+        public: The public state.
+        key: The key, if granted.
+        private: The private parameters (lock layers), if granted.
+    """
+
+    public: NamedTensors = field(repr=False)
+    key: Key | None = None
+    private: NamedTensors = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +104,7 @@ class Defense:
         """
         if granted.affine:
             return ServerView(model=plain_copy(victim))
-        view = self.imitated(victim, model, granted=granted)
+        view = self.imitated(model, known=self.known(victim, granted=granted))
         private = tuple(view.private_parameters())
         if not isinstance(view, Lock):
             return ServerView(model=plain_copy(view), private=private)
@@ -100,23 +116,28 @@ class Defense:
             generate=generate,
         )
 
-    def imitated(self, victim: Split, model: nn.Module, *, granted: Granted) -> Split:
-        """A client as the server would build it: public tensors, granted secrets, and draws for the others.
+    def known(self, victim: Split, *, granted: Granted) -> Known:
+        """What the server has of a client: what is public, and the key and lock layers if granted."""
+        return Known(
+            public=victim.public_state(),
+            key=victim.key if isinstance(victim, Lock) and granted.key else None,
+            private=victim.private_parameters() if granted.lock_layers else {},
+        )
+
+    def imitated(self, model: nn.Module, *, known: Known) -> Split:
+        """A client as the server would build it: with what it knows, and draws of its own for the rest.
 
         Args:
-            victim: The client's split; only what is public or granted is read.
             model: The plain architecture.
-            granted: The secrets that the server knows; γ and β themselves do not count here.
+            known: Of the client that is imitated.
         """
-        own_key = victim.key if isinstance(victim, Lock) and granted.key else None
-        view = self.prepare(model, key=own_key)
-        view.load_public_state(victim.public_state())
-        if granted.lock_layers:
-            secrets = victim.private_parameters()
-            with torch.no_grad():
-                for name, parameter in view.private_parameters().items():
-                    parameter.copy_(secrets[name])
-        return view
+        split = self.prepare(model, key=known.key)
+        split.load_public_state(known.public)
+        with torch.no_grad():
+            for name, parameter in split.private_parameters().items():
+                if name in known.private:
+                    parameter.copy_(known.private[name])
+        return split
 
 
 def plain_copy(split: Split) -> nn.Module:

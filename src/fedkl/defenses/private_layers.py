@@ -24,16 +24,18 @@ class _OwnLayers(Split):
         for module in _parts(layers):
             withhold(module, tuple(name for name, _ in module.named_parameters(recurse=False)))
             withhold(module, tuple(name for name, _ in module.named_buffers(recurse=False)))
-        self._layers = layers
+        own = [parameter for module in _parts(layers) for parameter in module.parameters(recurse=False)]
+        with torch.no_grad():
+            self._start = [(each, float(each.mean()), float(each.std(correction=0))) for each in own]
 
     def redraw(self) -> None:
-        """Draws every private parameter from a normal of its own mean and standard deviation."""
+        """Draws every private parameter from a normal of the mean and deviation that it started with.
+
+        One that started constant, as the scale of a norm, starts so for every client.
+        """
         with torch.no_grad():
-            for module in _parts(self._layers):
-                for parameter in module.parameters(recurse=False):
-                    spread = parameter.std() if parameter.numel() > 1 else parameter.new_ones(())
-                    drawn = secure_normal(*parameter.shape).to(parameter)
-                    parameter.copy_(parameter.mean() + spread * drawn)
+            for parameter, mean, spread in self._start:
+                parameter.copy_(mean + spread * secure_normal(*parameter.shape).to(parameter))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +73,13 @@ class PrivateLayers(Defense):
         layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
         if self.layers == "head":
             chosen: tuple[str, ...] = tuple(linear[-1:])
+        elif self.layers == "stem":
+            chosen = tuple(layers[:1])
         else:
-            chosen = tuple(layers[:1]) if self.layers == "stem" else self.layers
-        known = dict(model.named_modules())
-        wrong = [name for name in chosen if name not in known or not list(known[name].parameters())]
-        if wrong or not chosen:
+            chosen = (self.layers,) if isinstance(self.layers, str) else self.layers
+        known = {name: module for name, module in model.named_modules() if name}
+        wrong = [repr(name) for name in chosen if name not in known or not list(known[name].parameters())]
+        if wrong or not chosen or len(layers) < 2:
             raise LockError(
                 f"PrivateLayers: expected modules with parameters, got {', '.join(wrong) or 'none'}. Choose "
                 f"from {', '.join(layers)}."

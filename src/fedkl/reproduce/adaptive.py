@@ -14,7 +14,7 @@ from fedkl.config import PUBLISHED_LOCK, AttackConfig
 from fedkl.defenses import KeyLock
 from fedkl.errors import AttackError, ConfigError
 from fedkl.reproduce.cells import OpenProgress, check_names, refuse_others, write_table
-from fedkl.reproduce.ladder import RUNGS, Rung
+from fedkl.reproduce.ladder import LOCK_CONTROL, RUNGS, Rung
 from fedkl.reproduce.records import Record, records_of
 from fedkl.reproduce.verdicts import markdown
 
@@ -56,7 +56,7 @@ class Matrix:
     layers: tuple[str, ...] = ("first", "all")
     batches: tuple[int, ...] = (1, 4, 16)
     steps: tuple[int, ...] = (1, 5)
-    rungs: tuple[str, ...] = tuple(RUNGS)
+    rungs: tuple[str, ...] = ("floor", "learned")
     images: int | None = None
     auxiliary: int = 2000
     lock: str = "published"
@@ -165,10 +165,16 @@ def adaptive(matrix: Matrix, *, out: Path, progress: OpenProgress) -> list[Recor
             refused.append((cell.given, str(error)))
             continue
         for record in records_of(run, given=cell.given, printed=None, distances={}):
-            arrangement = record["arm"] if record["layers"] == UNLOCKED else f"lock, {record['layers']}"
-            records.append(record | {"arrangement": arrangement})
+            records.append(record | {"arrangement": _arrangement(record)})
         write_table(out, records, markdown(records, refused=refused))
     if not records:
         raise ConfigError(f"reproduce adaptive: no cell can be run. {refused[0][1]}")
     write_table(out, records, markdown(records, refused=refused))
     return records
+
+
+def _arrangement(record: Record) -> str:
+    """What is private; the arm itself where there is no lock."""
+    if record["layers"] == UNLOCKED:
+        return str(record["arm"])
+    return f"{LOCK_CONTROL if record['arm'] == LOCK_CONTROL else 'lock'}, {record['layers']}"

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 CONTROL = "no-norm"
-"""The arm on which a rung must succeed before it says anything about a lock."""
+"""The arm on which a rung must succeed before it says anything about a private layer."""
+
+LOCK_CONTROL = "public-norm"
+"""The same for a lock: its network, inserted norms included, with public γ and β."""
 
 FLOOR = "floor"
 """The rung that looks at the label only."""
@@ -31,7 +34,7 @@ class Rung:
 
     name: str
     attack: Mapping[str, Any]
-    locked: tuple[str, ...] = ("lock",)
+    locked: tuple[str, ...] = (LOCK_CONTROL, "lock")
     unlocked: tuple[str, ...] = (CONTROL,)
     images: int = 20
     networks: Literal["each", "one"] = "each"
@@ -42,7 +45,14 @@ _OTHERS = ("private-head", "private-stem")
 RUNGS: Mapping[str, Rung] = {
     rung.name: rung
     for rung in (
-        Rung(name=FLOOR, attack={"type": "prior-only"}, unlocked=_OTHERS, images=100, networks="one"),
+        Rung(
+            name=FLOOR,
+            attack={"type": "prior-only"},
+            locked=("lock",),
+            unlocked=_OTHERS,
+            images=100,
+            networks="one",
+        ),
         Rung(
             name="learned",
             attack={"type": "learned"},
@@ -54,7 +64,11 @@ RUNGS: Mapping[str, Rung] = {
         Rung(
             name="matching",
             attack={"type": "ig", "iterations": 500, "weighting": "sqrt"},
-            locked=("lock", "lock-neutral", "lock-calibrated", "lock-regressed-affine", CEILING),
+            locked=(
+                LOCK_CONTROL,
+                *("lock", "lock-neutral", "lock-calibrated", "lock-regressed-affine"),
+                CEILING,
+            ),
         ),
     )
 }

@@ -173,8 +173,14 @@ def leakage_rows() -> dict[str, LeakageRow]:
 
 
 def all_arms() -> tuple[str, ...]:
-    """The arms of the threat grid."""
+    """Every arm that can be named."""
     return tuple(arm.name for arm in standard_arms())
+
+
+def grid_arms() -> tuple[str, ...]:
+    """The arms of the paper's threat-model grid, and those that need no data of the server's own."""
+    others = ("lock-calibrated", "private-head", "private-stem")
+    return tuple(name for name in all_arms() if name not in others)
 
 
 def rows_of(*attacks: str) -> tuple[str, ...]:

@@ -6,20 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedkl.report import wording
-from fedkl.reproduce.ladder import CEILING, CONTROL, FLOOR
+from fedkl.reproduce.ladder import CEILING, CONTROL, FLOOR, LOCK_CONTROL, RUNGS
 from fedkl.reproduce.records import Record
 
 CONTROL_SHARE = 0.9
 """Share of the control's images that a rung must identify before it says anything about a lock."""
 
 _CELL = ("row", "batch", "steps")
+SAFE_FROM = 100
+"""Images below which no cell is said to be at the floor."""
+
 _NOTES = (
     "Worst rung: the attack that identified most images among the candidates (then: the higher median SSIM); "
-    "rungs are not combined. Intervals: 95 %, after Wilson. n counts images.",
-    "Leaks: the worst rung's interval lies above the floor's. At the floor: it does not, though the same "
-    f"attack identified at least {CONTROL_SHARE:.0%} of the control's images (the same network without a "
-    "lock). Says nothing: no rung of the cell did; the attacks were too weak. At the floor is a claim "
-    "about these attacks at this n, not of safety; below n = 100 it is not even that.",
+    "rungs are not combined. Intervals: 95 %, after Wilson, over images, given the network where all images "
+    "share one. n counts images.",
+    "Control: the same attack on the same network with public γ and β (for a lock) or without a private "
+    "layer. Leaks: the interval of some rung lies above the floor's. At the floor: of none does, and one of "
+    f"them identified at least {CONTROL_SHARE:.0%} of its control's images, with at least {SAFE_FROM} images "
+    "each; a claim about these attacks, not of safety. Says nothing: neither.",
     "The floor looks at the label only: the mean of the auxiliary images of its class. In a batch the "
     "matching with the truth lifts identification, there too.",
     "Not a rung: matching with γ and β known, the ceiling of the matching rungs.",
@@ -34,13 +38,13 @@ def markdown(records: Sequence[Record], *, refused: Sequence[tuple[Mapping[str, 
         refused: Cells that an attack cannot do, and why.
     """
     places = list(dict.fromkeys((*(r[name] for name in _CELL), r["arrangement"]) for r in records))
-    judged = [_judged(place, records) for place in places if place[3] != CONTROL]
+    judged = [_judged(place, records) for place in places if not place[3].startswith((CONTROL, LOCK_CONTROL))]
     header = ("network/data", "batch", "steps", "private", "worst rung", "n", "identified [95 %]", "SSIM")
-    lines = _table(
-        (*header, "same attack, no lock", "floor", "verdict"), [row for row in judged if row is not None]
-    )
+    lines = _table((*header, "its control", "floor", "verdict"), [row for row in judged if row is not None])
+    left_out = [name for name in RUNGS if name not in {r["rung"] for r in records}]
+    missing = [f"Rungs not run: {', '.join(left_out)}."] if left_out else []
     reasons = dict.fromkeys(f"Not run: {given['rung']}, {_where(given)}. {why}" for given, why in refused)
-    return "\n\n".join([lines, *_NOTES, "All rungs:", _all_rungs(records), *reasons]) + "\n"
+    return "\n\n".join([lines, *missing, *_NOTES, "All rungs:", _all_rungs(records), *reasons]) + "\n"
 
 
 def _judged(place: tuple[Any, ...], records: Sequence[Record]) -> list[str] | None:
@@ -49,37 +53,37 @@ def _judged(place: tuple[Any, ...], records: Sequence[Record]) -> list[str] | No
     rungs = [r for r in own if r["rung"] != FLOOR and r["arm"] != CEILING]
     if not rungs:
         return None
-    controls = {r["rung"]: r for r in here if r["arm"] == CONTROL}
-    strong = [r for r in rungs if _rate(controls.get(r["rung"])) >= CONTROL_SHARE]
-    worst = max(strong or rungs, key=lambda r: (_rate(r), _middle(r["ssim"])))
+    control = place[3].replace("lock, ", f"{LOCK_CONTROL}, ") if "lock, " in place[3] else CONTROL
+    controls = {r["rung"]: r for r in here if r["arrangement"] == control}
+    worst = max(rungs, key=lambda r: (_rate(r), _middle(r["ssim"])))
     floor = next((r for r in own if r["rung"] == FLOOR), None)
-    control = controls.get(worst["rung"])
+    compared = controls.get(worst["rung"])
     return [
         *(str(part) for part in place),
         _name(worst),
         str(worst["n"]),
         wording.count_interval(worst["identified"]),
         _ssim(worst),
-        wording.NONE if control is None else wording.count(control["identified"]),
+        wording.NONE if compared is None else wording.count(compared["identified"]),
         wording.NONE if floor is None else wording.count(floor["identified"]),
-        verdict(worst, floor=floor, strong=bool(strong)),
+        verdict(rungs, controls=controls, floor=floor),
     ]
 
 
-def verdict(worst: Record, *, floor: Record | None, strong: bool) -> str:
+def verdict(rungs: Sequence[Record], *, controls: Mapping[str, Record], floor: Record | None) -> str:
     """What a cell says; see the notes below the table.
 
     Args:
-        worst: The rung that read most.
+        rungs: All that were run against the arrangement.
+        controls: The same attacks' records on their control, by rung.
         floor: The floor's record, if it was run.
-        strong: Whether the rung succeeded on its control.
     """
-    bound = floor["identified"]["high"] if floor is not None else None
-    if bound is not None and worst["identified"]["low"] > bound:
-        return "leaks"
-    if not strong or bound is None:
+    if floor is None:
         return "says nothing"
-    return "at the floor"
+    if any(r["identified"]["low"] > floor["identified"]["high"] for r in rungs):
+        return "leaks"
+    told = [r for r in rungs if _rate(controls.get(r["rung"])) >= CONTROL_SHARE and r["n"] >= SAFE_FROM]
+    return "at the floor" if told and floor["n"] >= SAFE_FROM else "says nothing"
 
 
 def _all_rungs(records: Sequence[Record]) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+from types import FunctionType, ModuleType
+
 import numpy as np
 import pytest
 import torch
 
 from fedkl import rng
-from fedkl.attacks import Knowledge, LearnedInversion, PriorOnly
+from fedkl.attacks import Knowledge, LearnedInversion, LocalSteps, PriorOnly
 from fedkl.attacks.adaptive.kernels import Views, best_regression
-from fedkl.auditing import Arm, attack_arms, trials_of
+from fedkl.auditing import Arm, SimulatedClients, attack_arms, trials_of
 from fedkl.defenses import KeyLock, NoDefense
 from fedkl.errors import AttackError, ConfigError, DataError
 
@@ -157,11 +160,9 @@ def test_the_regression_equals_a_plain_one():
     squared = ((unit[:, None] - unit[None]) ** 2).sum(2)
     kernel = np.exp(-squared / regression.width)
     mean = y[fit].double().numpy().mean(0)
-    errors = []
-    for ridge in (1e-5, 1e-3, 1e-1):
-        weights = np.linalg.solve(kernel[fit][:, fit] + ridge * np.eye(len(fit)), y[fit].numpy() - mean)
-        errors.append(np.abs(kernel[rest][:, fit] @ weights + mean - found.numpy()).max())
-    assert min(errors) < 1e-3
+    ridge = regression.ridge * np.eye(len(fit))
+    weights = np.linalg.solve(kernel[fit][:, fit] + ridge, y[fit].numpy() - mean)
+    np.testing.assert_allclose(found.numpy(), kernel[rest][:, fit] @ weights + mean, atol=1e-3)
     assert regression.names == ("x",)
 
 
@@ -189,3 +190,42 @@ def test_long_vectors_keep_their_distances_when_hashed():
     torch.testing.assert_close(
         views.distances(views, "long"), torch.cdist(unit, unit).square(), atol=0.15, rtol=0.1
     )
+
+
+def test_nothing_of_the_victim_can_be_reached_that_was_not_granted(images, small):
+    arm = Arm(name="one", description="", defense=KeyLock(), knowledge=Knowledge(auxiliary=50))
+    model = small()
+    victim = arm.defense.prepare(model)
+    clients = SimulatedClients.of(arm, victim, model, local=LocalSteps())
+    secrets = {id(victim), id(victim.key), *(id(t) for t in victim.private_parameters().values())}
+    seen, pending = set(), [clients]
+    while pending:
+        thing = pending.pop()
+        if id(thing) in seen or isinstance(thing, type | ModuleType | FunctionType | str):
+            continue
+        seen.add(id(thing))
+        pending += gc.get_referents(thing)
+    assert not secrets & seen
+    assert clients.known.key is None
+    assert not clients.known.private
+
+
+def test_results_do_not_depend_on_the_company(images, small, monkeypatch):
+    model = small()
+    alone, together = (attacked(images, model, SMALL, trials=trials)[0] for trials in (1, 3))
+    rounding = 0.02  # of float32 distances, which the weights of a small ridge amplify
+    torch.testing.assert_close(
+        alone.reconstruction.images, together.reconstruction.images, atol=rounding, rtol=0
+    )
+
+
+def test_too_few_simulations_for_a_batch_are_refused(images, small):
+    with pytest.raises(AttackError, match=r"40 simulations hold out less than one batch of 8\. Use --set"):
+        attacked(images, small(), LearnedInversion(simulations=40), batch_size=8, trials=1)
+
+
+def test_updates_that_are_not_finite_are_named(images, small, monkeypatch):
+    nothing = {name: torch.full((10, *p.shape), torch.nan) for name, p in small().named_parameters()}
+    monkeypatch.setattr(SimulatedClients, "__call__", lambda self, *batch: nothing)
+    with pytest.raises(AttackError, match="a simulated client's update is not finite"):
+        attacked(images, small(), SMALL, trials=1)

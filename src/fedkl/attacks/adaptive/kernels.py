@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from fedkl.errors import AttackError
 _WIDTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the kernel, in units of the median squared distance
 _RIDGES = (1e-5, 1e-3, 1e-1)
 _LEAST_DISTANCE = 1e-3  # smaller ones are rounding
-_COMPONENTS = 32  # principal ones of the targets, by which views are ranked
+_DIRECTIONS = 32  # random ones, along which targets are compared while views are chosen
 _RANKED_ON = 500  # examples
 _SKETCH = 4096  # numbers that a longer vector is hashed to
 
@@ -39,6 +39,16 @@ class Views:
         for name in ("per_update", "per_image"):
             short = {view: _direction(_sketched(tensor)) for view, tensor in getattr(self, name).items()}
             object.__setattr__(self, name, short)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Views]) -> Views:
+        """The views of several lots of updates as one."""
+        first = parts[0]
+        return cls(
+            per_update={n: torch.cat([each.per_update[n] for each in parts]) for n in first.per_update},
+            per_image={n: torch.cat([each.per_image[n] for each in parts]) for n in first.per_image},
+            batch=first.batch,
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,6 +73,7 @@ class Regression:
     Attributes:
         names: The views that count.
         width: Of the kernel.
+        ridge: Added to its diagonal.
         mean: Of the targets.
         weights: Shape ``(examples, target)``.
         error: Squared error on the held-out examples, relative to that of the mean.
@@ -70,6 +81,7 @@ class Regression:
 
     names: tuple[str, ...]
     width: float
+    ridge: float
     mean: Tensor = field(repr=False)
     weights: Tensor = field(repr=False)
     error: float
@@ -81,7 +93,7 @@ class Regression:
             known: The examples that it was fitted on.
             asked: The other updates.
         """
-        squared = torch.stack([asked.distances(known, name) for name in self.names]).mean(0)
+        squared = _mean({name: asked.distances(known, name) for name in self.names}, list(self.names))
         return ((-squared / self.width).exp().double() @ self.weights).float() + self.mean
 
 
@@ -103,18 +115,19 @@ def best_regression(
     """
     mean = targets.mean(0)
     y, y_probes = targets - mean, truth - mean
-    axes = torch.pca_lowrank(y, q=min(_COMPONENTS, *y.shape), center=False, niter=4)[2]
+    directions = torch.randn(y.shape[1], _DIRECTIONS, generator=torch.Generator().manual_seed(0)).to(y)
+    short, short_probes = y @ directions, y_probes @ directions
     inner = {name: known.distances(known, name) for name in known.names}
     outer = {name: probes.distances(known, name) for name in known.names}
     few = min(_RANKED_ON, len(y))
     alone = {
-        name: _searched(inner[name][:few, :few], outer[name][:, :few], (y @ axes)[:few], y_probes @ axes)[0]
+        name: _searched(inner[name][:few, :few], outer[name][:, :few], short[:few], short_probes)[0]
         for name in known.names
     }
     ranked = sorted(alone, key=lambda name: alone[name])
     sizes = sorted({min(2**power, len(ranked)) for power in range(len(ranked).bit_length() + 1)})
     unions = {
-        size: _searched(_mean(inner, ranked[:size]), _mean(outer, ranked[:size]), y @ axes, y_probes @ axes)
+        size: _searched(_mean(inner, ranked[:size]), _mean(outer, ranked[:size]), short, short_probes)
         for size in sizes
     }
     size = min(unions, key=lambda size: unions[size][0])
@@ -122,12 +135,12 @@ def best_regression(
     weights = _solved(_mean(inner, ranked[:size]), y, width=width, ridge=ridge)
     if weights is None:
         raise AttackError(
-            "LearnedInversion: the simulated updates are all alike, so that nothing can be learned from "
-            "them. Grant more auxiliary images."
+            "Kernel regression: no width and ridge gave a usable fit; the examples are not finite or too few."
         )
     found = (-_mean(outer, ranked[:size]) / width).exp().double() @ weights
     error = float((found - y_probes).square().mean() / y_probes.square().mean())
-    return Regression(names=tuple(ranked[:size]), width=width, mean=mean, weights=weights, error=error)
+    names = tuple(ranked[:size])
+    return Regression(names=names, width=width, ridge=ridge, mean=mean, weights=weights, error=error)
 
 
 def _searched(inner: Tensor, outer: Tensor, y: Tensor, truth: Tensor) -> tuple[float, float, float]:
@@ -157,7 +170,10 @@ def _solved(squared: Tensor, y: Tensor, *, width: float, ridge: float) -> Tensor
 
 
 def _mean(squared: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    return torch.stack([squared[name] for name in names]).mean(0)
+    total = squared[names[0]].clone()
+    for name in names[1:]:
+        total += squared[name]
+    return total / len(names)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ images.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -37,10 +37,12 @@ class LearnedInversion(Attack):
 
     Which layers count, the kernel's width and the ridge are chosen on auxiliary images that were held out.
     Images come out with the scale that the auxiliary ones have. `Reconstruction.loss` is the squared error on
-    the held-out images, relative to that of their mean: about 1 where updates taught nothing.
+    the held-out images, relative to that of their mean: about 1 where updates taught nothing. It is the least
+    over the choices made by it, and so a little too good.
 
     Attributes:
-        simulations: Auxiliary images that simulated clients send updates of, in several batches each.
+        simulations: Auxiliary images that simulated clients send updates of: at batch size B a B-th as many
+            updates. An image may come more than once.
         updates_per_client: Updates simulated before a new client with new secrets is drawn.
 
     Source:
@@ -66,6 +68,12 @@ class LearnedInversion(Attack):
 
     def _check(self, observation: Observation) -> None:
         _own(observation)
+        if self.simulations * _HELD_OUT < observation.batch_size:
+            least = math.ceil(observation.batch_size / _HELD_OUT)
+            raise AttackError(
+                f"LearnedInversion: {self.simulations} simulations hold out less than one batch of "
+                f"{observation.batch_size}. Use --set attack.simulations={least} or more."
+            )
         if observation.free:
             raise AttackError(
                 "LearnedInversion: it looks for images only; nothing may be free, got "
@@ -84,14 +92,13 @@ class LearnedInversion(Attack):
         results: dict[int, Reconstruction] = {}
         for places in groups.values():
             group = [observations[place] for place in places]
-            found = self._learn(group, generators[places[0]], on_evaluation)
+            found = self._learn(group, on_evaluation)
             results |= dict(zip(places, found, strict=True))
         return [results[place] for place in range(len(observations))]
 
-    def _learn(
-        self, group: list[Observation], generator: torch.Generator, on_evaluation: Progress
-    ) -> list[Reconstruction]:
+    def _learn(self, group: list[Observation], on_evaluation: Progress) -> list[Reconstruction]:
         first, labels = group[0], known_labels(group)
+        generator = torch.Generator().manual_seed(_own(first).seed)
         held = max(first.batch_size, round(_HELD_OUT * self.simulations))
         fitted, checked = _divided(_own(first), generator)
         pairs = [
@@ -127,13 +134,18 @@ class LearnedInversion(Attack):
         """Updates of simulated clients as views, and the image that each row of them is about."""
         size = observation.batch_size
         batches = _batches(len(images.images), updates=-(-count // size), size=size, generator=generator)
-        sent: dict[str, list[Tensor]] = {}
-        for part in torch.split(batches, self.updates_per_client):
-            for name, tensor in images.simulate(images.images[part], images.labels[part]).items():
-                sent.setdefault(name, []).append(tensor)
-            on_evaluation(sum(len(each) for each in sent[name]), 1)
-        updates = {name: torch.cat(parts) for name, parts in sent.items()}
-        return _views(observation, updates, list(images.labels[batches])), images.images[batches.flatten()]
+        views = []
+        for done, part in enumerate(torch.split(batches, self.updates_per_client), start=1):
+            labels = images.labels[part]
+            updates = images.simulate(images.images[part], labels)
+            if not all(bool(tensor.isfinite().all()) for tensor in updates.values()):
+                raise AttackError(
+                    "LearnedInversion: a simulated client's update is not finite, so that nothing can be "
+                    "learned from it. Check the protocol's local steps and learning rate."
+                )
+            views.append(_views(observation, updates, list(labels)))
+            on_evaluation(20 * done, 1)  # so that it is shown
+        return Views.joined(views), images.images[batches.flatten()]
 
 
 def _own(observation: Observation) -> Auxiliary:
@@ -147,9 +159,7 @@ def _divided(own: Auxiliary, generator: torch.Generator) -> tuple[Auxiliary, Aux
     order = torch.randperm(len(own.images), generator=generator)
     held = round(_HELD_OUT * len(order))
     parts = (order[held:], order[:held])
-    fitted, checked = (
-        Auxiliary(images=own.images[part], labels=own.labels[part], simulate=own.simulate) for part in parts
-    )
+    fitted, checked = (replace(own, images=own.images[part], labels=own.labels[part]) for part in parts)
     return fitted, checked
 
 
