@@ -108,7 +108,6 @@ class Matrix:
             "auxiliary": self.auxiliary,
             "networks": rung.networks,
             "trials": -(-images // batch),
-            "chunk": images if rung.networks == "one" else 20,
             "batch_size": batch,
             "local.steps": steps,
             "norm_mode": self.norm_mode,

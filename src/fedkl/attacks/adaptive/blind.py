@@ -89,14 +89,13 @@ class _Bilinear:
         self._gradient, self._bias = gradient, bias
         kernel, self._positions = system.reads.shape
         self._shape = (system.outputs, system.inputs, kernel)
-        self._index = torch.where(system.reads < 0, system.places, system.reads)
 
     def alternate(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """δ and h by turns, each linear in the other; the pull towards 0.5 fades."""
         delta = self._delta(h)
         for step in range(_ALTERNATIONS):
             ridge = _RIDGE * 10 ** (-step / 10)
-            backward = self._backward(delta).flatten(0, 1)
+            backward = self._system.backward(delta).flatten(0, 1)
             target = self._gradient.permute(0, 2, 1).reshape(-1, self._shape[1])
             normal = backward.T @ backward
             normal.diagonal().add_(ridge)
@@ -147,7 +146,7 @@ class _Bilinear:
     def _normal(self, delta: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """JᵀJ and Jᵀr, of δ first."""
         outputs, inputs, kernel = self._shape
-        read, backward = self._read(h), self._backward(delta)
+        read, backward = self._read(h), self._system.backward(delta)
         own = torch.kron(torch.eye(outputs).to(h), read.T @ read + 1.0)
         below = torch.kron(torch.eye(inputs).to(h), torch.einsum("okq,okr->qr", backward, backward))
         mixed = torch.einsum("ikp,okq->opiq", read.view(inputs, kernel, -1), backward)
@@ -178,7 +177,4 @@ class _Bilinear:
     def _read(self, h: Tensor) -> Tensor:
         """What each weight is multiplied with: shape ``(in × kernel, positions)``."""
         padded = torch.cat([h, h.new_zeros(len(h), 1)], 1)
-        return padded[:, self._index].flatten(0, 1)
-
-    def _backward(self, delta: Tensor) -> Tensor:
-        return self._system.backward(delta)
+        return padded[:, self._system.padded_reads].flatten(0, 1)

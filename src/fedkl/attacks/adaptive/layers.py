@@ -102,6 +102,8 @@ class ConvolutionSystem:
         columns = F.unfold(numbered, layer.weight.shape[2:], layer.dilation, layer.padding, layer.stride)[0]
         # Which input place each kernel position reads at each output position; −1: the padding.
         self.reads: Int64[Tensor, "kernel positions"] = columns.round().long() - 1
+        # The same with the padding as one more place, behind all others.
+        self.padded_reads = torch.where(self.reads < 0, self.places, self.reads)
         self.forward = self._forward_matrix(layer.weight.flatten(2))
 
     def _forward_matrix(self, weight: Float[Tensor, "outputs inputs kernel"]) -> scipy.sparse.csr_matrix:
@@ -119,9 +121,8 @@ class ConvolutionSystem:
         """The matrix that takes one input channel to its part of ∂L/∂W."""
         kernel, positions = self.reads.shape
         shape = (self.outputs, kernel, positions)
-        index = torch.where(self.reads < 0, self.places, self.reads)
         matrix = delta.new_zeros(self.outputs, kernel, self.places + 1)
-        matrix.scatter_(2, index.expand(shape), delta.unsqueeze(1).expand(shape))
+        matrix.scatter_(2, self.padded_reads.expand(shape), delta.unsqueeze(1).expand(shape))
         return matrix[..., :-1]
 
     def transpose(self, delta: Float[Tensor, "outputs positions"]) -> Float[Tensor, "inputs places"]:

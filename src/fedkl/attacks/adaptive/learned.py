@@ -86,9 +86,9 @@ class LearnedInversion(Attack):
         generators: list[torch.Generator],
         on_evaluation: Progress,
     ) -> list[Reconstruction]:
-        groups: dict[Auxiliary | None, list[int]] = {}
+        groups: dict[Auxiliary, list[int]] = {}
         for place, observation in enumerate(observations):
-            groups.setdefault(observation.auxiliary, []).append(place)
+            groups.setdefault(_own(observation), []).append(place)
         results: dict[int, Reconstruction] = {}
         for places in groups.values():
             group = [observations[place] for place in places]
@@ -144,7 +144,7 @@ class LearnedInversion(Attack):
                     "learned from it. Check the protocol's local steps and learning rate."
                 )
             views.append(_views(observation, updates, list(labels)))
-            on_evaluation(20 * done, 1)  # so that it is shown
+            on_evaluation(done * self.updates_per_client, 1)
         return Views.joined(views), images.images[batches.flatten()]
 
 
