@@ -11,9 +11,9 @@ import torch
 from fedkl import data, demo, experiments
 from fedkl.attacks import DLG
 from fedkl.auditing import standard_arms
-from fedkl.config import AttackConfig, ModelConfig, TrainConfig
+from fedkl.config import AttackConfig, DataConfig, ModelConfig, TrainConfig
 from fedkl.defenses import KeyLock
-from fedkl.errors import ConfigError
+from fedkl.errors import ConfigError, DataError
 from fedkl.federated import FederatedTraining
 
 TINY = AttackConfig(attack=DLG(evaluations=2), arms=("no-norm", "lock"), trials=2)
@@ -45,6 +45,26 @@ def test_a_trial_that_lacks_an_arm_is_repeated_in_all_arms(tmp_path):
     again = list(experiments.run(TINY, out=tmp_path / "run").results())
     assert sorted((r["arm"], r["trial"]) for r in again) == sorted((r["arm"], r["trial"]) for r in records)
     assert again[:2] == [r for r in records if r["trial"] == 0]
+
+
+def test_a_client_that_lacks_an_update_is_attacked_again(tmp_path):
+    config = TINY.model_copy(update={"trials": 4, "updates_per_client": 2, "networks": "one"})
+    run = experiments.run(config, out=tmp_path / "run")
+    records = list(run.results())
+    run.restart_from([r for r in records if (r["arm"], r["trial"]) != ("lock", 3)])
+    (run.path / "summary.json").unlink()
+    again = list(experiments.run(config, out=tmp_path / "run").results())
+    assert again[:4] == [r for r in records if r["trial"] < 2]
+    assert len(again) == len(records) == 8
+
+
+def test_a_part_of_the_training_images(tmp_path):
+    config = TINY.model_copy(update={"data": DataConfig(train_images=50), "auxiliary": 51})
+    with pytest.raises(DataError, match="at most 50, the training images of mnist-sample, got 51"):
+        experiments.run(config, out=tmp_path / "run")
+    config = TINY.model_copy(update={"data": DataConfig(train_images=2001)})
+    with pytest.raises(DataError, match=r"data\.train_images: expected at most 2000"):
+        experiments.run(config, out=tmp_path / "other")
 
 
 def test_a_training_that_was_interrupted_at_its_end_repeats_no_round(tmp_path, monkeypatch):

@@ -217,6 +217,9 @@ def attack(
     trials: Annotated[int | None, typer.Option(help="Test images, or batches of them, attacked.")] = None,
     networks: Annotated[str | None, typer.Option(help="each: one per trial; one: the same for all.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images behind one gradient.")] = None,
+    updates_per_client: Annotated[
+        int | None, typer.Option(help="Trials in a row with one client's key; needs --networks one.")
+    ] = None,
     evaluations: Annotated[int | None, typer.Option(help="Budget of one start, in evaluations.")] = None,
     restarts: Annotated[int | None, typer.Option(help="Starts per image.")] = None,
     weighting: Annotated[str | None, typer.Option(help="Of layers: none, sqrt or full.")] = None,
@@ -249,6 +252,7 @@ def attack(
         "trials": trials,
         "networks": networks,
         "batch_size": batch_size,
+        "updates_per_client": updates_per_client,
         "norm_mode": norm_mode,
         "local.steps": local_steps,
         "device": device,
@@ -446,7 +450,9 @@ def reproduce_table5(
 def reproduce_adaptive(
     out: TableOption,
     rows: RowsOption = "lenet/mnist",
-    layers: Annotated[str, typer.Option(help="Locked layers: first, all or both.")] = "first,all",
+    arrangements: Annotated[
+        str, typer.Option(help=f"What clients keep, of {', '.join(reproduce.ARRANGEMENTS)}; or all.")
+    ] = ",".join(reproduce.Matrix.arrangements),
     batches: Annotated[str, typer.Option(help="Images behind an update.")] = "1,4,16",
     steps: Annotated[str, typer.Option(help="Local steps behind an update.")] = "1,5",
     rungs: Annotated[str, typer.Option(help=f"Of {', '.join(reproduce.RUNGS)}.")] = "floor,learned",
@@ -454,7 +460,6 @@ def reproduce_adaptive(
         int | None, typer.Option(min=1, help="Images attacked in a cell; 20 or 100 if not given.")
     ] = None,
     auxiliary: Annotated[int, typer.Option(min=1, help="Labeled images that the server owns.")] = 2000,
-    lock: Annotated[str, typer.Option(help="published or default.")] = "published",
     norm_mode: Annotated[str, typer.Option(help="Of the clients' norms: train or eval.")] = "train",
     seed: FirstSeedOption = 0,
     workers: WorkersOption = 0,
@@ -464,13 +469,12 @@ def reproduce_adaptive(
     """Attackers who know the lock: the worst rung of every arrangement, its control and the floor."""
     matrix = reproduce.Matrix(
         rows=tuple(reproduce.ROWS) if rows == "all" else _names(rows),
-        layers=_names(layers),
+        arrangements=tuple(reproduce.ARRANGEMENTS) if arrangements == "all" else _names(arrangements),
         batches=_numbers(batches),
         steps=_numbers(steps),
         rungs=tuple(reproduce.RUNGS) if rungs == "all" else _names(rungs),
         images=images,
         auxiliary=auxiliary,
-        lock=lock,
         norm_mode=norm_mode,
         seed=seed,
         workers=workers,

@@ -29,12 +29,14 @@ class _Config(BaseModel):
 class DataConfig(_Config):
     """Which dataset, where its files are (None: `fedkl.data.default_root()`), and the images' size.
 
-    A size of None is the dataset's usual one: 32, or 224 for folders of images.
+    A size of None is the dataset's usual one: 32, or 224 for folders of images. `train_images` keeps only the
+    first so many of the training images.
     """
 
     name: str = "mnist-sample"
     root: str | None = None
     size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    train_images: Annotated[int, Field(ge=1)] | None = None
 
 
 class ModelConfig(_Config):
@@ -71,8 +73,9 @@ class AttackConfig(_Config):
 
     Without `arms`, the lock and its controls are attacked. `norm_mode` is the client's, and known. The server
     has `auxiliary` labeled images of its own. Trials have one network each, or all the same one, as the
-    clients of a round have; every trial has its own key. A `chunk` of trials is attacked at once, shared out
-    among `workers` threads (0: one for each core; on a GPU, one).
+    clients of a round have. Every trial has a key of its own, or `updates_per_client` in a row have the same
+    one, and the server knows which: rounds of one client, which gets the same network in each. A `chunk` of
+    trials is attacked at once, shared out among `workers` threads (0: one for each core; on a GPU, one).
     """
 
     type: Literal["attack"] = "attack"
@@ -87,6 +90,7 @@ class AttackConfig(_Config):
     networks: Literal["each", "one"] = "each"
     trials: Annotated[int, Field(ge=1)] = 20
     batch_size: Annotated[int, Field(ge=1)] = 1
+    updates_per_client: Annotated[int, Field(ge=1)] = 1
     norm_mode: Literal["train", "eval"] = "train"
     local: LocalSteps = LocalSteps()
     device: Literal["cpu", "cuda"] = "cpu"
@@ -98,6 +102,11 @@ class AttackConfig(_Config):
         repeated = sorted({name for name in self.arms if self.arms.count(name) > 1})
         if repeated:
             raise ConfigError(f"arms: expected each at most once, got {', '.join(repeated)} more than once.")
+        if self.updates_per_client > 1 and (self.networks == "each" or self.trials % self.updates_per_client):
+            raise ConfigError(
+                'updates_per_client: expected a divisor of the number of trials, and networks = "one", got '
+                f'{self.updates_per_client} with {self.trials} trials and networks = "{self.networks}".'
+            )
         if isinstance(self.attack, IDLG) and self.batch_size > 1:
             raise ConfigError(
                 f"batch_size: iDLG infers the label of one image, got a batch of {self.batch_size}. Use "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -17,10 +17,10 @@ from torch import nn
 import fedkl
 from fedkl import data, models, rng
 from fedkl.auditing import MAIN_ARMS, Arm, TrialResult, attack_arms, standard_arms, trials_of
-from fedkl.config import AttackConfig, TrainConfig
+from fedkl.config import AttackConfig, DataConfig, TrainConfig
 from fedkl.curves import curves
 from fedkl.data import Dataset, Subset
-from fedkl.errors import ConfigError
+from fedkl.errors import ConfigError, DataError
 from fedkl.federated import Checkpoints, Federation, RoundResult, server_fill_ins
 from fedkl.files import exclusive
 from fedkl.lockfile import default_passphrase
@@ -69,12 +69,34 @@ def run(
         directory = RunDirectory.create(out, config=config, version=fedkl.__version__)
         if directory.summary is not None:
             return directory
-        dataset = data.load(config.data.name, root=config.data.root, size=config.data.size)
+        dataset = _dataset(config.data)
         if isinstance(config, TrainConfig):
             _train(config, directory, dataset, progress, tensorboard=tensorboard)
         else:
             _attack(config, directory, dataset, progress)
     return directory
+
+
+def _dataset(config: DataConfig) -> Dataset:
+    """What an experiment trains on and attacks.
+
+    Raises:
+        DataError: It is not there, or has fewer training images than are asked for.
+    """
+    dataset = data.load(config.name, root=config.root, size=config.size)
+    wanted, found = config.train_images, len(dataset.train_images)
+    if wanted is None:
+        return dataset
+    if wanted > found:
+        raise DataError(
+            f"data.train_images: expected at most {found}, the training images of {config.name}, got "
+            f"{wanted}."
+        )
+    return replace(
+        dataset,
+        train_images=dataset.train_images[:wanted],
+        train_labels=dataset.train_labels[:wanted],
+    )
 
 
 def _builder(config: TrainConfig | AttackConfig, dataset: Dataset) -> Callable[[int], nn.Module]:
@@ -264,7 +286,7 @@ def chosen_arms(config: AttackConfig) -> tuple[Arm, ...]:
 def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, progress: Progress) -> None:
     arms = chosen_arms(config)
     trials = trials_of(dataset, trials=config.trials, batch_size=config.batch_size)
-    records = _complete_trials(directory, arms)
+    records = _complete_trials(directory, arms, updates_per_client=config.updates_per_client)
     directory.restart_from(records)
     done = {record["trial"] for record in records}
     start = perf_counter()
@@ -295,6 +317,7 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
         train_mode=config.norm_mode == "train",
         local=config.local,
         chunk=config.chunk,
+        updates_per_client=config.updates_per_client,
         workers=_attack_workers(config),
         on_result=keep,
         on_evaluation=show,
@@ -317,14 +340,17 @@ def _attack_workers(config: AttackConfig) -> int:
     return config.workers or os.cpu_count() or 1
 
 
-def _complete_trials(directory: RunDirectory, arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Records of an interrupted run whose trial has all its arms.
+def _complete_trials(
+    directory: RunDirectory, arms: Sequence[Arm], *, updates_per_client: int
+) -> list[dict[str, Any]]:
+    """Records of an interrupted run whose client has all its trials, in all arms.
 
-    A trial that lacks one is repeated in all: its arms share a victim, whose key and lock layers are gone.
+    The others are repeated: arms and trials of a client share a victim, whose key and lock layers are gone.
     """
     records = [record for record in directory.results() if record["event"] == "trial"]
-    counts = Counter(record["trial"] for record in records)
-    return [record for record in records if counts[record["trial"]] == len(arms)]
+    counts = Counter(record["trial"] // updates_per_client for record in records)
+    whole = len(arms) * updates_per_client
+    return [record for record in records if counts[record["trial"] // updates_per_client] == whole]
 
 
 def _attack_summary(

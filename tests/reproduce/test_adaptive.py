@@ -17,7 +17,7 @@ from fedkl.reproduce.verdicts import markdown, verdict
 
 SMALL = {
     "rows": ("lenet/mnist",),
-    "layers": ("first",),
+    "arrangements": ("first", "private-head", "private-stem"),
     "batches": (1,),
     "steps": (1,),
     "images": 2,
@@ -36,14 +36,17 @@ def rate(hits, n):
     return {"rate": share, "low": max(share - 0.1, 0), "high": min(share + 0.1, 1), "n": n}
 
 
-def record(rung, hits, *, arrangement="lock, first", arm="lock", ssim=0.5, n=100, batch=1):
+def record(
+    rung, hits, *, arrangement="first", control="public-norm, first", arm="lock", ssim=0.5, n=100, batch=1
+):
     cell = {"row": "lenet/mnist", "batch": batch, "steps": 1, "rung": rung, "arrangement": arrangement}
+    cell["control"] = control
     figures = {"identified": rate(hits, n), "ssim": {"median": ssim, "low": ssim, "high": ssim}, "psnr": None}
     return cell | figures | {"arm": arm, "n": n}
 
 
 def control(rung, hits):
-    return record(rung, hits, arrangement="public-norm, first", arm="public-norm")
+    return record(rung, hits, arrangement="public-norm, first", control=None, arm="public-norm")
 
 
 def row_of(text):
@@ -84,7 +87,7 @@ def test_a_rung_leaks_whether_or_not_it_works_on_its_control():
 
 def test_rungs_that_were_not_run_are_named():
     records = [record("learned", 5), control("learned", 95), record("floor", 3)]
-    assert "Rungs not run: closed-form, matching." in markdown(records, refused=[])
+    assert "Rungs not run: learned-16, closed-form, matching." in markdown(records, refused=[])
 
 
 def test_the_ceiling_is_no_rung():
@@ -101,6 +104,8 @@ def test_every_rung_is_a_usable_experiment():
     assert len({cell.place for cell in cells}) == len(cells) == 2 * 3 * 2 * 3 * len(RUNGS)
     sixteen = next(c.experiment for c in cells if c.given["batch"] == 16 and c.given["rung"] == "learned")
     assert (sixteen.trials, sixteen.batch_size, sixteen.networks) == (7, 16, "one")
+    rounds = next(c.experiment for c in cells if c.given["batch"] == 4 and c.given["rung"] == "learned-16")
+    assert (rounds.trials, rounds.updates_per_client) == (32, 16)
 
 
 def test_a_matrix_of_real_attacks_is_resumed(tmp_path, monkeypatch):
@@ -108,7 +113,7 @@ def test_a_matrix_of_real_attacks_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setitem(RUNGS, "learned", quick)
     matrix = Matrix(**SMALL, rungs=("floor", "learned"))
     records = adaptive(matrix, out=tmp_path, progress=no_progress)
-    others = ["private-head", "private-stem", "lock, first"]
+    others = ["private-head", "private-stem", "first"]
     assert [(r["rung"], r["arrangement"]) for r in records] == [
         *(("floor", each) for each in others),
         *(("learned", each) for each in ("no-norm", *others[:2], "public-norm, first", others[2])),
@@ -130,7 +135,13 @@ def test_a_rung_that_cannot_work_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rows": ("vgg/mnist",)}, {"rungs": ("magic",)}, {"batches": (0,)}, {"lock": "thick"}, {"layers": ()}],
+    [
+        {"rows": ("vgg/mnist",)},
+        {"rungs": ("magic",)},
+        {"batches": (0,)},
+        {"arrangements": ("thick",)},
+        {"arrangements": ()},
+    ],
 )
 def test_unknown_names_and_numbers(changes):
     with pytest.raises(ConfigError, match="reproduce"):

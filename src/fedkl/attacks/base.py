@@ -128,6 +128,8 @@ class Observation:
         transform: What a defense does publicly to an update (e.g. clipping): the attack does the same to its
             own gradients. Works on tensors by name, under `torch.func.vmap`.
         auxiliary: Data of the server's own, if granted.
+        client: Which client sent it: those with the same number come from one client and its secrets. None
+            where every update is of another client, or it is not known.
     """
 
     model: nn.Module = field(repr=False)
@@ -143,6 +145,7 @@ class Observation:
     free: tuple[str, ...] = ()
     transform: Transform | None = field(default=None, repr=False)
     auxiliary: Auxiliary | None = field(default=None, repr=False)
+    client: int | None = None
 
     def __post_init__(self) -> None:
         known = dict(self.model.named_parameters()) | dict(self.secrets)

@@ -66,6 +66,7 @@ def attack_arms(
     local: LocalSteps | None = None,
     skip: Collection[int] = (),
     chunk: int = 20,
+    updates_per_client: int = 1,
     workers: int = 1,
     on_result: Callable[[TrialResult], None],
     on_evaluation: Callable[[int, int], None] | None = None,
@@ -89,18 +90,28 @@ def attack_arms(
         train_mode: Whether the client's norms use the batch's statistics.
         local: The client's local steps; one if None.
         skip: Numbers of trials that are not attacked, e.g. those of an earlier, interrupted run.
-        chunk: Trials attacked at once; all of them where one serves the others (`Attack.divisible`).
+        chunk: Trials attacked at once; all of them where one serves the others (`Attack.divisible`). Rounded
+            up to whole clients.
+        updates_per_client: So many trials in a row are updates of one client, with the same secrets; the
+            server knows which. They must share a network.
         workers: Threads that share a chunk out; see `Attack.reconstruct_many`.
         on_result: Called with each result.
         on_evaluation: Called with (evaluations so far, problems still running) of the present batch.
     """
     candidates = dataset.test_images[: max(CANDIDATES, sum(len(trial.images) for trial in trials))]
     due = [trial for trial in trials if trial.index not in skip]
-    chunk = chunk if attack.divisible else len(due)
+    chunk = -(-chunk // updates_per_client) * updates_per_client if attack.divisible else len(due)
     for first in range(0, len(due), max(chunk, 1)):
         group = due[first : first + chunk]
         seen = _observed(
-            arms, group, build=build, dataset=dataset, seed=seed, train_mode=train_mode, local=local
+            arms,
+            group,
+            build=build,
+            dataset=dataset,
+            seed=seed,
+            train_mode=train_mode,
+            local=local,
+            updates_per_client=updates_per_client,
         )
         batches: dict[Hashable, list[_Seen]] = {}
         for one in seen:
@@ -133,6 +144,7 @@ def _observed(
     seed: int,
     train_mode: bool,
     local: LocalSteps | None,
+    updates_per_client: int,
 ) -> list[_Seen]:
     """Observes every trial of a chunk in every arm; arms with the same defense share a trial's victim."""
     models = {trial.index: build(trial.index) for trial in group}
@@ -143,7 +155,8 @@ def _observed(
     for arm, trial in itertools.product(arms, group):
         model = models[trial.index]
         public = arm.knowledge.affine_gradient  # γ and β belong to the network then, not to a client
-        place = (arm.defense, first_with[id(model)] if public else trial.index)
+        client = trial.index // updates_per_client
+        place = (arm.defense, first_with[id(model)] if public else client)
         if place not in victims:
             victims[place] = arm.defense.prepare(model)
         observation = observe(
@@ -155,6 +168,7 @@ def _observed(
             train_mode=train_mode,
             local=local,
             auxiliary=own.of(arm, victims[place], model),
+            client=client if updates_per_client > 1 else None,
         )
         seen.append(_Seen(arm, trial, observation))
     return seen

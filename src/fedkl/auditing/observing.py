@@ -79,6 +79,7 @@ def observe(
     train_mode: bool = True,
     local: LocalSteps | None = None,
     auxiliary: Auxiliary | None = None,
+    client: int | None = None,
 ) -> Observation:
     """What the server has after one update of the victim: the update as it is sent.
 
@@ -94,6 +95,7 @@ def observe(
         train_mode: Whether the client's norms use the batch's statistics.
         local: The client's local steps; one if None.
         auxiliary: The server's own data, if the arm grants any.
+        client: The victim's number, where the server has more of its updates.
 
     Raises:
         DataError: The arm fits γ and β to auxiliary images, and there are none.
@@ -128,6 +130,7 @@ def observe(
         free={"nothing": (), "key": (KEY,), "affine": view.private}[arm.regress],
         transform=arm.defense.public_transform,
         auxiliary=auxiliary,
+        client=client,
     )
 
 

@@ -20,6 +20,7 @@ from fedkl.reproduce.accuracy import (
     table1_rows,
 )
 from fedkl.reproduce.adaptive import ROWS, Matrix, adaptive
+from fedkl.reproduce.arrangements import ARRANGEMENTS
 from fedkl.reproduce.cells import Budget
 from fedkl.reproduce.gallery import gallery
 from fedkl.reproduce.ladder import RUNGS
@@ -36,6 +37,7 @@ from fedkl.reproduce.leakage import (
 
 __all__ = [
     "ARMS",
+    "ARRANGEMENTS",
     "DEFAULT_ARMS",
     "ROWS",
     "RUNGS",

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedkl import config as configs
 from fedkl import experiments
-from fedkl.config import PUBLISHED_LOCK, AttackConfig
+from fedkl.config import AttackConfig
 from fedkl.defenses import KeyLock
 from fedkl.errors import AttackError, ConfigError
+from fedkl.reproduce.arrangements import ARRANGEMENTS, CONTROL, LOCK_CONTROL, control_of, is_lock
 from fedkl.reproduce.cells import OpenProgress, check_names, refuse_others, write_table
-from fedkl.reproduce.ladder import LOCK_CONTROL, RUNGS, Rung
+from fedkl.reproduce.ladder import RUNGS, Rung
 from fedkl.reproduce.records import Record, records_of
 from fedkl.reproduce.verdicts import markdown
 
 UNLOCKED = "unlocked"
-"""In place of locked layers: the arms that have no lock."""
+"""The run of a rung that has the arms without a lock: the control, and the arrangements of private layers."""
 
 ROWS: Mapping[str, tuple[str, str]] = {
     "lenet/mnist": ("lenet", "mnist"),
@@ -35,13 +36,13 @@ class Matrix:
 
     Attributes:
         rows: Names of `ROWS`.
-        layers: Which layers are locked; a network without a lock is in every matrix, as the control.
+        arrangements: Names of `ARRANGEMENTS`; a network with nothing private is in every matrix, as the
+            control.
         batches: Images behind an update.
         steps: Local steps behind an update.
         rungs: Names of `RUNGS`.
         images: Images attacked in a cell; None: as many as each rung has by default.
         auxiliary: Labeled images that the server owns.
-        lock: ``"published"`` or ``"default"``.
         norm_mode: Of the clients' norms.
         seed: Of weights and attacks; keys come from the operating system.
         workers: Threads that share the trials; 0: all cores.
@@ -53,13 +54,12 @@ class Matrix:
     """
 
     rows: tuple[str, ...]
-    layers: tuple[str, ...] = ("first", "all")
+    arrangements: tuple[str, ...] = ("first", "all", "private-head", "private-stem")
     batches: tuple[int, ...] = (1, 4, 16)
     steps: tuple[int, ...] = (1, 5)
     rungs: tuple[str, ...] = ("floor", "learned")
     images: int | None = None
     auxiliary: int = 2000
-    lock: str = "published"
     norm_mode: str = "train"
     seed: int = 0
     workers: int = 0
@@ -68,9 +68,8 @@ class Matrix:
 
     def __post_init__(self) -> None:
         check_names(self.rows, ROWS, place="rows")
-        check_names(self.layers, ("first", "all"), place="layers")
+        check_names(self.arrangements, ARRANGEMENTS, place="arrangements")
         check_names(self.rungs, RUNGS, place="rungs")
-        check_names((self.lock,), ("published", "default"), place="lock")
         numbers = {
             "batches": self.batches,
             "steps": self.steps,
@@ -85,15 +84,26 @@ class Matrix:
     def cells(self) -> list[MatrixCell]:
         """Every run of the matrix: the cheap rungs first."""
         return [
-            self._cell(RUNGS[rung], row, layers, batch, steps)
-            for rung, row, batch, steps, layers in itertools.product(
-                self.rungs, self.rows, self.batches, self.steps, (UNLOCKED, *self.layers)
+            self._cell(RUNGS[rung], row, victim, batch, steps)
+            for rung, row, batch, steps, victim in itertools.product(
+                self.rungs,
+                self.rows,
+                self.batches,
+                self.steps,
+                (UNLOCKED, *filter(is_lock, self.arrangements)),
             )
+            if self._arms(RUNGS[rung], victim)
         ]
 
-    def _cell(self, rung: Rung, row: str, layers: str, batch: int, steps: int) -> MatrixCell:
+    def _arms(self, rung: Rung, victim: str) -> tuple[str, ...]:
+        if victim != UNLOCKED:
+            return rung.locked
+        return tuple(arm for arm in rung.unlocked if arm == CONTROL or arm in self.arrangements)
+
+    def _cell(self, rung: Rung, row: str, victim: str, batch: int, steps: int) -> MatrixCell:
         model, data = ROWS[row]
-        lock: KeyLock = PUBLISHED_LOCK if self.lock == "published" else KeyLock()
+        lock = KeyLock() if victim == UNLOCKED else ARRANGEMENTS[victim]
+        together = rung.updates_per_client
         images = rung.images if self.images is None else self.images
         fields: dict[str, Any] = {
             "seed": self.seed,
@@ -102,12 +112,13 @@ class Matrix:
             "model.name": model,
             "model.initialization": "default",
             "attack": dict(rung.attack),
-            "lock": asdict(lock if layers == UNLOCKED else replace(lock, layers=layers)),  # type: ignore[arg-type]
-            "arms": rung.unlocked if layers == UNLOCKED else rung.locked,
+            "lock": asdict(lock),
+            "arms": self._arms(rung, victim),
             "labels_known": True,
             "auxiliary": self.auxiliary,
             "networks": rung.networks,
-            "trials": -(-images // batch),
+            "trials": -(-images // (batch * together)) * together,
+            "updates_per_client": together,
             "batch_size": batch,
             "local.steps": steps,
             "norm_mode": self.norm_mode,
@@ -115,8 +126,8 @@ class Matrix:
         }
         experiment = configs.from_flags("attack", file=None, fields=fields, settings=self.settings)
         assert isinstance(experiment, AttackConfig)  # noqa: S101 - that is its kind
-        place = Path(row.replace("/", "-"), f"batch-{batch}-steps-{steps}", f"{rung.name}-{layers}")
-        given = {"row": row, "batch": batch, "steps": steps, "rung": rung.name, "layers": layers}
+        place = Path(row.replace("/", "-"), f"batch-{batch}-steps-{steps}", f"{rung.name}-{victim}")
+        given = {"row": row, "batch": batch, "steps": steps, "rung": rung.name, "victim": victim}
         return MatrixCell(given=given, place=place, experiment=experiment)
 
 
@@ -125,7 +136,7 @@ class MatrixCell:
     """One run: a rung against one arrangement.
 
     Attributes:
-        given: Row, batch size, local steps, rung and locked layers.
+        given: Row, batch size, local steps, rung, and the arrangement if it is a lock.
         place: Its run directory, below the table's folder.
         experiment: What is run.
     """
@@ -164,7 +175,7 @@ def adaptive(matrix: Matrix, *, out: Path, progress: OpenProgress) -> list[Recor
             refused.append((cell.given, str(error)))
             continue
         for record in records_of(run, given=cell.given, printed=None, distances={}):
-            records.append(record | {"arrangement": _arrangement(record)})
+            records.append(record | _arrangement(record))
         write_table(out, records, markdown(records, refused=refused))
     if not records:
         raise ConfigError(f"reproduce adaptive: no cell can be run. {refused[0][1]}")
@@ -172,8 +183,11 @@ def adaptive(matrix: Matrix, *, out: Path, progress: OpenProgress) -> list[Recor
     return records
 
 
-def _arrangement(record: Record) -> str:
-    """What is private; the arm itself where there is no lock."""
-    if record["layers"] == UNLOCKED:
-        return str(record["arm"])
-    return f"{LOCK_CONTROL if record['arm'] == LOCK_CONTROL else 'lock'}, {record['layers']}"
+def _arrangement(record: Record) -> Record:
+    """What is private in an arm, and the name of its control; None for a control."""
+    arm, victim = str(record["arm"]), str(record["victim"])
+    if victim == UNLOCKED:
+        return {"arrangement": arm, "control": None if arm == CONTROL else CONTROL}
+    if arm == LOCK_CONTROL:
+        return {"arrangement": control_of(victim), "control": None}
+    return {"arrangement": victim, "control": control_of(victim)}

@@ -6,11 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-CONTROL = "no-norm"
-"""The arm on which a rung must succeed before it says anything about a private layer."""
-
-LOCK_CONTROL = "public-norm"
-"""The same for a lock: its network, inserted norms included, with public γ and β."""
+from fedkl.reproduce.arrangements import CONTROL, LOCK_CONTROL
 
 FLOOR = "floor"
 """The rung that looks at the label only."""
@@ -26,10 +22,11 @@ class Rung:
     Attributes:
         name: Short name.
         attack: Settings by field.
-        locked: Arms of the locked network, attacked for every choice of locked layers.
-        unlocked: Arms that have no lock: the control, and other arrangements.
+        locked: Arms of a locked network.
+        unlocked: Arms that have no lock: the control, and those arrangements that it can be tried on.
         images: Attacked in a cell by default.
         networks: One network for all images, as in a round, or one for each.
+        updates_per_client: Updates of one client that it combines.
     """
 
     name: str
@@ -38,6 +35,7 @@ class Rung:
     unlocked: tuple[str, ...] = (CONTROL,)
     images: int = 20
     networks: Literal["each", "one"] = "each"
+    updates_per_client: int = 1
 
 
 _OTHERS = ("private-head", "private-stem")
@@ -60,6 +58,14 @@ RUNGS: Mapping[str, Rung] = {
             images=100,
             networks="one",
         ),
+        Rung(
+            name="learned-16",
+            attack={"type": "learned"},
+            unlocked=(CONTROL, *_OTHERS),
+            images=100,
+            networks="one",
+            updates_per_client=16,
+        ),
         Rung(name="closed-form", attack={"type": "closed-form"}, unlocked=(CONTROL, "private-head")),
         Rung(
             name="matching",
@@ -72,4 +78,5 @@ RUNGS: Mapping[str, Rung] = {
         ),
     )
 }
-"""By name: the floor, learned inversion, closed form, and gradient matching with each guess of γ and β."""
+"""By name: the floor, learned inversion of one and of 16 updates of a client, closed form, and gradient
+matching with each guess of γ and β."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fedkl.report import wording
-from fedkl.reproduce.ladder import CEILING, CONTROL, FLOOR, LOCK_CONTROL, RUNGS
+from fedkl.reproduce.ladder import CEILING, FLOOR, RUNGS
 from fedkl.reproduce.records import Record
 
 CONTROL_SHARE = 0.9
@@ -34,39 +35,87 @@ def markdown(records: Sequence[Record], *, refused: Sequence[tuple[Mapping[str, 
     """The matrix, all rungs behind it, and those that could not work.
 
     Args:
-        records: One per cell and arm, with row, batch, steps, rung, arm and arrangement (what is private).
+        records: One per cell and arm, with row, batch, steps, rung, arm, arrangement (what is private) and
+            the name of its control.
         refused: Cells that an attack cannot do, and why.
     """
-    places = list(dict.fromkeys((*(r[name] for name in _CELL), r["arrangement"]) for r in records))
-    judged = [_judged(place, records) for place in places if not place[3].startswith((CONTROL, LOCK_CONTROL))]
+    judged = [_row(cell) for cell in judgments(records)]
     header = ("network/data", "batch", "steps", "private", "worst rung", "n", "identified [95 %]", "SSIM")
-    lines = _table((*header, "its control", "floor", "verdict"), [row for row in judged if row is not None])
+    lines = _table((*header, "its control", "floor", "verdict"), judged)
     left_out = [name for name in RUNGS if name not in {r["rung"] for r in records}]
     missing = [f"Rungs not run: {', '.join(left_out)}."] if left_out else []
     reasons = dict.fromkeys(f"Not run: {given['rung']}, {_where(given)}. {why}" for given, why in refused)
     return "\n\n".join([lines, *missing, *_NOTES, "All rungs:", _all_rungs(records), *reasons]) + "\n"
 
 
-def _judged(place: tuple[Any, ...], records: Sequence[Record]) -> list[str] | None:
+@dataclass(frozen=True, kw_only=True)
+class Judgment:
+    """One arrangement in one cell.
+
+    Attributes:
+        row: Network and data.
+        batch: Images behind an update.
+        steps: Local steps behind an update.
+        arrangement: What is private.
+        worst: The record of the rung that read most.
+        compared: The same attack on the control; None if it was not run.
+        floor: The floor's record; None if it was not run.
+        verdict: See the notes below the table.
+    """
+
+    row: str
+    batch: int
+    steps: int
+    arrangement: str
+    worst: Record
+    compared: Record | None
+    floor: Record | None
+    verdict: str
+
+
+def judgments(records: Sequence[Record]) -> list[Judgment]:
+    """Every arrangement of every cell by its worst rung; controls are no arrangements.
+
+    Args:
+        records: See `markdown`.
+    """
+    kept = [r for r in records if r["control"] is not None]
+    places = dict.fromkeys((*(r[name] for name in _CELL), r["arrangement"]) for r in kept)
+    found = [_judged(place, records) for place in places]
+    return [each for each in found if each is not None]
+
+
+def _judged(place: tuple[Any, ...], records: Sequence[Record]) -> Judgment | None:
     here = [r for r in records if tuple(r[name] for name in _CELL) == place[:3]]
     own = [r for r in here if r["arrangement"] == place[3]]
     rungs = [r for r in own if r["rung"] != FLOOR and r["arm"] != CEILING]
     if not rungs:
         return None
-    control = place[3].replace("lock, ", f"{LOCK_CONTROL}, ") if "lock, " in place[3] else CONTROL
-    controls = {r["rung"]: r for r in here if r["arrangement"] == control}
+    controls = {r["rung"]: r for r in here if r["arrangement"] == own[0]["control"]}
     worst = max(rungs, key=lambda r: (_rate(r), _middle(r["ssim"])))
     floor = next((r for r in own if r["rung"] == FLOOR), None)
-    compared = controls.get(worst["rung"])
+    return Judgment(
+        row=place[0],
+        batch=place[1],
+        steps=place[2],
+        arrangement=place[3],
+        worst=worst,
+        compared=controls.get(worst["rung"]),
+        floor=floor,
+        verdict=verdict(rungs, controls=controls, floor=floor),
+    )
+
+
+def _row(cell: Judgment) -> list[str]:
     return [
-        *(str(part) for part in place),
-        _name(worst),
-        str(worst["n"]),
-        wording.count_interval(worst["identified"]),
-        _ssim(worst),
-        wording.NONE if compared is None else wording.count(compared["identified"]),
-        wording.NONE if floor is None else wording.count(floor["identified"]),
-        verdict(rungs, controls=controls, floor=floor),
+        *(str(part) for part in (cell.row, cell.batch, cell.steps, cell.arrangement)),
+        _name(cell.worst),
+        str(cell.worst["n"]),
+        wording.count_interval(cell.worst["identified"]),
+        _ssim(cell.worst),
+        wording.NONE if cell.compared is None else wording.count(cell.compared["identified"]),
+        wording.NONE if cell.floor is None else wording.count(cell.floor["identified"]),
+        cell.verdict,
     ]
 
 

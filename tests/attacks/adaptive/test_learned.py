@@ -19,7 +19,18 @@ from fedkl.errors import AttackError, ConfigError, DataError
 SMALL = LearnedInversion(simulations=400)
 
 
-def attacked(images, model, attack, defense=None, *, batch_size=1, trials=8, auxiliary=400, labels=True):
+def attacked(
+    images,
+    model,
+    attack,
+    defense=None,
+    *,
+    batch_size=1,
+    trials=8,
+    auxiliary=400,
+    labels=True,
+    updates_per_client=1,
+):
     """Results of one arm, all trials on one network."""
     found = []
     arm = Arm(
@@ -35,6 +46,7 @@ def attacked(images, model, attack, defense=None, *, batch_size=1, trials=8, aux
         dataset=images,
         trials=trials_of(images, trials=trials, batch_size=batch_size),
         seed=0,
+        updates_per_client=updates_per_client,
         on_result=found.append,
     )
     return found
@@ -79,11 +91,13 @@ def test_learns_nothing_from_updates_that_do_not_depend_on_the_image(images, sma
     """With a simulation that ignores its images, only the label is left, and the loss says so."""
 
     class Deaf(LearnedInversion):
-        def _simulated(self, observation, own, count, generator, on_evaluation):
-            views, truth = super()._simulated(observation, own, count, generator, on_evaluation)
+        def _simulated(self, observation, own, count, generator, on_evaluation, **rest):
+            views, truth = super()._simulated(observation, own, count, generator, on_evaluation, **rest)
             for name in views.per_update:
                 views.per_update[name].normal_(generator=generator)
-            views.per_image["row of the class"].normal_(generator=generator)
+            for name in views.per_image:
+                if name != "class":
+                    views.per_image[name].normal_(generator=generator)
             return views, truth
 
     model = small()
@@ -219,9 +233,38 @@ def test_results_do_not_depend_on_the_company(images, small, monkeypatch):
     )
 
 
-def test_too_few_simulations_for_a_batch_are_refused(images, small):
-    with pytest.raises(AttackError, match=r"40 simulations hold out less than one batch of 8\. Use --set"):
-        attacked(images, small(), LearnedInversion(simulations=40), batch_size=8, trials=1)
+def test_several_updates_of_one_client_give_away_what_one_does_not(images, small):
+    lock = KeyLock(layers="all")
+    alone, together = (
+        attacked(images, small(), SMALL, lock, trials=32, updates_per_client=each) for each in (1, 16)
+    )
+    assert mean_error(together) < 0.95 * mean_error(alone)
+    assert identified(together) > identified(alone) + 3
+
+
+def test_updates_of_a_client_may_come_in_any_order(images, small):
+    arm = Arm(name="one", description="", defense=NoDefense(), knowledge=Knowledge(auxiliary=100))
+    model, seen, attack = small(), [], LearnedInversion(simulations=60)
+    run = LearnedInversion.reconstruct_many
+
+    class Watched(LearnedInversion):
+        def reconstruct_many(self, observations, **rest):
+            seen.extend(observations)
+            return run(attack, observations, **rest)
+
+    attack_arms(
+        [arm], attack=Watched(), build=lambda trial: model, dataset=images,
+        trials=trials_of(images, trials=4), seed=0, updates_per_client=2, on_result=lambda result: None,
+    )  # fmt: skip
+    assert [one.client for one in seen] == [0, 0, 1, 1]
+    order = [2, 0, 3, 1]
+    sources = [torch.Generator()] * 4
+    straight = run(attack, seen, generators=sources)
+    mixed = run(attack, [seen[place] for place in order], generators=sources)
+    for place, found in zip(order, mixed, strict=True):
+        torch.testing.assert_close(found.images, straight[place].images, atol=0.02, rtol=0)
+    with pytest.raises(AttackError, match="as many updates of every client, got 1 to 2"):
+        run(attack, seen[:3], generators=sources[:3])
 
 
 def test_updates_that_are_not_finite_are_named(images, small, monkeypatch):

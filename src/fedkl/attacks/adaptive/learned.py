@@ -7,7 +7,13 @@ and one fit serves every update of the same public model.
 
 One image of a batch is told from the others by its class: the row of the head's gradient that belongs to it,
 which for a batch of one is the head's input up to its sign and scale, and for more the sum over that class's
-images.
+images. Less the mean of the rows of classes that are not in the batch, little but that sum is left; and less
+the direction that most of the head's gradient has in common, the mean of the head's input is gone, which
+would drown what tells images apart.
+
+Several updates of one client share its secrets. Across them every entry of an update is standardized: what
+γ and β do to it as factor and offset is gone then, without ever being known, and what is left is compared
+with updates that simulated clients sent as often, standardized likewise.
 """
 
 from __future__ import annotations
@@ -29,6 +35,8 @@ from fedkl.types import ImageBatch, Labels, NamedTensors
 
 _HELD_OUT = 0.15
 _LEAST = 40  # auxiliary images: fewer hold too few out
+_TAUGHT = 0  # the image of a simulated batch that is learned from
+_FLOOR = 0.1  # of the deviations within a client, relative to a typical one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +49,10 @@ class LearnedInversion(Attack):
     over the choices made by it, and so a little too good.
 
     Attributes:
-        simulations: Auxiliary images that simulated clients send updates of: at batch size B a B-th as many
-            updates. An image may come more than once.
-        updates_per_client: Updates simulated before a new client with new secrets is drawn.
+        simulations: Updates that simulated clients send. Each teaches one of its images, so that a large
+            batch is learned from as many companies as a small one.
+        updates_per_client: Updates simulated before a new client with new secrets is drawn; as many as each
+            client sent, where several observations are known to be of one client.
 
     Source:
         The idea: Wu et al. 2022 (arXiv 2210.10880), who train a network on hashed gradients. Deviation:
@@ -68,12 +77,6 @@ class LearnedInversion(Attack):
 
     def _check(self, observation: Observation) -> None:
         _own(observation)
-        if self.simulations * _HELD_OUT < observation.batch_size:
-            least = math.ceil(observation.batch_size / _HELD_OUT)
-            raise AttackError(
-                f"LearnedInversion: {self.simulations} simulations hold out less than one batch of "
-                f"{observation.batch_size}. Use --set attack.simulations={least} or more."
-            )
         if observation.free:
             raise AttackError(
                 "LearnedInversion: it looks for images only; nothing may be free, got "
@@ -99,28 +102,34 @@ class LearnedInversion(Attack):
     def _learn(self, group: list[Observation], on_evaluation: Progress) -> list[Reconstruction]:
         first, labels = group[0], known_labels(group)
         generator = torch.Generator().manual_seed(_own(first).seed)
-        held = max(first.batch_size, round(_HELD_OUT * self.simulations))
-        fitted, checked = _divided(_own(first), generator)
+        clients = _clients(group)
+        together = len(clients[0]) > 1
+        each = len(clients[0]) if together else self.updates_per_client
+        held = round(_HELD_OUT * self.simulations)
         pairs = [
-            self._simulated(first, images, count, generator, on_evaluation)
-            for images, count in ((fitted, self.simulations - held), (checked, held))
+            self._simulated(first, images, count, generator, on_evaluation, each=each, together=together)
+            for images, count in zip(
+                _divided(_own(first), generator), (self.simulations - held, held), strict=True
+            )
         ]
         (known, images), (probes, truth) = pairs
         regression = best_regression(known, images.flatten(1), probes, truth.flatten(1))
-        seen = {name: torch.stack([o.gradient[name] for o in group]) for name in first.gradient}
-        found = regression(known, _views(first, seen, labels))
+        found: dict[int, Tensor] = {}
+        for places in clients:
+            sent = {name: torch.stack([group[p].gradient[name] for p in places]) for name in first.gradient}
+            asked = _views(first, sent, [labels[p] for p in places], together=together)
+            images = regression(known, asked).reshape(len(places), first.batch_size, *first.image_shape)
+            found |= dict(zip(places, images, strict=True))
         return [
             Reconstruction(
-                images=own,
+                images=found[place],
                 labels=label,
                 scaling="clip",
                 loss=regression.error,
                 evaluations=self.simulations,
                 start=0,
             )
-            for own, label in zip(
-                found.reshape(len(group), first.batch_size, *first.image_shape), labels, strict=True
-            )
+            for place, label in enumerate(labels)
         ]
 
     def _simulated(
@@ -130,12 +139,17 @@ class LearnedInversion(Attack):
         count: int,
         generator: torch.Generator,
         on_evaluation: Progress,
+        *,
+        each: int,
+        together: bool,
     ) -> tuple[Views, ImageBatch]:
-        """Updates of simulated clients as views, and the image that each row of them is about."""
-        size = observation.batch_size
-        batches = _batches(len(images.images), updates=-(-count // size), size=size, generator=generator)
+        """Updates of simulated clients as views, and the image that each of them teaches."""
+        clients = -(-count // each)
+        batches = _batches(
+            len(images.images), updates=clients * each, size=observation.batch_size, generator=generator
+        )
         views = []
-        for done, part in enumerate(torch.split(batches, self.updates_per_client), start=1):
+        for done, part in enumerate(torch.split(batches, each), start=1):
             labels = images.labels[part]
             updates = images.simulate(images.images[part], labels)
             if not all(bool(tensor.isfinite().all()) for tensor in updates.values()):
@@ -143,9 +157,30 @@ class LearnedInversion(Attack):
                     "LearnedInversion: a simulated client's update is not finite, so that nothing can be "
                     "learned from it. Check the protocol's local steps and learning rate."
                 )
-            views.append(_views(observation, updates, list(labels)))
-            on_evaluation(done * self.updates_per_client, 1)
-        return Views.joined(views), images.images[batches.flatten()]
+            views.append(_views(observation, updates, list(labels), together=together, only=_TAUGHT))
+            on_evaluation(done * each, 1)
+        return Views.joined(views), images.images[batches[:, _TAUGHT]]
+
+
+def _clients(group: list[Observation]) -> list[list[int]]:
+    """Places of the observations of each client; every one a client of its own, unless all are known.
+
+    Raises:
+        AttackError: Some clients sent more updates than others.
+    """
+    places: dict[int, list[int]] = {}
+    for place, observation in enumerate(group):
+        if observation.client is not None:
+            places.setdefault(observation.client, []).append(place)
+    if sum(map(len, places.values())) < len(group):
+        return [[place] for place in range(len(group))]
+    sizes = sorted({len(each) for each in places.values()})
+    if len(sizes) > 1:
+        raise AttackError(
+            f"LearnedInversion: expected as many updates of every client, got {sizes[0]} to {sizes[-1]}. Let "
+            "the number of trials be a multiple of the updates of one client."
+        )
+    return list(places.values())
 
 
 def _own(observation: Observation) -> Auxiliary:
@@ -164,19 +199,78 @@ def _divided(own: Auxiliary, generator: torch.Generator) -> tuple[Auxiliary, Aux
 
 
 def _batches(images: int, *, updates: int, size: int, generator: torch.Generator) -> Tensor:
-    """Indexes of shape (updates, size): every image as often as every other, give or take one."""
-    rounds = -(-updates * size // images)
-    order = torch.cat([torch.randperm(images, generator=generator) for _ in range(rounds)])
-    return order[: updates * size].reshape(updates, size)
+    """Indexes of shape (updates, size): at each place every image comes equally often, give or take one."""
+    rounds = -(-updates // images)
+    places = [
+        torch.cat([torch.randperm(images, generator=generator) for _ in range(rounds)])[:updates]
+        for _ in range(size)
+    ]
+    return torch.stack(places, 1)
 
 
-def _views(observation: Observation, updates: NamedTensors, labels: list[Labels]) -> Views:
-    """Each observed tensor; and per image its class, and that class's row of the head's gradient."""
+def _views(
+    observation: Observation,
+    updates: NamedTensors,
+    labels: list[Labels],
+    *,
+    together: bool,
+    only: int | None = None,
+) -> Views:
+    """Each observed tensor; and per image its class, and what the head's gradient has on that class.
+
+    Args:
+        observation: One of the kind.
+        updates: By tensor, stacked.
+        labels: Of each update.
+        together: Whether all are of one client, to be compared across its updates too.
+        only: The image of each update that is asked about; None: all of them.
+    """
     classes = torch.stack(labels)
-    per_image = {"class": F.one_hot(classes.flatten(), observation.classes).float()}
+    per_image = {"class": F.one_hot(classes, observation.classes).float()}
     head, _ = head_names(observation)
     if head in updates:
         rows = updates[head].gather(1, classes[..., None].expand(-1, -1, updates[head].shape[2]))
-        per_image["row of the class"] = rows.flatten(0, 1)
+        per_image["row of the class"] = rows
+        per_image["row less those of no image"] = rows - _absent(updates[head], classes).unsqueeze(1)
+        if observation.batch_size > 1:  # of one image all rows have one direction
+            per_image["row beside the common direction"] = _beside(rows, _common(updates[head]))
     tensors = {name: tensor.flatten(1) for name, tensor in updates.items()}
-    return Views(per_update=tensors, per_image=per_image, batch=observation.batch_size)
+    if together:
+        tensors |= {f"{name} within the client": _standardized(tensor) for name, tensor in tensors.items()}
+        per_image |= {
+            f"{name} within the client": _standardized(rows.flatten(0, 1)).view_as(rows)
+            for name, rows in per_image.items()
+            if name != "class"
+        }
+    asked = slice(None) if only is None else slice(only, only + 1)
+    return Views(
+        per_update=tensors,
+        per_image={name: rows[:, asked].flatten(0, 1) for name, rows in per_image.items()},
+        batch=observation.batch_size if only is None else 1,
+    )
+
+
+def _absent(head: Tensor, classes: Tensor) -> Tensor:
+    """The mean row of the head's gradient over classes without an image; 0 where every class has one."""
+    absent = torch.ones(head.shape[:2], device=head.device).scatter_(1, classes, 0.0)
+    total = torch.einsum("uc,ucf->uf", absent, head)
+    return total / absent.sum(1, keepdim=True).clamp_min(1)
+
+
+def _common(head: Tensor) -> Tensor:
+    """The direction of the head's gradient with the largest singular value, of every update."""
+    largest = torch.linalg.eigh((head @ head.mT).double()).eigenvectors[..., -1].to(head)
+    return F.normalize(torch.einsum("uc,ucf->uf", largest, head), dim=1, eps=1e-30)
+
+
+def _beside(rows: Tensor, direction: Tensor) -> Tensor:
+    """What rows of shape (updates, batch, features) have beside a direction of each update."""
+    along = torch.einsum("ubf,uf->ub", rows, direction)
+    return rows - along.unsqueeze(2) * direction.unsqueeze(1)
+
+
+def _standardized(vectors: Tensor) -> Tensor:
+    """Directions with every entry's mean and deviation over the vectors taken out; shape as given."""
+    directions = F.normalize(vectors, dim=1, eps=1e-30)
+    spread, mean = torch.std_mean(directions, dim=0, correction=0)
+    return (directions - mean) / (spread + _FLOOR * spread.square().mean().sqrt().clamp_min(1e-30))

@@ -1,0 +1,35 @@
+"""What clients keep to themselves: the arrangements that the ladder is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from fedkl.config import PUBLISHED_LOCK
+from fedkl.defenses import KeyLock, PrivateLayers
+
+ARRANGEMENTS: Mapping[str, KeyLock | PrivateLayers] = {
+    "first": PUBLISHED_LOCK,
+    "all": replace(PUBLISHED_LOCK, layers="all"),
+    "first-default": KeyLock(),
+    "all-default": KeyLock(layers="all"),
+    "private-head": PrivateLayers(layers="head"),
+    "private-stem": PrivateLayers(layers="stem"),
+}
+"""By name: the published lock and ours, in the first layer and in all, and whole layers without a lock."""
+
+CONTROL = "no-norm"
+"""The plain network: on it a rung must succeed before it says anything about private layers."""
+
+LOCK_CONTROL = "public-norm"
+"""The same for a lock: its network, inserted norms included, with public γ and β."""
+
+
+def control_of(arrangement: str) -> str:
+    """Name of what an arrangement is compared with: its own network with nothing private."""
+    return f"{LOCK_CONTROL}, {arrangement}" if is_lock(arrangement) else CONTROL
+
+
+def is_lock(arrangement: str) -> bool:
+    """Whether there is a key-lock; else whole layers are private."""
+    return isinstance(ARRANGEMENTS[arrangement], KeyLock)
