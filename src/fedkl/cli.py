@@ -461,6 +461,11 @@ def reproduce_adaptive(
     ] = None,
     auxiliary: Annotated[int, typer.Option(min=1, help="Labeled images that the server owns.")] = 2000,
     norm_mode: Annotated[str, typer.Option(help="Of the clients' norms: train or eval.")] = "train",
+    accuracy: Annotated[
+        bool, typer.Option("--frontier", help="Train too: what each arrangement costs, and a figure.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Of the frontier's trainings.")] = 20,
+    seeds: Annotated[int, typer.Option(min=1, help="Of the frontier's trainings.")] = 3,
     seed: FirstSeedOption = 0,
     workers: WorkersOption = 0,
     data_root: RootOption = None,
@@ -481,8 +486,14 @@ def reproduce_adaptive(
         data_root=data_root,
         settings=tuple(settings or ()),
     )
-    reproduce.adaptive(matrix, out=out, progress=_progress)
+    if not accuracy:
+        reproduce.adaptive(matrix, out=out, progress=_progress)
+        _print_table(out)
+        return
+    wanted = reproduce.Frontier(matrix=matrix, rounds=rounds, seeds=seeds)
+    reproduce.frontier(wanted, out=out, progress=_progress)
     _print_table(out)
+    _print_table(out / "frontier")
 
 
 def _print_table(out: Path, *, pictures: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -25,6 +25,7 @@ from fedkl.report.pictures import Grid, Picture
 ACCURACY = "accuracy.png"
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*")
 _DPI = 200
 _WIDTH = 4.4  # of a page's figures, in inches
 _FEW = 20  # rows that can be read one by one
@@ -148,6 +149,51 @@ def _draw(axes: Axes, picture: Picture) -> None:
         axes.plot([0, 1], [1, 0], color="#999999", linewidth=0.8)
     else:
         axes.imshow(_pixels(picture.image), interpolation="nearest", vmin=0, vmax=1)
+
+
+class Tradeoff(NamedTuple):
+    """One arrangement: group, name, its cost ± spread in percentage points, and what is read behind it.
+
+    The share, with its interval, is in percent.
+    """
+
+    group: str
+    name: str
+    cost: float
+    spread: float
+    share: float
+    low: float
+    high: float
+
+
+def frontier(points: Sequence[Tradeoff]) -> bytes:
+    """Accuracy lost (to the right) against images identified (upwards), one panel for each group."""
+    groups = list(dict.fromkeys(point.group for point in points))
+    figure = _figure(_WIDTH * max(len(groups), 1), 3.4)
+    for place, group in enumerate(groups):
+        axes = figure.add_axes(((place + 0.13) / len(groups), 0.15, 0.82 / len(groups), 0.74))
+        for index, point in enumerate([each for each in points if each.group == group]):
+            axes.errorbar(
+                point.cost,
+                point.share,
+                xerr=point.spread,
+                yerr=[[point.share - point.low], [point.high - point.share]],
+                color=_COLORS[index % len(_COLORS)],
+                marker=_MARKERS[index % len(_MARKERS)],
+                markersize=5,
+                elinewidth=0.8,
+                linestyle="",
+                label=point.name,
+            )
+        axes.set_title(_plain(group), size=9)
+        axes.set_xlabel("Accuracy lost (percentage points)", size=8)
+        axes.set_ylabel("Identified by the worst rung (%)", size=8)
+        axes.set_ylim(-4, 104)
+        axes.tick_params(labelsize=7)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=6, framealpha=0.9)
+    return _png(figure)
 
 
 def thumbnail(image: Float[Tensor, "channels height width"]) -> bytes:

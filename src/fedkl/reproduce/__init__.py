@@ -4,7 +4,8 @@ accuracy.py  Table 1
 leakage.py   Tables 4, 5 and 6 and the threat grid: which rows, run how
 records.py   their figures beside the paper's
 gallery.py   their pictures
-adaptive.py  the worst-rung matrix; ladder.py: the rungs; verdicts.py: what it says
+adaptive.py  the worst-rung matrix; arrangements.py: of what; ladder.py: the rungs; verdicts.py: what it says
+frontier.py  the same beside what each arrangement costs in accuracy
 cells.py     what the tables share
 """
 
@@ -22,6 +23,7 @@ from fedkl.reproduce.accuracy import (
 from fedkl.reproduce.adaptive import ROWS, Matrix, adaptive
 from fedkl.reproduce.arrangements import ARRANGEMENTS
 from fedkl.reproduce.cells import Budget
+from fedkl.reproduce.frontier import Frontier, frontier
 from fedkl.reproduce.gallery import gallery
 from fedkl.reproduce.ladder import RUNGS
 from fedkl.reproduce.leakage import (
@@ -43,6 +45,7 @@ __all__ = [
     "RUNGS",
     "Budget",
     "Cell",
+    "Frontier",
     "LeakageRow",
     "LeakageTable",
     "Matrix",
@@ -51,6 +54,7 @@ __all__ = [
     "Table1",
     "adaptive",
     "all_arms",
+    "frontier",
     "gallery",
     "grid_arms",
     "leakage",

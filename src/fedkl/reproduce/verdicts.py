@@ -109,7 +109,7 @@ def _judged(place: tuple[Any, ...], records: Sequence[Record]) -> Judgment | Non
 def _row(cell: Judgment) -> list[str]:
     return [
         *(str(part) for part in (cell.row, cell.batch, cell.steps, cell.arrangement)),
-        _name(cell.worst),
+        name_of(cell.worst),
         str(cell.worst["n"]),
         wording.count_interval(cell.worst["identified"]),
         _ssim(cell.worst),
@@ -141,7 +141,7 @@ def _all_rungs(records: Sequence[Record]) -> str:
         [
             *(str(r[name]) for name in _CELL),
             r["arrangement"],
-            _name(r),
+            name_of(r),
             str(r["n"]),
             wording.count(r["identified"]),
             _ssim(r),
@@ -161,7 +161,8 @@ def _where(given: Mapping[str, Any]) -> str:
     return f"{given['row']}, batch {given['batch']}, {given['steps']} local steps"
 
 
-def _name(record: Record) -> str:
+def name_of(record: Record) -> str:
+    """A rung and, where it has several, its guess of γ and β."""
     plain = not record["arm"].startswith("lock-")
     return record["rung"] if plain else f"{record['rung']}, {record['arm'].removeprefix('lock-')}"
 
