@@ -204,13 +204,14 @@ class SimulatedClients:
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Updates of one client, stacked; see `Auxiliary`."""
-        trained = self.baked
-        if trained is None:
+        if self.baked is None:
             trained = self.defense.imitated(self.model, known=self.known).model
+        else:
+            trained = copy.deepcopy(self.baked)
         transform = self.defense.public_transform
         sent: dict[str, list[Tensor]] = {name: [] for name in self.names}
         for x, y in zip(images, labels, strict=True):
-            update = local_update(trained, x, y, train_mode=self.train_mode, local=self.local)
+            update = _updated(trained, x, y, train_mode=self.train_mode, local=self.local)
             part: Mapping[str, Tensor] = {name: update[name] for name in self.names}
             for name, tensor in (part if transform is None else transform(part)).items():
                 sent[name].append(tensor)
@@ -221,17 +222,27 @@ def local_update(
     model: nn.Module, images: ImageBatch, labels: Labels, *, train_mode: bool, local: LocalSteps
 ) -> dict[str, Tensor]:
     """The sum of the gradients of a client's local steps, for every parameter; the model is not changed."""
+    return _updated(copy.deepcopy(model), images, labels, train_mode=train_mode, local=local)
+
+
+def _updated(
+    model: nn.Module, images: ImageBatch, labels: Labels, *, train_mode: bool, local: LocalSteps
+) -> dict[str, Tensor]:
+    """As `local_update`, but for the model's mode and its norms' running statistics."""
     if local.steps == 1:
-        return full_gradient(copy.deepcopy(model), images, labels, train_mode=train_mode)
-    trained = copy.deepcopy(model)
+        return full_gradient(model, images, labels, train_mode=train_mode)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     total: dict[str, Tensor] = {}
     for step in range(local.steps):
         batch = local.batch(step, len(images))
-        gradient = full_gradient(trained, images[batch], labels[batch], train_mode=train_mode)
+        gradient = full_gradient(model, images[batch], labels[batch], train_mode=train_mode)
         total = {name: total[name] + g if total else g for name, g in gradient.items()}
         with torch.no_grad():
-            for name, parameter in trained.named_parameters():
+            for name, parameter in model.named_parameters():
                 parameter.sub_(gradient[name], alpha=local.lr)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(before[name])
     return total
 
 

@@ -224,6 +224,18 @@ def test_nothing_of_the_victim_can_be_reached_that_was_not_granted(images, small
     assert not clients.known.private
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_one_update_of_a_simulated_client_does_not_change_the_next(images, small, steps):
+    arm = Arm(name="one", description="", defense=KeyLock(layers="all"))
+    model = small()
+    victim = arm.defense.prepare(model)
+    clients = SimulatedClients.of(arm, victim, model, local=LocalSteps(steps=steps, lr=0.5))
+    image, label = images.test_images[:1].clone(), images.test_labels[:1]
+    sent = clients(torch.stack([image] * 3), torch.stack([label] * 3))
+    for tensor in sent.values():
+        torch.testing.assert_close(tensor[0], tensor[2])
+
+
 def test_results_do_not_depend_on_the_company(images, small, monkeypatch):
     model = small()
     alone, together = (attacked(images, model, SMALL, trials=trials)[0] for trials in (1, 3))

@@ -17,7 +17,8 @@ _WIDTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the kernel, in units of the median sq
 _RIDGES = (1e-5, 1e-3, 1e-1)
 _LEAST_DISTANCE = 1e-3  # smaller ones are rounding
 _DIRECTIONS = 32  # random ones, along which targets are compared while views are chosen
-_RANKED_ON = 500  # examples
+_RANKED_ON = 500  # examples, for views alone
+_COMPARED_ON = 1000  # for unions of views
 _SKETCH = 4096  # numbers that a longer vector is hashed to
 
 
@@ -105,7 +106,8 @@ def best_regression(
 ) -> Regression:
     """Fits on known examples what does best on the held-out ones.
 
-    Views are ranked by how they do alone; then unions of the best 1, 2, 4, … are compared.
+    Views are ranked by how they do alone; then unions of the best 1, 2, 4, … are compared. Both are done on a
+    part of the examples; the weights are then fitted on all.
 
     Args:
         known: The examples.
@@ -119,17 +121,17 @@ def best_regression(
     short, short_probes = y @ directions, y_probes @ directions
     inner = {name: known.distances(known, name) for name in known.names}
     outer = {name: probes.distances(known, name) for name in known.names}
-    few = min(_RANKED_ON, len(y))
-    alone = {
-        name: _searched(inner[name][:few, :few], outer[name][:, :few], short[:few], short_probes)[0]
-        for name in known.names
-    }
+
+    def searched(names: list[str], examples: int) -> tuple[float, float, float]:
+        part = slice(min(examples, len(y)))
+        near = _mean({name: inner[name][part, part] for name in names}, names)
+        far = _mean({name: outer[name][:, part] for name in names}, names)
+        return _searched(near, far, short[part], short_probes)
+
+    alone = {name: searched([name], _RANKED_ON)[0] for name in known.names}
     ranked = sorted(alone, key=lambda name: alone[name])
     sizes = sorted({min(2**power, len(ranked)) for power in range(len(ranked).bit_length() + 1)})
-    unions = {
-        size: _searched(_mean(inner, ranked[:size]), _mean(outer, ranked[:size]), short, short_probes)
-        for size in sizes
-    }
+    unions = {size: searched(ranked[:size], _COMPARED_ON) for size in sizes}
     size = min(unions, key=lambda size: unions[size][0])
     _, width, ridge = unions[size]
     weights = _solved(_mean(inner, ranked[:size]), y, width=width, ridge=ridge)
