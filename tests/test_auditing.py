@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedkl import PublicUpdate, data, models
-from fedkl.attacks import DLG, Auxiliary, Knowledge, LocalSteps
+from fedkl.attacks import DLG, Auxiliary, Knowledge, LocalSteps, PriorOnly
 from fedkl.attacks.objectives import GradientMatching
 from fedkl.auditing import (
     Arm,
@@ -21,7 +21,7 @@ from fedkl.auditing import (
 )
 from fedkl.defenses import KeyLock
 from fedkl.defenses.base import plain_copy
-from fedkl.errors import DataError
+from fedkl.errors import AttackError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +268,52 @@ def simulation(dataset, name, **changes):
     victim = arm.defense.prepare(model)
     clients = SimulatedClients.of(arm, victim, model, **({"local": LocalSteps()} | changes))
     return arm, victim, model, clients
+
+
+def test_the_server_sees_the_mean_of_a_cohort(dataset):
+    """Each member trains on its own images, with γ and β of its own."""
+    arm = next(arm for arm in standard_arms() if arm.name == "lock")
+    model = build(0)
+    clients = [arm.defense.prepare(model) for _ in range(2)]
+    (trial,) = trials_of(dataset, trials=1, batch_size=4)
+    halves = trials_of(dataset, trials=2, batch_size=2)
+    alone = [
+        observe(client, arm=arm, model=model, trial=half, classes=10).gradient
+        for client, half in zip(clients, halves, strict=True)
+    ]
+    seen = observe(clients[0], others=clients[1:], arm=arm, model=model, trial=trial, classes=10)
+    assert (seen.cohort, seen.batch_size) == (2, 4)
+    for name, tensor in seen.gradient.items():
+        torch.testing.assert_close(tensor, (alone[0][name] + alone[1][name]) / 2)
+    with pytest.raises(AttackError, match="expected the update of one client, got the mean over 2"):
+        DLG(evaluations=2).reconstruct(seen, generator=torch.Generator())
+
+
+def test_a_simulated_cohort_is_the_victims_where_nothing_is_left_to_draw(dataset):
+    arm, victim, model, clients = simulation(dataset, "public-norm", cohort=2)
+    (trial,) = trials_of(dataset, trials=1, batch_size=4)
+    seen = observe(victim, others=[victim], arm=arm, model=model, trial=trial, classes=10).gradient
+    simulated = clients(trial.images[None], trial.labels[None])
+    assert set(simulated) == set(seen)
+    for name, tensor in simulated.items():
+        torch.testing.assert_close(tensor[0], seen[name])
+
+
+@pytest.mark.parametrize(("name", "prepared_for"), [("lock", 2 * (2 + 1)), ("public-norm", 1)])
+def test_members_of_a_cohort_have_keys_of_their_own(dataset, monkeypatch, name, prepared_for):
+    """Two members in each of two trials, and what the server builds itself; public γ and β are everybody's."""
+    prepared, prepare = [], KeyLock.prepare
+    monkeypatch.setattr(
+        KeyLock, "prepare", lambda self, *a, **k: prepared.append(1) or prepare(self, *a, **k)
+    )
+    found, model = [], build(0)
+    attack_arms(
+        [next(arm for arm in standard_arms(auxiliary=400) if arm.name == name)],
+        attack=PriorOnly(), build=lambda trial: model, dataset=dataset,
+        trials=trials_of(dataset, trials=2, batch_size=4), seed=0, cohort=2, on_result=found.append,
+    )  # fmt: skip
+    assert [len(result.scores) for result in found] == [4, 4]
+    assert len(prepared) == prepared_for
 
 
 def test_a_simulated_client_has_secrets_of_its_own(dataset):

@@ -81,6 +81,7 @@ def test_out_of_range_values_of_components():
     [
         ({"arms": ["no-norm", "lock", "lock"]}, "arms: .* got lock more than once"),
         ({"attack": {"type": "idlg"}, "batch_size": 2}, "batch_size: iDLG infers the label of one image"),
+        ({"cohort": 3, "batch_size": 4}, "cohort: expected a divisor of batch_size = 4, got 3"),
         ({"updates_per_client": 2, "trials": 4}, "updates_per_client: expected a divisor .* networks"),
         ({"updates_per_client": 3, "trials": 4, "networks": "one"}, "a divisor of the number of trials"),
     ],

@@ -220,6 +220,9 @@ def attack(
     updates_per_client: Annotated[
         int | None, typer.Option(help="Trials in a row with one client's key; needs --networks one.")
     ] = None,
+    cohort: Annotated[
+        int | None, typer.Option(help="Clients that share a batch; their mean is seen.")
+    ] = None,
     evaluations: Annotated[int | None, typer.Option(help="Budget of one start, in evaluations.")] = None,
     restarts: Annotated[int | None, typer.Option(help="Starts per image.")] = None,
     weighting: Annotated[str | None, typer.Option(help="Of layers: none, sqrt or full.")] = None,
@@ -253,6 +256,7 @@ def attack(
         "networks": networks,
         "batch_size": batch_size,
         "updates_per_client": updates_per_client,
+        "cohort": cohort,
         "norm_mode": norm_mode,
         "local.steps": local_steps,
         "device": device,
@@ -455,6 +459,7 @@ def reproduce_adaptive(
     ] = ",".join(reproduce.Matrix.arrangements),
     batches: Annotated[str, typer.Option(help="Images behind an update.")] = "1,4,16",
     steps: Annotated[str, typer.Option(help="Local steps behind an update.")] = "1,5",
+    cohorts: Annotated[str, typer.Option(help="Clients over whose updates the server sees the mean.")] = "1",
     rungs: Annotated[str, typer.Option(help=f"Of {', '.join(reproduce.RUNGS)}.")] = "floor,learned",
     images: Annotated[
         int | None, typer.Option(min=1, help="Images attacked in a cell; 20 or 100 if not given.")
@@ -477,6 +482,7 @@ def reproduce_adaptive(
         arrangements=tuple(reproduce.ARRANGEMENTS) if arrangements == "all" else _names(arrangements),
         batches=_numbers(batches),
         steps=_numbers(steps),
+        cohorts=_numbers(cohorts),
         rungs=tuple(reproduce.RUNGS) if rungs == "all" else _names(rungs),
         images=images,
         auxiliary=auxiliary,

@@ -74,8 +74,10 @@ class AttackConfig(_Config):
     Without `arms`, the lock and its controls are attacked. `norm_mode` is the client's, and known. The server
     has `auxiliary` labeled images of its own. Trials have one network each, or all the same one, as the
     clients of a round have. Every trial has a key of its own, or `updates_per_client` in a row have the same
-    one, and the server knows which: rounds of one client, which gets the same network in each. A `chunk` of
-    trials is attacked at once, shared out among `workers` threads (0: one for each core; on a GPU, one).
+    one, and the server knows which: rounds of one client, which gets the same network in each. The images of
+    a batch are one client's, or a `cohort` shares them evenly and the server sees the mean of its updates. A
+    `chunk` of trials is attacked at once, shared out among `workers` threads (0: one for each core; on a GPU,
+    one).
     """
 
     type: Literal["attack"] = "attack"
@@ -91,6 +93,7 @@ class AttackConfig(_Config):
     trials: Annotated[int, Field(ge=1)] = 20
     batch_size: Annotated[int, Field(ge=1)] = 1
     updates_per_client: Annotated[int, Field(ge=1)] = 1
+    cohort: Annotated[int, Field(ge=1)] = 1
     norm_mode: Literal["train", "eval"] = "train"
     local: LocalSteps = LocalSteps()
     device: Literal["cpu", "cuda"] = "cpu"
@@ -106,6 +109,11 @@ class AttackConfig(_Config):
             raise ConfigError(
                 'updates_per_client: expected a divisor of the number of trials, and networks = "one", got '
                 f'{self.updates_per_client} with {self.trials} trials and networks = "{self.networks}".'
+            )
+        if self.batch_size % self.cohort:
+            raise ConfigError(
+                f"cohort: expected a divisor of batch_size = {self.batch_size}, got {self.cohort}: every "
+                "client has as many of the images."
             )
         if isinstance(self.attack, IDLG) and self.batch_size > 1:
             raise ConfigError(

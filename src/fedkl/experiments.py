@@ -318,6 +318,7 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
         local=config.local,
         chunk=config.chunk,
         updates_per_client=config.updates_per_client,
+        cohort=config.cohort,
         workers=_attack_workers(config),
         on_result=keep,
         on_evaluation=show,

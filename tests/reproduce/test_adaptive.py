@@ -39,7 +39,14 @@ def rate(hits, n):
 def record(
     rung, hits, *, arrangement="first", control="public-norm, first", arm="lock", ssim=0.5, n=100, batch=1
 ):
-    cell = {"row": "lenet/mnist", "batch": batch, "steps": 1, "rung": rung, "arrangement": arrangement}
+    cell = {
+        "row": "lenet/mnist",
+        "batch": batch,
+        "steps": 1,
+        "cohort": 1,
+        "rung": rung,
+        "arrangement": arrangement,
+    }
     cell["control"] = control
     figures = {"identified": rate(hits, n), "ssim": {"median": ssim, "low": ssim, "high": ssim}, "psnr": None}
     return cell | figures | {"arm": arm, "n": n}
@@ -104,6 +111,10 @@ def test_every_rung_is_a_usable_experiment():
     assert len({cell.place for cell in cells}) == len(cells) == 2 * 3 * 2 * 3 * len(RUNGS)
     sixteen = next(c.experiment for c in cells if c.given["batch"] == 16 and c.given["rung"] == "learned")
     assert (sixteen.trials, sixteen.batch_size, sixteen.networks) == (7, 16, "one")
+    wide = Matrix(rows=("lenet/mnist",), batches=(1,), steps=(1,), cohorts=(1, 16)).cells()
+    summed = next(c for c in wide if c.given["cohort"] == 16 and c.given["rung"] == "learned")
+    assert (summed.experiment.batch_size, summed.experiment.cohort, summed.experiment.trials) == (16, 16, 7)
+    assert len({cell.place for cell in wide}) == len(wide)
     rounds = next(c.experiment for c in cells if c.given["batch"] == 4 and c.given["rung"] == "learned-16")
     assert (rounds.trials, rounds.updates_per_client) == (32, 16)
 

@@ -41,7 +41,7 @@ def test_a_frontier_of_real_runs_is_resumed(wanted, tmp_path):
     assert (lock["worst"], lock["seeds"], lock["identified"]["n"]) == ("learned", 1, 2)
     assert 0 < lock["server"] < 1
     table = (tmp_path / "frontier" / "table.md").read_text()
-    assert "updates of 1 images after 1 local steps" in table
+    assert "updates of 1 images after 1 local steps, the mean over 1 clients" in table
     assert table.count("| lenet/sample |") == 3
     assert (tmp_path / "frontier" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.jsonl")}
@@ -58,7 +58,7 @@ def test_the_figure_leaves_out_what_was_not_attacked():
     other = record | {"arrangement": "first", "accuracy": 0.88, "cost": 0.02, "identified": read}
     (point,) = points([record, other])
     assert point == ("lenet/mnist", "first", pytest.approx(2.0), 0.0, 50.0, 25.0, 75.0)
-    assert "| 88.0 | 2.0 | – | – | 2 of 4" in markdown([record, other], batch=1, steps=1)
+    assert "| 88.0 | 2.0 | – | – | 2 of 4" in markdown([record, other], batch=1, steps=1, cohort=1)
 
 
 @pytest.mark.parametrize("changes", [{"rounds": 0}, {"seeds": 0}, {"images": 0}])

@@ -130,6 +130,8 @@ class Observation:
         auxiliary: Data of the server's own, if granted.
         client: Which client sent it: those with the same number come from one client and its secrets. None
             where every update is of another client, or it is not known.
+        cohort: The gradient is the mean over so many clients, with secrets of their own, that share the batch
+            evenly, in its order: what secure aggregation shows.
     """
 
     model: nn.Module = field(repr=False)
@@ -146,6 +148,7 @@ class Observation:
     transform: Transform | None = field(default=None, repr=False)
     auxiliary: Auxiliary | None = field(default=None, repr=False)
     client: int | None = None
+    cohort: int = 1
 
     def __post_init__(self) -> None:
         known = dict(self.model.named_parameters()) | dict(self.secrets)
@@ -164,6 +167,8 @@ class Observation:
             problems.append("every observed gradient is zero")
         if self.labels is not None and tuple(self.labels.shape) != (self.batch_size,):
             problems.append(f"labels have shape {tuple(self.labels.shape)}, expected ({self.batch_size},)")
+        if self.cohort < 1 or self.batch_size % self.cohort:
+            problems.append(f"{self.cohort} clients cannot share {self.batch_size} images evenly")
         problems += self._problems_of_secrets(set(known))
         if problems:
             remedy = "Observe a gradient of this model, by parameter name."
@@ -201,6 +206,7 @@ class Observation:
             self.image_shape,
             self.classes,
             self.batch_size,
+            self.cohort,
             self.train_mode,
             self.labels is None,
             self.local,
@@ -275,6 +281,11 @@ class Attack:
         """Whether observations can be shared out among threads: not where one of them serves the others."""
         return True
 
+    @property
+    def reads_sums(self) -> bool:
+        """Whether it can read the mean over a cohort, which no single network has computed."""
+        return False
+
     def reconstruct(self, observation: Observation, *, generator: torch.Generator) -> Reconstruction:
         """Attacks one observation.
 
@@ -315,6 +326,11 @@ class Attack:
         if len(kinds) > 1:
             raise AttackError(
                 f"{type(self).__name__}: expected observations of one kind, got {len(kinds)} kinds."
+            )
+        if observations[0].cohort > 1 and not self.reads_sums:
+            raise AttackError(
+                f"{type(self).__name__}: expected the update of one client, got the mean over "
+                f"{observations[0].cohort}. Use the attack learned, or cohort = 1."
             )
         self._check(observations[0])
         pairs = list(zip(observations, generators, strict=True))

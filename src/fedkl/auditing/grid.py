@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,7 @@ def attack_arms(
     skip: Collection[int] = (),
     chunk: int = 20,
     updates_per_client: int = 1,
+    cohort: int = 1,
     workers: int = 1,
     on_result: Callable[[TrialResult], None],
     on_evaluation: Callable[[int, int], None] | None = None,
@@ -94,6 +96,7 @@ def attack_arms(
             up to whole clients.
         updates_per_client: So many trials in a row are updates of one client, with the same secrets; the
             server knows which. They must share a network.
+        cohort: So many clients share a trial's batch; the server sees the mean of their updates.
         workers: Threads that share a chunk out; see `Attack.reconstruct_many`.
         on_result: Called with each result.
         on_evaluation: Called with (evaluations so far, problems still running) of the present batch.
@@ -112,6 +115,7 @@ def attack_arms(
             train_mode=train_mode,
             local=local,
             updates_per_client=updates_per_client,
+            cohort=cohort,
         )
         batches: dict[Hashable, list[_Seen]] = {}
         for one in seen:
@@ -145,12 +149,13 @@ def _observed(
     train_mode: bool,
     local: LocalSteps | None,
     updates_per_client: int,
+    cohort: int,
 ) -> list[_Seen]:
-    """Observes every trial of a chunk in every arm; arms with the same defense share a trial's victim."""
+    """Observes every trial of a chunk in every arm; arms with the same defense share a trial's victims."""
     models = {trial.index: build(trial.index) for trial in group}
     first_with = {id(models[trial.index]): trial.index for trial in reversed(group)}
-    own = _OwnData(dataset, seed=seed, train_mode=train_mode, local=local or LocalSteps())
-    victims: dict[tuple[Defense, int], Split] = {}
+    own = _OwnData(dataset, seed=seed, train_mode=train_mode, local=local or LocalSteps(), cohort=cohort)
+    victims: dict[tuple[Defense, int], list[Split]] = {}
     seen = []
     for arm, trial in itertools.product(arms, group):
         model = models[trial.index]
@@ -158,17 +163,22 @@ def _observed(
         client = trial.index // updates_per_client
         place = (arm.defense, first_with[id(model)] if public else client)
         if place not in victims:
-            victims[place] = arm.defense.prepare(model)
+            first = arm.defense.prepare(model)
+            # Public γ and β are the same for all clients.
+            rest = [first if public else arm.defense.prepare(model) for _ in range(cohort - 1)]
+            victims[place] = [first, *rest]
+        victim, *others = victims[place]
         observation = observe(
-            victims[place],
+            victim,
             arm=arm,
             model=model,
             trial=trial.to(next(model.parameters()).device),
             classes=dataset.spec.classes,
             train_mode=train_mode,
             local=local,
-            auxiliary=own.of(arm, victims[place], model),
+            auxiliary=own.of(arm, victim, model),
             client=client if updates_per_client > 1 else None,
+            others=others,
         )
         seen.append(_Seen(arm, trial, observation))
     return seen
@@ -177,11 +187,13 @@ def _observed(
 class _OwnData:
     """The server's own data, and clients to learn from: one `Auxiliary` for all that it holds for."""
 
-    def __init__(self, dataset: Dataset, *, seed: int, train_mode: bool, local: LocalSteps) -> None:
+    def __init__(
+        self, dataset: Dataset, *, seed: int, train_mode: bool, local: LocalSteps, cohort: int
+    ) -> None:
         self._dataset = dataset
         order = torch.randperm(len(dataset.train_images), generator=rng.generator(seed, "auxiliary"))
         self._order, self._seed = order, seed
-        self._protocol = (train_mode, local)
+        self._simulated = partial(SimulatedClients.of, train_mode=train_mode, local=local, cohort=cohort)
         self._made: dict[Hashable, Auxiliary] = {}
 
     def of(self, arm: Arm, victim: Split, model: nn.Module) -> Auxiliary | None:
@@ -205,13 +217,12 @@ class _OwnData:
         return self._made[place]
 
     def _auxiliary(self, arm: Arm, victim: Split, model: nn.Module) -> Auxiliary:
-        train_mode, local = self._protocol
         index = self._order[: arm.knowledge.auxiliary]
         device = next(model.parameters()).device
         return Auxiliary(
             images=self._dataset.train_images[index].to(device),
             labels=self._dataset.train_labels[index].to(device),
-            simulate=SimulatedClients.of(arm, victim, model, train_mode=train_mode, local=local),
+            simulate=self._simulated(arm, victim, model),
             seed=rng.generator(self._seed, "learned").initial_seed(),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -80,6 +80,7 @@ def observe(
     local: LocalSteps | None = None,
     auxiliary: Auxiliary | None = None,
     client: int | None = None,
+    others: Sequence[Split] = (),
 ) -> Observation:
     """What the server has after one update of the victim: the update as it is sent.
 
@@ -96,21 +97,15 @@ def observe(
         local: The client's local steps; one if None.
         auxiliary: The server's own data, if the arm grants any.
         client: The victim's number, where the server has more of its updates.
+        others: The rest of a cohort that shares the batch evenly; the server sees the mean of all updates.
 
     Raises:
         DataError: The arm fits γ and β to auxiliary images, and there are none.
     """
     local, knowledge = local or LocalSteps(), arm.knowledge
-    # Public γ and β are trained as such, not through the lock.
-    trained = plain_copy(victim) if knowledge.affine_gradient else victim.model
-    update = local_update(trained, trial.images, trial.labels, train_mode=train_mode, local=local)
-    public = {name: update[name] for name in victim.public_parameters()}
-    sent = victim.public_update(public, kind="gradient", num_samples=len(trial.images), round=0)
-    gradient = dict(arm.defense.transform(sent).tensors)
-    if knowledge.affine_gradient:
-        gradient = update | gradient
-    if knowledge.lock_gradient:
-        gradient |= {name: update[name] for name in victim.private_parameters()}
+    cohort = (victim, *others)
+    shares = zip(cohort, trial.images.chunk(len(cohort)), trial.labels.chunk(len(cohort)), strict=True)
+    gradient = _mean([_seen_of(one, arm, x, y, train_mode=train_mode, local=local) for one, x, y in shares])
     channels, height, width = trial.images.shape[1:]
     view = _completed(victim, arm, model, auxiliary)
     # What generates γ and β only matters where it is looked at or trains along: otherwise their values do.
@@ -131,7 +126,33 @@ def observe(
         transform=arm.defense.public_transform,
         auxiliary=auxiliary,
         client=client,
+        cohort=len(cohort),
     )
+
+
+def _seen_of(
+    client: Split, arm: Arm, images: ImageBatch, labels: Labels, *, train_mode: bool, local: LocalSteps
+) -> dict[str, Tensor]:
+    """One client's update as it is sent, and what else of it the server was granted."""
+    knowledge = arm.knowledge
+    # Public γ and β are trained as such, not through the lock.
+    trained = plain_copy(client) if knowledge.affine_gradient else client.model
+    update = local_update(trained, images, labels, train_mode=train_mode, local=local)
+    public = {name: update[name] for name in client.public_parameters()}
+    sent = client.public_update(public, kind="gradient", num_samples=len(images), round=0)
+    seen = dict(arm.defense.transform(sent).tensors)
+    if knowledge.affine_gradient:
+        seen = update | seen
+    if knowledge.lock_gradient:
+        seen |= {name: update[name] for name in client.private_parameters()}
+    return seen
+
+
+def _mean(updates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Over clients; of a single one its update as it is."""
+    if len(updates) == 1:
+        return dict(updates[0])
+    return {name: torch.stack([update[name] for update in updates]).mean(0) for name in updates[0]}
 
 
 def _completed(victim: Split, arm: Arm, model: nn.Module, auxiliary: Auxiliary | None) -> ServerView:
@@ -162,6 +183,7 @@ class SimulatedClients:
         names: The tensors that are observed.
         train_mode: Of the clients' norms.
         local: The clients' local steps.
+        cohort: So many clients share each batch; what is seen is their mean.
     """
 
     defense: Defense
@@ -171,10 +193,18 @@ class SimulatedClients:
     names: tuple[str, ...]
     train_mode: bool
     local: LocalSteps
+    cohort: int = 1
 
     @classmethod
     def of(
-        cls, arm: Arm, victim: Split, model: nn.Module, *, train_mode: bool = True, local: LocalSteps
+        cls,
+        arm: Arm,
+        victim: Split,
+        model: nn.Module,
+        *,
+        train_mode: bool = True,
+        local: LocalSteps,
+        cohort: int = 1,
     ) -> SimulatedClients:
         """The clients of an arm.
 
@@ -184,6 +214,7 @@ class SimulatedClients:
             model: The plain architecture.
             train_mode: Of the clients' norms.
             local: The clients' local steps.
+            cohort: So many clients share each batch.
         """
         granted = arm.knowledge
         baked = plain_copy(victim) if granted.affine else None
@@ -200,22 +231,34 @@ class SimulatedClients:
             names=tuple(sorted(names)),
             train_mode=train_mode,
             local=local,
+            cohort=cohort,
         )
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Updates of one client, stacked; see `Auxiliary`."""
+        """Updates of one client or cohort, stacked; see `Auxiliary`."""
+        networks = [self._network() for _ in range(self.cohort)]
+        sent = [
+            _mean(
+                [
+                    self._sent(*share)
+                    for share in zip(networks, x.chunk(self.cohort), y.chunk(self.cohort), strict=True)
+                ]
+            )
+            for x, y in zip(images, labels, strict=True)
+        ]
+        return {name: torch.stack([each[name] for each in sent]) for name in sent[0]}
+
+    def _network(self) -> nn.Module:
+        """Of one client, with secrets of its own draw where they are not known."""
         if self.baked is None:
-            trained = self.defense.imitated(self.model, known=self.known).model
-        else:
-            trained = copy.deepcopy(self.baked)
+            return self.defense.imitated(self.model, known=self.known).model
+        return copy.deepcopy(self.baked)
+
+    def _sent(self, network: nn.Module, images: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
+        update = _updated(network, images, labels, train_mode=self.train_mode, local=self.local)
+        part = {name: update[name] for name in self.names}
         transform = self.defense.public_transform
-        sent: dict[str, list[Tensor]] = {name: [] for name in self.names}
-        for x, y in zip(images, labels, strict=True):
-            update = _updated(trained, x, y, train_mode=self.train_mode, local=self.local)
-            part: Mapping[str, Tensor] = {name: update[name] for name in self.names}
-            for name, tensor in (part if transform is None else transform(part)).items():
-                sent[name].append(tensor)
-        return {name: torch.stack(parts) for name, parts in sent.items()}
+        return part if transform is None else transform(part)
 
 
 def local_update(

@@ -38,8 +38,9 @@ class Matrix:
         rows: Names of `ROWS`.
         arrangements: Names of `ARRANGEMENTS`; a network with nothing private is in every matrix, as the
             control.
-        batches: Images behind an update.
-        steps: Local steps behind an update.
+        batches: Images behind a client's update.
+        steps: Local steps behind it.
+        cohorts: Clients over whose updates the server sees the mean.
         rungs: Names of `RUNGS`.
         images: Images attacked in a cell; None: as many as each rung has by default.
         auxiliary: Labeled images that the server owns.
@@ -57,6 +58,7 @@ class Matrix:
     arrangements: tuple[str, ...] = ("first", "all", "private-head", "private-stem")
     batches: tuple[int, ...] = (1, 4, 16)
     steps: tuple[int, ...] = (1, 5)
+    cohorts: tuple[int, ...] = (1,)
     rungs: tuple[str, ...] = ("floor", "learned")
     images: int | None = None
     auxiliary: int = 2000
@@ -73,23 +75,27 @@ class Matrix:
         numbers = {
             "batches": self.batches,
             "steps": self.steps,
+            "cohorts": self.cohorts,
             "images": (1 if self.images is None else self.images,),
         }
         wrong = [
             f"{name} ≥ 1, got {value}" for name, values in numbers.items() for value in values if value < 1
         ]
-        if wrong or not (self.batches and self.steps):
-            raise ConfigError(f"reproduce adaptive: expected {'; '.join(wrong) or 'batches and steps'}.")
+        if wrong or not (self.batches and self.steps and self.cohorts):
+            raise ConfigError(
+                f"reproduce adaptive: expected {'; '.join(wrong) or 'batches, steps and cohorts'}."
+            )
 
     def cells(self) -> list[MatrixCell]:
         """Every run of the matrix: the cheap rungs first."""
         return [
-            self._cell(RUNGS[rung], row, victim, batch, steps)
-            for rung, row, batch, steps, victim in itertools.product(
+            self._cell(RUNGS[rung], row, victim, batch, steps, cohort)
+            for rung, row, batch, steps, cohort, victim in itertools.product(
                 self.rungs,
                 self.rows,
                 self.batches,
                 self.steps,
+                self.cohorts,
                 (UNLOCKED, *filter(is_lock, self.arrangements)),
             )
             if self._arms(RUNGS[rung], victim)
@@ -100,7 +106,7 @@ class Matrix:
             return rung.locked
         return tuple(arm for arm in rung.unlocked if arm == CONTROL or arm in self.arrangements)
 
-    def _cell(self, rung: Rung, row: str, victim: str, batch: int, steps: int) -> MatrixCell:
+    def _cell(self, rung: Rung, row: str, victim: str, batch: int, steps: int, cohort: int) -> MatrixCell:
         model, data = ROWS[row]
         lock = KeyLock() if victim == UNLOCKED else ARRANGEMENTS[victim]
         together = rung.updates_per_client
@@ -117,17 +123,20 @@ class Matrix:
             "labels_known": True,
             "auxiliary": self.auxiliary,
             "networks": rung.networks,
-            "trials": -(-images // (batch * together)) * together,
+            "trials": -(-images // (batch * cohort * together)) * together,
             "updates_per_client": together,
-            "batch_size": batch,
+            "batch_size": batch * cohort,
+            "cohort": cohort,
             "local.steps": steps,
             "norm_mode": self.norm_mode,
             "workers": self.workers,
         }
         experiment = configs.from_flags("attack", file=None, fields=fields, settings=self.settings)
         assert isinstance(experiment, AttackConfig)  # noqa: S101 - that is its kind
-        place = Path(row.replace("/", "-"), f"batch-{batch}-steps-{steps}", f"{rung.name}-{victim}")
-        given = {"row": row, "batch": batch, "steps": steps, "rung": rung.name, "victim": victim}
+        kind = f"batch-{batch}-steps-{steps}" + (f"-cohort-{cohort}" if cohort > 1 else "")
+        place = Path(row.replace("/", "-"), kind, f"{rung.name}-{victim}")
+        given = {"row": row, "batch": batch, "steps": steps, "cohort": cohort}
+        given |= {"rung": rung.name, "victim": victim}
         return MatrixCell(given=given, place=place, experiment=experiment)
 
 
@@ -136,7 +145,7 @@ class MatrixCell:
     """One run: a rung against one arrangement.
 
     Attributes:
-        given: Row, batch size, local steps, rung, and the arrangement if it is a lock.
+        given: Row, batch size, local steps, cohort, rung, and the arrangement if it is a lock.
         place: Its run directory, below the table's folder.
         experiment: What is run.
     """

@@ -38,7 +38,7 @@ class Frontier:
     """The trainings beside a matrix, per arrangement and seed.
 
     Attributes:
-        matrix: What is attacked. Of its batches and local steps the frontier shows the first.
+        matrix: What is attacked. Of its batches, local steps and cohorts the frontier shows the first.
         rounds: Of a training.
         images: Training images of all clients together.
         seeds: How many, from the matrix' own.
@@ -137,14 +137,17 @@ def frontier(wanted: Frontier, *, out: Path, progress: OpenProgress) -> list[Rec
             run = experiments.run(cell.experiment, out=out / cell.place, progress=step)
         assert run.summary is not None  # noqa: S101 - the run is finished
         summaries.setdefault((cell.row, cell.arrangement), []).append(run.summary)
-    batch, steps = wanted.matrix.batches[0], wanted.matrix.steps[0]
-    here = {(j.row, j.arrangement): j for j in judged if (j.batch, j.steps) == (batch, steps)}
+    batch, steps, cohort = (
+        each[0] for each in (wanted.matrix.batches, wanted.matrix.steps, wanted.matrix.cohorts)
+    )
+    shown = (batch, steps, cohort)
+    here = {(j.row, j.arrangement): j for j in judged if (j.batch, j.steps, j.cohort) == shown}
     records = [
         _record(place, found, summaries[place[0], CONTROL], here.get(place))
         for place, found in summaries.items()
     ]
     folder = out / "frontier"
-    write_table(folder, records, markdown(records, batch=batch, steps=steps))
+    write_table(folder, records, markdown(records, batch=batch, steps=steps, cohort=cohort))
     write_atomically(folder / FIGURE, figures.frontier(points(records)))
     return records
 
@@ -174,19 +177,22 @@ def _record(
     }
 
 
-def markdown(records: Sequence[Record], *, batch: int, steps: int) -> str:
+def markdown(records: Sequence[Record], *, batch: int, steps: int, cohort: int) -> str:
     """The frontier as a table.
 
     Args:
         records: See `frontier`.
         batch: Images behind an attacked update.
         steps: Local steps behind it.
+        cohort: Clients that it is the mean over.
     """
     header = ("network/data", "private", "rounds", "seeds", "accuracy (%)", "cost (points)", "server (%)")
     columns = (*header, "worst rung", "identified [95 %]", "SSIM", "floor", "verdict")
     lines = [columns, ["---"] * len(columns), *(_row(record) for record in records)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    attacked = f"Attacked: updates of {batch} images after {steps} local steps."
+    attacked = (
+        f"Attacked: updates of {batch} images after {steps} local steps, the mean over {cohort} clients."
+    )
     return "\n\n".join([table, attacked, *_NOTES]) + "\n"
 
 

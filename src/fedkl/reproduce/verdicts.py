@@ -13,7 +13,8 @@ from fedkl.reproduce.records import Record
 CONTROL_SHARE = 0.9
 """Share of the control's images that a rung must identify before it says anything about a lock."""
 
-_CELL = ("row", "batch", "steps")
+_CELL = ("row", "batch", "steps", "cohort")
+_HEADER = ("network/data", "batch", "steps", "cohort", "private")
 SAFE_FROM = 100
 """Images below which no cell is said to be at the floor."""
 
@@ -40,8 +41,8 @@ def markdown(records: Sequence[Record], *, refused: Sequence[tuple[Mapping[str, 
         refused: Cells that an attack cannot do, and why.
     """
     judged = [_row(cell) for cell in judgments(records)]
-    header = ("network/data", "batch", "steps", "private", "worst rung", "n", "identified [95 %]", "SSIM")
-    lines = _table((*header, "its control", "floor", "verdict"), judged)
+    header = (*_HEADER, "worst rung", "n", "identified [95 %]", "SSIM", "its control", "floor", "verdict")
+    lines = _table(header, judged)
     left_out = [name for name in RUNGS if name not in {r["rung"] for r in records}]
     missing = [f"Rungs not run: {', '.join(left_out)}."] if left_out else []
     reasons = dict.fromkeys(f"Not run: {given['rung']}, {_where(given)}. {why}" for given, why in refused)
@@ -56,6 +57,7 @@ class Judgment:
         row: Network and data.
         batch: Images behind an update.
         steps: Local steps behind an update.
+        cohort: Clients over whose updates the server sees the mean.
         arrangement: What is private.
         worst: The record of the rung that read most.
         compared: The same attack on the control; None if it was not run.
@@ -66,6 +68,7 @@ class Judgment:
     row: str
     batch: int
     steps: int
+    cohort: int
     arrangement: str
     worst: Record
     compared: Record | None
@@ -86,8 +89,9 @@ def judgments(records: Sequence[Record]) -> list[Judgment]:
 
 
 def _judged(place: tuple[Any, ...], records: Sequence[Record]) -> Judgment | None:
-    here = [r for r in records if tuple(r[name] for name in _CELL) == place[:3]]
-    own = [r for r in here if r["arrangement"] == place[3]]
+    *cell, arrangement = place
+    here = [r for r in records if [r[name] for name in _CELL] == cell]
+    own = [r for r in here if r["arrangement"] == arrangement]
     rungs = [r for r in own if r["rung"] != FLOOR and r["arm"] != CEILING]
     if not rungs:
         return None
@@ -95,10 +99,8 @@ def _judged(place: tuple[Any, ...], records: Sequence[Record]) -> Judgment | Non
     worst = max(rungs, key=lambda r: (_rate(r), _middle(r["ssim"])))
     floor = next((r for r in own if r["rung"] == FLOOR), None)
     return Judgment(
-        row=place[0],
-        batch=place[1],
-        steps=place[2],
-        arrangement=place[3],
+        **dict(zip(_CELL, cell, strict=True)),
+        arrangement=arrangement,
         worst=worst,
         compared=controls.get(worst["rung"]),
         floor=floor,
@@ -108,7 +110,7 @@ def _judged(place: tuple[Any, ...], records: Sequence[Record]) -> Judgment | Non
 
 def _row(cell: Judgment) -> list[str]:
     return [
-        *(str(part) for part in (cell.row, cell.batch, cell.steps, cell.arrangement)),
+        *(str(part) for part in (cell.row, cell.batch, cell.steps, cell.cohort, cell.arrangement)),
         name_of(cell.worst),
         str(cell.worst["n"]),
         wording.count_interval(cell.worst["identified"]),
@@ -136,7 +138,7 @@ def verdict(rungs: Sequence[Record], *, controls: Mapping[str, Record], floor: R
 
 
 def _all_rungs(records: Sequence[Record]) -> str:
-    header = ("network/data", "batch", "steps", "private", "rung", "n", "identified", "SSIM", "PSNR (dB)")
+    header = (*_HEADER, "rung", "n", "identified", "SSIM", "PSNR (dB)")
     rows = [
         [
             *(str(r[name]) for name in _CELL),
@@ -158,7 +160,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _where(given: Mapping[str, Any]) -> str:
-    return f"{given['row']}, batch {given['batch']}, {given['steps']} local steps"
+    cohort = f", cohort of {given['cohort']}" if given["cohort"] > 1 else ""
+    return f"{given['row']}, batch {given['batch']}, {given['steps']} local steps{cohort}"
 
 
 def name_of(record: Record) -> str:

@@ -30,6 +30,11 @@ class PriorOnly(Attack):
     type: Literal["prior-only"] = "prior-only"
     guess: Guess = "class-mean"
 
+    @property
+    def reads_sums(self) -> bool:
+        """It looks at no update at all."""
+        return True
+
     def _check(self, observation: Observation) -> None:
         observation.own_data("PriorOnly", least=1)
 

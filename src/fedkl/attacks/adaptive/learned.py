@@ -75,6 +75,11 @@ class LearnedInversion(Attack):
         """One fit serves all observations."""
         return False
 
+    @property
+    def reads_sums(self) -> bool:
+        """What is simulated can be a cohort as well."""
+        return True
+
     def _check(self, observation: Observation) -> None:
         _own(observation)
         if observation.free:
