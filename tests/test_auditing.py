@@ -301,7 +301,7 @@ def test_a_simulated_cohort_is_the_victims_where_nothing_is_left_to_draw(dataset
 
 @pytest.mark.parametrize(("name", "prepared_for"), [("lock", 2 * (2 + 1)), ("public-norm", 1)])
 def test_members_of_a_cohort_have_keys_of_their_own(dataset, monkeypatch, name, prepared_for):
-    """Two members in each of two trials, and what the server builds itself; public γ and β are everybody's."""
+    """Two members in each of two trials, and the server's own; public γ and β are everybody's."""
     prepared, prepare = [], KeyLock.prepare
     monkeypatch.setattr(
         KeyLock, "prepare", lambda self, *a, **k: prepared.append(1) or prepare(self, *a, **k)
