@@ -61,7 +61,7 @@ def test_all_problems_are_named_at_once():
     [
         ({"type": "trian"}, "train"),
         ({"type": "train", "defense": {"type": "magic"}}, "magic"),
-        ({"type": "train", "defense": {"type": "keylock", "activation": "tanh"}}, "activation"),
+        ({"type": "train", "defense": {"type": "keylock", "activation": "gelu"}}, "activation"),
         ({"type": "attack", "attack": {"type": "dlg", "evaluations": "many"}}, "evaluations"),
         ({"type": "attack", "trials": 0}, "trials"),
     ],
