@@ -115,7 +115,16 @@ def test_private_layers_of_the_last_client_vary_as_those_of_the_first(model):
         assert tensor.std().item() == pytest.approx(model.get_parameter(name).std().item(), rel=0.6)
 
 
-@pytest.mark.parametrize("layers", [("nowhere",), ("2",), (), ("",)])
-def test_private_layers_must_exist(model, layers):
-    with pytest.raises(LockError, match=r"PrivateLayers: expected modules .* Choose from 0, 4"):
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (("nowhere",), "'nowhere' is not a module of this model"),
+        (("2",), r"'2' \(ReLU\) has no parameters to keep private"),
+        ((), "layers is empty"),
+        (("",), "'' is not a module of this model"),
+        (("0", "1", "4"), "no parameter is left to send"),
+    ],
+)
+def test_private_layers_must_exist(model, layers, message):
+    with pytest.raises(LockError, match=r"PrivateLayers: these layers cannot be private\.\n  - .*" + message):
         PrivateLayers(layers=layers).prepare(model)

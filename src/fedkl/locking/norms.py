@@ -54,10 +54,10 @@ class ElementwiseAffine(nn.Module):
             LockError: Samples of another shape.
         """
         if tuple(x.shape[1:]) != self.shape:
+            got = tuple(x.shape[1:])
             raise LockError(
-                f"ElementwiseAffine: expected samples of shape {self.shape}, got {tuple(x.shape[1:])}. A "
-                "lock per element holds for one size of images: feed that size, or lock again for the other with "
-                "example_inputs=."
+                f"ElementwiseAffine: expected samples of shape {self.shape}, got {got}. A lock per element "
+                "holds for one size of images: feed that, or lock for the other (example_inputs=)."
             )
         return x * self.weight + self.bias
 
@@ -217,4 +217,4 @@ def fitted(norm: nn.Module, layer: nn.Module) -> nn.Module:
     """The norm in the mode, dtype and device of the layer that it is put to."""
     norm.train(layer.training)
     weight = layer.weight
-    return norm.to(device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type, union-attr]
+    return norm.to(device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]

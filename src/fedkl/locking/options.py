@@ -53,9 +53,12 @@ class LockOptions:
         Raises:
             KeyError, TypeError, LockError: They are not those of a lock.
         """
-        lists = {name: tuple(values[name]) for name in ("layers", "private") if name in ("layers", *values)}
-        shapes = tuple(tuple(shape) for shape in values.get("shapes", ()))
-        return cls(**{**values, **lists, "shapes": shapes})
+        lists: dict[str, Any] = {
+            "layers": tuple(values["layers"]),
+            "shapes": tuple(tuple(shape) for shape in values.get("shapes", ())),
+            "private": tuple(values.get("private", ())),
+        }
+        return cls(**(values | lists))
 
     def targets(self, model: nn.Module) -> list[Target]:
         """The layers to lock in a plain model of the same structure, in the order of the chain.
