@@ -10,6 +10,7 @@ from torch import nn
 from fedkl.errors import LockError
 from fedkl.locking import elements, targets
 from fedkl.locking.layers import Activation, Initialization
+from fedkl.locking.private_layers import find_layers
 from fedkl.locking.targets import Target
 
 Granularity = Literal["channel", "element"]
@@ -73,7 +74,8 @@ class LockOptions:
             order=named if self.classifier else dict(model.named_modules()),
         )
         found = {target.name: target for target in chosen}
-        if set(found) != set(self.layers) or len(self.shapes) not in (0, len(self.layers)):
+        _, unknown = find_layers(model, self.private)
+        if unknown or set(found) != set(self.layers) or len(self.shapes) not in (0, len(self.layers)):
             raise LockError("lock: the options are those of another model.")
         if not self.shapes:
             return [found[name] for name in self.layers]
