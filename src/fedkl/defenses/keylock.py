@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fedkl.defenses.base import Defense
+from fedkl.errors import LockError
 from fedkl.keys import Key, KeyDistribution
 from fedkl.locking import Activation, Granularity, Initialization, Lock, lock
 
@@ -38,7 +39,14 @@ class KeyLock(Defense):
     key_distribution: KeyDistribution = "normal"
 
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Lock:
-        """Locks a copy of the model."""
+        """Locks a copy of the model.
+
+        Raises:
+            LockError: The model cannot be locked so; a lock per element lacks the images' shape.
+        """
+        if self.granularity == "element" and self.input_shape is None:
+            expected = "input_shape=(channels, height, width), the shape of one image"
+            raise LockError(f"KeyLock: granularity='element' needs {expected}.")
         return lock(
             model,
             key=key or Key.generate(length=self.key_length, distribution=self.key_distribution),
