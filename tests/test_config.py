@@ -18,6 +18,7 @@ EXPERIMENTS = [
     TrainConfig(defense=KeyLock(layers=("conv1", "conv2"), activation="relu")),
     TrainConfig(defense=PublicNorm(), seed=3),
     TrainConfig(defense=PrivateNorm(like=KeyLock(layers="all"))),
+    TrainConfig(defense=KeyLock(granularity="element", private=("head",), input_shape=(1, 32, 32))),
     TrainConfig(training=FederatedTraining(local=LocalTraining(lock_weight_decay=0.1, optimizer="adam"))),
     TrainConfig(
         training=FederatedTraining(
@@ -61,7 +62,7 @@ def test_all_problems_are_named_at_once():
     [
         ({"type": "trian"}, "train"),
         ({"type": "train", "defense": {"type": "magic"}}, "magic"),
-        ({"type": "train", "defense": {"type": "keylock", "activation": "tanh"}}, "activation"),
+        ({"type": "train", "defense": {"type": "keylock", "activation": "gelu"}}, "activation"),
         ({"type": "attack", "attack": {"type": "dlg", "evaluations": "many"}}, "evaluations"),
         ({"type": "attack", "trials": 0}, "trials"),
     ],
@@ -133,6 +134,10 @@ PUBLISHED_77 = dataclasses.replace(PUBLISHED, key_length=77, chained=False)
         (LOCK, {"lock": "published"}, PUBLISHED_77),
         (PUBLISHED_77, {"lock": "default"}, LOCK),
         (LOCK, {"layers": "all"}, dataclasses.replace(LOCK, layers="all")),
+        (LOCK, {"layers": "classifier"}, dataclasses.replace(LOCK, layers="classifier")),
+        (None,
+         {"defense": "keylock", "settings": ["defense.granularity=element", 'defense.private=["head"]']},
+         KeyLock(granularity="element", private=("head",))),
         (LOCK, {"defense": "private-norm", "lock": "published"}, PrivateNorm(like=PUBLISHED_77)),
         (LOCK, {"defense": "none"}, NoDefense()),
         (PublicNorm(like=LOCK), {"layers": "all"}, PublicNorm(like=dataclasses.replace(LOCK, layers="all"))),

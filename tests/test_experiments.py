@@ -12,7 +12,7 @@ from fedkl import data, demo, experiments
 from fedkl.attacks import DLG
 from fedkl.auditing import standard_arms
 from fedkl.config import AttackConfig, DataConfig, ModelConfig, TrainConfig
-from fedkl.defenses import KeyLock
+from fedkl.defenses import KeyLock, PrivateNorm
 from fedkl.errors import ConfigError, DataError
 from fedkl.federated import FederatedTraining
 
@@ -106,6 +106,28 @@ def test_a_locked_training_leaves_nothing_private_in_its_folder(tmp_path):
             content = path.read_bytes()
             assert b"parametrizations" not in content
             assert b"running_mean" not in content
+
+
+@pytest.mark.parametrize("defense", [KeyLock, PrivateNorm], ids=["lock", "control"])
+def test_a_lock_per_element_takes_its_shape_from_the_data(tmp_path, defense):
+    lock = KeyLock(granularity="element", activation="tanh", private=("head",), key_length=16)
+    config = TrainConfig(
+        defense=lock if defense is KeyLock else defense(like=lock), training=FederatedTraining(rounds=1)
+    )
+    run = experiments.run(config, out=tmp_path / "run")
+    assert run.config == config  # repeated on other data, it takes the shape from there
+    assert run.summary["private_parameters"] == 7690 + 2 * 12 * 16 * 16 * (17 if defense is KeyLock else 1)
+    assert set(run.load_tensors("global")) == {
+        f"conv{index}.{part}" for index in (1, 2, 3) for part in ("weight", "bias")
+    }
+
+
+def test_every_arm_of_a_lock_with_all_variants(tmp_path):
+    lock = KeyLock(granularity="element", activation="tanh", private=("head",), key_length=16)
+    arms = tuple(arm.name for arm in standard_arms(lock) if arm.name != "lock-calibrated")
+    config = TINY.model_copy(update={"lock": lock, "arms": arms, "trials": 1})
+    run = experiments.run(config, out=tmp_path / "run")
+    assert {record["arm"] for record in run.results()} == set(arms)
 
 
 def test_failures_are_counted_not_dropped():

@@ -57,7 +57,7 @@ DataOption = Annotated[str | None, typer.Option("--data", help="Dataset name; se
 RootOption = Annotated[str | None, typer.Option(help="Folder of the datasets.")]
 ModelOption = Annotated[str | None, typer.Option(help="Model of the zoo.")]
 LockOption = Annotated[str | None, typer.Option(help="default, or published (uniform key, ReLU).")]
-LayersOption = Annotated[str | None, typer.Option(help="Locked layers: first or all.")]
+LayersOption = Annotated[str | None, typer.Option(help="Locked layers: first, all or classifier.")]
 InitOption = Annotated[str | None, typer.Option(help="Initial weights: default or uniform (U(−0.5, 0.5)).")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Any field of config.toml: training.local.proximal=0.01.")

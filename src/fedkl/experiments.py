@@ -70,6 +70,7 @@ def run(
         if directory.summary is not None:
             return directory
         dataset = _dataset(config.data)
+        config = _for_images(config, dataset.spec.shape)
         if isinstance(config, TrainConfig):
             _train(config, directory, dataset, progress, tensorboard=tensorboard)
         else:
@@ -97,6 +98,15 @@ def _dataset(config: DataConfig) -> Dataset:
         train_images=dataset.train_images[:wanted],
         train_labels=dataset.train_labels[:wanted],
     )
+
+
+def _for_images(
+    config: TrainConfig | AttackConfig, shape: tuple[int, int, int]
+) -> TrainConfig | AttackConfig:
+    """The experiment with a defense that knows the images' shape, where it has to."""
+    if isinstance(config, TrainConfig):
+        return config.model_copy(update={"defense": config.defense.for_images(shape)})
+    return config.model_copy(update={"lock": config.lock.for_images(shape)})
 
 
 def _builder(config: TrainConfig | AttackConfig, dataset: Dataset) -> Callable[[int], nn.Module]:

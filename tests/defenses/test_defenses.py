@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,10 +12,16 @@ from fedkl import Key
 from fedkl.attacks import Knowledge
 from fedkl.defenses import KeyLock, NoDefense, PrivateLayers, PrivateNorm, PublicNorm
 from fedkl.defenses.base import plain_copy
+from fedkl.defenses.completion import Completion
 from fedkl.errors import LockError
 
 STATISTICS = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 AFFINE = {"1.weight", "1.bias"}
+HEAD = {"4.weight", "4.bias"}
+PER_ELEMENT = {"1.affine.weight", "1.affine.bias"}
+ELEMENT = KeyLock(granularity="element", input_shape=(3, 8, 8), key_length=16)
+SANDWICH = replace(ELEMENT, activation="tanh", private=("head",))
+VARIANTS = [ELEMENT, SANDWICH, KeyLock(layers="classifier"), KeyLock(private=("head", "stem"))]
 
 
 @pytest.fixture
@@ -33,12 +41,18 @@ def model():
         (PrivateLayers(layers=("1",)), STATISTICS | AFFINE),
         (KeyLock(share_statistics=True), AFFINE),
         (PrivateNorm(like=KeyLock(share_statistics=True)), AFFINE),
+        (ELEMENT, STATISTICS | AFFINE),
+        (SANDWICH, STATISTICS | AFFINE | HEAD),
+        (PublicNorm(like=SANDWICH), STATISTICS | AFFINE),
+        (PrivateNorm(like=SANDWICH), STATISTICS | AFFINE | HEAD),
+        (KeyLock(layers="classifier"), STATISTICS),
+        (KeyLock(private=("0",)), STATISTICS | AFFINE | {"0.weight", "0.bias"}),
     ],
     ids=repr,
 )
 def test_what_is_sent(model, defense, hidden):
     everything = set(model.state_dict())
-    assert set(defense.prepare(model).public_state()) == everything - hidden
+    assert set(defense.prepare(model).public_state()) - PER_ELEMENT == everything - hidden
 
 
 def test_public_norm_is_the_baked_lock(model):
@@ -52,6 +66,75 @@ def test_private_norm_starts_where_any_norm_starts(model):
     split = PrivateNorm().prepare(model)
     assert torch.equal(split.private_parameters()["1.weight"], torch.ones(8))
     assert torch.equal(split.private_parameters()["1.bias"], torch.zeros(8))
+
+
+@pytest.mark.parametrize("like", VARIANTS, ids=repr)
+def test_the_controls_of_every_variant(model, like):
+    """All but the statistics is public in one; in the other γ = 1, β = 0, and private layers stay so."""
+    public, private = PublicNorm(like=like).prepare(model), PrivateNorm(like=like).prepare(model)
+    locked = like.prepare(model)
+    assert not public.private_parameters()
+    affine = {f"{name}.{tensor}" for name in locked.layers for tensor in ("weight", "bias")}
+    assert public.public_parameters().keys() == dict(public.model.named_parameters()).keys() >= affine
+    layers = {name for name in locked.private_parameters() if "parametrizations" not in name}
+    assert private.private_parameters().keys() == affine | layers
+    for name in affine:
+        value = private.private_parameters()[name].detach()
+        assert torch.equal(value, torch.full_like(value, float(name.endswith("weight"))))
+    before = private.private_state()
+    private.redraw()
+    changed = {name for name, t in private.private_state().items() if not torch.equal(t, before[name])}
+    assert changed == layers
+    images = torch.rand(2, 3, 8, 8)
+    assert public.model(images).shape == private.model(images).shape == (2, 10)
+
+
+def test_a_lock_per_element_takes_the_shape_of_the_images(model):
+    lacking = replace(ELEMENT, input_shape=None)
+    with pytest.raises(LockError, match=r"needs input_shape=\(channels, height, width\)"):
+        lacking.prepare(model)
+    assert lacking.for_images((3, 8, 8)) == ELEMENT == ELEMENT.for_images((3, 9, 9))
+    assert PublicNorm(like=lacking).for_images((3, 8, 8)) == PublicNorm(like=ELEMENT)
+    assert PrivateNorm(like=lacking).for_images((3, 8, 8)) == PrivateNorm(like=ELEMENT)
+    for defense in (NoDefense(), KeyLock(), PrivateLayers(), PublicNorm()):
+        assert defense.for_images((3, 8, 8)) == defense
+
+
+@pytest.mark.parametrize("defense", VARIANTS, ids=repr)
+def test_the_servers_view_of_every_variant(model, defense):
+    victim = defense.prepare(model)
+    view = defense.server_view(victim, model, granted=Knowledge())
+    truth = dict(plain_copy(victim).named_parameters())
+    own = dict(view.model.named_parameters())
+    public = victim.public_parameters()
+    assert set(view.private) == own.keys() - public.keys()
+    assert len(view.private) == len(set(view.private))
+    for name in own:
+        assert torch.equal(own[name], truth[name]) == (name in public)  # the rest is the server's own draw
+    assert view.secrets.keys().isdisjoint(own)
+    assert view.generate(view.secrets).keys() <= set(view.private)
+    known = defense.server_view(victim, model, granted=Knowledge(key=True, lock_layers=True)).model
+    for name, tensor in known.named_parameters():
+        torch.testing.assert_close(tensor, truth[name])
+
+
+@pytest.mark.parametrize("defense", VARIANTS, ids=repr)
+def test_the_server_fills_in_every_variant(model, defense):
+    server = defense.prepare(model)
+    filled = Completion(plain_copy(server), server)
+    neutral = filled.neutral().model
+    for name in defense.prepare(model).layers:
+        assert torch.equal(
+            neutral.get_parameter(f"{name}.weight"), torch.ones_like(neutral.get_parameter(f"{name}.weight"))
+        )
+        assert not neutral.get_parameter(f"{name}.bias").any()
+    drawn = dict(filled.model.named_parameters())
+    for name in {"0.weight", "4.weight"}.intersection(filled.affine):
+        assert torch.equal(neutral.get_parameter(name), drawn[name])  # private layers: the server's draw
+    images, labels = torch.rand(20, 3, 8, 8), torch.arange(20) % 10
+    fitted = filled.neutral().refitted(images, labels, steps=5).model
+    for name in filled.affine:
+        assert not torch.equal(fitted.get_parameter(name), neutral.get_parameter(name))
 
 
 def test_published_keys_are_drawn_as_published(model):
@@ -115,7 +198,16 @@ def test_private_layers_of_the_last_client_vary_as_those_of_the_first(model):
         assert tensor.std().item() == pytest.approx(model.get_parameter(name).std().item(), rel=0.6)
 
 
-@pytest.mark.parametrize("layers", [("nowhere",), ("2",), (), ("",)])
-def test_private_layers_must_exist(model, layers):
-    with pytest.raises(LockError, match=r"PrivateLayers: expected modules .* Choose from 0, 4"):
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (("nowhere",), "'nowhere' is not a module of this model"),
+        (("2",), r"'2' \(ReLU\) has no parameters to keep private"),
+        ((), "layers is empty"),
+        (("",), "'' is not a module of this model"),
+        (("0", "1", "4"), "no parameter is left to send"),
+    ],
+)
+def test_private_layers_must_exist(model, layers, message):
+    with pytest.raises(LockError, match=r"PrivateLayers: these layers cannot be private\.\n  - .*" + message):
         PrivateLayers(layers=layers).prepare(model)

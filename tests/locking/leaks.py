@@ -12,15 +12,20 @@ from fedkl.errors import FedKLError
 ENCODINGS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def secrets_of(lock) -> dict[str, torch.Tensor]:
-    """Everything private, gathered without the lock's own split, so that a broken split shows."""
+def secrets_of(lock, private=()) -> dict[str, torch.Tensor]:
+    """Everything private, gathered without the lock's own split, so that a broken split shows.
+
+    Args:
+        lock: The lock.
+        private: Names of layers that are private as a whole.
+    """
     found = {"key": lock.key.reveal()}
     for name, module in lock.model.named_modules():
         for tensor_name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            private = (
-                tensor_name.startswith(("running_", "num_batches")) or ".parametrizations." in f".{name}."
-            )
-            if private and tensor is not None:
+            generates = ".parametrizations." in f".{name}."
+            statistic = tensor_name.startswith(("running_", "num_batches"))
+            whole = any(f"{name}.".startswith(f"{layer}.") for layer in private)
+            if (generates or statistic or whole) and tensor is not None:
                 found[f"{name}.{tensor_name}".lstrip(".")] = tensor.detach().clone()
         for tensor_name in getattr(module, "parametrizations", ()):
             found[f"{name}.{tensor_name}".lstrip(".")] = getattr(module, tensor_name).detach().clone()
@@ -63,9 +68,9 @@ def public_paths(lock, loss) -> Iterator[tuple[str, set[str], bytes]]:
             yield f"error of {kind}", set(), str(error).encode()
 
 
-def leaks(lock, loss) -> list[str]:
+def leaks(lock, loss, private=()) -> list[str]:
     """One line for every private tensor that some public path gives away."""
-    secrets = secrets_of(lock)
+    secrets = secrets_of(lock, private)
     sought = {name: patterns(tensor) for name, tensor in secrets.items()}
     found = []
     for path, names, content in public_paths(lock, loss):

@@ -111,7 +111,7 @@ def test_all_problems_of_a_list_of_names_come_together():
     [
         ([], "layers= is an empty list"),
         (lambda name, module: False, "the predicate matched none of c1, bn1, fc"),
-        ("bn1", "layers='bn1' is neither 'first' nor 'all' (a single name goes in a list)"),
+        ("bn1", "layers='bn1' is neither 'first', 'all' nor 'classifier' (a single name goes in a list)"),
     ],
 )
 def test_unusable_choices(unchecked, layers, message):
@@ -121,10 +121,10 @@ def test_unusable_choices(unchecked, layers, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"activation": "tanh"}, "activation='tanh' is unknown. Choose one of softplus, relu"),
+        ({"activation": "gelu"}, "activation='gelu' is unknown. Choose one of softplus, relu"),
         ({"initialization": "zeros"}, "initialization='zeros' is unknown. Choose one of unit, published"),
         ({"key": torch.rand(4)}, "key= must be a fedkl.Key, e.g. Key.generate(), or None, got Tensor"),
-        ({"layers": 3}, "layers= must be 'first', 'all', a list of names or a predicate, got int"),
+        ({"layers": 3}, "layers= must be 'first', 'all', 'classifier', a list of names or a predicate, got"),
     ],
 )
 def test_unknown_options(unchecked, options, message):

@@ -16,12 +16,14 @@ ACTIVATIONS = {
     "softplus": lambda a: np.log1p(np.exp(a)),
     "relu": lambda a: np.maximum(a, 0),
     "sigmoid": lambda a: 1 / (1 + np.exp(-a)),
+    "tanh": np.tanh,
     "identity": lambda a: a,
 }
 DERIVATIVES = {
     "softplus": lambda a: 1 / (1 + np.exp(-a)),
     "relu": lambda a: (a > 0).astype(float),
     "sigmoid": lambda a: np.exp(-a) / (1 + np.exp(-a)) ** 2,
+    "tanh": lambda a: 1 - np.tanh(a) ** 2,
     "identity": lambda a: np.ones_like(a),
 }
 NORMS = {

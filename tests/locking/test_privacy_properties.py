@@ -35,8 +35,8 @@ def models(draw):
 
 OPTIONS = st.fixed_dictionaries(
     {
-        "layers": st.sampled_from(["first", "all"]),
-        "activation": st.sampled_from(["softplus", "relu", "sigmoid", "identity"]),
+        "layers": st.sampled_from(["first", "all", "classifier"]),
+        "activation": st.sampled_from(["softplus", "relu", "sigmoid", "tanh", "identity"]),
         "initialization": st.sampled_from(["unit", "published"]),
         "chained": st.booleans(),
     }

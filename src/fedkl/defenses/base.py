@@ -26,11 +26,11 @@ class Granted(Protocol):
 
     @property
     def lock_layers(self) -> bool:
-        """The weights of the lock layers (other private parameters: their values)."""
+        """The weights of the lock layers, and the values of other private parameters."""
 
     @property
     def affine(self) -> bool:
-        """The values of γ and β, and the norm statistics."""
+        """The values of γ and β, the norm statistics, and the values of private layers."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,7 +57,7 @@ class Known:
     Attributes:
         public: The public state.
         key: The key, if granted.
-        private: The private parameters (lock layers), if granted.
+        private: The private parameters (lock layers, private layers), if granted.
     """
 
     public: NamedTensors = field(repr=False)
@@ -77,6 +77,14 @@ class Defense:
             key: The client's key, for defenses that use one; a new one if None.
         """
         return Split(copy.deepcopy(model))
+
+    def for_images(self, shape: tuple[int, int, int]) -> Defense:
+        """The same defense, for a model that is called with images of this shape.
+
+        Args:
+            shape: Of one image, ``(channels, height, width)``.
+        """
+        return self
 
     def transform(self, update: PublicUpdate) -> PublicUpdate:
         """What the client does to an update before it is sent."""
@@ -108,11 +116,12 @@ class Defense:
         private = tuple(view.private_parameters())
         if not isinstance(view, Lock):
             return ServerView(model=plain_copy(view), private=private)
-        generate = view.generation()
+        generate, secrets = view.generation(), view.reveal_secrets()
+        layers = (name for name in private if name not in secrets)
         return ServerView(
             model=plain_copy(view),
-            private=tuple(link.tensor for link in generate.links),
-            secrets=view.reveal_secrets(),
+            private=(*(link.tensor for link in generate.links), *layers),
+            secrets=secrets,
             generate=generate,
         )
 

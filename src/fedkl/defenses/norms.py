@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
@@ -11,14 +11,15 @@ from torch import nn
 from fedkl.defenses.base import Defense
 from fedkl.defenses.keylock import KeyLock
 from fedkl.keys import Key
-from fedkl.locking import Split, withhold, withhold_statistics
+from fedkl.locking import OwnSplit, Split, withhold, withhold_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublicNorm(Defense):
     """Norm-matched control: the network of the key-lock, baked, so that γ and β are public parameters.
 
-    What the lock costs or protects is the difference to this, not to a network without norms.
+    What the lock costs or protects is the difference to this, not to a network without norms. Layers that
+    the lock keeps private are public here.
     """
 
     type: Literal["public-norm"] = "public-norm"
@@ -31,13 +32,17 @@ class PublicNorm(Defense):
             withhold_statistics(plain)
         return Split(plain)
 
+    def for_images(self, shape: tuple[int, int, int]) -> PublicNorm:
+        """With the shape of the images, if the lock that it is like needs it."""
+        return replace(self, like=self.like.for_images(shape))
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateNorm(Defense):
     """Private γ and β as free parameters without any key (FedBN, Li et al. 2021), in the locked layers.
 
     Shows what the key adds to merely not sharing γ and β. They start at 1 and 0, as in any norm, and the
-    server knows that.
+    server knows that. Layers that the lock keeps private are so here too.
     """
 
     type: Literal["private-norm"] = "private-norm"
@@ -52,7 +57,11 @@ class PrivateNorm(Defense):
             withhold(norm, tuple(name for name, _ in norm.named_parameters(recurse=False)))
         if not self.like.share_statistics:
             withhold_statistics(plain)
-        return Split(plain)
+        return OwnSplit(plain, locked.private_layers)
+
+    def for_images(self, shape: tuple[int, int, int]) -> PrivateNorm:
+        """With the shape of the images, if the lock that it is like needs it."""
+        return replace(self, like=self.like.for_images(shape))
 
 
 def _modules(model: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:

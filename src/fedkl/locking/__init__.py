@@ -4,17 +4,22 @@
 * norms.py: which norm types can be locked; what is inserted after a layer without a norm
 * targets.py: which layers of a model are locked; all checks before the first change
 * surgery.py: the change itself, and how it is undone
+* elements.py: a γ and a β for every element of a sample
 * functional.py: modules that call a norm as a function, which no lock can reach
 * withholding.py: how modules keep private tensors out of states and pickles
 * split.py: which tensors are private, which are public, and how states of either side move
+* private_layers.py: whole layers that stay with the client
 * generation.py: how secrets become γ and β, without the model
+* options.py: how a lock was made, as its file says
 * keylock.py: `lock`, `lock_` and the `Lock` they return
 """
 
 from fedkl.locking.generation import KEY, Generation
 from fedkl.locking.keylock import Lock, load_lock, load_memory, lock, lock_
 from fedkl.locking.layers import Activation, Initialization
-from fedkl.locking.norms import register_norm
+from fedkl.locking.norms import ElementwiseAffine, register_norm
+from fedkl.locking.options import Granularity
+from fedkl.locking.private_layers import OwnLayers, OwnSplit, find_layers
 from fedkl.locking.split import Split
 from fedkl.locking.targets import Layers
 from fedkl.locking.withholding import withhold, withhold_statistics
@@ -22,11 +27,16 @@ from fedkl.locking.withholding import withhold, withhold_statistics
 __all__ = [
     "KEY",
     "Activation",
+    "ElementwiseAffine",
     "Generation",
+    "Granularity",
     "Initialization",
     "Layers",
     "Lock",
+    "OwnLayers",
+    "OwnSplit",
     "Split",
+    "find_layers",
     "load_lock",
     "load_memory",
     "lock",

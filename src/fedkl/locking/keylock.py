@@ -6,9 +6,9 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,42 +16,29 @@ from fedkl import lockfile
 from fedkl.errors import KeyFileError, LockError, UpdateError
 from fedkl.keys import Key
 from fedkl.locking import surgery, targets
+from fedkl.locking.elements import per_element
 from fedkl.locking.generation import Generation, generation_of, secrets_of
 from fedkl.locking.layers import Activation, Initialization
+from fedkl.locking.options import Granularity, LockOptions
+from fedkl.locking.private_layers import OwnLayers, find_layers
 from fedkl.locking.split import Split
-from fedkl.locking.targets import ExampleInputs, Layers
+from fedkl.locking.targets import ExampleInputs, Layers, Target
 from fedkl.locking.withholding import check_not_split, release
 from fedkl.types import NamedTensors
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    """How a lock was made; saved with it. Nothing secret."""
-
-    layers: tuple[str, ...]
-    activation: Activation
-    initialization: Initialization
-    chained: bool
-    share_statistics: bool
-    key_length: int
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("activation", self.activation, get_args(Activation)),
-            ("initialization", self.initialization, get_args(Initialization)),
-        ):
-            if value not in known:
-                raise LockError(f"lock: {name}={value!r} is unknown. Choose one of {', '.join(known)}.")
 
 
 class Lock(Split):
     """A locked model with its key. Made by `fedkl.lock`, `fedkl.lock_` or `fedkl.load_lock`."""
 
-    def __init__(self, model: nn.Module, *, key: Key, options: _Options, norms: tuple[str, ...]) -> None:
+    def __init__(
+        self, model: nn.Module, *, key: Key, options: LockOptions, norms: tuple[str, ...], own: OwnLayers
+    ) -> None:
         super().__init__(model)
         self._key = key
         self._options = options
         self._norms = norms
+        self._own = own
+        own.withhold(model)
 
     @property
     def key(self) -> Key:
@@ -60,14 +47,19 @@ class Lock(Split):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Qualified names of the locked norms, in the order of the chain."""
+        """Qualified names of the modules whose scale and shift are generated, in the order of the chain."""
         return self._norms
+
+    @property
+    def private_layers(self) -> OwnLayers:
+        """The layers that are private as a whole."""
+        return self._own
 
     def __repr__(self) -> str:
         options = self._options
         return (
             f"Lock({type(self._model).__name__}, layers={list(self._norms)}, key={self._key}, "
-            f"activation={options.activation!r}, chained={options.chained})"
+            f"activation={options.activation!r}, chained={options.chained}, private={list(options.private)})"
         )
 
     def use_key(self, key: Key) -> None:
@@ -86,15 +78,16 @@ class Lock(Split):
         self._key = key
 
     def redraw(self) -> None:
-        """Draws a new key, as long as before, and new lock layers."""
+        """Draws a new key, as long as before, new lock layers and new private layers."""
         self.use_key(Key.generate(length=self._key.length, distribution=self._key.distribution))
         surgery.redraw(self._model)
+        self._own.redraw(self._model)
 
     def bake(self) -> nn.Module:
         """A plain copy of the model: γ and β are ordinary affine parameters of their current values.
 
-        The copy gives the same outputs and is as private as the lock itself: it holds the generated γ
-        and β, and its `state_dict()` holds the norm statistics too.
+        The copy gives the same outputs and is as private as the lock itself: it holds the generated γ and β
+        and the private layers, and its `state_dict()` holds the norm statistics too.
         """
         plain = copy.deepcopy(self._model)
         surgery.unlock(plain)
@@ -107,7 +100,10 @@ class Lock(Split):
 
     def reveal_secrets(self) -> dict[str, Tensor]:
         """Copies of the key and the lock layers by name: what `generation` takes. Never to be sent."""
-        return secrets_of(self._key.reveal(), self.private_parameters())
+        links = self.generation().links
+        lock_layers = {name for link in links for name in (link.weight, link.bias)}
+        named = self.private_parameters()
+        return secrets_of(self._key.reveal(), {name: named[name] for name in named if name in lock_layers})
 
     def save(self, path: str | Path, *, passphrase: str | None, memory: NamedTensors | None = None) -> None:
         """Writes key and private state to one file, mode 0600, atomically.
@@ -149,10 +145,12 @@ def lock_(
     *,
     key: Key | None = None,
     layers: Layers = "first",
+    granularity: Granularity = "channel",
     activation: Activation = "softplus",
     initialization: Initialization = "unit",
     chained: bool = True,
     share_statistics: bool = False,
+    private: Sequence[str] = (),
     example_inputs: ExampleInputs | None = None,
 ) -> Lock:
     """Locks a model in place; see `lock`. Build optimizers afterwards: some parameters are replaced.
@@ -161,33 +159,66 @@ def lock_(
         LockError: The model cannot be locked as asked; it is unchanged then.
     """
     key = Key.generate() if key is None else key
-    options = _Options(
-        layers=_planned(model, key, layers, example_inputs),
+    options = _planned(
+        model,
+        key,
+        layers=layers,
+        granularity=granularity,
         activation=activation,
         initialization=initialization,
         chained=chained,
         share_statistics=share_statistics,
-        key_length=key.length,
+        private=private,
+        example_inputs=example_inputs,
     )
     surgery.warn_about_optimizers(model)
-    return _install(model, key=key, options=options)
+    return _new(model, key=key, options=options)
 
 
 def _planned(
-    model: nn.Module, key: Key, layers: Layers, example_inputs: ExampleInputs | None
-) -> tuple[str, ...]:
-    """Names of the layers to lock; checks that the model can be locked so and changes nothing."""
+    model: nn.Module,
+    key: Key,
+    *,
+    layers: Layers,
+    granularity: Granularity,
+    chained: bool,
+    private: Sequence[str],
+    example_inputs: ExampleInputs | None,
+    **others: Any,
+) -> LockOptions:
+    """What to lock and how; checks that the model can be locked so and changes nothing."""
+    _check_types(model, key, layers, private)
+    own, problems = find_layers(model, private)
+    order = targets.modules_in_order(model, example_inputs=example_inputs)
+    chosen = targets.plan(model, layers=layers, order=order, problems=[f"private: {p}" for p in problems])
+    if granularity == "element":
+        chosen = per_element(model, chosen, example_inputs=example_inputs, chained=chained)
+    options = LockOptions(
+        layers=tuple(target.name for target in chosen),
+        chained=chained,
+        key_length=key.length,
+        granularity=granularity,
+        classifier=chosen[0].before,
+        shapes=tuple(target.shape for target in chosen if target.shape is not None),
+        private=own,
+        **others,
+    )
+    targets.warn_about_open_layers(order, chosen, private=map(model.get_submodule, own))
+    return options
+
+
+def _check_types(model: Any, key: Any, layers: Any, private: Any) -> None:
     _check_model(model)
     if not isinstance(key, Key):
         expected = "a fedkl.Key, e.g. Key.generate(), or None"
         raise LockError(f"lock: key= must be {expected}, got {type(key).__name__}.")
     if not isinstance(layers, Sequence) and not callable(layers):
-        expected = "'first', 'all', a list of names or a predicate"
+        expected = "'first', 'all', 'classifier', a list of names or a predicate"
         raise LockError(f"lock: layers= must be {expected}, got {type(layers).__name__}.")
-    order = targets.modules_in_order(model, example_inputs=example_inputs)
-    chosen = targets.plan(model, layers=layers, order=order)
-    targets.warn_about_open_layers(order, chosen)
-    return tuple(target.name for target in chosen)
+    if isinstance(private, str) or not isinstance(private, Sequence):
+        raise LockError(
+            f"lock: private= must be a list of names, e.g. ['head'], got {type(private).__name__}."
+        )
 
 
 def _check_model(model: Any) -> None:
@@ -196,8 +227,14 @@ def _check_model(model: Any) -> None:
     check_not_split(model)
 
 
-def _install(model: nn.Module, *, key: Key, options: _Options) -> Lock:
-    chosen = [targets.Target(name=name, module=model.get_submodule(name)) for name in options.layers]
+def _new(model: nn.Module, *, key: Key, options: LockOptions) -> Lock:
+    """A new client's lock: its private layers are drawn."""
+    result = _install(model, key=key, options=options, chosen=options.targets(model))
+    result.private_layers.redraw(model)
+    return result
+
+
+def _install(model: nn.Module, *, key: Key, options: LockOptions, chosen: Sequence[Target]) -> Lock:
     norm_names = tuple(target.norm_name for target in chosen)
     surgery.install(
         model,
@@ -208,7 +245,8 @@ def _install(model: nn.Module, *, key: Key, options: _Options) -> Lock:
         chained=options.chained,
         share_statistics=options.share_statistics,
     )
-    return Lock(model, key=key, options=options, norms=norm_names)
+    own = OwnLayers(model, options.private)
+    return Lock(model, key=key, options=options, norms=norm_names, own=own)
 
 
 def lock(
@@ -216,10 +254,12 @@ def lock(
     *,
     key: Key | None = None,
     layers: Layers = "first",
+    granularity: Granularity = "channel",
     activation: Activation = "softplus",
     initialization: Initialization = "unit",
     chained: bool = True,
     share_statistics: bool = False,
+    private: Sequence[str] = (),
     example_inputs: ExampleInputs | None = None,
 ) -> Lock:
     """Locks a copy of a model: a secret key generates the scale γ and shift β of its norm layers.
@@ -233,13 +273,22 @@ def lock(
         key: The client's key; a new one if None.
         layers: ``"first"``: the first affine norm in `named_modules()` order or, without any, a norm
             inserted after the first convolution or linear layer (never the head). ``"all"``: every affine
-            norm, else every convolution and linear layer but the head. Or module names, or a predicate
-            over (name, module).
+            norm, else every convolution and linear layer but the head. ``"classifier"``: a LayerNorm put in
+            front of the last linear layer, over its input features. Or module names, or a predicate over
+            (name, module).
+        granularity: ``"channel"``: one γ and β for each channel, as published. ``"element"``: for each
+            element of a sample at the locked layer, (channels, height, width); the model then takes images
+            of one size only. For batch and instance norms and convolutions; needs `example_inputs`.
         activation: act in γ = act(W k + b), β likewise. As published: ``"relu"`` or ``"sigmoid"``.
+            ``"tanh"``: signed, in (−1, 1).
         initialization: Of the lock layers, ``"unit"`` or ``"published"``; see `LockLayer`.
-        chained: γ and β of one lock are the k of the next, as published; False: every lock from the key.
+        chained: γ and β of one lock are the k of the next, as published; False: every lock from the key, as
+            several locks per element must be.
         share_statistics: Send the norms' running statistics too. They give away mean and variance of the
             batch; by default they are private.
+        private: Names of further modules whose parameters and buffers stay with the client, which draws its
+            own start for them. ``"head"`` also means the last linear layer, ``"stem"`` the first convolution
+            or linear layer.
         example_inputs: A tensor, tuple or dict of arguments. If given, the model is run once (a copy, in
             eval mode) and execution order replaces `named_modules()` order.
 
@@ -263,15 +312,19 @@ def lock(
     ['0.0.bias', '0.0.weight', '2.bias', '2.weight']
     """
     key = Key.generate() if key is None else key
-    options = _Options(
-        layers=_planned(model, key, layers, example_inputs),
+    options = _planned(
+        model,
+        key,
+        layers=layers,
+        granularity=granularity,
         activation=activation,
         initialization=initialization,
         chained=chained,
         share_statistics=share_statistics,
-        key_length=key.length,
+        private=private,
+        example_inputs=example_inputs,
     )
-    return _install(copy.deepcopy(model), key=key, options=options)
+    return _new(copy.deepcopy(model), key=key, options=options)
 
 
 def load_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> Lock:
@@ -295,13 +348,13 @@ def load_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
         f"Load it into a {type(model).__name__} built exactly as when it was saved."
     )
     try:
-        options = _Options(**{**meta["options"], "layers": tuple(meta["options"]["layers"])})
+        options = LockOptions.from_file(meta["options"])
     except (KeyError, TypeError, LockError) as error:
         raise KeyFileError(f"{path}: unknown options; written by another version of fedkl?") from error
     private = _part(tensors, "private/")
     try:
-        targets.plan(model, layers=options.layers, order=dict(model.named_modules()))
-        loaded = _install(copy.deepcopy(model), key=key, options=options)
+        plain = copy.deepcopy(model)
+        loaded = _install(plain, key=key, options=options, chosen=options.targets(plain))
         if loaded._structure() != meta.get("structure"):
             raise foreign
         loaded.load_private_state(private)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fedkl.errors import SecretError
 from fedkl.keys import Key, secure_normal, secure_uniform
 
-Activation = Literal["softplus", "relu", "sigmoid", "identity"]
+Activation = Literal["softplus", "relu", "sigmoid", "tanh", "identity"]
 Initialization = Literal["unit", "published"]
 Role = Literal["scale", "shift"]
 
@@ -23,14 +23,17 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "softplus": F.softplus,
     "relu": F.relu,
     "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
     "identity": lambda pre_activation: pre_activation,
 }
 
-# The bias at which the activation gives γ = 1 (sigmoid: 0.5), the usual start of an affine norm.
+# The bias at which the activation gives γ = 1, the usual start of an affine norm. Two cannot: sigmoid starts
+# at 0.5, and tanh around 0, so that the signs of γ are random.
 _SCALE_BIAS: dict[Activation, float] = {
     "softplus": math.log(math.e - 1),
     "relu": 1.0,
     "sigmoid": 0.0,
+    "tanh": 0.0,
     "identity": 1.0,
 }
 
@@ -179,7 +182,8 @@ class LockLayer(nn.Module):
         role: Whether the scale or the shift is generated; decides the initial bias.
         activation: The function act.
         initialization: ``"unit"``: rows of W scaled so that W k has unit variance over keys, b such that
-            act(b) is 1 for γ where the activation can reach it, 0 for β. ``"published"``: PyTorch's default
+            act(b) is 1 for γ where the activation can reach it; b = 0 elsewhere, as under tanh, whose γ get
+            random signs, and for β. ``"published"``: PyTorch's default
             for a linear layer, U(±1/√length) for both.
 
     Source:

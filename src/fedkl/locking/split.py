@@ -40,7 +40,7 @@ class Split:
         return {name: parameter for name, parameter in named if id(parameter) not in private}
 
     def private_parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable tensors that stay: the lock layers. `model.parameters()` contains them too."""
+        """Trainable tensors that stay: lock layers, private layers. `model.parameters()` has them too."""
         private = dict(withheld(self._model))
         return {name: tensor for name, tensor in private.items() if isinstance(tensor, nn.Parameter)}
 

@@ -12,28 +12,48 @@ from torch.nn.utils import parametrize
 
 from fedkl.errors import warn
 from fedkl.keys import Key
-from fedkl.locking import norms
+from fedkl.locking import elements, norms
 from fedkl.locking.layers import Activation, Chain, Initialization, LockLayer, Role, remembering
 from fedkl.locking.targets import Target
 from fedkl.locking.withholding import withhold, withhold_statistics
 
 
 def insert_norms(targets: Sequence[Target]) -> list[nn.Module]:
-    """Gives every target a norm, and returns the norms in order. Names of existing tensors stay."""
+    """Gives every target a norm, and returns in order the modules with a γ and a β to generate.
+
+    Names of existing tensors stay, but for those of norms that get a γ and a β per element.
+    """
     result = []
     for target in targets:
-        if target.inserts:
-            target.module.add_module(norms.INSERTED_NAME, norms.inserted_norm(target.module))
-            target.module.register_forward_hook(_normalize_output)
-            result.append(target.module.get_submodule(norms.INSERTED_NAME))
-        else:
-            result.append(target.module)
+        norm = _inserted(target) if target.inserts else target.module
+        if target.shape is not None:
+            norm = elements.attach(norm, target.shape, like=target.module.weight)  # type: ignore[arg-type]
+        result.append(norm)
     return result
+
+
+def _inserted(target: Target) -> nn.Module:
+    layer = target.module
+    if target.before and isinstance(layer, nn.Linear):
+        norm = norms.fitted(nn.LayerNorm(layer.in_features), layer)
+        layer.register_forward_pre_hook(_normalize_input, with_kwargs=True)
+    else:
+        norm = norms.inserted_norm(layer, affine=target.shape is None)
+        layer.register_forward_hook(_normalize_output)
+    layer.add_module(target.inserted_name, norm)
+    return norm
 
 
 def _normalize_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     normalized: Tensor = module.get_submodule(norms.INSERTED_NAME)(output)
     return normalized
+
+
+def _normalize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    norm = module.get_submodule(norms.INPUT_NAME)
+    if args:
+        return (norm(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": norm(kwargs["input"])}
 
 
 def install(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,26 +17,46 @@ from fedkl.errors import LockError, gathered, warn
 from fedkl.locking import norms
 from fedkl.locking.functional import functional_norm_problems
 
-Layers = Literal["first", "all"] | Sequence[str] | Callable[[str, nn.Module], bool]
+Layers = Literal["first", "all", "classifier"] | Sequence[str] | Callable[[str, nn.Module], bool]
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One layer to lock: a norm, or a convolution or linear layer after which a norm is inserted."""
+    """One layer to lock: a norm, or a convolution or linear layer after which a norm is inserted.
+
+    Attributes:
+        name: Qualified name of the layer.
+        module: The layer.
+        before: Whether a norm goes in front of the layer instead.
+        shape: Of one sample there, where γ and β are per element.
+    """
 
     name: str
     module: nn.Module
+    before: bool = False
+    shape: tuple[int, ...] | None = None
 
     @property
     def inserts(self) -> bool:
         """Whether the layer has no norm of its own."""
-        return not norms.is_affine_norm(self.module)
+        return self.before or not norms.is_affine_norm(self.module)
+
+    @property
+    def inserted_name(self) -> str:
+        """Name that an inserted norm has in the layer."""
+        return norms.INPUT_NAME if self.before else norms.INSERTED_NAME
 
     @property
     def norm_name(self) -> str:
-        """Qualified name of the norm once the layer is locked."""
-        return f"{self.name}.{norms.INSERTED_NAME}".lstrip(".") if self.inserts else self.name
+        """Qualified name, once the layer is locked, of the module whose scale and shift are generated."""
+        inserted = self.inserted_name if self.inserts else ""
+        elements = "" if self.shape is None else norms.ELEMENTS_NAME
+        return ".".join(filter(None, (self.name, inserted, elements)))
+
+    def of_shape(self, shape: tuple[int, ...]) -> Target:
+        """The same with γ and β per element of such a sample."""
+        return replace(self, shape=shape)
 
 
 def modules_in_order(model: nn.Module, *, example_inputs: ExampleInputs | None) -> dict[str, nn.Module]:
@@ -52,21 +72,23 @@ def modules_in_order(model: nn.Module, *, example_inputs: ExampleInputs | None) 
     return _execution_order(model, example_inputs)
 
 
-def plan(model: nn.Module, *, layers: Layers, order: dict[str, nn.Module]) -> list[Target]:
+def plan(
+    model: nn.Module, *, layers: Layers, order: dict[str, nn.Module], problems: Sequence[str] = ()
+) -> list[Target]:
     """Chooses the layers to lock, in the order of a chain, and checks that all of them can be.
 
     Args:
         model: The plain model; not changed.
         layers: See `fedkl.lock`.
         order: The modules to choose from, see `modules_in_order`.
+        problems: What is wrong already, to be told with the rest.
 
     Raises:
         LockError: With every problem found.
     """
-    problems = _valueless_problems(model)
     targets, choice_problems = _choose(model, order, layers)
-    problems += choice_problems
-    if isinstance(layers, str):
+    problems = [*problems, *_valueless_problems(model), *choice_problems]
+    if layers in ("first", "all"):
         problems += functional_norm_problems(model)
     if not targets and not problems:
         problems.append(
@@ -81,7 +103,7 @@ def plan(model: nn.Module, *, layers: Layers, order: dict[str, nn.Module]) -> li
 
 
 _REMEDY = (
-    'Choose layers="first", "all", a list of names from model.named_modules(), or a predicate '
+    'Choose layers="first", "all", "classifier", a list of names from model.named_modules(), or a predicate '
     "(name, module) -> bool; make other norm types lockable with fedkl.register_norm(type)."
 )
 
@@ -93,9 +115,12 @@ def _choose(model: nn.Module, order: dict[str, nn.Module], layers: Layers) -> tu
     if callable(layers):
         chosen = {name: module for name, module in lockable.items() if layers(name, module)}
         problems = [] if chosen else ["the predicate matched none of " + _listing(lockable)]
+    elif layers == "classifier":
+        return _classifier(order)
     elif isinstance(layers, str):
         if layers not in ("first", "all"):
-            return [], [f"layers={layers!r} is neither 'first' nor 'all' (a single name goes in a list)"]
+            known = "'first', 'all' nor 'classifier'"
+            return [], [f"layers={layers!r} is neither {known} (a single name goes in a list)"]
         candidates = affine or list(plain)[:-1]  # never the head
         names = [name for name in candidates if name in lockable]
         chosen = {name: order[name] for name in names[: 1 if layers == "first" else None]}
@@ -103,6 +128,17 @@ def _choose(model: nn.Module, order: dict[str, nn.Module], layers: Layers) -> tu
     else:
         chosen, problems = _by_name(model, order, lockable, list(layers))
     return [Target(name=name, module=module) for name, module in chosen.items()], problems
+
+
+def _classifier(order: dict[str, nn.Module]) -> tuple[list[Target], list[str]]:
+    linear = [name for name, m in order.items() if parametrize.type_before_parametrizations(m) is nn.Linear]
+    if not linear:
+        return [], ["layers='classifier' locks the input of the last nn.Linear, and there is none"]
+    name = linear[-1]
+    module: Any = order[name]
+    if module.in_features == 1:
+        return [], [f"'{name}' (Linear) has one input, which a norm in front of it would make constant"]
+    return [Target(name=name, module=module, before=True)], []
 
 
 def _by_name(
@@ -151,8 +187,8 @@ def _valueless_problems(model: nn.Module) -> list[str]:
 
 def _target_problems(model: nn.Module, target: Target) -> list[str]:
     name, module = target.name, target.module
-    if target.inserts and hasattr(module, norms.INSERTED_NAME):
-        return [f"'{name}' already has an attribute '{norms.INSERTED_NAME}'; rename it"]
+    if target.inserts and hasattr(module, target.inserted_name):
+        return [f"'{name}' already has an attribute '{target.inserted_name}'; rename it"]
     tensor_names = ("weight", None) if target.inserts else norms.generated_names(module)
     problems = []
     for tensor_name in filter(None, tensor_names):
@@ -178,25 +214,40 @@ def _tied_problems(model: nn.Module, full_name: str, tensor: Tensor, owner: nn.M
 
 def _execution_order(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, nn.Module]:
     called: dict[str, None] = {}
-    probe = copy.deepcopy(model).eval()
+    probe = copy.deepcopy(model)
     for name, module in probe.named_modules():
         module.register_forward_pre_hook(lambda m, args, name=name: called.setdefault(name))
+    run(probe, example_inputs)
+    modules = dict(model.named_modules())
+    return {name: modules[name] for name in called}
+
+
+def run(probe: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Calls a copy of the model once, in eval mode, for what its hooks see."""
+    probe.eval()
     with torch.no_grad():
         if isinstance(example_inputs, Mapping):
             probe(**example_inputs)
         else:
             probe(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
-    modules = dict(model.named_modules())
-    return {name: modules[name] for name in called}
 
 
-def warn_about_open_layers(order: dict[str, nn.Module], targets: Sequence[Target]) -> None:
-    """Warns when more than one parametric layer comes before the first lock."""
+def warn_about_open_layers(
+    order: dict[str, nn.Module], targets: Sequence[Target], *, private: Iterable[nn.Module] = ()
+) -> None:
+    """Warns when more than one parametric layer comes before the first lock, unless that was asked for.
+
+    Args:
+        order: The modules in order.
+        targets: What is locked.
+        private: Modules that are not sent.
+    """
+    kept = {id(part) for module in private for part in module.modules()}
     before = []
     for name, module in order.items():
-        if module is targets[0].module:
+        if module is targets[0].module or targets[0].before:
             break
-        if any(True for _ in module.parameters(recurse=False)):
+        if id(module) not in kept and any(True for _ in module.parameters(recurse=False)):
             before.append(name or "the model itself")
     # The one layer that feeds the first lock is what the lock is there for.
     if len(before) > 1:

@@ -138,6 +138,9 @@ def _defense(defense: AnyDefense) -> str:
     like = defense.like if isinstance(defense, PublicNorm | PrivateNorm) else defense
     layers = like.layers if isinstance(like.layers, str) else ", ".join(like.layers)
     detail = f"layers {layers}"
+    if isinstance(like, KeyLock):
+        detail += ", per element" if like.granularity == "element" else ""
+        detail += f", private {', '.join(like.private)}" if like.private else ""
     if isinstance(defense, KeyLock):
         detail += f", {defense.key_distribution} key, {defense.activation}"
     return f"{defense.type} ({detail})"

@@ -13,10 +13,15 @@ ARRANGEMENTS: Mapping[str, KeyLock | PrivateLayers] = {
     "all": replace(PUBLISHED_LOCK, layers="all"),
     "first-default": KeyLock(),
     "all-default": KeyLock(layers="all"),
+    "element": KeyLock(granularity="element"),
+    "signed": KeyLock(granularity="element", activation="tanh"),
+    "classifier": KeyLock(layers="classifier"),
+    "sandwich": KeyLock(granularity="element", activation="tanh", private=("head",)),
     "private-head": PrivateLayers(layers="head"),
     "private-stem": PrivateLayers(layers="stem"),
 }
-"""By name: the published lock and ours, in the first layer and in all, and whole layers without a lock."""
+"""By name: the published lock and ours, in the first layer and in all; ours per element, with signs, in front
+of the classifier, and with signs and a private classifier; whole layers without a lock."""
 
 CONTROL = "no-norm"
 """The plain network: on it a rung must succeed before it says anything about private layers."""
