@@ -18,7 +18,7 @@ from fedkl.errors import LockError
 STATISTICS = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 AFFINE = {"1.weight", "1.bias"}
 HEAD = {"4.weight", "4.bias"}
-PER_ELEMENT = {"1.affine.weight", "1.affine.bias"}
+PER_ELEMENT = {"1.elementwise.weight", "1.elementwise.bias"}
 ELEMENT = KeyLock(granularity="element", input_shape=(3, 8, 8), key_length=16)
 SANDWICH = replace(ELEMENT, activation="tanh", private=("head",))
 VARIANTS = [ELEMENT, SANDWICH, KeyLock(layers="classifier"), KeyLock(private=("head", "stem"))]

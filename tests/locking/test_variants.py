@@ -193,7 +193,7 @@ def test_every_element_has_a_scale_and_a_shift(kind):
     k = lock.key.reveal()
     gamma, beta = (
         F.softplus(part.original0 @ k + part.original1).view(elements)
-        for part in (inner.affine.parametrizations.weight, inner.affine.parametrizations.bias)
+        for part in (inner.elementwise.parametrizations.weight, inner.elementwise.parametrizations.bias)
     )
     h = F.instance_norm if kind.startswith("Instance") else F.batch_norm
     arguments = {"use_input_stats": True} if kind.startswith("Instance") else {"training": True}
@@ -204,14 +204,14 @@ def test_every_element_has_a_scale_and_a_shift(kind):
 
 def test_the_structure_of_a_baked_lock_per_element():
     lock = locked(**ELEMENT)
-    assert lock.layers == ("c1.norm.affine",)
+    assert lock.layers == ("c1.norm.elementwise",)
     norm = lock.bake().c1.norm
     assert type(norm) is nn.BatchNorm2d
-    assert type(norm.affine) is ElementwiseAffine
+    assert type(norm.elementwise) is ElementwiseAffine
     assert norm.weight is None
     assert norm.bias is None
-    assert norm.affine.weight.shape == norm.affine.bias.shape == (12, 8, 8)
-    assert lock.bake().get_parameter("c1.norm.affine.weight") is not None
+    assert norm.elementwise.weight.shape == norm.elementwise.bias.shape == (12, 8, 8)
+    assert lock.bake().get_parameter("c1.norm.elementwise.weight") is not None
     assert "ElementwiseAffine" in repr(norm)
     norm.reset_parameters()  # PyTorch's own, which looks at the flag that the submodule stands for
     assert lock.private_state().keys() >= {"c1.norm.running_mean", "c1.norm.num_batches_tracked"}
@@ -312,7 +312,7 @@ def test_models_without_a_classifier_to_lock():
 
 def test_tanh_gives_both_signs():
     lock = locked(**VARIANTS["element-tanh"])
-    affine = lock.model.c1.norm.affine
+    affine = lock.model.c1.norm.elementwise
     for tensor in (affine.weight.detach(), affine.bias.detach()):
         assert -1 < tensor.min() < -0.5
         assert 0.5 < tensor.max() < 1

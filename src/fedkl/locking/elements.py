@@ -114,9 +114,8 @@ def attach(norm: nn.Module, shape: Sequence[int], *, like: Tensor) -> norms.Elem
     affine = norms.ElementwiseAffine(shape).to(device=like.device, dtype=like.dtype).train(norm.training)
     norm.register_parameter("weight", None)
     norm.register_parameter("bias", None)
-    del norm.affine  # PyTorch's own flag stands where the submodule goes, and its repr looks for it there
+    norm.affine = False  # type: ignore[assignment]  # PyTorch's flag for a scale and shift of its own
     norm.add_module(norms.ELEMENTS_NAME, affine)
-    norm.__dict__[norms.ELEMENTS_NAME] = affine
     norm.register_forward_hook(_scale_elements)
     return affine
 

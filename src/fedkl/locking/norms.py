@@ -65,10 +65,6 @@ class ElementwiseAffine(nn.Module):
         """Structure only, no values."""
         return f"{self.shape}"
 
-    def __bool__(self) -> bool:
-        """False, as the flag `affine` of a norm without scale and shift of its own, whose place it takes."""
-        return False
-
 
 # Of every batch and instance norm, registered or not.
 _BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -90,7 +86,7 @@ _NORMS: dict[type[nn.Module], NormTensors] = {
 
 INSERTED_NAME = "norm"
 INPUT_NAME = "input_norm"
-ELEMENTS_NAME = "affine"
+ELEMENTS_NAME = "elementwise"
 
 # Exact types: in a subclass, x̂ may not be what its output is without a scale and a shift.
 _PER_ELEMENT = (
