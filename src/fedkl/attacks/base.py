@@ -128,6 +128,9 @@ class Observation:
         transform: What a defense does publicly to an update (e.g. clipping): the attack does the same to its
             own gradients. Works on tensors by name, under `torch.func.vmap`.
         auxiliary: Data of the server's own, if granted.
+        statistics: Mean and biased variance of the client's batch per channel, by a norm's qualified name:
+            what uploaded running statistics give away. Empty where they are private, in eval mode (they do
+            not change), and after several local steps (they mix).
     """
 
     model: nn.Module = field(repr=False)
@@ -143,6 +146,7 @@ class Observation:
     free: tuple[str, ...] = ()
     transform: Transform | None = field(default=None, repr=False)
     auxiliary: Auxiliary | None = field(default=None, repr=False)
+    statistics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         known = dict(self.model.named_parameters()) | dict(self.secrets)
@@ -161,6 +165,10 @@ class Observation:
             problems.append("every observed gradient is zero")
         if self.labels is not None and tuple(self.labels.shape) != (self.batch_size,):
             problems.append(f"labels have shape {tuple(self.labels.shape)}, expected ({self.batch_size},)")
+        modules = {name for name, _ in self.model.named_modules()}
+        problems += [
+            f"'{n}' has statistics, but is no norm of the model" for n in self.statistics if n not in modules
+        ]
         problems += self._problems_of_secrets(set(known))
         if problems:
             remedy = "Observe a gradient of this model, by parameter name."
@@ -206,6 +214,7 @@ class Observation:
             self.free,
             self.transform,
             self.auxiliary is None,
+            tuple(sorted(self.statistics)),
         )
 
     def own_data(self, attack: str, *, least: int) -> Auxiliary:
