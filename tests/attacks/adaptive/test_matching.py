@@ -91,7 +91,7 @@ def test_terms_vanish_at_the_truth_only(observed, term):
 
 def test_statistics_pin_the_scale(observed):
     seen, _, _ = observed(KeyLock(share_statistics=True))
-    attack = AdaptiveMatching(**QUICK)
+    attack = AdaptiveMatching(**QUICK, statistics=0.1)
     assert attack.reconstruct(seen, generator=seeded()).scaling == "clip"
     private = replace(seen, statistics={})
     assert attack.reconstruct(private, generator=seeded()).scaling == "prior"

@@ -14,11 +14,15 @@ from fedkl.attacks.adaptive import read_structure
 from fedkl.config import PUBLISHED_LOCK
 from fedkl.defenses import PrivateLayers
 from fedkl.defenses.base import plain_copy
+from tests.attacks.adaptive.conftest import Small
 
 ALL = replace(PUBLISHED_LOCK, layers="all")
 
 
 def network(name):
+    if name == "lenet":
+        torch.manual_seed(0)
+        return Small()
     return models.build_model(name, channels=3, classes=10, seed=0, initialization="default")
 
 

@@ -43,15 +43,15 @@ class AdaptiveMatching(InvertingGradients):
         above_first: Share of the iterations in which only layers behind the last private γ count.
 
     Source:
-        The statistics term: Yin et al. 2021 (GradInversion), section 3.3, here divided by σ*. What γ's support and
-        the head's input add is this package's own.
+        The statistics term: Yin et al. 2021 (GradInversion), section 3.3, here divided by σ*. What γ's
+        support and the head's input add is this package's own.
     """
 
     type: Literal["adaptive-matching"] = "adaptive-matching"  # type: ignore[assignment]
     weighting: Weighting = "sqrt"
     support: bool = True
     features: float = 0.1
-    statistics: float = 0.1
+    statistics: float = 0.0
     above_first: float = 0.0
 
     def __post_init__(self) -> None:
