@@ -42,6 +42,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--initialization", choices=("default", "uniform"), default="default")
     parser.add_argument("--layers", choices=("first", "all"), default="first")
     parser.add_argument("--lock", choices=sorted(LOCKS), default="published")
+    parser.add_argument("--share-statistics", action="store_true", help="the lock sends norm statistics")
     parser.add_argument("--lock-bound", type=float, help="draw the lock layers anew, from U(−bound, bound)")
     parser.add_argument("--arms", nargs="+", choices=("no-norm", "private-norm", "lock"), default=["lock"])
     parser.add_argument("--chroma", type=float, default=ClosedForm().chroma)
@@ -141,7 +142,7 @@ def main() -> None:
     args = options()
     torch.set_num_threads(1)
     dataset = data.load(args.dataset)
-    lock = replace(LOCKS[args.lock], layers=args.layers)
+    lock = replace(LOCKS[args.lock], layers=args.layers, share_statistics=args.share_statistics)
     arms = {"no-norm": NoDefense(), "private-norm": PrivateNorm(like=lock), "lock": lock}
     columns = ["arm", "γ error", "β error", "correlation", "SSIM", "PSNR", "PSNR aligned"]
     columns += ["identified", "label", "live", "saturated", "s"]

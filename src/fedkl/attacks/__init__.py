@@ -15,7 +15,7 @@ with a frozen dataclass, added to the union `AnyAttack`.
     adaptive/      attackers who know how the defense works
 """
 
-from fedkl.attacks.adaptive import ClosedForm, LearnedInversion, PriorOnly
+from fedkl.attacks.adaptive import AdaptiveMatching, ClosedForm, LearnedInversion, PriorOnly
 from fedkl.attacks.base import Attack, Auxiliary, Knowledge, LocalSteps, Observation, Reconstruction
 from fedkl.attacks.dlg import DLG
 from fedkl.attacks.ggl import GGL
@@ -24,13 +24,24 @@ from fedkl.attacks.idlg import IDLG
 from fedkl.attacks.inverting import InvertingGradients
 from fedkl.attacks.labels import infer_label, infer_labels, known_labels
 
-AnyAttack = DLG | IDLG | GGL | InvertingGradients | GRNN | ClosedForm | LearnedInversion | PriorOnly
+AnyAttack = (
+    DLG
+    | IDLG
+    | GGL
+    | InvertingGradients
+    | AdaptiveMatching
+    | GRNN
+    | ClosedForm
+    | LearnedInversion
+    | PriorOnly
+)
 
 __all__ = [
     "DLG",
     "GGL",
     "GRNN",
     "IDLG",
+    "AdaptiveMatching",
     "AnyAttack",
     "Attack",
     "Auxiliary",

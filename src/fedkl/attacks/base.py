@@ -132,6 +132,9 @@ class Observation:
             where every update is of another client, or it is not known.
         cohort: The gradient is the mean over so many clients, with secrets of their own, that share the batch
             evenly, in its order: what secure aggregation shows.
+        statistics: Mean and biased variance of the client's batch per channel, by a norm's qualified name:
+            what uploaded running statistics give away. Empty where they are private, in eval mode (they do
+            not change), and after several local steps or of a cohort (they mix).
     """
 
     model: nn.Module = field(repr=False)
@@ -149,6 +152,7 @@ class Observation:
     auxiliary: Auxiliary | None = field(default=None, repr=False)
     client: int | None = None
     cohort: int = 1
+    statistics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         known = dict(self.model.named_parameters()) | dict(self.secrets)
@@ -169,6 +173,10 @@ class Observation:
             problems.append(f"labels have shape {tuple(self.labels.shape)}, expected ({self.batch_size},)")
         if self.cohort < 1 or self.batch_size % self.cohort:
             problems.append(f"{self.cohort} clients cannot share {self.batch_size} images evenly")
+        modules = {name for name, _ in self.model.named_modules()}
+        problems += [
+            f"'{n}' has statistics, but is no norm of the model" for n in self.statistics if n not in modules
+        ]
         problems += self._problems_of_secrets(set(known))
         if problems:
             remedy = "Observe a gradient of this model, by parameter name."
@@ -215,6 +223,7 @@ class Observation:
             self.free,
             self.transform,
             self.auxiliary is None,
+            tuple(sorted(self.statistics)),
         )
 
     def own_data(self, attack: str, *, least: int) -> Auxiliary:

@@ -16,13 +16,14 @@ from fedkl.attacks.descent import Incumbents, best_of_restarts
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.objectives import GradientMatching, Weighting
 from fedkl.attacks.parallel import Progress
-from fedkl.attacks.priors import total_variation, weighted
+from fedkl.attacks.priors import Prior, total_variation, weighted
 from fedkl.errors import ConfigError
-from fedkl.types import ImageBatch
+from fedkl.metrics import Scaling
+from fedkl.types import ImageBatch, Labels
 
 # The original works on standardized pixels, (x − mean) / std. Natural images have a mean near 0.5 and, per
 # channel, an std near 0.25: its unit is a quarter of ours.
-_MEAN, _STD = 0.5, 0.25
+MEAN, STD = 0.5, 0.25
 _MILESTONES = (3 / 8, 5 / 8, 7 / 8)
 
 
@@ -91,31 +92,40 @@ class InvertingGradients(Attack):
     ) -> list[Reconstruction]:
         repeated = [o for o in observations for _ in range(self.restarts)]
         labels = [y for y in known_labels(observations) for _ in range(self.restarts)]
-        matching = GradientMatching(
-            repeated,
-            labels=labels,
-            distance="cosine",
-            weighting=self.weighting,
-            largest=self.largest,
-            prior=weighted(total_variation, self.tv / _STD),
-            dtype=torch.float32,
-        )
+        matching = self._matching(repeated, labels)
         starts = matching.starts([g for g in generators for _ in range(self.restarts)])
         return best_of_restarts(
             matching,
             self._descend(matching, starts, on_evaluation),
             labels,
             restarts=self.restarts,
-            scaling=observations[0].scaling,
+            scaling=self._scaling(observations[0]),
             evaluations=self.iterations,
         )
 
+    def _matching(self, observations: list[Observation], labels: list[Labels]) -> GradientMatching:
+        return GradientMatching(
+            observations,
+            labels=labels,
+            distance="cosine",
+            weighting=self.weighting,
+            largest=self.largest,
+            prior=self._prior(),
+            dtype=torch.float32,
+        )
+
+    def _prior(self) -> Prior | None:
+        return weighted(total_variation, self.tv / STD)
+
+    def _scaling(self, observation: Observation) -> Scaling:
+        return observation.scaling
+
     def _descend(self, matching: GradientMatching, starts: Tensor, on_evaluation: Progress) -> Incumbents:
         pixels = torch.Size(matching.shape).numel()
-        images = (_MEAN + _STD * starts[:, :pixels]).clamp(0, 1)
+        images = (MEAN + STD * starts[:, :pixels]).clamp(0, 1)
         free = starts[:, pixels:].clone()
         optimizer = torch.optim.Adam(
-            [{"params": [images], "lr": self.lr * _STD}, {"params": [free], "lr": self.lr_free}]
+            [{"params": [images], "lr": self.lr * STD}, {"params": [free], "lr": self.lr_free}]
         )
         milestones = [int(self.iterations * part) for part in _MILESTONES]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)

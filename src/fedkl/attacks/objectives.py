@@ -79,6 +79,7 @@ class GradientMatching:
         self._weights = _weights(self._observed, _EXPONENT[weighting], largest)
         if distance == "relative":
             self._weights = _normalized(self._weights, self._observed)
+        self._aside: _Tensors = {}  # of each problem, for the terms of subclasses
         self._labels = None if labels is None else torch.stack(list(labels)).to(self.device)
 
     @property
@@ -109,14 +110,14 @@ class GradientMatching:
 
     def __call__(self, points: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Values and gradients at points, for the problems of these indexes; a problem may come twice."""
-        known, buffers, observed, weights = (
+        known, buffers, observed, weights, aside = (
             {name: tensor[index] for name, tensor in tensors.items()}
-            for tensors in (self._known, self._buffers, self._observed, self._weights)
+            for tensors in (self._known, self._buffers, self._observed, self._weights, self._aside)
         )
         # Where the point's own logits serve, a placeholder.
         targets = points.new_zeros(len(points)) if self._labels is None else self._labels[index]
         gradients, values = vmap(grad_and_value(self._value))(
-            points, known, buffers, observed, weights, targets
+            points, known, buffers, observed, weights, aside, targets
         )
         return values.detach(), gradients.detach()
 
@@ -133,6 +134,7 @@ class GradientMatching:
         buffers: _Tensors,
         observed: _Tensors,
         weights: _Tensors,
+        aside: _Tensors,
         target: Tensor,
     ) -> Tensor:
         pixels, logits, *free = torch.split(point, list(self._lengths()))
@@ -146,7 +148,13 @@ class GradientMatching:
         if self._first.transform is not None:
             dummy = dict(self._first.transform(dummy))
         value = self._distance(dummy, observed, weights)
+        if aside:
+            value = value + self._forward_terms(images, tensors, buffers, aside)
         return value if self._prior is None else value + self._prior(images)
+
+    def _forward_terms(self, images: Tensor, tensors: _Tensors, buffers: _Tensors, aside: _Tensors) -> Tensor:
+        """What a subclass that fills `_aside` adds to the distance, from the way forward."""
+        raise NotImplementedError
 
     def _update(self, images: Tensor, target: Tensor, tensors: _Tensors, buffers: _Tensors) -> _Tensors:
         """What a client with these images sends: the sum of its steps' gradients, of what is observed."""

@@ -7,7 +7,15 @@ grid.py       every trial in every arm
 
 from fedkl.auditing.arms import MAIN_ARMS, Arm, standard_arms
 from fedkl.auditing.grid import CANDIDATES, TrialResult, attack_arms
-from fedkl.auditing.observing import SimulatedClients, Trial, full_gradient, local_update, observe, trials_of
+from fedkl.auditing.observing import (
+    SimulatedClients,
+    Trial,
+    full_gradient,
+    local_update,
+    observe,
+    sent_statistics,
+    trials_of,
+)
 
 __all__ = [
     "CANDIDATES",
@@ -20,6 +28,7 @@ __all__ = [
     "full_gradient",
     "local_update",
     "observe",
+    "sent_statistics",
     "standard_arms",
     "trials_of",
 ]

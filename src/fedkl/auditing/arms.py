@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedkl.attacks import Knowledge
@@ -95,6 +95,11 @@ def standard_arms(lock: KeyLock | None = None, *, labels: bool = True, auxiliary
         arm("lock-known-affine", "key-lock, γ and β known, not their gradient", affine=True),
         arm("lock-neutral", "key-lock, γ = 1 and β = 0 put in", filled_in="neutral"),
         arm("lock-calibrated", "key-lock, γ and β fitted to auxiliary images", filled_in="calibrated"),
+        arm(
+            "lock-shared-statistics",
+            "key-lock, nothing private known but the norms' running statistics, which are sent",
+            replace(lock, share_statistics=True),
+        ),
         arm("private-head", "no lock, the classifier stays private", PrivateLayers(layers="head")),
         arm("private-stem", "no lock, the first layer stays private", PrivateLayers(layers="stem")),
     )

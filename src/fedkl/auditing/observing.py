@@ -127,6 +127,7 @@ def observe(
         auxiliary=auxiliary,
         client=client,
         cohort=len(cohort),
+        statistics=sent_statistics(victim, trial.images) if single_step else {},
     )
 
 
@@ -259,6 +260,47 @@ class SimulatedClients:
         part = {name: update[name] for name in self.names}
         transform = self.defense.public_transform
         return part if transform is None else transform(part)
+
+
+def sent_statistics(victim: Split, images: ImageBatch) -> dict[str, tuple[Tensor, Tensor]]:
+    """What a server solves for that sees a client's running statistics before and after one train-mode step.
+
+    new = (1 − m) · old + m · batch, with the norm's momentum m. The running variance takes the unbiased one;
+    how many values a channel has, the architecture says. Dividing by m amplifies float32's rounding.
+
+    Args:
+        victim: Not changed. Norms whose statistics are private are left out.
+        images: The client's batch.
+
+    Returns:
+        Mean and biased variance of the batch per channel, by the norm's qualified name.
+    """
+    before, client = victim.public_state(), copy.deepcopy(victim.model).train()
+    norms = {
+        name: norm
+        for name, norm in client.named_modules()
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and f"{name}.running_var" in before
+    }
+    sizes: dict[nn.Module, int] = {}
+    for norm in norms.values():
+        norm.register_forward_pre_hook(
+            lambda norm, args: sizes.update({norm: args[0].numel() // args[0].shape[1]})
+        )
+    if norms:
+        with torch.no_grad():
+            client(images)
+    after = dict(client.named_buffers())
+    found = {}
+    for name, norm in norms.items():
+        if norm not in sizes:  # it was not called
+            continue
+        share = norm.momentum or 1 / float(after[f"{name}.num_batches_tracked"])
+        mean, variance = (
+            (after[tensor] - (1 - share) * before[tensor]) / share
+            for tensor in (f"{name}.running_mean", f"{name}.running_var")
+        )
+        found[name] = (mean, (variance * (1 - 1 / sizes[norm])).clamp_min(0))
+    return found
 
 
 def local_update(

@@ -179,7 +179,7 @@ def all_arms() -> tuple[str, ...]:
 
 def grid_arms() -> tuple[str, ...]:
     """The arms of the paper's threat-model grid, and those that need no data of the server's own."""
-    others = ("lock-calibrated", "private-head", "private-stem")
+    others = ("lock-calibrated", "lock-shared-statistics", "private-head", "private-stem")
     return tuple(name for name in all_arms() if name not in others)
 
 

@@ -10,20 +10,27 @@ activations.py  those that can be inverted
 prior.py        smoothness
 rank.py         equations against unknowns, beforehand
 learned.py      an inversion learned from simulated clients; kernels.py: the regression behind it
+structure.py    label, head input and dead channels, without any optimization
+matching.py     gradient matching that uses them, and sent norm statistics
 floor.py        the floor: a guess from the label alone
 """
 
 from fedkl.attacks.adaptive.closed_form import ClosedForm, ClosedFormReconstruction, PassedLayer
 from fedkl.attacks.adaptive.floor import PriorOnly
 from fedkl.attacks.adaptive.learned import LearnedInversion
+from fedkl.attacks.adaptive.matching import AdaptiveMatching
 from fedkl.attacks.adaptive.rank import Passage, passable_layers
+from fedkl.attacks.adaptive.structure import Structure, read_structure
 
 __all__ = [
+    "AdaptiveMatching",
     "ClosedForm",
     "ClosedFormReconstruction",
     "LearnedInversion",
     "Passage",
     "PassedLayer",
     "PriorOnly",
+    "Structure",
     "passable_layers",
+    "read_structure",
 ]

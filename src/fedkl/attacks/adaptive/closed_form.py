@@ -13,13 +13,14 @@ The attack goes down a chain of convolutions with one-to-one activations, from t
 4. The convolution before that norm: the same equations with σ and μ per channel as further unknowns, now
    homogeneous, so that h′ comes out up to one factor. For the image the factor is fixed by the prior that
    pixels fill [0, 1]. For features it is that which makes the next block's equations fit best: a search in
-   one dimension (`descent.py`).
+   one dimension (`descent.py`). Where running statistics are sent, σ and μ are known: no factor is lost.
 
 Values near the bounds of a saturated activation are lost in float32. Every equation is weighted by the error
 that float32 leaves of it, carried down from layer to layer, and positions without information are left out.
 
 Values of γ and β in `Observation.model` are never read: where they are private they are the server's own
-guess, and where they are public the attack does without. Nor are running statistics.
+guess, and where they are public the attack does without. Nor are its running statistics: those of the one
+image come from `Observation.statistics`.
 """
 
 from __future__ import annotations
@@ -165,7 +166,13 @@ class ClosedForm(Attack):
         chain = read_chain(
             observation.model, image_shape=observation.image_shape, train_mode=observation.train_mode
         )
-        descent = Descent(chain, observation.gradient, smoothness=self.smoothness, chroma=self.chroma)
+        descent = Descent(
+            chain,
+            observation.gradient,
+            smoothness=self.smoothness,
+            chroma=self.chroma,
+            statistics=observation.statistics,
+        )
         try:
             passed = descent.run(generator)
             image = descent.image(passed[-1]).unsqueeze(0).float()
@@ -181,7 +188,7 @@ class ClosedForm(Attack):
         return ClosedFormReconstruction(
             images=image,
             labels=labels,
-            scaling="clip" if chain.blocks[0].norm is None else "prior",
+            scaling="prior" if descent.scale_is_lost(chain.blocks[0]) else "clip",
             loss=(
                 _distance(observation, image, labels, {**gammas, **betas})
                 if descent.sees_head and labels is not None

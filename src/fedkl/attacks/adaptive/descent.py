@@ -81,12 +81,23 @@ class Descent:
         smoothness: 1 / variance of the difference between neighboring pixels, where the unit is a typical
             deviation of the first layer's output.
         chroma: How much less colors differ between neighbors than brightness, as a factor of that.
+        statistics: Mean and biased variance of the inputs of norms, by their names, where they are known.
     """
 
     def __init__(
-        self, chain: Chain, gradient: Mapping[str, Tensor], *, smoothness: float, chroma: float
+        self,
+        chain: Chain,
+        gradient: Mapping[str, Tensor],
+        *,
+        smoothness: float,
+        chroma: float,
+        statistics: Mapping[str, tuple[Tensor, Tensor]],
     ) -> None:
         self.chain = chain
+        self._statistics = {
+            name: (mean.double().cpu(), variance.double().cpu())
+            for name, (mean, variance) in statistics.items()
+        }
         self._gradient = {name: g.detach().double().cpu() for name, g in gradient.items()}
         self._systems: dict[str, ConvolutionSystem] = {}
         self._priors: dict[str, Tensor] = {}
@@ -140,12 +151,16 @@ class Descent:
         block = self.chain.blocks[place]
         if not block.layer.is_convolution:
             return self._pass_linear(block, state)
-        if block.norm is not None and place > 0:
+        if self.scale_is_lost(block) and place > 0:
             return self._searched(place, state)
-        unit = self._pixel_unit if block.norm is not None else _one
+        unit = self._pixel_unit if self.scale_is_lost(block) else _one
         solution, known = self._solve(place, state, unit)
         variance = solution.variance() if place > 0 else torch.zeros_like(solution.input)
         return self._passed(place, solution, known, factor=unit(solution), variance=variance)
+
+    def scale_is_lost(self, block: Block) -> bool:
+        """Whether a norm of unknown statistics follows."""
+        return block.norm is not None and block.norm.name not in self._statistics
 
     def _pass_linear(self, block: Block, state: State) -> Passed:
         """The input of a linear layer from ∂L/∂W = δ hᵀ."""
@@ -195,6 +210,8 @@ class Descent:
     def _misfit(self, place: int, state: State) -> float:
         """How badly a block fits a state at its output. Its σ of the last time serves for ε."""
         unit = self._pixel_unit if place == 0 else _boundless
+        if not self.scale_is_lost(self.chain.blocks[place]):
+            unit = _one
         sigma = self._sigma.get(place)
         try:
             solution, known = self._solve(place, state, unit, passes=1, sigma=sigma, corrected=False)
@@ -227,19 +244,28 @@ class Descent:
                 solution = system.solve(plain.inflated(solution.misfit), prior=self._prior(place), mean=0.5)
             return solution, None
         known = standardized(*values, gradient=gradient)
+        seen = self._statistics.get(block.norm.name)
+        if seen is not None:
+            sigma = seen[1].sqrt()
         if sigma is not None:
             known = known.of_size(sigma, eps=block.norm.eps)
-        solution = system.solve(known.evidence(gradient), prior=self._prior(place))
+        centre = 0.0 if seen is None else 0.5
+
+        def evidence(known: Standardized) -> Evidence:
+            plain = known.evidence(gradient)
+            return plain if seen is None else plain.placed(seen[1].sqrt(), seen[0] - block.layer.bias)
+
+        solution = system.solve(evidence(known), prior=self._prior(place), mean=centre)
         for _ in range(passes - 1):
-            spread = solution.sigma * unit(solution)
+            spread = solution.sigma * unit(solution) if seen is None else seen[1].sqrt()
             refined = known.refined(system.apply(solution.input), spread, eps=block.norm.eps)
             if not refined.differs(known):
                 break
             known = refined
-            solution = system.solve(known.evidence(gradient), prior=self._prior(place))
+            solution = system.solve(evidence(known), prior=self._prior(place), mean=centre)
         if corrected and max(solution.misfit) > _MISFIT:
-            evidence = known.evidence(gradient).inflated(solution.misfit)
-            solution = system.solve(evidence, prior=self._prior(place))
+            inflated = evidence(known).inflated(solution.misfit)
+            solution = system.solve(inflated, prior=self._prior(place), mean=centre)
         return solution, known
 
     def _passed(

@@ -31,6 +31,9 @@ from fedkl.attacks.adaptive.chain import Layer
 FLOAT32 = 1e-7
 """Relative size of float32 rounding, as a standard deviation."""
 
+STATISTICS = 3e-7
+"""Size of the error of a norm's mean and variance, where they are read from running statistics."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evidence:
@@ -59,6 +62,24 @@ class Evidence:
             self,
             variance=self.variance * forward,
             gradient_variance=self.gradient_variance * backward,
+        )
+
+    def placed(self, sigma: Tensor, offset: Tensor) -> Evidence:
+        """The same behind a norm whose σ and μ − b, of shape ``(out,)``, are known: no factor is lost.
+
+        They come from running statistics in float32, divided by the momentum: their errors count.
+        """
+        power = self.gradient.square().mean((1, 2))
+        size = torch.where(sigma > 0, sigma, 1.0)
+        relative = STATISTICS / size.square().clamp_max(1.0)
+        error = (relative.unsqueeze(1) * size.unsqueeze(1) * (1 + self.output.abs())).square()
+        return replace(
+            self,
+            output=size.unsqueeze(1) * self.output + offset.unsqueeze(1),
+            variance=self.variance * size.square().unsqueeze(1) + error,
+            delta=self.delta / size.unsqueeze(1),
+            gradient_variance=self.gradient_variance + relative.square() * power,
+            homogeneous=False,
         )
 
 
