@@ -105,6 +105,7 @@ def observe(
     local, knowledge = local or LocalSteps(), arm.knowledge
     cohort = (victim, *others)
     shares = zip(cohort, trial.images.chunk(len(cohort)), trial.labels.chunk(len(cohort)), strict=True)
+    single_step = train_mode and local.steps == 1 and not others
     gradient = _mean([_seen_of(one, arm, x, y, train_mode=train_mode, local=local) for one, x, y in shares])
     channels, height, width = trial.images.shape[1:]
     view = _completed(victim, arm, model, auxiliary)

@@ -129,8 +129,9 @@ class _Matching(GradientMatching):
         self._factors = {"features": attack.features, "statistics": attack.statistics}
         self._all_weights = self._weights
         self._above = _above(observations[0])
-        if attack.features and all(s.head_input is not None for s in structures):
-            self._aside["features"] = torch.stack([s.head_input for s in structures]).to(self.dtype)
+        inputs = [s.head_input for s in structures if s.head_input is not None]
+        if attack.features and len(inputs) == len(structures):
+            self._aside["features"] = torch.stack(inputs).to(self.dtype)
         if attack.statistics:
             for name in observations[0].statistics:
                 for part in (0, 1):
