@@ -15,7 +15,7 @@ with a frozen dataclass, added to the union `AnyAttack`.
     adaptive/      attackers who know how the defense works
 """
 
-from fedkl.attacks.adaptive import ClosedForm, LearnedInversion, PriorOnly
+from fedkl.attacks.adaptive import ClosedForm, LearnedInversion, MeanMap, PriorOnly, Wiener
 from fedkl.attacks.base import Attack, Auxiliary, Knowledge, LocalSteps, Observation, Reconstruction
 from fedkl.attacks.dlg import DLG
 from fedkl.attacks.ggl import GGL
@@ -24,7 +24,18 @@ from fedkl.attacks.idlg import IDLG
 from fedkl.attacks.inverting import InvertingGradients
 from fedkl.attacks.labels import infer_label, infer_labels, known_labels
 
-AnyAttack = DLG | IDLG | GGL | InvertingGradients | GRNN | ClosedForm | LearnedInversion | PriorOnly
+AnyAttack = (
+    DLG
+    | IDLG
+    | GGL
+    | InvertingGradients
+    | GRNN
+    | ClosedForm
+    | Wiener
+    | MeanMap
+    | LearnedInversion
+    | PriorOnly
+)
 
 __all__ = [
     "DLG",
@@ -39,9 +50,11 @@ __all__ = [
     "Knowledge",
     "LearnedInversion",
     "LocalSteps",
+    "MeanMap",
     "Observation",
     "PriorOnly",
     "Reconstruction",
+    "Wiener",
     "infer_label",
     "infer_labels",
     "known_labels",

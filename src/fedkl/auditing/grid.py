@@ -194,11 +194,13 @@ class _OwnData:
         train_mode, local = self._protocol
         index = self._order[: arm.knowledge.auxiliary]
         device = next(model.parameters()).device
+        clients = SimulatedClients.of(arm, victim, model, train_mode=train_mode, local=local)
         return Auxiliary(
             images=self._dataset.train_images[index].to(device),
             labels=self._dataset.train_labels[index].to(device),
-            simulate=SimulatedClients.of(arm, victim, model, train_mode=train_mode, local=local),
+            simulate=clients,
             seed=rng.generator(self._seed, "learned").initial_seed(),
+            draw=clients.draw,
         )
 
 
