@@ -3,8 +3,8 @@
     python benchmarks/element_locks.py --dataset mnist --locks positive signed signs --trials 20
     python benchmarks/element_locks.py --dataset mnist --locks stem --updates 16 --trials 32
 
-LeNet with default initialization, one network, key and prior per client; the server's images are training
-images, the attacked ones test images. `--report` adds one line per image.
+One LeNet with default initialization, a key per client; the server's images are training images, the
+attacked ones test images. `--report` adds one line per image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fedkl.attacks import (
     Wiener,
 )
 from fedkl.auditing import CANDIDATES, Arm, SimulatedClients, Trial, observe, trials_of
-from fedkl.defenses import Defense, PrivateLayers
+from fedkl.defenses import PrivateLayers
 from fedkl.keys import Key
 from fedkl.locking import Split, withhold, withhold_statistics
 from fedkl.metrics import score
@@ -62,7 +62,7 @@ class Affine(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ElementLock(Defense):
+class ElementLock(PrivateLayers):
     """A private scale and shift per element behind a norm behind LeNet's first convolution.
 
     Attributes:
@@ -70,7 +70,7 @@ class ElementLock(Defense):
         head: Whether the classifier is private too.
     """
 
-    draw: str
+    draw: str = "positive"
     head: bool = False
 
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
@@ -80,7 +80,7 @@ class ElementLock(Defense):
         norm = nn.BatchNorm2d(12, affine=False)
         affine = Affine(*DRAWS[self.draw](torch.randn(12, 16, 16), torch.randn(12, 16, 16)))
         layer.add_module("norm", norm)
-        norm.add_module("affine", affine)
+        setattr(norm, "affine", affine)  # noqa: B010 - a module in the place of its flag
         layer.register_forward_hook(_through("norm"))
         norm.register_forward_hook(_through("affine"))
         split = Split(own)
@@ -108,22 +108,22 @@ def options() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--updates", type=int, default=1, help="consecutive images that one client sends")
     parser.add_argument("--auxiliary", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the network, the secrets and the sample")
     parser.add_argument("--report", action="store_true")
     return parser.parse_args()
 
 
 def observed(
-    args: argparse.Namespace, defense: Defense, dataset: data.Dataset, trials: list[Trial], client: int
+    args: argparse.Namespace, defense: PrivateLayers, dataset: data.Dataset, trials: list[Trial]
 ) -> list[Observation]:
-    """What the server has of one client."""
+    """What the server has of all clients."""
     channels, classes = dataset.spec.shape[0], dataset.spec.classes
     model: nn.Module = models.build_model(
-        "lenet", channels=channels, classes=classes, seed=client, initialization="default"
+        "lenet", channels=channels, classes=classes, seed=args.seed, initialization="default"
     )
-    victim = defense.prepare(model)
     arm = Arm(name="seen", description="", defense=defense, knowledge=Knowledge(auxiliary=args.auxiliary))
-    clients = SimulatedClients.of(arm, victim, model, local=LocalSteps())
+    victims = [defense.prepare(model) for _ in range(0, len(trials), args.updates)]
+    clients = SimulatedClients.of(arm, victims[0], model, local=LocalSteps())
     index = torch.randperm(len(dataset.train_images), generator=rng.generator(args.seed, "auxiliary"))
     own = Auxiliary(
         images=dataset.train_images[index[: args.auxiliary]],
@@ -131,21 +131,23 @@ def observed(
         simulate=clients,
         draw=clients.draw,
     )
-    seen = [
-        observe(victim, arm=arm, model=model, trial=trial, classes=classes, auxiliary=own) for trial in trials
-    ]
-    return [replace(each, client=client) for each in seen]
+    seen = []
+    for place, trial in enumerate(trials):
+        client = place // args.updates
+        one = observe(victims[client], arm=arm, model=model, trial=trial, classes=classes, auxiliary=own)
+        seen.append(replace(one, client=client))
+    return seen
 
 
-def one(
-    args: argparse.Namespace, lock: str, dataset: data.Dataset, trials: list[Trial], client: int
+def attacked(
+    args: argparse.Namespace, lock: str, dataset: data.Dataset, trials: list[Trial]
 ) -> list[dict[str, float]]:
-    """Attacks one client's updates."""
-    defense: Defense = PrivateLayers(layers="stem")
+    """Attacks all clients behind one lock."""
+    defense = PrivateLayers(layers="stem")
     attack: Attack = MeanMap()
     if lock != "stem":
         defense, attack = ElementLock(draw=lock, head=args.private_head), Wiener()
-    seen = observed(args, defense, dataset, trials, client)
+    seen = observed(args, defense, dataset, trials)
     start = time.perf_counter()
     found = _attacked(attack, seen, args, trials)
     seconds = (time.perf_counter() - start) / len(seen)
@@ -156,10 +158,8 @@ def one(
     candidates, results = max(CANDIDATES, args.trials), []
     for place, trial in enumerate(trials):
         own = figures(found[place], dataset, trial, candidates) | {"s": seconds}
-        own |= {
-            name: figures(made[place], dataset, trial, candidates)["correlation"]
-            for name, made in floors.items()
-        }
+        for name, made in floors.items():
+            own[name] = figures(made[place], dataset, trial, candidates)["correlation"]
         results.append(own)
         if args.report:
             print(lock, trial.index, {key: float(f"{value:.3g}") for key, value in own.items()}, flush=True)
@@ -215,10 +215,7 @@ def main() -> None:
     columns = ["lock", "n", "correlation", "SSIM", "PSNR", "identified", "floor, class mean", "floor, mean"]
     lines = ["| " + " | ".join([*columns, "loss", "s"]) + " |", "|---" * (len(columns) + 2) + "|"]
     for lock in args.locks:
-        results = []
-        for client, first in enumerate(range(0, len(trials), args.updates)):
-            results += one(args, lock, dataset, trials[first : first + args.updates], client)
-        lines.append(row(lock, results))
+        lines.append(row(lock, attacked(args, lock, dataset, trials)))
         print(lines[-1], flush=True)
     print("\n".join(lines))
 

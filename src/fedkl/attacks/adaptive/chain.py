@@ -160,7 +160,8 @@ class _Reader(TorchFunctionMode):
             if any(each is not last for each in used):
                 raise AttackError(
                     f"{self._attack}: the network branches at {self._place()}: {_name(func)} takes "
-                    "an earlier value. Expected a chain of layers; use another attack for networks with shortcuts."
+                    "an earlier value. Expected a chain of layers; use another attack for networks with "
+                    "shortcuts."
                 )
             self._note(func, args, kwargs, shape, tuple(result.shape[1:]))
             self._carriers.append(result)

@@ -190,41 +190,29 @@ class _Stem:
         )
         for part, rows in (("weight", slice(0, size)), ("bias", slice(size, size + 1))):
             name = f"{layer.name}.{part}"
-            if not clients or name not in clients[0]:  # no bias, or a public one
-                value, variance = getattr(layer, part).double().flatten(0), _CERTAIN
-                value = value.view(len(layer.weight), -1).T
-            else:
-                values = torch.stack([client[name] for client in clients]).double().cpu()
-                value = values.mean(0).view(len(layer.weight), -1).T
-                variance = float(values.var(correction=0))
-                if not bool((values == values[0]).all()):
-                    value = values.mean().expand_as(value)
-                else:
-                    variance = _CERTAIN
-            self._mean[rows], self._precision[rows] = value, 1 / max(variance, _CERTAIN)
+            # What clients do not draw is public: a bias, or none.
+            drawn = [client[name] for client in clients if name in client] or [getattr(layer, part)]
+            values = torch.stack(drawn).double().cpu().view(len(drawn), len(layer.weight), -1)
+            known = bool((values == values[0]).all())
+            self._mean[rows] = values[0].T if known else values.mean()
+            self._precision[rows] = 1 / (_CERTAIN if known else float(values.var(correction=0)))
 
     def patches(self, images: Float[Tensor, "images channels height width"]) -> Tensor:
         """What the kernel reads, shape ``(images, kernel, positions)``."""
         layer = self._layer
         return F.unfold(images, self._shape[2:], layer.dilation, layer.padding, layer.stride)
 
-    def apply(self, images: Tensor, columns: Tensor, *, bias: bool = True) -> Tensor:
-        """Z of images, shape ``(images, out, positions)``."""
-        found = torch.einsum("ko,nkp->nop", columns[:-1], self.patches(images))
-        return found + columns[-1].view(1, -1, 1) if bias else found
-
     def fitted(
-        self, images: Tensor, spread: Float[Tensor, "kernel kernel"], z: Tensor, noise: Tensor
+        self, patches: Tensor, spread: Float[Tensor, "kernel kernel"], z: Tensor, noise: Tensor
     ) -> _Estimate:
         """Least squares of z on patches.
 
         Args:
-            images: Their means.
+            patches: Of the images' means.
             spread: Covariance of their patches, summed over images and positions.
             z: Shape ``(images, out, positions)``.
             noise: Variance of its errors.
         """
-        patches = self.patches(images)
         read = torch.cat([patches, torch.ones_like(patches[:, :1])], 1).transpose(0, 1).flatten(1)
         target = z.transpose(0, 1).flatten(1)
         normal = read @ read.T
@@ -241,24 +229,24 @@ def _alternated(
 ) -> tuple[Tensor, float]:
     """Images, from their classes' means on, and the share of the variance of z that is unexplained."""
     z = z.flatten(2)
-    images, components = means, world.basis.flatten(1)
+    average, components = stem.patches(means), stem.patches(world.basis)
+    patches, spread = average, torch.zeros(2 * [average.shape[1]]).double()
     size = z.var(correction=0).clamp_min(1e-300)
-    noise = _FIRST_NOISE * size
-    spread = torch.zeros(2 * [stem.patches(means[:1]).shape[1]]).double()
+    noise, scores = _FIRST_NOISE * size, torch.zeros(len(z), len(components)).double()
     for _ in range(steps):
-        columns, noise = stem.fitted(images, spread, z, noise)
+        columns, noise = stem.fitted(patches, spread, z, noise)
         noise = noise.clamp_min(1e-12 * size)
-        seen = stem.apply(world.basis, columns, bias=False).flatten(1)
+        seen = torch.einsum("ko,nkp->nop", columns[:-1], components).flatten(1)
         normal = seen @ seen.T / noise
         normal.diagonal().add_(1)
         factor = torch.linalg.cholesky(normal)
-        miss = (z - stem.apply(means, columns)).flatten(1)
-        scores = torch.cholesky_solve(seen @ miss.T / noise, factor).T
-        images = means + (scores @ components).view_as(means)
-        left = torch.linalg.solve_triangular(factor, components, upper=False).view_as(world.basis)
-        patches = stem.patches(left).transpose(0, 1).flatten(1)
-        spread = len(z) * patches @ patches.T
-    return images, float(noise / size)
+        expected = torch.einsum("ko,nkp->nop", columns[:-1], average) + columns[-1].view(1, -1, 1)
+        scores = torch.cholesky_solve(seen @ (z - expected).flatten(1).T / noise, factor).T
+        patches = average + torch.tensordot(scores, components, 1)
+        left = torch.linalg.solve_triangular(factor, components.flatten(1), upper=False)
+        left = left.view_as(components).transpose(0, 1).flatten(1)
+        spread = len(z) * left @ left.T
+    return means + torch.tensordot(scores, world.basis, 1), float(noise / size)
 
 
 def _first_output(observation: Observation, generator: torch.Generator) -> Tensor | None:

@@ -105,7 +105,7 @@ class Wiener(Attack):
         generators: list[torch.Generator],
         on_evaluation: Progress,
     ) -> list[Reconstruction]:
-        readers: dict[tuple[int, int], _Reader] = {}
+        readers: dict[Auxiliary, _Reader] = {}
         found: list[Reconstruction] = []
         for observation, generator in zip(observations, generators, strict=True):
             chain = open_above_first(observation, attack="Wiener")
