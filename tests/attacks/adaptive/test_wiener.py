@@ -100,6 +100,15 @@ def test_the_fill_in_is_never_read(images, model):
     torch.testing.assert_close(first.images, second.images)
 
 
+def test_one_prior_serves_all_observations(images, model):
+    seen, _ = observe(images, model, positive, trials=2)
+    drawn = []
+    counted = replace(seen[0].auxiliary, draw=lambda: drawn.append(1) or seen[0].auxiliary.draw())
+    run(QUICK, [replace(each, auxiliary=counted) for each in seen])
+    assert len(drawn) == QUICK.draws
+    assert not QUICK.divisible
+
+
 def _with_other_affine(model):
     affine = model[0].norm.affine
     with torch.no_grad():

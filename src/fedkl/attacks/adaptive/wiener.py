@@ -110,12 +110,9 @@ class Wiener(Attack):
         for observation, generator in zip(observations, generators, strict=True):
             chain = open_above_first(observation, attack="Wiener")
             own = observation.own_data("Wiener", least=_LEAST)
-            place = (id(own), id(observation.model))
-            if place not in readers:
-                readers = {
-                    place: self._reader(chain, observation, own)
-                }  # of one network at a time: it is large
-            found.append(_reconstruction(observation, chain, readers[place], generator, starts=self.starts))
+            if own not in readers:
+                readers = {own: self._reader(chain, observation, own)}  # only the last: it is large
+            found.append(_reconstruction(observation, chain, readers[own], generator, starts=self.starts))
             on_evaluation(len(found), len(observations) - len(found))
         return found
 
