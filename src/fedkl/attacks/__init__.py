@@ -15,7 +15,14 @@ with a frozen dataclass, added to the union `AnyAttack`.
     adaptive/      attackers who know how the defense works
 """
 
-from fedkl.attacks.adaptive import AdaptiveMatching, ClosedForm, LearnedInversion, PriorOnly
+from fedkl.attacks.adaptive import (
+    AdaptiveMatching,
+    ClosedForm,
+    LearnedInversion,
+    MeanMap,
+    PriorOnly,
+    Wiener,
+)
 from fedkl.attacks.base import Attack, Auxiliary, Knowledge, LocalSteps, Observation, Reconstruction
 from fedkl.attacks.dlg import DLG
 from fedkl.attacks.ggl import GGL
@@ -32,6 +39,8 @@ AnyAttack = (
     | AdaptiveMatching
     | GRNN
     | ClosedForm
+    | Wiener
+    | MeanMap
     | LearnedInversion
     | PriorOnly
 )
@@ -50,9 +59,11 @@ __all__ = [
     "Knowledge",
     "LearnedInversion",
     "LocalSteps",
+    "MeanMap",
     "Observation",
     "PriorOnly",
     "Reconstruction",
+    "Wiener",
     "infer_label",
     "infer_labels",
     "known_labels",

@@ -98,12 +98,15 @@ class Auxiliary:
             tensors by name, stacked over the updates. The client is prepared as the defense says, with
             secrets of the server's own draw, but for those that it was granted.
         seed: Of what is learned from them: the same for every observation that shares it.
+        draw: The private parameters of one new client, by their names in `Observation.model`: what it was
+            granted of them is as it is, the rest is drawn as the defense draws it. None where it cannot say.
     """
 
     images: ImageBatch = field(repr=False)
     labels: Labels = field(repr=False)
     simulate: Callable[[Tensor, Tensor], dict[str, Tensor]] = field(repr=False)
     seed: int = 0
+    draw: Callable[[], dict[str, Tensor]] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

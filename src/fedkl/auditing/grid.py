@@ -219,11 +219,13 @@ class _OwnData:
     def _auxiliary(self, arm: Arm, victim: Split, model: nn.Module) -> Auxiliary:
         index = self._order[: arm.knowledge.auxiliary]
         device = next(model.parameters()).device
+        clients = self._simulated(arm, victim, model)
         return Auxiliary(
             images=self._dataset.train_images[index].to(device),
             labels=self._dataset.train_labels[index].to(device),
-            simulate=self._simulated(arm, victim, model),
+            simulate=clients,
             seed=rng.generator(self._seed, "learned").initial_seed(),
+            draw=clients.draw,
         )
 
 

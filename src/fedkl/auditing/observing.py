@@ -183,6 +183,7 @@ class SimulatedClients:
         known: What the server has of the victim.
         baked: The victim's network with γ and β as numbers, where they are known; None: they are drawn.
         names: The tensors that are observed.
+        private: The plain network's parameters that clients do not send.
         train_mode: Of the clients' norms.
         local: The clients' local steps.
         cohort: So many clients share each batch; what is seen is their mean.
@@ -193,6 +194,7 @@ class SimulatedClients:
     known: Known = field(repr=False)
     baked: nn.Module | None = field(repr=False)
     names: tuple[str, ...]
+    private: tuple[str, ...]
     train_mode: bool
     local: LocalSteps
     cohort: int = 1
@@ -219,10 +221,13 @@ class SimulatedClients:
             cohort: So many clients share each batch.
         """
         granted = arm.knowledge
-        baked = plain_copy(victim) if granted.affine else None
+        plain = plain_copy(victim)
+        baked = plain if granted.affine else None
         names = set(victim.public_parameters())
+        parameters = {name for name, _ in plain.named_parameters()}
+        private = parameters - names
         if granted.affine_gradient and baked is not None:
-            names = {name for name, _ in baked.named_parameters()}
+            names = parameters
         if granted.lock_gradient:
             names |= set(victim.private_parameters())
         return cls(
@@ -231,10 +236,18 @@ class SimulatedClients:
             known=arm.defense.known(victim, granted=granted),
             baked=baked,
             names=tuple(sorted(names)),
+            private=tuple(sorted(private)),
             train_mode=train_mode,
             local=local,
             cohort=cohort,
         )
+
+    def draw(self) -> dict[str, Tensor]:
+        """The private parameters of one client; see `Auxiliary`."""
+        plain = self.baked
+        if plain is None:
+            plain = plain_copy(self.defense.imitated(self.model, known=self.known))
+        return {name: plain.get_parameter(name).detach().clone() for name in self.private}
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Updates of one client or cohort, stacked; see `Auxiliary`."""

@@ -186,6 +186,8 @@ _ATTACKS = {
     "grnn": "GRNN",
     "ggl": "GGL",
     "closed-form": "the closed form",
+    "wiener": "the Wiener filter",
+    "mean-map": "the mean map",
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,12 +65,26 @@ class Norm:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Elementwise:
+    """A scale and a shift of its own for every element of a value, not of every channel.
+
+    Attributes:
+        scale: γ's parameter name; empty where it has none.
+        shift: β's parameter name; empty where it has none.
+    """
+
+    scale: str = ""
+    shift: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """Layer, norm (or none) and activation.
+    """Layer, norm (or none), scale and shift per element (or none), and activation.
 
     Attributes:
         layer: The layer.
         norm: What follows it.
+        elementwise: What follows that.
         activation: What follows that.
         input_shape: Of one image, as the layer gets it.
         output_shape: Likewise.
@@ -78,6 +92,7 @@ class Block:
 
     layer: Layer
     norm: Norm | None
+    elementwise: Elementwise | None = None
     activation: Activation
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
@@ -98,13 +113,16 @@ class Chain:
     blocks: tuple[Block, ...]
 
 
-def read_chain(model: nn.Module, *, image_shape: tuple[int, int, int], train_mode: bool) -> Chain:
+def read_chain(
+    model: nn.Module, *, image_shape: tuple[int, int, int], train_mode: bool, attack: str = "ClosedForm"
+) -> Chain:
     """Reads a network as a chain.
 
     Args:
         model: Not changed.
         image_shape: ``(channels, height, width)``.
         train_mode: Whether the gradient was computed in train mode.
+        attack: Who asks, for messages.
 
     Raises:
         AttackError: It is not a chain, or a part of it cannot be gone back through; the message names the
@@ -112,7 +130,7 @@ def read_chain(model: nn.Module, *, image_shape: tuple[int, int, int], train_mod
     """
     probe = copy.deepcopy(model).train(train_mode)
     image = torch.zeros(1, *image_shape, dtype=next(probe.parameters()).dtype)
-    reader = _Reader(probe, image)
+    reader = _Reader(probe, image, attack)
     with torch.no_grad(), reader:
         output = probe(image)
     return reader.chain(output)
@@ -121,8 +139,9 @@ def read_chain(model: nn.Module, *, image_shape: tuple[int, int, int], train_mod
 class _Reader(TorchFunctionMode):
     """Notes the calls that carry the image from the input to the output."""
 
-    def __init__(self, model: nn.Module, image: Tensor) -> None:
+    def __init__(self, model: nn.Module, image: Tensor, attack: str) -> None:
         super().__init__()
+        self._attack = attack
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._carriers = [image]  # kept, so that no id is used twice
         self._scale, self._shift = image.new_ones(()).double(), image.new_zeros(()).double()
@@ -140,8 +159,9 @@ class _Reader(TorchFunctionMode):
         if used and isinstance(result, Tensor) and result.is_floating_point():
             if any(each is not last for each in used):
                 raise AttackError(
-                    f"ClosedForm: the network branches at {self._place()}: {_name(func)} takes an earlier "
-                    "value. Expected a chain of layers; use another attack for networks with shortcuts."
+                    f"{self._attack}: the network branches at {self._place()}: {_name(func)} takes "
+                    "an earlier value. Expected a chain of layers; use another attack for networks with "
+                    "shortcuts."
                 )
             self._note(func, args, kwargs, shape, tuple(result.shape[1:]))
             self._carriers.append(result)
@@ -160,11 +180,12 @@ class _Reader(TorchFunctionMode):
             or not ends
             or last.layer.is_convolution
             or last.norm
+            or last.elementwise
             or last.activation.name != "identity"
         ):
             raise AttackError(
-                f"ClosedForm: expected a network that ends in one linear layer's logits, got {self._place()} "
-                "at the end. Use another attack."
+                f"{self._attack}: expected a network that ends in one linear layer's logits, got "
+                f"{self._place()} at the end. Use another attack."
             )
         return Chain(scale=self._scale, shift=self._shift, blocks=tuple(self._blocks))
 
@@ -189,6 +210,8 @@ class _Reader(TorchFunctionMode):
             and args[0] is self._carriers[-1]
         ):
             self._scale, self._shift = _AFFINE[func](self._scale, self._shift, args[1])
+        elif func in _ELEMENTWISE and self._blocks and (name := self._element_parameter(args, before)):
+            self._extend(elementwise=Elementwise(**{_ELEMENTWISE[func]: name}))
         elif func in (F.batch_norm, F.instance_norm) and self._blocks:
             bound = inspect.signature(func).bind(*args, **kwargs)
             bound.apply_defaults()
@@ -196,26 +219,41 @@ class _Reader(TorchFunctionMode):
         elif func in INVERTIBLE and self._blocks:
             self._extend(activation=INVERTIBLE[func](*args, **kwargs))
         else:
-            raise AttackError(f"ClosedForm: {_name(func)} after {self._place()} {_why_not(func)}")
+            raise AttackError(f"{self._attack}: {_name(func)} after {self._place()} {_why_not(func)}")
 
-    def _extend(self, norm: Norm | None = None, activation: Activation | None = None) -> None:
+    def _element_parameter(self, args: tuple[Any, ...], shape: Any) -> str:
+        """The name of the parameter, of the shape of one value, that the last value is met with."""
+        others = [each for each in args if each is not self._carriers[-1]]
+        if len(args) != 2 or len(others) != 1 or not isinstance(others[0], Tensor):
+            return ""
+        return self._names.get(id(others[0]), "") if tuple(others[0].shape) == shape else ""
+
+    def _extend(
+        self,
+        norm: Norm | None = None,
+        elementwise: Elementwise | None = None,
+        activation: Activation | None = None,
+    ) -> None:
         last = self._blocks[-1]
-        if last.activation.name != "identity" or (norm and last.norm):
+        own = last.elementwise
+        late = (norm and (last.norm or own)) or (own and elementwise and (own.shift or elementwise.scale))
+        if last.activation.name != "identity" or late:
             raise AttackError(
-                "ClosedForm: expected a layer, its norm and its activation in this order, got another after "
-                f"{self._place()}. Use another attack."
+                f"{self._attack}: expected a layer, its norm and its activation in this order, got another "
+                f"after {self._place()}. Use another attack."
             )
         if norm and not last.layer.is_convolution:
             raise AttackError(
-                f"ClosedForm: the norm after {self._place()} has one position per channel: its statistics "
-                "say nothing about γ and β. Use another attack."
+                f"{self._attack}: the norm after {self._place()} has one position per channel: its "
+                "statistics say nothing about γ and β. Use another attack."
             )
-        self._blocks[-1] = Block(
-            layer=last.layer,
+        if own and elementwise:
+            elementwise = Elementwise(scale=own.scale, shift=elementwise.shift)
+        self._blocks[-1] = replace(
+            last,
             norm=norm or last.norm,
+            elementwise=elementwise or own,
             activation=activation or last.activation,
-            input_shape=last.input_shape,
-            output_shape=last.output_shape,
         )
 
     def _layer(self, call: dict[str, Any]) -> Layer:
@@ -223,12 +261,12 @@ class _Reader(TorchFunctionMode):
         name = self._names.get(id(weight), "")
         if not name.endswith("weight") or (bias is not None and id(bias) not in self._names):
             raise AttackError(
-                f"ClosedForm: the weight of a layer after {self._place()} is not a parameter of the model. "
-                "Expected plain layers; use another attack."
+                f"{self._attack}: the weight of a layer after {self._place()} is not a parameter of the "
+                "model. Expected plain layers; use another attack."
             )
         if call.get("groups", 1) != 1 or isinstance(call.get("padding"), str):
             raise AttackError(
-                f"ClosedForm: '{name}' has groups or padding by name; expected an ordinary convolution. "
+                f"{self._attack}: '{name}' has groups or padding by name; expected an ordinary convolution. "
                 "Use another attack."
             )
         shift = torch.zeros(len(weight)) if bias is None else bias.detach()
@@ -240,8 +278,8 @@ class _Reader(TorchFunctionMode):
     def _norm(self, kind: str, call: dict[str, Any]) -> Norm:
         if not call.get("training", call.get("use_input_stats")):
             raise AttackError(
-                f"ClosedForm: {kind} after {self._place()} used running statistics, so that γ and β are no "
-                "moments of this image; expected train mode. Use another attack."
+                f"{self._attack}: {kind} after {self._place()} used running statistics, so that γ and β are "
+                "no moments of this image; expected train mode. Use another attack."
             )
         scale, shift = (self._names.get(id(call[key]), "") for key in ("weight", "bias"))
         return Norm(name=(scale or shift).rpartition(".")[0], eps=call["eps"], scale=scale, shift=shift)
@@ -295,5 +333,6 @@ _AFFINE: dict[Any, _Affine] = {
     Tensor.__sub__: lambda a, b, c: (a, b - c),
     Tensor.__truediv__: lambda a, b, c: (a / c, b / c),
 }
+_ELEMENTWISE = {Tensor.mul: "scale", torch.mul: "scale", Tensor.add: "shift", torch.add: "shift"}
 _LAYERS: dict[Any, Callable[..., dict[str, Any]]] = {F.linear: _linear, F.conv2d: _conv2d}
 _RESHAPES = (torch.flatten, Tensor.flatten, Tensor.reshape, Tensor.view)

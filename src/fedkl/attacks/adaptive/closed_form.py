@@ -35,8 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedkl.attacks.adaptive.blind import LARGEST
-from fedkl.attacks.adaptive.chain import Chain, read_chain
+from fedkl.attacks.adaptive.access import chain_of, open_chain
 from fedkl.attacks.adaptive.descent import Descent, Passed
 from fedkl.attacks.base import Attack, Observation, Reconstruction
 from fedkl.attacks.labels import infer_label
@@ -112,43 +111,13 @@ class ClosedForm(Attack):
             )
 
     def _check(self, observation: Observation) -> None:
-        if observation.batch_size != 1:
+        chain = open_chain(observation, attack="ClosedForm")
+        locked = [block.layer.name for block in chain.blocks if block.elementwise is not None]
+        if locked:
             raise AttackError(
-                f"ClosedForm: expected the gradient of one image, got a batch of {observation.batch_size}: "
-                "the head's input cannot be divided out then. Use another attack."
+                "ClosedForm: expected scale and shift per channel, got one of each per element behind "
+                f"'{locked[0]}': they are no moments of anything. Use --attack wiener."
             )
-        if observation.free:
-            raise AttackError(
-                "ClosedForm: it reads γ and β off by itself; nothing may be free, got "
-                f"{', '.join(observation.free)}. Leave out the arms that regress."
-            )
-        if observation.local.steps > 1 or observation.transform is not None:
-            raise AttackError(
-                "ClosedForm: expected the gradient of one step as it is, got several local steps or a "
-                "transformed update. Use another attack."
-            )
-        chain = read_chain(
-            observation.model, image_shape=observation.image_shape, train_mode=observation.train_mode
-        )
-        head = chain.blocks[-1].layer.name
-        needed = [f"{block.layer.name}.weight" for block in chain.blocks]
-        missing = {f"{head}.bias", *needed}.difference(observation.gradient)
-        if missing and missing <= {f"{head}.weight", f"{head}.bias"}:
-            missing = self._missing_below(chain, observation)
-        if missing:
-            raise AttackError(
-                "ClosedForm: expected the gradient of every layer's weight and of the head's bias or, without"
-                " the head, of a last convolution's weight and bias, without a norm and not too large; not "
-                f"observed: {', '.join(sorted(missing))}. Use another attack."
-            )
-
-    def _missing_below(self, chain: Chain, observation: Observation) -> set[str]:
-        """What the blind top lacks, by name; nothing where it can start."""
-        block = chain.blocks[-2] if len(chain.blocks) > 1 else chain.blocks[-1]
-        size = math.prod(block.input_shape) + math.prod(block.output_shape)
-        if not block.layer.is_convolution or block.norm is not None or size > LARGEST:
-            return {f"{chain.blocks[-1].layer.name}.weight"}
-        return {f"{block.layer.name}.bias"}.difference(observation.gradient)
 
     def _run(
         self,
@@ -163,9 +132,7 @@ class ClosedForm(Attack):
         return found
 
     def _one(self, observation: Observation, generator: torch.Generator) -> ClosedFormReconstruction:
-        chain = read_chain(
-            observation.model, image_shape=observation.image_shape, train_mode=observation.train_mode
-        )
+        chain = chain_of(observation, attack="ClosedForm")
         descent = Descent(
             chain,
             observation.gradient,

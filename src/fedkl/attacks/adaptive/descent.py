@@ -64,6 +64,13 @@ class Passed:
     factor: float = 1.0
 
 
+class Output(NamedTuple):
+    """What a block's activation got, of one image: z and the variance of its error, both (C, H, W)."""
+
+    z: Tensor
+    variance: Tensor
+
+
 class _Unscaled(NamedTuple):
     """What is found behind a norm, but for one factor: `variance` is that of the solution's input."""
 
@@ -117,16 +124,40 @@ class Descent:
         Args:
             generator: Of the starts of the blind top, where the head's gradient is not observed.
         """
+        passed = self.to_first(generator)
+        # A blind top that is itself the first block has already found the image.
+        if not passed or passed[-1].block is not self.chain.blocks[0]:
+            passed.append(self._pass(0, self.state(passed)))
+        return passed
+
+    def to_first(self, generator: torch.Generator) -> list[Passed]:
+        """Passes all blocks below the head but the first, from above; that one too where it is a blind top.
+
+        Args:
+            generator: As in `run`.
+        """
         place, passed = len(self.chain.blocks) - 2, []
         if not self.sees_head:
             passed.append(self._blind_top(generator))
             place -= 1
-        state = passed[-1].below if passed else self.head()
-        while place >= 0:
-            passed.append(self._pass(place, state))
-            state = passed[-1].below
-            place -= 1
+        for lower in range(place, 0, -1):
+            passed.append(self._pass(lower, self.state(passed)))
         return passed
+
+    def state(self, passed: list[Passed]) -> State:
+        """The state below what has been passed: at first the head's."""
+        return passed[-1].below if passed else self.head()
+
+    def first_output(self, generator: torch.Generator) -> Output:
+        """What the first block's activation got, without going through that block.
+
+        Args:
+            generator: As in `run`.
+        """
+        state, first = self.state(self.to_first(generator)), self.chain.blocks[0]
+        z, slope = first.activation.undo(state.h)
+        variance = state.variance / slope.square() + (FLOAT32 * z).square()
+        return Output(z=z.view(first.output_shape), variance=variance.view(first.output_shape))
 
     @property
     def sees_head(self) -> bool:
@@ -323,8 +354,9 @@ class Descent:
                 precision=self._smoothness if place == 0 else 1.0,
                 chroma=self._chroma if place == 0 else 0.0,
             )
-            if place > 0 and self.chain.blocks[place - 1].norm is not None:
-                rows = self._gradient[f"{self.chain.blocks[place - 1].layer.name}.weight"].flatten(1)
+            below = self.chain.blocks[place - 1] if place > 0 else None
+            if below is not None and below.norm is not None and below.elementwise is None:
+                rows = self._gradient[f"{below.layer.name}.weight"].flatten(1)
                 made += prior.constant(~rows.any(1), shape[1] * shape[2], precision=_FLAT)
             self._priors[block.layer.name] = made
         return self._priors[block.layer.name]
