@@ -103,7 +103,7 @@ class Matrix:
 
     def _arms(self, rung: Rung, victim: str) -> tuple[str, ...]:
         if victim != UNLOCKED:
-            return rung.locked
+            return rung.locked if rung.against is None or victim in rung.against else ()
         return tuple(arm for arm in rung.unlocked if arm == CONTROL or arm in self.arrangements)
 
     def _cell(self, rung: Rung, row: str, victim: str, batch: int, steps: int, cohort: int) -> MatrixCell:

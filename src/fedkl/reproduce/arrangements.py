@@ -8,15 +8,18 @@ from dataclasses import replace
 from fedkl.config import PUBLISHED_LOCK
 from fedkl.defenses import KeyLock, PrivateLayers
 
+# A short key keeps the lock layers small: γ and β have thousands of entries, and the same distribution.
+_PER_ELEMENT = KeyLock(granularity="element", key_length=128)
+
 ARRANGEMENTS: Mapping[str, KeyLock | PrivateLayers] = {
     "first": PUBLISHED_LOCK,
     "all": replace(PUBLISHED_LOCK, layers="all"),
     "first-default": KeyLock(),
     "all-default": KeyLock(layers="all"),
-    "element": KeyLock(granularity="element"),
-    "signed": KeyLock(granularity="element", activation="tanh"),
+    "element": _PER_ELEMENT,
+    "signed": replace(_PER_ELEMENT, activation="tanh"),
     "classifier": KeyLock(layers="classifier"),
-    "sandwich": KeyLock(granularity="element", activation="tanh", private=("head",)),
+    "sandwich": replace(_PER_ELEMENT, activation="tanh", private=("head",)),
     "private-head": PrivateLayers(layers="head"),
     "private-stem": PrivateLayers(layers="stem"),
 }

@@ -27,6 +27,7 @@ class Rung:
         images: Attacked in a cell by default.
         networks: One network for all images, as in a round, or one for each.
         updates_per_client: Updates of one client that it combines.
+        against: Locks that it is made for; None: any.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Rung:
     images: int = 20
     networks: Literal["each", "one"] = "each"
     updates_per_client: int = 1
+    against: tuple[str, ...] | None = None
 
 
 _OTHERS = ("private-head", "private-stem")
@@ -66,7 +68,26 @@ RUNGS: Mapping[str, Rung] = {
             networks="one",
             updates_per_client=16,
         ),
-        Rung(name="closed-form", attack={"type": "closed-form"}, unlocked=(CONTROL, "private-head")),
+        Rung(
+            name="closed-form",
+            attack={"type": "closed-form"},
+            unlocked=(CONTROL, "private-head"),
+            against=("first", "all", "first-default", "all-default", "classifier"),
+        ),
+        Rung(
+            name="wiener",
+            attack={"type": "wiener"},
+            unlocked=(),
+            networks="one",
+            against=("element", "signed", "sandwich"),
+        ),
+        Rung(
+            name="mean-map",
+            attack={"type": "mean-map"},
+            unlocked=(CONTROL, "private-stem"),
+            networks="one",
+            against=(),
+        ),
         Rung(
             name="matching",
             attack={"type": "ig", "iterations": 500, "weighting": "sqrt"},
@@ -78,5 +99,5 @@ RUNGS: Mapping[str, Rung] = {
         ),
     )
 }
-"""By name: the floor, learned inversion of one and of 16 updates of a client, closed form, and gradient
-matching with each guess of γ and β."""
+"""By name: the floor, learned inversion of one and of 16 updates of a client, closed form, those for locks
+per element and for private stems, and gradient matching with each guess of γ and β."""

@@ -206,6 +206,15 @@ def test_a_private_head_does_not_hide_the_image(observed, images):
     assert found.loss < 1e-10
 
 
+def test_a_lock_in_front_of_the_classifier_does_not_hide_the_image(observed, images):
+    """Its norm covers the head's input: the way down starts below it. The label shows all the same."""
+    seen, _, trial = observed(KeyLock(layers="classifier"), index=1)
+    found = run(seen)
+    assert found.scaling == "clip"
+    assert quality(found, trial, images.test_images[:100]).psnr > 40
+    assert found.loss < 1e-9
+
+
 def test_the_blind_top_finds_input_and_gradient_of_a_convolution():
     """Oracle: a convolution with known input and output gradient."""
     source = torch.Generator().manual_seed(0)

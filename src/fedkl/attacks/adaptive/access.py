@@ -55,15 +55,17 @@ def open_chain(observation: Observation, *, attack: str, private_stem: bool = Fa
             "transformed update. Use another attack."
         )
     chain = chain_of(observation, attack=attack)
-    head = chain.blocks[-1].layer.name
-    needed = [f"{block.layer.name}.weight" for block in chain.blocks[int(private_stem) :]]
-    missing = {f"{head}.bias", *needed}.difference(observation.gradient)
-    if missing and missing <= {f"{head}.weight", f"{head}.bias"}:
-        missing = _missing_below(chain, observation)
+    name = chain.blocks[-1].layer.name
+    head = {f"{name}.weight", f"{name}.bias"}
+    needed = {f"{block.layer.name}.weight" for block in chain.blocks[int(private_stem) :]}
+    missing = (head | needed).difference(observation.gradient)
+    if chain.covered or (missing and missing <= head):
+        missing = (missing - head) | _missing_below(chain, observation)
     if missing:
         raise AttackError(
             f"{attack}: expected the gradient of every layer's weight and of the head's bias or, without"
-            " the head, of a last convolution's weight and bias, without a norm and not too large; not "
+            " the head or behind a norm over its inputs, of a last convolution's weight and bias, without a "
+            "norm and not too large; not "
             f"observed: {', '.join(sorted(missing))}. Use another attack."
         )
     return chain

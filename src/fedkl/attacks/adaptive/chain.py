@@ -106,11 +106,14 @@ class Chain:
         scale: Broadcasts over an image.
         shift: Likewise.
         blocks: From the image upwards.
+        covered: Whether a norm over all features comes between the last activation and the head: what is
+            behind its scale and shift, the head's gradient does not tell.
     """
 
     scale: Tensor = field(repr=False)
     shift: Tensor = field(repr=False)
     blocks: tuple[Block, ...]
+    covered: bool = False
 
 
 def read_chain(
@@ -146,6 +149,7 @@ class _Reader(TorchFunctionMode):
         self._carriers = [image]  # kept, so that no id is used twice
         self._scale, self._shift = image.new_ones(()).double(), image.new_zeros(()).double()
         self._blocks: list[Block] = []
+        self._covered: int | None = None  # how many blocks lie below the norm in front of the head
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -187,7 +191,14 @@ class _Reader(TorchFunctionMode):
                 f"{self._attack}: expected a network that ends in one linear layer's logits, got "
                 f"{self._place()} at the end. Use another attack."
             )
-        return Chain(scale=self._scale, shift=self._shift, blocks=tuple(self._blocks))
+        if self._covered not in (None, len(self._blocks) - 1):
+            raise AttackError(f"{self._attack}: layer_norm further down {_why_not(F.layer_norm)}")
+        return Chain(
+            scale=self._scale,
+            shift=self._shift,
+            blocks=tuple(self._blocks),
+            covered=self._covered is not None,
+        )
 
     def _place(self) -> str:
         return f"'{self._blocks[-1].layer.name}'" if self._blocks else "the input"
@@ -216,6 +227,8 @@ class _Reader(TorchFunctionMode):
             bound = inspect.signature(func).bind(*args, **kwargs)
             bound.apply_defaults()
             self._extend(norm=self._norm(func.__name__, bound.arguments))
+        elif func is F.layer_norm and self._blocks and self._blocks[-1].activation.name != "identity":
+            self._covered = len(self._blocks)
         elif func in INVERTIBLE and self._blocks:
             self._extend(activation=INVERTIBLE[func](*args, **kwargs))
         else:

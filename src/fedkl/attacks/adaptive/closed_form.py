@@ -146,7 +146,7 @@ class ClosedForm(Attack):
         except ArithmeticError:  # a failure of this image, not of the whole audit
             passed, image = [], torch.full((1, *observation.image_shape), torch.nan)
         labels = observation.labels
-        if labels is None and descent.sees_head:
+        if labels is None and f"{chain.blocks[-1].layer.name}.bias" in observation.gradient:
             labels = infer_label(observation)
         norms = [(each.block.norm, each.norm) for each in passed]
         named = [(norm, values) for norm, values in norms if norm is not None and values is not None]

@@ -161,9 +161,11 @@ class Descent:
 
     @property
     def sees_head(self) -> bool:
-        """Whether the head's gradient was observed."""
+        """Whether the head's gradient was observed, and tells what it gets."""
         head = self.chain.blocks[-1].layer.name
-        return all(f"{head}.{part}" in self._gradient for part in ("weight", "bias"))
+        return not self.chain.covered and all(
+            f"{head}.{part}" in self._gradient for part in ("weight", "bias")
+        )
 
     def _blind_top(self, generator: torch.Generator) -> Passed:
         """The last convolution's input and output gradient, from its own gradient alone."""
