@@ -84,7 +84,7 @@ RUNGS: Mapping[str, Rung] = {
         Rung(
             name="mean-map",
             attack={"type": "mean-map"},
-            unlocked=(CONTROL, "private-stem"),
+            unlocked=("private-stem",),
             networks="one",
             against=(),
         ),

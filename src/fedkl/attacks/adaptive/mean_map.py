@@ -107,10 +107,8 @@ class MeanMap(Attack):
         found: dict[int, Reconstruction] = {}
         worlds: dict[Auxiliary, _World] = {}
         for places in clients.values():
-            group, own = (
-                [observations[k] for k in places],
-                observations[places[0]].own_data("MeanMap", least=1),
-            )
+            group = [observations[k] for k in places]
+            own = group[0].own_data("MeanMap", least=_LEAST)
             chain = open_above_first(group[0], attack="MeanMap", private_stem=True)
             if own not in worlds:
                 worlds = {own: _World.of(own, chain, components=self.components, classes=group[0].classes)}
