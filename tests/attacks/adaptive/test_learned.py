@@ -11,6 +11,7 @@ import torch
 
 from fedkl import rng
 from fedkl.attacks import Knowledge, LearnedInversion, LocalSteps, PriorOnly
+from fedkl.attacks.adaptive import kernels
 from fedkl.attacks.adaptive.kernels import Views, best_regression
 from fedkl.auditing import Arm, SimulatedClients, attack_arms, trials_of
 from fedkl.defenses import KeyLock, NoDefense
@@ -284,3 +285,13 @@ def test_updates_that_are_not_finite_are_named(images, small, monkeypatch):
     monkeypatch.setattr(SimulatedClients, "__call__", lambda self, *batch: nothing)
     with pytest.raises(AttackError, match="a simulated client's update is not finite"):
         attacked(images, small(), SMALL, trials=1)
+
+
+def test_a_ridge_that_is_enough_for_a_part_of_the_examples_grows_with_the_rest(monkeypatch):
+    """Vectors so alike that rounding makes the kernel of all of them indefinite, not that of a few."""
+    monkeypatch.setattr(kernels, "_COMPARED_ON", 20)
+    monkeypatch.setattr(kernels, "_RANKED_ON", 20)
+    noise = torch.randn(400, 50, generator=torch.Generator().manual_seed(0))
+    x, y = 1 + 3e-3 * noise, noise[:, :2]
+    known, probes = (Views(per_update={"x": part}, per_image={}, batch=1) for part in (x[:300], x[300:]))
+    assert best_regression(known, y[:300], probes, y[300:]).error < 0.3

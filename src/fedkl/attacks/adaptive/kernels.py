@@ -15,6 +15,7 @@ from fedkl.errors import AttackError
 
 _WIDTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the kernel, in units of the median squared distance
 _RIDGES = (1e-5, 1e-3, 1e-1)
+_LARGEST_RIDGE = 1.0
 _LEAST_DISTANCE = 1e-3  # smaller ones are rounding
 _DIRECTIONS = 32  # random ones, along which targets are compared while views are chosen
 _RANKED_ON = 500  # examples, for views alone
@@ -134,7 +135,11 @@ def best_regression(
     unions = {size: searched(ranked[:size], _COMPARED_ON) for size in sizes}
     size = min(unions, key=lambda size: unions[size][0])
     _, width, ridge = unions[size]
-    weights = _solved(_mean(inner, ranked[:size]), y, width=width, ridge=ridge)
+    squared = _mean(inner, ranked[:size])
+    weights = _solved(squared, y, width=width, ridge=ridge)
+    while weights is None and ridge < _LARGEST_RIDGE:  # enough for a part of the examples is not for all
+        ridge *= 10
+        weights = _solved(squared, y, width=width, ridge=ridge)
     if weights is None:
         raise AttackError(
             "Kernel regression: no width and ridge gave a usable fit; the examples are not finite or too few."
