@@ -262,7 +262,7 @@ def test_a_wellformed_file_with_a_wrong_content(unchecked, tmp_path, damage):
     elif damage == "private":
         del tensors["private/1.running_mean"]
     elif damage == "activation":
-        meta["options"]["activation"] = "tanh"
+        meta["options"]["activation"] = "gelu"
     else:
         del meta["distribution" if damage == "no-distribution" else damage]
     lockfile.write(path, kind="lock", meta=meta, tensors=tensors, passphrase=None)

@@ -250,11 +250,11 @@ class _Candidates(GradientMatching):
         """
         shared = [
             {name: tensor[0] for name, tensor in tensors.items()}
-            for tensors in (self._known, self._buffers, self._observed, self._weights)
+            for tensors in (self._known, self._buffers, self._observed, self._weights, self._aside)
         ]
         size = sum(tensor[0].numel() for tensor in self._observed.values())
         value: Callable[..., Tensor] = vmap(
-            self._value, (0, *[None] * 5), chunk_size=max(1, _AT_ONCE // size)
+            self._value, (0, *[None] * 6), chunk_size=max(1, _AT_ONCE // size)
         )
         with torch.no_grad():
             return value(self.points(images), *shared, label)

@@ -203,7 +203,7 @@ def test_long_vectors_keep_their_distances_when_hashed():
     assert views.per_update["long"].shape == (20, 4096)
     unit = long / long.norm(dim=1, keepdim=True)
     torch.testing.assert_close(
-        views.distances(views, "long"), torch.cdist(unit, unit).square(), atol=0.15, rtol=0.1
+        views.distances(views, ["long"]), torch.cdist(unit, unit).square(), atol=0.15, rtol=0.1
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -60,12 +60,27 @@ class Views:
     def __len__(self) -> int:
         return self.batch * len(next(iter(self.per_update.values())))
 
-    def distances(self, others: Views, name: str) -> Float[Tensor, "own others"]:
-        """Squared distances between the images of these and of other updates, in one view; 0 to 4."""
-        if name in self.per_image:
-            return _distances(self.per_image[name], others.per_image[name])
-        between = _distances(self.per_update[name], others.per_update[name])
-        return between.repeat_interleave(self.batch, 0).repeat_interleave(others.batch, 1)
+    def first(self, updates: int) -> Views:
+        """The views of the first updates only."""
+        return replace(
+            self,
+            per_update={name: rows[:updates] for name, rows in self.per_update.items()},
+            per_image={name: rows[: updates * self.batch] for name, rows in self.per_image.items()},
+        )
+
+    def distances(self, others: Views, names: Sequence[str]) -> Float[Tensor, "own others"]:
+        """Squared distances between the images of these and of others' updates, as mean over views; 0 to 4.
+
+        Matrices as large as the fitted one are not kept for every view: there may be dozens.
+        """
+        total = torch.zeros(len(self), len(others), device=next(iter(self.per_update.values())).device)
+        for name in names:
+            if name in self.per_image:
+                total += _distances(self.per_image[name], others.per_image[name])
+            else:
+                between = _distances(self.per_update[name], others.per_update[name])
+                total += between.repeat_interleave(self.batch, 0).repeat_interleave(others.batch, 1)
+        return total / len(names)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,7 +110,7 @@ class Regression:
             known: The examples that it was fitted on.
             asked: The other updates.
         """
-        squared = _mean({name: asked.distances(known, name) for name in self.names}, list(self.names))
+        squared = asked.distances(known, self.names)
         return ((-squared / self.width).exp().double() @ self.weights).float() + self.mean
 
 
@@ -120,14 +135,13 @@ def best_regression(
     y, y_probes = targets - mean, truth - mean
     directions = torch.randn(y.shape[1], _DIRECTIONS, generator=torch.Generator().manual_seed(0)).to(y)
     short, short_probes = y @ directions, y_probes @ directions
-    inner = {name: known.distances(known, name) for name in known.names}
-    outer = {name: probes.distances(known, name) for name in known.names}
 
-    def searched(names: list[str], examples: int) -> tuple[float, float, float]:
-        part = slice(min(examples, len(y)))
-        near = _mean({name: inner[name][part, part] for name in names}, names)
-        far = _mean({name: outer[name][:, part] for name in names}, names)
-        return _searched(near, far, short[part], short_probes)
+    def searched(names: Sequence[str], examples: int) -> tuple[float, float, float]:
+        part = known.first(-(-examples // known.batch))
+        there = slice(len(part))
+        return _searched(
+            part.distances(part, names), probes.distances(part, names), short[there], short_probes
+        )
 
     alone = {name: searched([name], _RANKED_ON)[0] for name in known.names}
     ranked = sorted(alone, key=lambda name: alone[name])
@@ -135,7 +149,8 @@ def best_regression(
     unions = {size: searched(ranked[:size], _COMPARED_ON) for size in sizes}
     size = min(unions, key=lambda size: unions[size][0])
     _, width, ridge = unions[size]
-    squared = _mean(inner, ranked[:size])
+    names = tuple(ranked[:size])
+    squared = known.distances(known, names)
     weights = _solved(squared, y, width=width, ridge=ridge)
     while weights is None and ridge < _LARGEST_RIDGE:  # enough for a part of the examples is not for all
         ridge *= 10
@@ -144,9 +159,8 @@ def best_regression(
         raise AttackError(
             "Kernel regression: no width and ridge gave a usable fit; the examples are not finite or too few."
         )
-    found = (-_mean(outer, ranked[:size]) / width).exp().double() @ weights
+    found = (-probes.distances(known, names) / width).exp().double() @ weights
     error = float((found - y_probes).square().mean() / y_probes.square().mean())
-    names = tuple(ranked[:size])
     return Regression(names=names, width=width, ridge=ridge, mean=mean, weights=weights, error=error)
 
 
@@ -174,13 +188,6 @@ def _solved(squared: Tensor, y: Tensor, *, width: float, ridge: float) -> Tensor
     kernel.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(kernel)
     return None if bool(failed) else torch.cholesky_solve(y.double(), factor)
-
-
-def _mean(squared: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    total = squared[names[0]].clone()
-    for name in names[1:]:
-        total += squared[name]
-    return total / len(names)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
