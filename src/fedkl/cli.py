@@ -462,9 +462,9 @@ def reproduce_adaptive(
     cohorts: Annotated[str, typer.Option(help="Clients over whose updates the server sees the mean.")] = "1",
     rungs: Annotated[str, typer.Option(help=f"Of {', '.join(reproduce.RUNGS)}.")] = "floor,learned",
     images: Annotated[
-        int | None, typer.Option(min=1, help="Images attacked in a cell; 20 or 100 if not given.")
+        int | None, typer.Option(min=1, help="Images counted in a cell, about; 20 or 100 if not given.")
     ] = None,
-    auxiliary: Annotated[int, typer.Option(min=1, help="Labeled images that the server owns.")] = 2000,
+    auxiliary: Annotated[int, typer.Option(min=1, help="Labeled images that the server owns.")] = 8000,
     norm_mode: Annotated[str, typer.Option(help="Of the clients' norms: train or eval.")] = "train",
     accuracy: Annotated[
         bool, typer.Option("--frontier", help="Train too: what each arrangement costs, and a figure.")

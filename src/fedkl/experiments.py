@@ -307,7 +307,8 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
         place = f"reconstructions/{result.arm}-{result.trial}"
         truth = trials[result.trial].images
         directory.save_tensors(place, {"reconstruction": result.reconstruction.images, "truth": truth})
-        record = result.to_dict() | {"elapsed": earlier + perf_counter() - start}
+        record = result.to_dict() | {"labels": trials[result.trial].labels.tolist()}
+        record |= {"elapsed": earlier + perf_counter() - start}
         directory.append(record)
         records.append(record)
         progress(len(records), total, result.arm)
@@ -383,7 +384,13 @@ def _attack_summary(
 
 
 def arm_summary(arm: Arm, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One arm's figures over all its images: failures count as images that were not recovered."""
+    """What an arm is, and its figures over all its images."""
+    knows = arm.knowledge.describe()
+    return {"name": arm.name, "description": arm.description, "knows": knows} | arm_figures(records)
+
+
+def arm_figures(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures over all images of some trials: failures count as images that were not recovered."""
     scores = [score for record in records for score in record["scores"]]
 
     def values(name: str) -> list[float | None]:
@@ -401,9 +408,6 @@ def arm_summary(arm: Arm, records: list[dict[str, Any]]) -> dict[str, Any]:
     identified = success_rate(flags("identified"), threshold=1.0)
     found = success_rate(flags("label_correct"), threshold=1.0)
     return {
-        "name": arm.name,
-        "description": arm.description,
-        "knows": arm.knowledge.describe(),
         "scaling": records[0]["scaling"],
         "candidates": scores[0]["candidates"],
         "figures": figures,

@@ -115,13 +115,13 @@ def test_every_rung_is_a_usable_experiment():
     element = Matrix(rows=("lenet/mnist",), arrangements=("element",), rungs=("wiener",)).cells()
     assert {cell.given["victim"] for cell in element} == {"element"}
     sixteen = next(c.experiment for c in cells if c.given["batch"] == 16 and c.given["rung"] == "learned")
-    assert (sixteen.trials, sixteen.batch_size, sixteen.networks) == (7, 16, "one")
+    assert (sixteen.trials, sixteen.batch_size, sixteen.networks) == (35, 16, "one")
     wide = Matrix(rows=("lenet/mnist",), batches=(1,), steps=(1,), cohorts=(1, 16)).cells()
     summed = next(c for c in wide if c.given["cohort"] == 16 and c.given["rung"] == "learned")
-    assert (summed.experiment.batch_size, summed.experiment.cohort, summed.experiment.trials) == (16, 16, 7)
+    assert (summed.experiment.batch_size, summed.experiment.cohort, summed.experiment.trials) == (16, 16, 35)
     assert len({cell.place for cell in wide}) == len(wide)
     rounds = next(c.experiment for c in cells if c.given["batch"] == 4 and c.given["rung"] == "learned-16")
-    assert (rounds.trials, rounds.updates_per_client) == (32, 16)
+    assert (rounds.trials, rounds.updates_per_client) == (48, 16)
 
 
 def test_a_matrix_of_real_attacks_is_resumed(tmp_path, monkeypatch):
@@ -138,6 +138,27 @@ def test_a_matrix_of_real_attacks_is_resumed(tmp_path, monkeypatch):
     assert adaptive(matrix, out=tmp_path, progress=no_progress) == records
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.jsonl")}
     assert json.loads((tmp_path / "table.json").read_text()) == records
+
+
+def test_only_images_with_a_label_of_their_own_count(tmp_path):
+    changes = {"batches": (4,), "arrangements": ("first",), "images": 12}
+    matrix = Matrix(**SMALL | changes, rungs=("floor",))
+    [record] = adaptive(matrix, out=tmp_path, progress=no_progress)
+    path = next(tmp_path.rglob("results.jsonl"))
+    trials = [json.loads(line) for line in path.read_text().splitlines()]
+    alone = [
+        score["identified"]
+        for trial in trials
+        for score, label in zip(trial["scores"], trial["labels"], strict=True)
+        if trial["labels"].count(label) == 1
+    ]
+    assert 0 < len(alone) < 4 * len(trials)
+    assert (record["n"], record["identified"]["n"]) == (len(alone), len(alone))
+    assert record["identified"]["rate"] == pytest.approx(sum(alone) / len(alone))
+    del trials[0]["labels"]
+    path.write_text("".join(json.dumps(trial) + "\n" for trial in trials))
+    with pytest.raises(ConfigError, match="older version"):
+        adaptive(matrix, out=tmp_path, progress=no_progress)
 
 
 def test_a_rung_that_cannot_work_is_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ ROWS: Mapping[str, tuple[str, str]] = {
 }
 """Networks and data by a row's name."""
 
+_CLASSES = 10  # of the data of every row
+_SPARE = 1.15  # so that hardly any cell has fewer images than asked for
+
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
@@ -42,7 +46,8 @@ class Matrix:
         steps: Local steps behind it.
         cohorts: Clients over whose updates the server sees the mean.
         rungs: Names of `RUNGS`.
-        images: Images attacked in a cell; None: as many as each rung has by default.
+        images: Images counted in a cell, about; None: as many as each rung has by default. Of batches only
+            those count whose label no other image has, so that more are attacked.
         auxiliary: Labeled images that the server owns.
         norm_mode: Of the clients' norms.
         seed: Of weights and attacks; keys come from the operating system.
@@ -61,7 +66,7 @@ class Matrix:
     cohorts: tuple[int, ...] = (1,)
     rungs: tuple[str, ...] = ("floor", "learned")
     images: int | None = None
-    auxiliary: int = 2000
+    auxiliary: int = 8000
     norm_mode: str = "train"
     seed: int = 0
     workers: int = 0
@@ -123,7 +128,7 @@ class Matrix:
             "labels_known": True,
             "auxiliary": self.auxiliary,
             "networks": rung.networks,
-            "trials": -(-images // (batch * cohort * together)) * together,
+            "trials": _updates(images, size=batch * cohort, together=together),
             "updates_per_client": together,
             "batch_size": batch * cohort,
             "cohort": cohort,
@@ -183,13 +188,21 @@ def adaptive(matrix: Matrix, *, out: Path, progress: OpenProgress) -> list[Recor
         except AttackError as error:
             refused.append((cell.given, str(error)))
             continue
-        for record in records_of(run, given=cell.given, printed=None, distances={}):
+        alone = cell.experiment.batch_size > 1
+        for record in records_of(run, given=cell.given, printed=None, distances={}, alone=alone):
             records.append(record | _arrangement(record))
         write_table(out, records, markdown(records, refused=refused))
     if not records:
         raise ConfigError(f"reproduce adaptive: no cell can be run. {refused[0][1]}")
     write_table(out, records, markdown(records, refused=refused))
     return records
+
+
+def _updates(images: int, *, size: int, together: int) -> int:
+    """How many updates of a size have about so many images whose label no other has; whole clients."""
+    alone = (1 - 1 / _CLASSES) ** (size - 1)
+    spare = 1.0 if size == 1 else _SPARE
+    return math.ceil(images * spare / (alone * size * together)) * together
 
 
 def _arrangement(record: Record) -> Record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from fedkl.attacks import DLG, IDLG
 from fedkl.config import AttackConfig
 from fedkl.errors import ConfigError
-from fedkl.experiments import SSIM_SUCCESS, SUCCESS_DB
+from fedkl.experiments import SSIM_SUCCESS, SUCCESS_DB, arm_figures
 from fedkl.files import write_atomically
 from fedkl.metrics import match, paper_psnr_to_true
 from fedkl.metrics.perceptual import LPIPS
@@ -42,6 +43,7 @@ def records_of(
     given: Mapping[str, Any],
     printed: Mapping[str, Sequence[float]] | None,
     distances: Mapping[str, Mapping[str, Sequence[float | None]]],
+    alone: bool = False,
 ) -> list[Record]:
     """One record per arm of a finished run.
 
@@ -50,11 +52,22 @@ def records_of(
         given: What the table knows of it: row, budget, seed.
         printed: The paper's [without, with] figures as printed; None: not in the paper.
         distances: LPIPS by arm and measure, see `perceptual_distances`.
+        alone: Count only images whose label no other image of their update has. What an attack makes of
+            several images of one class is a mixture of them, so that such images say little about a defense.
+
+    Raises:
+        ConfigError: The run is not a finished attack, or no image is alone.
     """
     config, summary = run.config, run.summary
     if not isinstance(config, AttackConfig) or summary is None:
         raise ConfigError(f"{run.path}: not a finished attack. Run the table again.")
     trials = [record for record in run.results() if record["event"] == "trial"]
+    if alone:
+        if not all("labels" in trial for trial in trials):
+            raise ConfigError(f"{run.path}: of an older version, without labels. Use another folder.")
+        trials = [_alone(trial) for trial in trials]
+        if not any(trial["scores"] for trial in trials):
+            raise ConfigError(f"{run.path}: every image shares its label with another. Attack more images.")
     return [
         dict(given)
         | _setting(config)
@@ -62,6 +75,13 @@ def records_of(
         | {"paper": _paper(arm["name"], printed), "seconds": summary["seconds"]}
         for arm in summary["arms"]
     ]
+
+
+def _alone(trial: Record) -> Record:
+    """A trial without the images that share their label with another."""
+    count = Counter[int](trial["labels"])
+    pairs = zip(trial["scores"], trial["labels"], strict=True)
+    return trial | {"scores": [score for score, label in pairs if count[label] == 1]}
 
 
 def _setting(config: AttackConfig) -> Record:
@@ -79,17 +99,18 @@ def _setting(config: AttackConfig) -> Record:
 def _figures(
     arm: Record, trials: Sequence[Record], distances: Mapping[str, Sequence[float | None]]
 ) -> Record:
-    scores = [s for trial in trials if trial["arm"] == arm["name"] for s in trial["scores"]]
-    kept = ("description", "knows", "scaling", "candidates")
-    rates = ("success", "ssim_success", "identified", "label_correct")
+    own = [trial for trial in trials if trial["arm"] == arm["name"]]
+    scores, found = [s for trial in own for s in trial["scores"]], arm_figures(own)
+    kept = ("scaling", "candidates", "success", "ssim_success", "identified", "label_correct")
     return {
         "arm": arm["name"],
-        **{name: arm[name] for name in kept + rates},
-        "n": arm["figures"]["psnr"]["n"],
-        "failures": arm["figures"]["psnr"]["failures"],
+        **{name: arm[name] for name in ("description", "knows")},
+        **{name: found[name] for name in kept},
+        "n": found["figures"]["psnr"]["n"],
+        "failures": found["figures"]["psnr"]["failures"],
         **{name: _quartiles([s[name] for s in scores]) for name in ("psnr", "ssim", "psnr_affine")},
         **{name: _quartiles(values) for name, values in distances.items()},
-        "evaluations": arm["evaluations"]["median"],
+        "evaluations": found["evaluations"]["median"],
     }
 
 

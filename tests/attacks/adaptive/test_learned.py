@@ -149,6 +149,13 @@ def test_settings_out_of_range(options):
         LearnedInversion(**options)
 
 
+@pytest.mark.parametrize(("auxiliary", "expected"), [(60, 70), (80, 80)])
+def test_every_auxiliary_image_has_an_update(images, small, monkeypatch, auxiliary, expected):
+    monkeypatch.setattr("fedkl.attacks.adaptive.learned._SIMULATIONS", 70)
+    [result] = attacked(images, small(), LearnedInversion(), trials=1, auxiliary=auxiliary)
+    assert result.reconstruction.evaluations == expected
+
+
 @pytest.mark.parametrize("guess", ["mean", "class-mean", "class-image"])
 def test_the_floor_is_made_of_auxiliary_images_only(images, small, guess):
     (result,) = attacked(images, small(), PriorOnly(guess=guess), trials=1, auxiliary=50)

@@ -34,6 +34,7 @@ from fedkl.errors import AttackError, ConfigError
 from fedkl.types import ImageBatch, Labels, NamedTensors
 
 _HELD_OUT = 0.15
+_SIMULATIONS = 2000  # by default, where there are fewer images
 _LEAST = 40  # auxiliary images: fewer hold too few out
 _TAUGHT = 0  # the image of a simulated batch that is learned from
 _FLOOR = 0.1  # of the deviations within a client, relative to a typical one
@@ -49,8 +50,9 @@ class LearnedInversion(Attack):
     over the choices made by it, and so a little too good.
 
     Attributes:
-        simulations: Updates that simulated clients send. Each teaches one of its images, so that a large
-            batch is learned from as many companies as a small one.
+        simulations: Updates that simulated clients send; None: 2,000, or one for each auxiliary image if the
+            server has more. Each teaches one of its images, so that a large batch is learned from as many
+            companies as a small one. Memory grows with the square.
         updates_per_client: Updates simulated before a new client with new secrets is drawn; as many as each
             client sent, where several observations are known to be of one client.
 
@@ -61,12 +63,19 @@ class LearnedInversion(Attack):
     """
 
     type: Literal["learned"] = "learned"
-    simulations: int = 2000
+    simulations: int | None = None
     updates_per_client: int = 10
 
     def __post_init__(self) -> None:
-        least = {"simulations": _LEAST, "updates_per_client": 1}
-        wrong = [f"{n} ≥ {low}, got {getattr(self, n)}" for n, low in least.items() if getattr(self, n) < low]
+        given = {
+            "simulations": (self.simulations, _LEAST),
+            "updates_per_client": (self.updates_per_client, 1),
+        }
+        wrong = [
+            f"{name} ≥ {least}, got {value}"
+            for name, (value, least) in given.items()
+            if value is not None and value < least
+        ]
         if wrong:
             raise ConfigError(f"LearnedInversion: expected {', '.join(wrong)}.")
 
@@ -105,17 +114,16 @@ class LearnedInversion(Attack):
         return [results[place] for place in range(len(observations))]
 
     def _learn(self, group: list[Observation], on_evaluation: Progress) -> list[Reconstruction]:
-        first, labels = group[0], known_labels(group)
-        generator = torch.Generator().manual_seed(_own(first).seed)
+        first, own, labels = group[0], _own(group[0]), known_labels(group)
+        generator = torch.Generator().manual_seed(own.seed)
         clients = _clients(group)
         together = len(clients[0]) > 1
         each = len(clients[0]) if together else self.updates_per_client
-        held = round(_HELD_OUT * self.simulations)
+        simulations = self.simulations or max(_SIMULATIONS, len(own.images))
+        held = round(_HELD_OUT * simulations)
         pairs = [
             self._simulated(first, images, count, generator, on_evaluation, each=each, together=together)
-            for images, count in zip(
-                _divided(_own(first), generator), (self.simulations - held, held), strict=True
-            )
+            for images, count in zip(_divided(own, generator), (simulations - held, held), strict=True)
         ]
         (known, images), (probes, truth) = pairs
         regression = best_regression(known, images.flatten(1), probes, truth.flatten(1))
@@ -131,7 +139,7 @@ class LearnedInversion(Attack):
                 labels=label,
                 scaling="clip",
                 loss=regression.error,
-                evaluations=self.simulations,
+                evaluations=simulations,
                 start=0,
             )
             for place, label in enumerate(labels)
