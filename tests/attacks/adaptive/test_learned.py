@@ -174,7 +174,7 @@ def test_the_regression_equals_a_plain_one():
     source = torch.Generator().manual_seed(0)
     x = torch.randn(120, 5, generator=source)
     y = torch.stack([x[:, 0] * x[:, 1], x[:, 2].tanh()], 1)
-    known, probes, asked = (Views(per_update={"x": x[p]}, per_image={}, batch=1) for p in _parts(120))
+    known, probes, asked = (Views.of(per_update={"x": x[p]}, per_image={}, batch=1) for p in _parts(120))
     fit, check, rest = _parts(120)
     regression = best_regression(known, y[fit], probes, y[check])
     found = regression(known, asked)
@@ -198,7 +198,7 @@ def test_views_without_information_do_not_count():
     x, noise = torch.randn(300, 4, generator=source), torch.randn(300, 4, generator=source)
     fit, check, _ = _parts(300)
     known, probes = (
-        Views(per_update={"noise": noise[p], "x": x[p]}, per_image={}, batch=1) for p in (fit, check)
+        Views.of(per_update={"noise": noise[p], "x": x[p]}, per_image={}, batch=1) for p in (fit, check)
     )
     assert best_regression(known, x[fit], probes, x[check]).names == ("x",)
 
@@ -206,7 +206,7 @@ def test_views_without_information_do_not_count():
 def test_long_vectors_keep_their_distances_when_hashed():
     source = torch.Generator().manual_seed(0)
     long = torch.randn(20, 20_000, generator=source)
-    views = Views(per_update={"long": long}, per_image={}, batch=1)
+    views = Views.of(per_update={"long": long}, per_image={}, batch=1)
     assert views.per_update["long"].shape == (20, 4096)
     unit = long / long.norm(dim=1, keepdim=True)
     torch.testing.assert_close(
@@ -300,5 +300,5 @@ def test_a_ridge_that_is_enough_for_a_part_of_the_examples_grows_with_the_rest(m
     monkeypatch.setattr(kernels, "_RANKED_ON", 20)
     noise = torch.randn(400, 50, generator=torch.Generator().manual_seed(0))
     x, y = 1 + 3e-3 * noise, noise[:, :2]
-    known, probes = (Views(per_update={"x": part}, per_image={}, batch=1) for part in (x[:300], x[300:]))
+    known, probes = (Views.of(per_update={"x": part}, per_image={}, batch=1) for part in (x[:300], x[300:]))
     assert best_regression(known, y[:300], probes, y[300:]).error < 0.3

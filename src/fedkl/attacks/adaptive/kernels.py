@@ -25,11 +25,11 @@ _SKETCH = 4096  # numbers that a longer vector is hashed to
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Views:
-    """Vectors by name, some per update and some per image of it; compared by their directions only.
+    """Vectors by name, some per update and some per image of it, as `of` makes them: directions only.
 
     Attributes:
-        per_update: Shape ``(updates, length)``.
-        per_image: Shape ``(updates × batch, length)``.
+        per_update: Shape ``(updates, at most 4,096)``, of length 1.
+        per_image: Shape ``(updates × batch, at most 4,096)``, of length 1.
         batch: Images of an update.
     """
 
@@ -37,10 +37,14 @@ class Views:
     per_image: Mapping[str, Tensor] = field(repr=False)
     batch: int
 
-    def __post_init__(self) -> None:
-        for name in ("per_update", "per_image"):
-            short = {view: _direction(_sketched(tensor)) for view, tensor in getattr(self, name).items()}
-            object.__setattr__(self, name, short)
+    @classmethod
+    def of(cls, *, per_update: Mapping[str, Tensor], per_image: Mapping[str, Tensor], batch: int) -> Views:
+        """The views of vectors of any length and norm."""
+        lots = (
+            {name: _direction(_sketched(vectors)) for name, vectors in lot.items()}
+            for lot in (per_update, per_image)
+        )
+        return cls(per_update=next(lots), per_image=next(lots), batch=batch)
 
     @classmethod
     def joined(cls, parts: Sequence[Views]) -> Views:

@@ -52,7 +52,7 @@ class LearnedInversion(Attack):
     Attributes:
         simulations: Updates that simulated clients send; None: 2,000, or one for each auxiliary image if the
             server has more. Each teaches one of its images, so that a large batch is learned from as many
-            companies as a small one. Memory grows with the square.
+            companies as a small one. Memory: 32 kB for each and each tensor of an update, and the square.
         updates_per_client: Updates simulated before a new client with new secrets is drawn; as many as each
             client sent, where several observations are known to be of one client.
 
@@ -256,7 +256,7 @@ def _views(
             if name != "class"
         }
     asked = slice(None) if only is None else slice(only, only + 1)
-    return Views(
+    return Views.of(
         per_update=tensors,
         per_image={name: rows[:, asked].flatten(0, 1) for name, rows in per_image.items()},
         batch=observation.batch_size if only is None else 1,
