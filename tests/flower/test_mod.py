@@ -8,8 +8,9 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 
+from fedkl.defenses import KeyLock
 from fedkl.errors import LockError
-from fedkl.flower import current_client
+from fedkl.flower import current_client, public_arrays
 from fedkl.flower.mod import FAILED, REFUSED_MESSAGE, REFUSED_REPLY
 from tests.flower.setting import (
     app_of,
@@ -21,8 +22,10 @@ from tests.flower.setting import (
     metrics,
     net,
     reply,
+    store,
     stored,
 )
+from tests.locking.leaks import secrets_of
 
 PRIVATE = ("1.parametrizations.weight.original0", "1.running_mean")
 NUMBERS = torch.arange(18.0).reshape(3, 6) + 0.5
@@ -57,6 +60,29 @@ def test_the_model_of_the_client_has_the_servers_tensors_and_its_own_private_one
     ask(app_of(look), good_content(arrays=arrays_with(changed)), "evaluate")
     assert torch.equal(seen["0.weight"], changed["0.weight"])
     assert torch.equal(seen["1.running_mean"], stored()["1.running_mean"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        ({"private": ("head",)}, ["0.bias", "0.weight", "3.bias", "3.weight"]),
+        (
+            {"layers": "classifier"},
+            ["0.bias", "0.weight", "1.bias", "1.weight", "3.bias", "3.weight", "4.bias", "4.weight"],
+        ),
+    ],
+)
+def test_variants_of_the_lock_keep_what_is_theirs(options, sent):
+    defense = KeyLock(key_length=16, **options)
+    app, kept = app_of(honest, defense=defense), []
+    for _ in range(2):
+        content = good_content(arrays=public_arrays(net(), defense=defense))
+        assert sorted(ask(app, content).content["arrays"]) == sent
+        with store().client("client-0", model=net(), defense=defense) as client:
+            kept.append(secrets_of(client.lock))
+    assert torch.equal(kept[0]["key"], kept[1]["key"])
+    trained = {name for name in kept[0] if not torch.equal(kept[0][name], kept[1][name])}
+    assert any(name.startswith(("4.", "1.running")) for name in trained)
 
 
 def test_evaluations_and_queries_store_nothing():
