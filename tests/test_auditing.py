@@ -15,6 +15,7 @@ from fedkl.auditing import (
     SimulatedClients,
     attack_arms,
     full_gradient,
+    grid,
     observe,
     standard_arms,
     trials_of,
@@ -314,6 +315,38 @@ def test_members_of_a_cohort_have_keys_of_their_own(dataset, monkeypatch, name, 
     )  # fmt: skip
     assert [len(result.scores) for result in found] == [4, 4]
     assert len(prepared) == prepared_for
+
+
+@pytest.mark.parametrize("names", [("public-norm", "lock"), ("lock", "public-norm")])
+def test_arms_that_share_victims_do_not_mix_their_cohorts(dataset, monkeypatch, names):
+    """Behind a lock every member has its own key, and public γ and β are one, in whatever order they come."""
+    members = {}
+
+    def noted(victim, *, arm, trial, others, **rest):
+        members[arm.name, trial.index] = {id(one) for one in (victim, *others)}
+        return observe(victim, arm=arm, trial=trial, others=others, **rest)
+
+    monkeypatch.setattr(grid, "observe", noted)
+    arms, model = {arm.name: arm for arm in standard_arms(auxiliary=400)}, build(0)
+    attack_arms(
+        [arms[name] for name in names],
+        attack=PriorOnly(), build=lambda trial: model, dataset=dataset,
+        trials=trials_of(dataset, trials=2, batch_size=4), seed=0, cohort=4, on_result=lambda result: None,
+    )  # fmt: skip
+    assert {place: len(found) for place, found in members.items()} == {
+        (name, trial): 4 if name == "lock" else 1 for name in names for trial in (0, 1)
+    }
+
+
+def test_of_a_cohort_only_the_victim_gave_its_secrets_away(dataset):
+    """The server simulates the rest with keys of its own, whatever it knows of the one."""
+    *_, clients = simulation(dataset, "lock-known-affine", cohort=2)
+    alone = replace(clients, cohort=1)
+    images, labels = dataset.test_images[:4][None], dataset.test_labels[:4][None]
+    halves = [alone(images[:, part], labels[:, part]) for part in (slice(0, 2), slice(2, 4))]
+    once, again = (clients(images, labels)["conv2.weight"] for _ in range(2))
+    assert not torch.allclose(once, again, rtol=1e-3)
+    assert not torch.allclose(once, sum(half["conv2.weight"] for half in halves) / 2, rtol=1e-3)
 
 
 def test_a_simulated_client_has_secrets_of_its_own(dataset):

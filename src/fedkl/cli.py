@@ -107,7 +107,9 @@ def train(
     config: ConfigOption = None,
     defense: Annotated[
         str | None,
-        typer.Option(help="none, keylock, public-norm or private-norm; the controls are norm-matched."),
+        typer.Option(
+            help="none, keylock, private-layers, or the norm-matched controls public-norm and private-norm."
+        ),
     ] = None,
     lock: LockOption = None,
     layers: LayersOption = None,
@@ -469,8 +471,8 @@ def reproduce_adaptive(
     accuracy: Annotated[
         bool, typer.Option("--frontier", help="Train too: what each arrangement costs, and a figure.")
     ] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Of the frontier's trainings.")] = 20,
-    seeds: Annotated[int, typer.Option(min=1, help="Of the frontier's trainings.")] = 3,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Of --frontier's trainings; 20.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Of --frontier's trainings; 3.")] = None,
     seed: FirstSeedOption = 0,
     workers: WorkersOption = 0,
     data_root: RootOption = None,
@@ -492,11 +494,14 @@ def reproduce_adaptive(
         data_root=data_root,
         settings=tuple(settings or ()),
     )
+    trained = {name: n for name, n in {"rounds": rounds, "seeds": seeds}.items() if n is not None}
+    if trained and not accuracy:
+        raise typer.BadParameter(f"--{', --'.join(trained)}: only with --frontier, which trains.")
     if not accuracy:
         reproduce.adaptive(matrix, out=out, progress=_progress)
         _print_table(out)
         return
-    wanted = reproduce.Frontier(matrix=matrix, rounds=rounds, seeds=seeds)
+    wanted = reproduce.Frontier(matrix=matrix, **trained)
     reproduce.frontier(wanted, out=out, progress=_progress)
     _print_table(out)
     _print_table(out / "frontier")

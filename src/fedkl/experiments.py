@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -378,20 +379,34 @@ def _attack_summary(
         "norm_mode": config.norm_mode,
         "local_steps": config.local.steps,
         "initialization": config.model.initialization,
-        "arms": [arm_summary(arm, [r for r in records if r["arm"] == arm.name]) for arm in arms],
+        "arms": [
+            arm_summary(
+                arm,
+                [r for r in records if r["arm"] == arm.name],
+                updates_per_client=config.updates_per_client,
+            )
+            for arm in arms
+        ],
         "seconds": max(record["elapsed"] for record in records),
     }
 
 
-def arm_summary(arm: Arm, records: list[dict[str, Any]]) -> dict[str, Any]:
+def arm_summary(arm: Arm, records: list[dict[str, Any]], *, updates_per_client: int = 1) -> dict[str, Any]:
     """What an arm is, and its figures over all its images."""
-    knows = arm.knowledge.describe()
-    return {"name": arm.name, "description": arm.description, "knows": knows} | arm_figures(records)
+    about = {"name": arm.name, "description": arm.description, "knows": arm.knowledge.describe()}
+    return about | arm_figures(records, updates_per_client=updates_per_client)
 
 
-def arm_figures(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures over all images of some trials: failures count as images that were not recovered."""
+def arm_figures(records: list[dict[str, Any]], *, updates_per_client: int = 1) -> dict[str, Any]:
+    """Figures over all images of some trials: failures count as images that were not recovered.
+
+    Where clients send several updates, intervals of shares are by client: its images share its secrets.
+    """
     scores = [score for record in records for score in record["scores"]]
+    clients = None
+    if updates_per_client > 1:
+        clients = [record["trial"] // updates_per_client for record in records for _ in record["scores"]]
+    rate = partial(success_rate, groups=clients)
 
     def values(name: str) -> list[float | None]:
         return [score[name] for score in scores]
@@ -403,10 +418,10 @@ def arm_figures(records: list[dict[str, Any]]) -> dict[str, Any]:
         name: summarize(values(name)).to_dict()
         for name in ("psnr", "ssim", "mse", "correlation", "psnr_raw", "psnr_affine", "ssim_affine")
     }
-    success = success_rate(values("psnr"), threshold=SUCCESS_DB)
-    similar = success_rate(values("ssim"), threshold=SSIM_SUCCESS)
-    identified = success_rate(flags("identified"), threshold=1.0)
-    found = success_rate(flags("label_correct"), threshold=1.0)
+    success = rate(values("psnr"), threshold=SUCCESS_DB)
+    similar = rate(values("ssim"), threshold=SSIM_SUCCESS)
+    identified = rate(flags("identified"), threshold=1.0)
+    found = rate(flags("label_correct"), threshold=1.0)
     return {
         "scaling": records[0]["scaling"],
         "candidates": scores[0]["candidates"],

@@ -139,6 +139,27 @@ def test_failures_are_no_successes_but_trials():
     assert metrics.success_rate([1.0] * 8, threshold=1.0, confidence=0.5).low > 0.9
 
 
+def test_trials_of_a_group_count_for_less_the_more_groups_differ():
+    """Four of eight, whatever the groups: independent, in four groups that agree, in two that do not."""
+    hits = [1.0, 0.0] * 4
+    pairs, halves = [0, 0, 1, 1, 2, 2, 3, 3], [0, 1] * 4
+    alone = metrics.success_rate(hits, threshold=1.0)
+    assert metrics.success_rate(hits, threshold=1.0, groups=pairs) == alone
+    apart = metrics.success_rate(hits, threshold=1.0, groups=halves)
+    assert (apart.rate, apart.n) == (0.5, 8)
+    assert (apart.low, apart.high) == metrics.wilson_interval(1, 2)
+    # Shares of 1, 1, 0 and 0 scatter as those of four trials at most.
+    scattered = metrics.success_rate([1.0] * 4 + [0.0] * 4, threshold=1.0, groups=pairs)
+    assert (scattered.low, scattered.high) == metrics.wilson_interval(2, 4)
+
+
+def test_without_a_difference_there_are_as_many_trials_as_groups():
+    none = metrics.success_rate([0.0] * 6, threshold=1.0, groups=[0, 0, 0, 1, 1, 1])
+    assert (none.low, none.high) == metrics.wilson_interval(0, 2)
+    with pytest.raises(ConfigError, match="groups: expected one per value, 2, got 1"):
+        metrics.success_rate([1.0, 0.0], threshold=1.0, groups=[0])
+
+
 def test_a_rate_needs_a_trial_and_a_threshold():
     with pytest.raises(ConfigError, match="0 of 0"):
         metrics.success_rate([], threshold=1.0)

@@ -12,19 +12,24 @@ from typer.testing import CliRunner
 from fedkl.cli import app
 from fedkl.errors import ConfigError
 from fedkl.reproduce import Matrix, adaptive
+from fedkl.reproduce.adaptive import ROWS
 from fedkl.reproduce.ladder import RUNGS
 from fedkl.reproduce.verdicts import markdown, verdict
 
 SMALL = {
-    "rows": ("lenet/mnist",),
+    "rows": ("lenet/sample",),
     "arrangements": ("first", "private-head", "private-stem"),
     "batches": (1,),
     "steps": (1,),
     "images": 2,
     "auxiliary": 60,
     "workers": 1,
-    "settings": ("data.name=mnist-sample",),
 }
+
+
+@pytest.fixture(autouse=True)
+def sample(monkeypatch):
+    monkeypatch.setitem(ROWS, "lenet/sample", ("lenet", "mnist-sample"))
 
 
 def no_progress(name):
@@ -121,7 +126,9 @@ def test_every_rung_is_a_usable_experiment():
     assert (summed.experiment.batch_size, summed.experiment.cohort, summed.experiment.trials) == (16, 16, 35)
     assert len({cell.place for cell in wide}) == len(wide)
     rounds = next(c.experiment for c in cells if c.given["batch"] == 4 and c.given["rung"] == "learned-16")
-    assert (rounds.trials, rounds.updates_per_client) == (48, 16)
+    assert (rounds.trials, rounds.updates_per_client) == (20 * 16, 16)
+    large = Matrix(rows=("lenet/mnist",), batches=(16,), cohorts=(4,), rungs=("floor",)).cells()[0].experiment
+    assert (large.trials, large.batch_size) == (156, 64)  # all of the 10,000 test images
 
 
 def test_a_matrix_of_real_attacks_is_resumed(tmp_path, monkeypatch):
@@ -166,7 +173,8 @@ def test_a_rung_that_cannot_work_is_named(tmp_path):
     adaptive(matrix, out=tmp_path, progress=no_progress)
     text = (tmp_path / "table.md").read_text()
     assert (
-        "Not run: closed-form, lenet/mnist, batch 2, 1 local steps. ClosedForm: expected the gradient" in text
+        "Not run: closed-form, lenet/sample, batch 2, 1 local steps. ClosedForm: expected the gradient"
+        in text
     )
 
 
@@ -178,11 +186,34 @@ def test_a_rung_that_cannot_work_is_named(tmp_path):
         {"batches": (0,)},
         {"arrangements": ("thick",)},
         {"arrangements": ()},
+        {"arrangements": ("first", "first")},
+        {"batches": (1, 4, 1)},
     ],
 )
 def test_unknown_names_and_numbers(changes):
     with pytest.raises(ConfigError, match="reproduce"):
         Matrix(**SMALL | changes)
+
+
+@pytest.mark.parametrize("setting", ["batch_size=8", "lock.layers=all", "local.steps=5", "data.name=cifar10"])
+def test_settings_do_not_contradict_the_table(setting):
+    with pytest.raises(ConfigError, match=rf"--set {setting.split('=')[0].split('.')[0]}.*sets that itself"):
+        Matrix(**SMALL, settings=(setting,)).cells()
+    (cell,) = Matrix(**SMALL, rungs=("closed-form",), settings=("local.lr=0.5",)).cells()[1:]
+    assert cell.experiment.local.lr == 0.5
+
+
+def test_nothing_to_run_is_said_before_anything_is(tmp_path):
+    matrix = Matrix(**SMALL | {"arrangements": ("first",)}, rungs=("mean-map",))
+    with pytest.raises(ConfigError, match="mean-map cannot be tried on any of first"):
+        adaptive(matrix, out=tmp_path / "table", progress=no_progress)
+    assert not (tmp_path / "table").exists()
+
+
+def test_options_of_trainings_need_trainings(tmp_path):
+    result = CliRunner().invoke(app, ["reproduce", "adaptive", "--out", str(tmp_path), "--seeds", "2"])
+    assert result.exit_code == 2
+    assert "only with --frontier" in " ".join(result.output.split())
 
 
 def test_batches_on_the_command_line(tmp_path):

@@ -61,6 +61,18 @@ def test_the_figure_leaves_out_what_was_not_attacked():
     assert "| 88.0 | 2.0 | – | – | 2 of 4" in markdown([record, other], batch=1, steps=1, cohort=1)
 
 
+def test_the_oracle_is_not_the_servers(wanted, tmp_path, monkeypatch):
+    frontier(wanted, out=tmp_path, progress=no_progress)
+    path = tmp_path / "lenet-sample/accuracy/first-seed-0/summary.json"
+    summary = json.loads(path.read_text())
+    own = [f["accuracy"] for f in summary["fill_ins"] if f["arm"] != "mean-affine"]
+    oracle = next(f for f in summary["fill_ins"] if f["arm"] == "mean-affine")
+    oracle["accuracy"] = 0.99
+    path.write_text(json.dumps(summary))
+    lock = frontier(wanted, out=tmp_path, progress=no_progress)[1]
+    assert lock["server"] == max(own) < 0.99
+
+
 @pytest.mark.parametrize("changes", [{"rounds": 0}, {"seeds": 0}, {"images": 0}])
 def test_numbers_below_one(wanted, changes):
     with pytest.raises(ConfigError, match="frontier: expected"):

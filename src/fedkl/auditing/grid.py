@@ -161,13 +161,10 @@ def _observed(
         model = models[trial.index]
         public = arm.knowledge.affine_gradient  # γ and β belong to the network then, not to a client
         client = trial.index // updates_per_client
-        place = (arm.defense, first_with[id(model)] if public else client)
-        if place not in victims:
-            first = arm.defense.prepare(model)
-            # Public γ and β are the same for all clients.
-            rest = [first if public else arm.defense.prepare(model) for _ in range(cohort - 1)]
-            victims[place] = [first, *rest]
-        victim, *others = victims[place]
+        members = victims.setdefault((arm.defense, first_with[id(model)] if public else client), [])
+        while len(members) < (1 if public else cohort):  # an arm with public γ and β may have drawn the first
+            members.append(arm.defense.prepare(model))
+        victim, *others = members[:1] * cohort if public else members
         observation = observe(
             victim,
             arm=arm,

@@ -180,8 +180,9 @@ class SimulatedClients:
     Attributes:
         defense: What clients do.
         model: The plain architecture.
-        known: What the server has of the victim.
+        known: What the server has of the victim, the first of a cohort.
         baked: The victim's network with γ and β as numbers, where they are known; None: they are drawn.
+        common: Whether γ and β are public, and so those of every client.
         names: The tensors that are observed.
         private: The plain network's parameters that clients do not send.
         train_mode: Of the clients' norms.
@@ -193,6 +194,7 @@ class SimulatedClients:
     model: nn.Module = field(repr=False)
     known: Known = field(repr=False)
     baked: nn.Module | None = field(repr=False)
+    common: bool
     names: tuple[str, ...]
     private: tuple[str, ...]
     train_mode: bool
@@ -235,6 +237,7 @@ class SimulatedClients:
             model=model,
             known=arm.defense.known(victim, granted=granted),
             baked=baked,
+            common=granted.affine_gradient,
             names=tuple(sorted(names)),
             private=tuple(sorted(private)),
             train_mode=train_mode,
@@ -251,7 +254,7 @@ class SimulatedClients:
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Updates of one client or cohort, stacked; see `Auxiliary`."""
-        networks = [self._network() for _ in range(self.cohort)]
+        networks = [self._network(granted=self.common or not member) for member in range(self.cohort)]
         sent = [
             _mean(
                 [
@@ -263,11 +266,12 @@ class SimulatedClients:
         ]
         return {name: torch.stack([each[name] for each in sent]) for name in sent[0]}
 
-    def _network(self) -> nn.Module:
-        """Of one client, with secrets of its own draw where they are not known."""
-        if self.baked is None:
-            return self.defense.imitated(self.model, known=self.known).model
-        return copy.deepcopy(self.baked)
+    def _network(self, *, granted: bool) -> nn.Module:
+        """Of one client: the victim, as far as the server was granted its secrets, or another one."""
+        if granted and self.baked is not None:
+            return copy.deepcopy(self.baked)
+        known = self.known if granted else replace(self.known, key=None, private={})
+        return self.defense.imitated(self.model, known=known).model
 
     def _sent(self, network: nn.Module, images: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
         update = _updated(network, images, labels, train_mode=self.train_mode, local=self.local)

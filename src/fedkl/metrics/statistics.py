@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median, stdev
 from typing import NamedTuple
@@ -173,17 +173,27 @@ def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> tupl
     _check((), confidence)
     if n < 1 or not 0 <= successes <= n:
         raise ConfigError(f"successes: expected 0 .. n with n of at least 1, got {successes} of {n}.")
+    return _wilson(successes / n, float(n), confidence=confidence)
+
+
+def _wilson(share: float, n: float, *, confidence: float) -> tuple[float, float]:
+    """For a number of trials that need not be whole."""
     z = float(stats.norm.ppf((1 + confidence) / 2))
-    share = successes / n
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     # At the ends the formula gives exactly 0 or 1; rounding must not push the rate out of its interval.
-    low = 0.0 if successes == 0 else max(0.0, center - half)
-    high = 1.0 if successes == n else min(1.0, center + half)
+    low = 0.0 if share == 0 else max(0.0, center - half)
+    high = 1.0 if share == 1 else min(1.0, center + half)
     return low, high
 
 
-def success_rate(values: Sequence[float | None], *, threshold: float, confidence: float = 0.95) -> Rate:
+def success_rate(
+    values: Sequence[float | None],
+    *,
+    threshold: float,
+    confidence: float = 0.95,
+    groups: Sequence[Hashable] | None = None,
+) -> Rate:
     """Share of all trials whose value reaches a threshold, with its Wilson interval.
 
     For metrics where more is nearer (PSNR, SSIM, correlation). A failed trial is no success, and it counts.
@@ -192,13 +202,19 @@ def success_rate(values: Sequence[float | None], *, threshold: float, confidence
         values: One per trial; None for a failed trial.
         threshold: A value of at least this is a success, in the unit of the values.
         confidence: Confidence of the interval, in (0, 1).
+        groups: What each trial belongs to, where trials of one group are not independent (of one client):
+            the interval is then that of so few trials as would scatter as the groups do.
 
     Returns:
         (rate, low, high, n), n being the number of all trials.
 
     Raises:
-        ConfigError: There is no trial, a value or the threshold is not finite, or the confidence is not in
-            (0, 1).
+        ConfigError: There is no trial, a value or the threshold is not finite, the confidence is not in
+            (0, 1), or there are not as many groups as values.
+
+    Source:
+        The effective number: Kish 1965, "Survey Sampling" (the design effect), with the ratio estimator's
+        variance between groups; at least the number of groups, at most that of trials.
 
     >>> rate = success_rate([25.0, 18.0, None, 20.0], threshold=20.0)
     >>> rate.rate, rate.n
@@ -208,9 +224,27 @@ def success_rate(values: Sequence[float | None], *, threshold: float, confidence
     if not math.isfinite(threshold):
         raise ConfigError(f"threshold: expected a finite number, got {threshold}.")
     n = len(values)
-    successes = sum(value is not None and value >= threshold for value in values)
+    hits = [value is not None and value >= threshold for value in values]
+    successes = sum(hits)
     low, high = wilson_interval(successes, n, confidence=confidence)
+    if groups is not None:
+        low, high = _wilson(successes / n, _effective_number(hits, groups), confidence=confidence)
     return Rate(successes / n, low, high, n)
+
+
+def _effective_number(hits: Sequence[bool], groups: Sequence[Hashable]) -> float:
+    """How many independent trials would scatter as the groups' shares do."""
+    if len(groups) != len(hits):
+        raise ConfigError(f"groups: expected one per value, {len(hits)}, got {len(groups)}.")
+    n, share = len(hits), sum(hits) / len(hits)
+    excess: dict[Hashable, float] = {}
+    for hit, group in zip(hits, groups, strict=True):
+        excess[group] = excess.get(group, 0.0) + hit - share
+    count = len(excess)
+    if count < 2 or share in (0, 1):  # nothing is known of the scatter between groups
+        return float(count)
+    variance = count / (count - 1) * sum(each**2 for each in excess.values()) / n**2
+    return float(min(max(share * (1 - share) / variance, count), n) if variance else n)
 
 
 def _check(values: Sequence[float], confidence: float) -> None:

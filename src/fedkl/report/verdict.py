@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fedkl.defenses import KeyLock, NoDefense, PublicNorm
@@ -257,14 +258,17 @@ def paper_comparison(run: AttackRun) -> str | None:
     )
 
 
-def best_fill_in(run: TrainRun) -> dict[str, Any]:
-    """The server's best completion that is open to it; the oracle does not count."""
-    return max((f for f in run.fill_ins if f["arm"] != ORACLE), key=lambda f: float(f["accuracy"]))
+def best_fill_in(fill_ins: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The server's best completion that is open to it; the oracle does not count.
+
+    Which one is best is known by the test images, so that its accuracy is a little high.
+    """
+    return max((f for f in fill_ins if f["arm"] != ORACLE), key=lambda f: float(f["accuracy"]))
 
 
 def judge_worth(run: TrainRun) -> Judgment:
     """Claim (b): is the global model useless without the lock?"""
-    own, best = run.summary["accuracy"], best_fill_in(run)["accuracy"]
+    own, best = run.summary["accuracy"], best_fill_in(run.fill_ins)["accuracy"]
     classes = run.summary.get("classes")
     guess = 1 / classes if classes else 0.0
     if own <= guess + FEW_POINTS:
@@ -277,7 +281,7 @@ def judge_worth(run: TrainRun) -> Judgment:
 
 
 def _worth_finding(run: TrainRun) -> Finding:
-    best = best_fill_in(run)
+    best = best_fill_in(run.fill_ins)
     measured = (
         f"{run.name}: best fill-in ({best['arm']}) {wording.percent(best['accuracy'])}, clients "
         f"{wording.percent(run.summary['accuracy'])}"
@@ -286,7 +290,7 @@ def _worth_finding(run: TrainRun) -> Finding:
 
 
 def _worth_sentence(run: TrainRun) -> str:
-    best, judgment = best_fill_in(run), judge_worth(run)
+    best, judgment = best_fill_in(run.fill_ins), judge_worth(run)
     aux = f" and {best['auxiliary']} auxiliary images" if best["auxiliary"] else ""
     text = (
         f"A server that fills in the private part of {run.name} itself ({best['arm']}{aux}) reaches "

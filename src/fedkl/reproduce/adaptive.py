@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +32,15 @@ ROWS: Mapping[str, tuple[str, str]] = {
 """Networks and data by a row's name."""
 
 _CLASSES = 10  # of the data of every row
+_TEST_IMAGES = 10_000  # likewise
+_CLIENTS = 20  # at least, where each sends several updates: its images share its secrets
 _SPARE = 1.15  # so that hardly any cell has fewer images than asked for
+
+
+_FIXED = (
+    *("seed", "data.name", "model.name", "lock", "arms", "auxiliary", "networks", "trials"),
+    *("updates_per_client", "batch_size", "cohort", "local.steps", "norm_mode"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +62,10 @@ class Matrix:
         seed: Of weights and attacks; keys come from the operating system.
         workers: Threads that share the trials; 0: all cores.
         data_root: Folder of the datasets.
-        settings: Fields of the experiments as ``PLACE=VALUE``, in every cell.
+        settings: Fields of the attacks as ``PLACE=VALUE``, in every cell; none that the matrix sets itself.
 
     Raises:
-        ConfigError: A name is unknown, or a number is too small.
+        ConfigError: A name is unknown, a number is too small, or something is given twice.
     """
 
     rows: tuple[str, ...]
@@ -85,6 +94,11 @@ class Matrix:
         }
         wrong = [
             f"{name} ≥ 1, got {value}" for name, values in numbers.items() for value in values if value < 1
+        ]
+        wrong += [
+            f"{name} without repeats, got {', '.join(map(str, values))}"
+            for name, values in numbers.items()
+            if len(set(values)) < len(values)
         ]
         if wrong or not (self.batches and self.steps and self.cohorts):
             raise ConfigError(
@@ -136,8 +150,8 @@ class Matrix:
             "norm_mode": self.norm_mode,
             "workers": self.workers,
         }
-        experiment = configs.from_flags("attack", file=None, fields=fields, settings=self.settings)
-        assert isinstance(experiment, AttackConfig)  # noqa: S101 - that is its kind
+        own, experiment = _experiment(fields), _experiment(fields, settings=self.settings)
+        _refuse_changed(own, experiment)
         kind = f"batch-{batch}-steps-{steps}" + (f"-cohort-{cohort}" if cohort > 1 else "")
         place = Path(row.replace("/", "-"), kind, f"{rung.name}-{victim}")
         given = {"row": row, "batch": batch, "steps": steps, "cohort": cohort}
@@ -178,6 +192,12 @@ def adaptive(matrix: Matrix, *, out: Path, progress: OpenProgress) -> list[Recor
         DataError: The data are not there.
     """
     cells = matrix.cells()
+    if not cells:
+        raise ConfigError(
+            f"reproduce adaptive: {', '.join(matrix.rungs)} cannot be tried on any of "
+            f"{', '.join(matrix.arrangements)}; some rungs are made for some arrangements only (RUNGS). Name "
+            "others, or all."
+        )
     refuse_others({out / cell.place: cell.experiment for cell in cells})
     records: list[Record] = []
     refused: list[tuple[Mapping[str, Any], str]] = []
@@ -199,10 +219,30 @@ def adaptive(matrix: Matrix, *, out: Path, progress: OpenProgress) -> list[Recor
 
 
 def _updates(images: int, *, size: int, together: int) -> int:
-    """How many updates of a size have about so many images whose label no other has; whole clients."""
+    """How many updates of a size have about so many images whose label no other has; whole clients.
+
+    Of large ones there may be fewer, as the test images do not suffice.
+    """
     alone = (1 - 1 / _CLASSES) ** (size - 1)
     spare = 1.0 if size == 1 else _SPARE
-    return math.ceil(images * spare / (alone * size * together)) * together
+    clients = max(math.ceil(images * spare / (alone * size * together)), _CLIENTS if together > 1 else 1)
+    return max(1, min(clients, _TEST_IMAGES // (size * together))) * together
+
+
+def _experiment(fields: Mapping[str, Any], *, settings: tuple[str, ...] = ()) -> AttackConfig:
+    experiment = configs.from_flags("attack", file=None, fields=dict(fields), settings=settings)
+    assert isinstance(experiment, AttackConfig)  # noqa: S101 - that is its kind
+    return experiment
+
+
+def _refuse_changed(own: AttackConfig, changed: AttackConfig) -> None:
+    """Raises ConfigError where a setting says something else than the cell."""
+    places = [name for name in _FIXED if operator.attrgetter(name)(own) != operator.attrgetter(name)(changed)]
+    if places:
+        raise ConfigError(
+            f"reproduce adaptive: --set {', '.join(places)}: the matrix sets that itself, and its tables say "
+            "so. Use its own options, or fedkl attack for a single run."
+        )
 
 
 def _arrangement(record: Record) -> Record:

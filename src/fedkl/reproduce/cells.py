@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.resources import files
@@ -35,7 +36,10 @@ def published(table: str) -> dict[str, dict[str, Any]]:
 
 
 def check_names(given: Sequence[str], known: Collection[str], *, place: str) -> None:
-    """Raises ConfigError where a name is not known, or there is none."""
+    """Raises ConfigError where a name is not known or comes twice, or there is none."""
+    twice = [one for one, count in Counter(given).items() if count > 1]
+    if twice:
+        raise ConfigError(f"reproduce {place}: {', '.join(twice)} given more than once. Name each once.")
     unknown = [repr(one) for one in given if one not in known]
     if unknown or not given:
         raise ConfigError(

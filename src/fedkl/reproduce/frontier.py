@@ -16,6 +16,7 @@ from fedkl.federated import FederatedTraining, LocalTraining
 from fedkl.files import write_atomically
 from fedkl.report import figures, wording
 from fedkl.report.figures import Tradeoff
+from fedkl.report.verdict import best_fill_in
 from fedkl.reproduce.adaptive import ROWS, Matrix, adaptive
 from fedkl.reproduce.arrangements import ARRANGEMENTS, CONTROL
 from fedkl.reproduce.cells import OpenProgress, refuse_others, write_table
@@ -159,7 +160,7 @@ def _record(
     judged: Judgment | None,
 ) -> Record:
     accuracies = [float(each["accuracy"]) for each in found]
-    completed = [max((f["accuracy"] for f in each["fill_ins"]), default=None) for each in found]
+    completed = [best_fill_in(each["fill_ins"])["accuracy"] for each in found if each["fill_ins"]]
     return {
         "row": place[0],
         "arrangement": place[1],
@@ -168,7 +169,7 @@ def _record(
         "accuracy": fmean(accuracies),
         "spread": stdev(accuracies) if len(accuracies) > 1 else None,
         "cost": fmean(each["accuracy"] for each in plain) - fmean(accuracies),
-        "server": None if None in completed else fmean(each for each in completed if each is not None),
+        "server": fmean(completed) if completed else None,
         "worst": None if judged is None else name_of(judged.worst),
         "identified": None if judged is None else judged.worst["identified"],
         "ssim": None if judged is None else judged.worst["ssim"],

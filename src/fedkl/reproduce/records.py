@@ -71,7 +71,7 @@ def records_of(
     return [
         dict(given)
         | _setting(config)
-        | _figures(arm, trials, distances.get(arm["name"], {}))
+        | _figures(config, arm, trials, distances.get(arm["name"], {}))
         | {"paper": _paper(arm["name"], printed), "seconds": summary["seconds"]}
         for arm in summary["arms"]
     ]
@@ -97,10 +97,14 @@ def _setting(config: AttackConfig) -> Record:
 
 
 def _figures(
-    arm: Record, trials: Sequence[Record], distances: Mapping[str, Sequence[float | None]]
+    config: AttackConfig,
+    arm: Record,
+    trials: Sequence[Record],
+    distances: Mapping[str, Sequence[float | None]],
 ) -> Record:
     own = [trial for trial in trials if trial["arm"] == arm["name"]]
-    scores, found = [s for trial in own for s in trial["scores"]], arm_figures(own)
+    scores = [s for trial in own for s in trial["scores"]]
+    found = arm_figures(own, updates_per_client=config.updates_per_client)
     kept = ("scaling", "candidates", "success", "ssim_success", "identified", "label_correct")
     return {
         "arm": arm["name"],

@@ -21,8 +21,9 @@ SAFE_FROM = 100
 _NOTES = (
     "Worst rung: the attack that identified most images among the candidates (then: the higher median SSIM); "
     "rungs are not combined. Intervals: 95 %, after Wilson, over images, given the network where all images "
-    "share one. n counts images; in batches and cohorts only those whose label no other image of the update "
-    "has: several of one class come out as a mixture, with a defense and without.",
+    "share one; where clients send several updates, widened by how much clients differ. n counts images; in "
+    "batches and cohorts only those whose label no other image of the update has: several of one class come "
+    "out as a mixture, with a defense and without.",
     "Control: the same attack on the same network with public γ and β (for a lock) or without a private "
     "layer. Leaks: the interval of some rung lies above the floor's. At the floor: of none does, and one of "
     f"them identified at least {CONTROL_SHARE:.0%} of its control's images, with at least {SAFE_FROM} images "
