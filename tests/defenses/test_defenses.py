@@ -21,7 +21,7 @@ HEAD = {"4.weight", "4.bias"}
 PER_ELEMENT = {"1.elementwise.weight", "1.elementwise.bias"}
 ELEMENT = KeyLock(granularity="element", input_shape=(3, 8, 8), key_length=16)
 SANDWICH = replace(ELEMENT, activation="tanh", private=("head",))
-VARIANTS = [ELEMENT, SANDWICH, KeyLock(layers="classifier"), KeyLock(private=("head", "stem"))]
+VARIANTS = [ELEMENT, SANDWICH, KeyLock(layers="classifier"), KeyLock(private=("head",))]
 
 
 @pytest.fixture

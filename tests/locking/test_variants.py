@@ -258,6 +258,32 @@ def test_what_cannot_be_locked_per_element():
     assert "'0' is called without a batch" in message
 
 
+def test_a_baked_lock_per_element_can_be_locked_again():
+    baked = locked(**ELEMENT).bake()
+    again = fedkl.lock(
+        baked, key=Key.generate(length=16), layers=["c1.norm.elementwise"], granularity="element"
+    )
+    assert again.layers == ("c1.norm.elementwise",)
+    assert again.model(IMAGES).shape == baked(IMAGES).shape
+    two = locked(**ELEMENT, layers="all", chained=False).bake()
+    with pytest.raises(LockError, match="pass chained=False: every lock from the key"):
+        fedkl.lock(two, layers="all")  # its γ and β are per element, whatever is asked for now
+
+
+@pytest.mark.parametrize("options", [{"layers": "all"}, ELEMENT])
+@pytest.mark.parametrize(
+    ("example", "said"),
+    [
+        (torch.zeros(1, 1, 16, 16), "the model cannot be called with them: Given groups=1"),
+        ((3, 16, 16), "the model cannot be called with them"),
+        ([torch.zeros(1, 3, 16, 16)], "expected a tensor, or a tuple or dict of arguments, got list"),
+    ],
+)
+def test_example_inputs_that_the_model_does_not_take(unchecked, options, example, said):
+    with pytest.raises(LockError, match=f"example_inputs: {said}.*Give a batch as the model is called with"):
+        locked(**options | {"example_inputs": example})
+
+
 def test_unknown_granularity(unchecked):
     with pytest.raises(LockError, match=r"granularity='pixel' is unknown. Choose one of channel, element"):
         locked(granularity="pixel")
@@ -294,6 +320,21 @@ def test_a_classifier_that_is_called_by_keyword():
     x = torch.rand(4, 6)
     norm, fc = lock.bake().fc.input_norm, lock.model.fc
     torch.testing.assert_close(lock.model(x), F.linear(norm(x), fc.weight, fc.bias))
+
+
+def test_a_classifier_that_is_not_called_is_not_locked_in_vain():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return F.linear(torch.relu(self.body(x)), self.fc.weight, self.fc.bias)
+
+    with pytest.raises(LockError, match=r"\(Functional\) calls linear as a function: it is not seen whether"):
+        fedkl.lock(Functional(), layers="classifier")
+    lock = fedkl.lock(Functional(), layers="classifier", example_inputs=torch.rand(4, 6))
+    assert lock.layers == ("body.input_norm",)  # the last that is called
 
 
 def test_models_without_a_classifier_to_lock():
@@ -371,6 +412,22 @@ def test_unusable_private_names():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with pytest.raises(LockError, match=r"'1' \(ReLU\) has no parameters"):
         fedkl.lock(model, private=["1"])
+
+
+def test_what_is_tied_to_a_private_layer_would_be_sent():
+    model = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 6), nn.Linear(6, 10))
+    model[2].weight = model[0].weight
+    with pytest.raises(
+        LockError, match=r"'0\.weight' is a tensor of a private layer too, and would stay public"
+    ):
+        fedkl.lock(model, private=["2"])
+    fedkl.lock(model, private=["0", "2"])
+
+
+def test_a_lock_and_private_layers_leave_something_to_send():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 10))
+    with pytest.raises(LockError, match=r"with 0, 3, 1 private, no parameter is left to send"):
+        fedkl.lock(model, private=["0", "3"])
 
 
 def test_private_is_a_list(unchecked):

@@ -17,38 +17,54 @@ from fedkl.locking.targets import ExampleInputs, Target, run
 
 
 def per_element(
-    model: nn.Module, targets: Sequence[Target], *, example_inputs: ExampleInputs | None, chained: bool
+    model: nn.Module, targets: Sequence[Target], *, example_inputs: ExampleInputs | None
 ) -> list[Target]:
-    """The targets with the shape that a sample has there.
+    """The targets with the shape that a sample has there; those of a baked lock per element have theirs.
 
     Args:
         model: The plain model; not changed.
         targets: What is locked.
         example_inputs: As the model is called; it is run once, a copy, in eval mode.
-        chained: Whether the locks would be.
 
     Raises:
-        LockError: A layer takes no γ and β per element, the shapes cannot be found, or a chain would be huge.
+        LockError: A layer takes no γ and β per element, or the shapes cannot be found.
     """
     check_kinds(targets)
+    shapeless = [target for target in targets if not _is_per_element(target)]
+    if not shapeless:
+        return list(targets)
     if example_inputs is None:
         raise LockError(
             "lock: granularity='element' needs example_inputs=, a batch as the model is called with: γ and β "
             "have the shape of a sample at the locked layer. For images of 32×32: torch.zeros(1, 3, 32, 32)."
         )
-    seen = _shapes(model, targets, example_inputs)
+    seen = _shapes(model, shapeless, example_inputs)
     problems = []
-    for target in targets:
+    for target in shapeless:
         shapes, width = seen[target.name], _width(target.module)
         if len(shapes) != 1:
             problems.append(f"'{target.name}' gives samples of {_listing(shapes)}, expected one shape")
         elif (shape := shapes[0])[:1] != (width,):
             problems.append(f"'{target.name}' is called without a batch, or gives {shape[:1]}, not {width}")
-    if not problems:
-        targets = [replace(target, shape=seen[target.name][0]) for target in targets]
-        problems = _chain_problems(targets) if chained else []
     _refuse(problems)
-    return list(targets)
+    return [replace(t, shape=seen[t.name][0]) if t.name in seen else t for t in targets]
+
+
+def check_chain(targets: Sequence[Target]) -> None:
+    """Refuses chains between locks per element, whose lock layers would be huge.
+
+    Raises:
+        LockError: With all of them.
+    """
+    problems = []
+    for before, target in itertools.pairwise(targets):
+        if _is_per_element(before) and _is_per_element(target):
+            inputs, outputs = _size(before), _size(target)
+            problems.append(
+                f"'{target.name}': chained to '{before.name}', W would have {outputs:,} × {inputs:,} = "
+                f"{outputs * inputs:,} numbers, for γ and for β; pass chained=False: every lock from the key"
+            )
+    _refuse(problems)
 
 
 def check_kinds(targets: Sequence[Target]) -> None:
@@ -58,7 +74,11 @@ def check_kinds(targets: Sequence[Target]) -> None:
         LockError: With all of them.
     """
     expected = "takes no γ and β per element, which is for batch and instance norms and convolutions"
-    wrong = [target for target in targets if target.before or not norms.takes_elements(target.module)]
+    wrong = [
+        target
+        for target in targets
+        if target.before or not (norms.takes_elements(target.module) or _is_per_element(target))
+    ]
     _refuse([f"'{target.name}' ({type(target.module).__name__}) {expected}" for target in wrong])
 
 
@@ -68,15 +88,14 @@ def _refuse(problems: Sequence[str]) -> None:
         raise LockError(gathered("This model cannot be locked per element as asked.", problems, remedy))
 
 
-def _chain_problems(targets: Sequence[Target]) -> list[str]:
-    problems = []
-    for before, target in itertools.pairwise(targets):
-        inputs, outputs = math.prod(before.shape or ()), math.prod(target.shape or ())
-        problems.append(
-            f"'{target.name}': chained to '{before.name}', W would have {outputs:,} × {inputs:,} = "
-            f"{outputs * inputs:,} numbers, for γ and for β; pass chained=False: every lock from the key"
-        )
-    return problems
+def _is_per_element(target: Target) -> bool:
+    """Planned so, or of a model that was locked so and baked."""
+    return target.shape is not None or isinstance(target.module, norms.ElementwiseAffine)
+
+
+def _size(target: Target) -> int:
+    weight: Any = target.module.weight
+    return int(weight.numel()) if target.shape is None else math.prod(target.shape)
 
 
 def _width(module: nn.Module) -> Any:

@@ -1,10 +1,10 @@
-"""Finds modules of the user's that call a norm as a function, with γ and β out of a lock's reach."""
+"""Finds modules of the user's that call a norm or a linear layer as a function, out of a lock's reach."""
 
 from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from fedkl.locking import norms
 
-_NAMES = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
+_NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
+_NAMES = (*_NORMS, "linear")
 _FUNCTIONS = {getattr(owner, name): name for owner in (torch, F) for name in _NAMES if hasattr(owner, name)}
 
 
@@ -26,21 +27,34 @@ def functional_norm_problems(model: nn.Module) -> list[str]:
     Args:
         model: The model; not changed.
     """
+    remedy = "its scale and shift cannot be generated; use the module (e.g. nn.LayerNorm), or name the layers"
+    found = _calling(model, _NORMS)
+    return [f"{where} calls {calls} as a function: {remedy} to lock" for where, calls in found]
+
+
+def functional_linear_problems(model: nn.Module) -> list[str]:
+    """The same for linear layers, whose input a norm could not be put on.
+
+    Args:
+        model: The model; not changed.
+    """
+    remedy = "it is not seen whether that is the head; pass example_inputs=, or use the module"
+    return [f"{where} calls {calls} as a function: {remedy}" for where, calls in _calling(model, ("linear",))]
+
+
+def _calling(model: nn.Module, functions: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Modules whose own code names some functions, and which of them."""
     calls: dict[type, list[str]] = {}
-    problems = []
     for name, module in model.named_modules():
         kind = type(module)
         if norms.norm_tensors(module) is not None or norms.is_unregistered_norm(module):
             continue
         if kind not in calls:
-            calls[kind] = sorted({norm for method in _methods(kind) for norm in _norms_named_in(method)})
+            named = {one for method in _methods(kind) for one in _functions_named_in(method)}
+            calls[kind] = sorted(named.intersection(functions))
         if calls[kind]:
             where = f"'{name}' ({kind.__name__})" if name else f"the model itself ({kind.__name__})"
-            problems.append(
-                f"{where} calls {', '.join(calls[kind])} as a function: its scale and shift cannot be "
-                "generated; use the module (e.g. nn.LayerNorm), or name the layers to lock"
-            )
-    return problems
+            yield where, ", ".join(calls[kind])
 
 
 def _methods(kind: type) -> Iterator[Callable[..., Any]]:
@@ -49,14 +63,14 @@ def _methods(kind: type) -> Iterator[Callable[..., Any]]:
             yield inspect.unwrap(method)
 
 
-def _norms_named_in(method: Callable[..., Any]) -> Iterator[str]:
+def _functions_named_in(method: Callable[..., Any]) -> Iterator[str]:
     """Follows global names, free variables and attributes of modules, e.g. ``F.layer_norm``."""
     code = getattr(method, "__code__", None)
     if code is None:
         return
     scope = {**method.__globals__, **inspect.getclosurevars(method).nonlocals}
     named = [scope.get(name) for name in code.co_names + code.co_freevars]
-    if not set(_NAMES).intersection(code.co_names) and not any(map(_is_norm, named)):
+    if not set(_NAMES).intersection(code.co_names) and not any(map(_is_one, named)):
         return
     value: Any = None
     for instruction in dis.get_instructions(code):
@@ -66,9 +80,9 @@ def _norms_named_in(method: Callable[..., Any]) -> Iterator[str]:
             value = getattr(value, instruction.argval, None)
         else:
             value = None
-        if _is_norm(value):
+        if _is_one(value):
             yield _FUNCTIONS[value]
 
 
-def _is_norm(value: Any) -> bool:
+def _is_one(value: Any) -> bool:
     return inspect.isroutine(value) and value in _FUNCTIONS

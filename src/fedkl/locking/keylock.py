@@ -16,7 +16,8 @@ from fedkl import lockfile
 from fedkl.errors import KeyFileError, LockError, UpdateError
 from fedkl.keys import Key
 from fedkl.locking import surgery, targets
-from fedkl.locking.elements import per_element
+from fedkl.locking.elements import check_chain, per_element
+from fedkl.locking.functional import functional_linear_problems
 from fedkl.locking.generation import Generation, generation_of, secrets_of
 from fedkl.locking.layers import Activation, Initialization
 from fedkl.locking.options import Granularity, LockOptions
@@ -189,22 +190,41 @@ def _planned(
     """What to lock and how; checks that the model can be locked so and changes nothing."""
     _check_types(model, key, layers, private)
     own, problems = find_layers(model, private)
+    problems = [f"private: {problem}" for problem in problems]
+    if layers == "classifier" and example_inputs is None:
+        problems += functional_linear_problems(model)
     order = targets.modules_in_order(model, example_inputs=example_inputs)
-    chosen = targets.plan(model, layers=layers, order=order, problems=[f"private: {p}" for p in problems])
+    chosen = targets.plan(model, layers=layers, order=order, problems=problems)
     if granularity == "element":
-        chosen = per_element(model, chosen, example_inputs=example_inputs, chained=chained)
+        chosen = per_element(model, chosen, example_inputs=example_inputs)
+    if chained:
+        check_chain(chosen)
+    _check_something_is_sent(model, chosen, own)
     options = LockOptions(
         layers=tuple(target.name for target in chosen),
         chained=chained,
         key_length=key.length,
         granularity=granularity,
         classifier=chosen[0].before,
-        shapes=tuple(target.shape for target in chosen if target.shape is not None),
+        shapes=tuple(target.shape or () for target in chosen) if any(t.shape for t in chosen) else (),
         private=own,
         **others,
     )
     targets.warn_about_open_layers(order, chosen, private=map(model.get_submodule, own))
     return options
+
+
+def _check_something_is_sent(model: nn.Module, chosen: Sequence[Target], own: Sequence[str]) -> None:
+    """Raises LockError where γ, β and the private layers are all that the model has."""
+    kept = {id(parameter) for name in own for parameter in model.get_submodule(name).parameters()}
+    kept |= {
+        id(p) for target in chosen if not target.inserts for p in target.module.parameters(recurse=False)
+    }
+    if own and all(id(parameter) in kept for parameter in model.parameters()):
+        what = ", ".join((*own, *(target.name for target in chosen)))
+        raise LockError(
+            f"lock: with {what} private, no parameter is left to send. Keep fewer layers private."
+        )
 
 
 def _check_types(model: Any, key: Any, layers: Any, private: Any) -> None:

@@ -23,7 +23,7 @@ class LockOptions:
     Attributes:
         layers: Names of the targets.
         classifier: Whether the norm is in front of the one layer named, and not behind it.
-        shapes: Of a sample at each layer, where γ and β are per element; else empty.
+        shapes: Of a sample at each layer, where γ and β are made per element; () where they were already.
         private: Names of the modules that are private as a whole.
     """
 
@@ -80,4 +80,5 @@ class LockOptions:
         if not self.shapes:
             return [found[name] for name in self.layers]
         elements.check_kinds(chosen)
-        return [found[n].of_shape(shape) for n, shape in zip(self.layers, self.shapes, strict=True)]
+        shaped = zip(self.layers, self.shapes, strict=True)
+        return [found[name].of_shape(shape) if shape else found[name] for name, shape in shaped]

@@ -38,10 +38,24 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> tuple[tuple[str, ...]
             close = difflib.get_close_matches(name, layers, n=1)
             hint = f", did you mean '{close[0]}'?" if close else ""
             problems.append(f"'{name}' is not a module of this model{hint}")
+    problems += _tied_problems(model, [known[name] for name in chosen])
     own = {id(parameter) for name in chosen for parameter in known[name].parameters()}
     if chosen and all(id(parameter) in own for parameter in model.parameters()):
         problems.append(f"with {', '.join(chosen)} private, no parameter is left to send")
     return tuple(dict.fromkeys(chosen)), problems
+
+
+def _tied_problems(model: nn.Module, chosen: Sequence[nn.Module]) -> list[str]:
+    """What would be private here and public there."""
+    inside = {id(module) for each in chosen for module in each.modules()}
+    own = {id(t) for each in chosen for t in (*each.parameters(), *each.buffers())}
+    return [
+        f"'{prefix}{'.' * bool(prefix)}{name}' is a tensor of a private layer too, and would stay public"
+        for prefix, module in model.named_modules()
+        if id(module) not in inside
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and id(tensor) in own
+    ]
 
 
 class OwnLayers:

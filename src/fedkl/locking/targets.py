@@ -223,13 +223,26 @@ def _execution_order(model: nn.Module, example_inputs: ExampleInputs) -> dict[st
 
 
 def run(probe: nn.Module, example_inputs: ExampleInputs) -> None:
-    """Calls a copy of the model once, in eval mode, for what its hooks see."""
+    """Calls a copy of the model once, in eval mode, for what its hooks see.
+
+    Raises:
+        LockError: The model cannot be called so.
+    """
+    remedy = "Give a batch as the model is called with, e.g. torch.zeros(1, 3, 32, 32) for images of 32×32."
+    if not isinstance(example_inputs, (Tensor, tuple, Mapping)):
+        kind = type(example_inputs).__name__
+        raise LockError(
+            f"example_inputs: expected a tensor, or a tuple or dict of arguments, got {kind}. {remedy}"
+        )
     probe.eval()
-    with torch.no_grad():
-        if isinstance(example_inputs, Mapping):
-            probe(**example_inputs)
-        else:
-            probe(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+    try:
+        with torch.no_grad():
+            if isinstance(example_inputs, Mapping):
+                probe(**example_inputs)
+            else:
+                probe(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+    except Exception as error:  # whatever the model raises
+        raise LockError(f"example_inputs: the model cannot be called with them: {error} {remedy}") from error
 
 
 def warn_about_open_layers(
