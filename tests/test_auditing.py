@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch import nn
 
 from fedkl import PublicUpdate, data, models
 from fedkl.attacks import DLG, Auxiliary, Knowledge, LocalSteps, PriorOnly
@@ -315,6 +316,26 @@ def test_members_of_a_cohort_have_keys_of_their_own(dataset, monkeypatch, name, 
     )  # fmt: skip
     assert [len(result.scores) for result in found] == [4, 4]
     assert len(prepared) == prepared_for
+
+
+def test_clients_that_torch_func_cannot_trace_are_simulated_one_by_one(dataset):
+    class Doubtful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = build(0)
+
+        def forward(self, x):
+            return self.net(x) if float(x.detach().mean()) < 2 else 2 * self.net(x)
+
+    (arm,) = (arm for arm in standard_arms(auxiliary=8) if arm.name == "no-norm")
+    images, labels = dataset.test_images[:3][:, None], dataset.test_labels[:3][:, None]
+    found = []
+    for model in (Doubtful(), build(0)):
+        clients = SimulatedClients.of(arm, arm.defense.prepare(model), model, local=LocalSteps())
+        found.append({name.removeprefix("net."): tensor for name, tensor in clients(images, labels).items()})
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name])
 
 
 @pytest.mark.parametrize("names", [("public-norm", "lock"), ("lock", "public-norm")])

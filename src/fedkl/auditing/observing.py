@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedkl.attacks import Auxiliary, LocalSteps, Observation
@@ -254,30 +256,30 @@ class SimulatedClients:
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Updates of one client or cohort, stacked; see `Auxiliary`."""
-        networks = [self._network(granted=self.common or not member) for member in range(self.cohort)]
-        sent = [
-            _mean(
-                [
-                    self._sent(*share)
-                    for share in zip(networks, x.chunk(self.cohort), y.chunk(self.cohort), strict=True)
-                ]
-            )
-            for x, y in zip(images, labels, strict=True)
-        ]
-        return {name: torch.stack([each[name] for each in sent]) for name in sent[0]}
+        members = [self._client(granted=self.common or not member) for member in range(self.cohort)]
+        shares = zip(members, images.chunk(self.cohort, 1), labels.chunk(self.cohort, 1), strict=True)
+        sent = [self._sent(*share) for share in shares]
+        return _mean(sent)
 
-    def _network(self, *, granted: bool) -> nn.Module:
-        """Of one client: the victim, as far as the server was granted its secrets, or another one."""
+    def _client(self, *, granted: bool) -> nn.Module:
+        """The victim's network, as far as the server was granted its secrets, or another client's."""
         if granted and self.baked is not None:
             return copy.deepcopy(self.baked)
         known = self.known if granted else replace(self.known, key=None, private={})
-        return self.defense.imitated(self.model, known=known).model
+        split = self.defense.imitated(self.model, known=known)
+        # In one step it is all the same whether γ and β are generated or numbers, but to the lock's gradient.
+        alike = self.local.steps == 1 and not set(self.names).intersection(split.private_parameters())
+        return plain_copy(split) if alike else split.model
 
-    def _sent(self, network: nn.Module, images: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
-        update = _updated(network, images, labels, train_mode=self.train_mode, local=self.local)
-        part = {name: update[name] for name in self.names}
+    def _sent(self, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What it sends for each batch, stacked."""
+        if self.local.steps == 1:
+            updates = _gradients(network, images, labels, names=self.names, train_mode=self.train_mode)
+        else:
+            update = partial(_updated, network, train_mode=self.train_mode, local=self.local)
+            updates = _stacked([update(x, y) for x, y in zip(images, labels, strict=True)], self.names)
         transform = self.defense.public_transform
-        return part if transform is None else transform(part)
+        return updates if transform is None else dict(torch.vmap(transform)(updates))
 
 
 def sent_statistics(victim: Split, images: ImageBatch) -> dict[str, tuple[Tensor, Tensor]]:
@@ -347,6 +349,40 @@ def _updated(
         for name, parameter in model.named_parameters():
             parameter.copy_(before[name])
     return total
+
+
+def _gradients(
+    model: nn.Module, images: Tensor, labels: Tensor, *, names: Sequence[str], train_mode: bool
+) -> dict[str, Tensor]:
+    """Gradients of several batches, stacked; the model is changed."""
+    try:
+        return _gradients_at_once(model, images, labels, names=names, train_mode=train_mode)
+    except RuntimeError:  # of what torch.func cannot trace, such as steps that depend on values
+        each = [
+            full_gradient(model, x, y, train_mode=train_mode) for x, y in zip(images, labels, strict=True)
+        ]
+        return _stacked(each, names)
+
+
+def _gradients_at_once(
+    model: nn.Module, images: Tensor, labels: Tensor, *, names: Sequence[str], train_mode: bool
+) -> dict[str, Tensor]:
+    model.train(train_mode)
+    if train_mode:  # running statistics would be updated in place, and are not looked at
+        torch.func.replace_all_batch_norm_modules_(model)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(wanted: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, parameters | wanted, (x,)), y)
+
+    gradient = torch.func.grad(loss)
+    wanted = {name: parameters[name] for name in names}
+    found = torch.vmap(gradient, in_dims=(None, 0, 0), randomness="different")(wanted, images, labels)
+    return dict(found)
+
+
+def _stacked(updates: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
+    return {name: torch.stack([update[name] for update in updates]) for name in names}
 
 
 def full_gradient(

@@ -61,6 +61,13 @@ RUNGS: Mapping[str, Rung] = {
             networks="one",
         ),
         Rung(
+            name="learned-per-label",
+            attack={"type": "learned", "per_label": True},
+            unlocked=(CONTROL, *_OTHERS),
+            images=100,
+            networks="one",
+        ),
+        Rung(
             name="learned-16",
             attack={"type": "learned"},
             unlocked=(CONTROL, *_OTHERS),
@@ -99,5 +106,6 @@ RUNGS: Mapping[str, Rung] = {
         ),
     )
 }
-"""By name: the floor, learned inversion of one and of 16 updates of a client, closed form, those for locks
-per element and for private stems, and gradient matching with each guess of γ and β."""
+"""By name: the floor, learned inversion (of one update, with simulations for its label, of 16 updates of a
+client), closed form, those for locks per element and for private stems, and gradient matching with each guess
+of γ and β."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+from dataclasses import replace
 from types import FunctionType, ModuleType
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 from fedkl import rng
 from fedkl.attacks import Knowledge, LearnedInversion, LocalSteps, PriorOnly
-from fedkl.attacks.adaptive import kernels
+from fedkl.attacks.adaptive import kernels, learned
 from fedkl.attacks.adaptive.kernels import Views, best_regression
 from fedkl.auditing import Arm, SimulatedClients, attack_arms, trials_of
 from fedkl.defenses import KeyLock, NoDefense
@@ -113,10 +115,52 @@ def test_one_fit_serves_all_observations_of_a_network(images, small, monkeypatch
     monkeypatch.setattr(
         LearnedInversion,
         "_learn",
-        lambda self, group, *rest: fits.append(len(group)) or learn(self, group, *rest),
+        lambda self, own, group, *rest, **like: (
+            fits.append(len(group)) or learn(self, own, group, *rest, **like)
+        ),
     )
     attacked(images, small(), SMALL, KeyLock(), trials=3)
     assert fits == [3]
+
+
+def test_a_label_of_its_own_for_every_simulated_image(images, small, monkeypatch):
+    """One lot of simulations per label that is asked about; what is chosen for the first serves all."""
+    simulated, chosen = [], []
+    simulate, choose = SimulatedClients.__call__, learned.best_regression
+
+    def noted(self, x, y):
+        simulated.append(y.unique().tolist())
+        return simulate(self, x, y)
+
+    def chosen_like(*args, like):
+        assert like is (chosen[-1] if chosen else None)
+        chosen.append(choose(*args, like=like))
+        return chosen[-1]
+
+    monkeypatch.setattr(SimulatedClients, "__call__", noted)
+    monkeypatch.setattr(learned, "best_regression", chosen_like)
+    found = attacked(images, small(), replace(SMALL, per_label=True), trials=8)
+    labels = [int(result.reconstruction.labels) for result in found]
+    assert [int(label) for label in images.test_labels[:8]] == labels
+    assert len(set(labels)) < len(labels)
+    runs = [label for label, _ in itertools.groupby(simulated)]
+    assert runs == [[label] for label in dict.fromkeys(labels)]
+    assert len({(each.names, each.width, each.ridge) for each in chosen}) == 1
+
+
+def test_simulations_with_the_label_teach_more(images, small):
+    model = small()
+    plain, per_label = (
+        attacked(images, model, replace(SMALL, per_label=each), KeyLock(), trials=20)
+        for each in (False, True)
+    )
+    assert mean_error(per_label) < 0.9 * mean_error(plain)
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 2}, {"updates_per_client": 2}])
+def test_per_label_is_for_single_images_of_different_clients(images, small, changes):
+    with pytest.raises(AttackError, match="per_label expects updates of one image, each of another client"):
+        attacked(images, small(), replace(SMALL, per_label=True), trials=2, **changes)
 
 
 def test_needs_auxiliary_images(images, small, observed):

@@ -47,14 +47,17 @@ class Views:
         return cls(per_update=next(lots), per_image=next(lots), batch=batch)
 
     @classmethod
-    def joined(cls, parts: Sequence[Views]) -> Views:
-        """The views of several lots of updates as one."""
-        first = parts[0]
-        return cls(
-            per_update={n: torch.cat([each.per_update[n] for each in parts]) for n in first.per_update},
-            per_image={n: torch.cat([each.per_image[n] for each in parts]) for n in first.per_image},
-            batch=first.batch,
-        )
+    def joined(cls, parts: list[Views]) -> Views:
+        """The views of several lots of updates as one; the list is emptied: there may be no room for two."""
+        batch = parts[0].batch
+        lots: tuple[dict[str, list[Tensor]], ...] = ({}, {})
+        while parts:
+            part = parts.pop(0)
+            for lot, tensors in zip(lots, (part.per_update, part.per_image), strict=True):
+                for name, rows in tensors.items():
+                    lot.setdefault(name, []).append(rows)
+        per_update, per_image = ({name: torch.cat(lot.pop(name)) for name in list(lot)} for lot in lots)
+        return cls(per_update=per_update, per_image=per_image, batch=batch)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -123,6 +126,8 @@ def best_regression(
     targets: Float[Tensor, "examples target"],
     probes: Views,
     truth: Float[Tensor, "probes target"],
+    *,
+    like: Regression | None = None,
 ) -> Regression:
     """Fits on known examples what does best on the held-out ones.
 
@@ -134,6 +139,7 @@ def best_regression(
         targets: What they are about.
         probes: Held-out examples.
         truth: What those are about.
+        like: A regression on examples of the same kind, whose views, width and ridge are taken over.
     """
     mean = targets.mean(0)
     y, y_probes = targets - mean, truth - mean
@@ -147,13 +153,16 @@ def best_regression(
             part.distances(part, names), probes.distances(part, names), short[there], short_probes
         )
 
-    alone = {name: searched([name], _RANKED_ON)[0] for name in known.names}
-    ranked = sorted(alone, key=lambda name: alone[name])
-    sizes = sorted({min(2**power, len(ranked)) for power in range(len(ranked).bit_length() + 1)})
-    unions = {size: searched(ranked[:size], _COMPARED_ON) for size in sizes}
-    size = min(unions, key=lambda size: unions[size][0])
-    _, width, ridge = unions[size]
-    names = tuple(ranked[:size])
+    if like is None:
+        alone = {name: searched([name], _RANKED_ON)[0] for name in known.names}
+        ranked = sorted(alone, key=lambda name: alone[name])
+        sizes = sorted({min(2**power, len(ranked)) for power in range(len(ranked).bit_length() + 1)})
+        unions = {size: searched(ranked[:size], _COMPARED_ON) for size in sizes}
+        size = min(unions, key=lambda size: unions[size][0])
+        _, width, ridge = unions[size]
+        names = tuple(ranked[:size])
+    else:
+        names, width, ridge = like.names, like.width, like.ridge
     squared = known.distances(known, names)
     weights = _solved(squared, y, width=width, ridge=ridge)
     while weights is None and ridge < _LARGEST_RIDGE:  # enough for a part of the examples is not for all

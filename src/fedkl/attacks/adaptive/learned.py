@@ -11,6 +11,10 @@ images. Less the mean of the rows of classes that are not in the batch, little b
 the direction that most of the head's gradient has in common, the mean of the head's input is gone, which
 would drown what tells images apart.
 
+A gradient depends on its image's label as much as on the image. Where an update is of one image, `per_label`
+lets simulated clients have that label for whatever image: then all of them teach about the update, and not
+a tenth of them.
+
 Several updates of one client share its secrets. Across them every entry of an update is standardized: what
 γ and β do to it as factor and offset is gone then, without ever being known, and what is left is compared
 with updates that simulated clients sent as often, standardized likewise.
@@ -26,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedkl.attacks.adaptive.kernels import Views, best_regression
+from fedkl.attacks.adaptive.kernels import Regression, Views, best_regression
 from fedkl.attacks.base import Attack, Auxiliary, Observation, Reconstruction
 from fedkl.attacks.labels import head_names, known_labels
 from fedkl.attacks.parallel import Progress
@@ -55,6 +59,8 @@ class LearnedInversion(Attack):
             companies as a small one. Memory: 32 kB for each and each tensor of an update, and the square.
         updates_per_client: Updates simulated before a new client with new secrets is drawn; as many as each
             client sent, where several observations are known to be of one client.
+        per_label: Simulate clients for each label that is asked about, all of whose images have it: stronger,
+            for that many times the simulations. For batches of one, of clients with one update.
 
     Source:
         The idea: Wu et al. 2022 (arXiv 2210.10880), who train a network on hashed gradients. Deviation:
@@ -65,6 +71,7 @@ class LearnedInversion(Attack):
     type: Literal["learned"] = "learned"
     simulations: int | None = None
     updates_per_client: int = 10
+    per_label: bool = False
 
     def __post_init__(self) -> None:
         given = {
@@ -91,6 +98,13 @@ class LearnedInversion(Attack):
 
     def _check(self, observation: Observation) -> None:
         _own(observation)
+        if self.per_label and (observation.batch_size > 1 or observation.client is not None):
+            raise AttackError(
+                "LearnedInversion: per_label expects updates of one image, each of another client; got "
+                f"batches of {observation.batch_size}"
+                + ("" if observation.client is None else " and several updates of a client")
+                + ". Leave per_label out."
+            )
         if observation.free:
             raise AttackError(
                 "LearnedInversion: it looks for images only; nothing may be free, got "
@@ -103,18 +117,30 @@ class LearnedInversion(Attack):
         generators: list[torch.Generator],
         on_evaluation: Progress,
     ) -> list[Reconstruction]:
-        groups: dict[Auxiliary, list[int]] = {}
+        labels = known_labels(observations)
+        lots: dict[tuple[Auxiliary, int | None], list[int]] = {}
         for place, observation in enumerate(observations):
-            groups.setdefault(_own(observation), []).append(place)
-        results: dict[int, Reconstruction] = {}
-        for places in groups.values():
-            group = [observations[place] for place in places]
-            found = self._learn(group, on_evaluation)
-            results |= dict(zip(places, found, strict=True))
-        return [results[place] for place in range(len(observations))]
+            label = int(labels[place]) if self.per_label else None
+            lots.setdefault((_own(observation), label), []).append(place)
+        found: dict[int, Reconstruction] = {}
+        like: dict[Auxiliary, Regression] = {}  # what was chosen for one label serves the others
+        for (own, label), places in lots.items():
+            data = own if label is None else _relabeled(own, label)
+            group = [observations[place] for place in places], [labels[place] for place in places]
+            results, like[own] = self._learn(data, *group, on_evaluation, like=like.get(own))
+            found |= dict(zip(places, results, strict=True))
+        return [found[place] for place in range(len(observations))]
 
-    def _learn(self, group: list[Observation], on_evaluation: Progress) -> list[Reconstruction]:
-        first, own, labels = group[0], _own(group[0]), known_labels(group)
+    def _learn(
+        self,
+        own: Auxiliary,
+        group: list[Observation],
+        labels: list[Labels],
+        on_evaluation: Progress,
+        *,
+        like: Regression | None,
+    ) -> tuple[list[Reconstruction], Regression]:
+        first = group[0]
         generator = torch.Generator().manual_seed(own.seed)
         clients = _clients(group)
         together = len(clients[0]) > 1
@@ -126,14 +152,14 @@ class LearnedInversion(Attack):
             for images, count in zip(_divided(own, generator), (simulations - held, held), strict=True)
         ]
         (known, images), (probes, truth) = pairs
-        regression = best_regression(known, images.flatten(1), probes, truth.flatten(1))
+        regression = best_regression(known, images.flatten(1), probes, truth.flatten(1), like=like)
         found: dict[int, Tensor] = {}
         for places in clients:
             sent = {name: torch.stack([group[p].gradient[name] for p in places]) for name in first.gradient}
             asked = _views(first, sent, [labels[p] for p in places], together=together)
             images = regression(known, asked).reshape(len(places), first.batch_size, *first.image_shape)
             found |= dict(zip(places, images, strict=True))
-        return [
+        results = [
             Reconstruction(
                 images=found[place],
                 labels=label,
@@ -144,6 +170,7 @@ class LearnedInversion(Attack):
             )
             for place, label in enumerate(labels)
         ]
+        return results, regression
 
     def _simulated(
         self,
@@ -194,6 +221,11 @@ def _clients(group: list[Observation]) -> list[list[int]]:
             "the number of trials be a multiple of the updates of one client."
         )
     return list(places.values())
+
+
+def _relabeled(own: Auxiliary, label: int) -> Auxiliary:
+    """The same images, all with one label."""
+    return replace(own, labels=torch.full_like(own.labels, label))
 
 
 def _own(observation: Observation) -> Auxiliary:
