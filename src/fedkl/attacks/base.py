@@ -176,14 +176,26 @@ class Observation:
             problems.append(f"labels have shape {tuple(self.labels.shape)}, expected ({self.batch_size},)")
         if self.cohort < 1 or self.batch_size % self.cohort:
             problems.append(f"{self.cohort} clients cannot share {self.batch_size} images evenly")
-        modules = {name for name, _ in self.model.named_modules()}
-        problems += [
-            f"'{n}' has statistics, but is no norm of the model" for n in self.statistics if n not in modules
-        ]
+        problems += self._problems_of_statistics()
         problems += self._problems_of_secrets(set(known))
         if problems:
             remedy = "Observe a gradient of this model, by parameter name."
             raise AttackError(gathered("This observation is impossible.", sorted(problems), remedy))
+
+    def _problems_of_statistics(self) -> list[str]:
+        modules, problems = dict(self.model.named_modules()), []
+        for name, (mean, variance) in self.statistics.items():
+            norm = modules.get(name)
+            if not isinstance(norm, nn.modules.batchnorm._NormBase):
+                problems.append(f"'{name}' has statistics, but is no batch or instance norm of the model")
+                continue
+            expected = (norm.num_features,)
+            if {tuple(mean.shape), tuple(variance.shape)} != {expected}:
+                got = f"{tuple(mean.shape)} and {tuple(variance.shape)}"
+                problems.append(f"mean and variance at '{name}' have shapes {got}, expected {expected}")
+            elif not bool(mean.isfinite().all() & variance.isfinite().all() & (variance >= 0).all()):
+                problems.append(f"mean and variance at '{name}' are not finite, or a variance is below 0")
+        return problems
 
     def _problems_of_secrets(self, known: set[str]) -> list[str]:
         problems = [

@@ -82,7 +82,7 @@ class InvertingGradients(Attack):
         if not 0 <= self.tv < math.inf:
             problems.append(f"a finite tv ≥ 0, got {self.tv}")
         if problems:
-            raise ConfigError(f"InvertingGradients: expected {'; '.join(problems)}.")
+            raise ConfigError(f"{type(self).__name__}: expected {'; '.join(problems)}.")
 
     def _run(
         self,

@@ -13,7 +13,7 @@ from fedkl.attacks.adaptive.matching import _Matching
 from fedkl.attacks.adaptive.structure import read_structure
 from fedkl.auditing import observe, standard_arms
 from fedkl.config import PUBLISHED_LOCK
-from fedkl.defenses import KeyLock
+from fedkl.defenses import KeyLock, PrivateLayers
 from fedkl.defenses.base import plain_copy
 from fedkl.errors import ConfigError
 
@@ -127,7 +127,32 @@ def test_it_works_on_batches_and_networks_with_relu(observed, small):
     assert bool(found.images.isfinite().all())
 
 
-@pytest.mark.parametrize("changes", [{"features": -1.0}, {"statistics": float("inf")}, {"above_first": 1.0}])
+def test_what_was_granted_stays_as_it_is(observed):
+    """Signed γ that the server knows: neither a start nor the support may touch them."""
+    seen, victim, _ = observed(KeyLock(activation="tanh"), affine=True)
+    true = plain_copy(victim).get_parameter("0.norm.weight")
+    assert bool((true < 0).any())
+    started = AdaptiveMatching()._started(seen, read_structure(seen), neutral=True)
+    assert torch.equal(started.model.get_parameter("0.norm.weight"), true)
+
+
+def test_a_private_layer_that_is_free_starts_as_drawn(observed):
+    seen, _, _ = observed(PrivateLayers(layers="stem"))
+    free = replace(seen, free=("0.weight", "0.bias"))
+    started = AdaptiveMatching()._started(free, read_structure(free), neutral=True)
+    assert torch.equal(started.model.get_parameter("0.weight"), seen.model.get_parameter("0.weight"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"features": -1.0},
+        {"statistics": float("inf")},
+        {"above_first": 1.0},
+        {"above_first": 0.5, "largest": 3},
+        {"iterations": 0},
+    ],
+)
 def test_impossible_settings_are_refused(changes):
     with pytest.raises(ConfigError, match="AdaptiveMatching"):
         AdaptiveMatching(**changes)

@@ -64,6 +64,16 @@ def test_updates_of_different_clients_do_not_fit_one_stem(images, model, client)
     assert found[0].loss > 5 * run(QUICK, client[0])[0].loss
 
 
+def test_a_client_is_read_alike_in_any_company(images, model):
+    """The server draws stems of its own once, not for each client."""
+    clients = [seen_of(STEM, model, images, trials=1, client=k)[0][0] for k in range(2)]
+    own, drawn = clients[0].auxiliary, []
+    draw = lambda: drawn.append(1) or own.draw()  # noqa: E731
+    counted = replace(own, draw=draw)
+    run(QUICK, [replace(each, auxiliary=counted) for each in clients])
+    assert len(drawn) == QUICK.draws
+
+
 def test_the_fill_in_of_the_stem_is_never_read(client):
     seen, _ = client
     before = run(QUICK, seen[:1])[0].images
@@ -95,5 +105,7 @@ def test_what_it_cannot_read_it_refuses(images, model, client):
             run(QUICK, [observation])
     with pytest.raises(ConfigError, match="steps ≥ 1"):
         MeanMap(steps=0)
+    with pytest.raises(ConfigError, match="draws ≥ 2"):
+        MeanMap(draws=1)
     with pytest.raises(AttackError, match=r"not observed: 0\.weight"):
         open_above_first(seen, attack="Wiener")

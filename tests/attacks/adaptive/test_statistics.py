@@ -93,3 +93,23 @@ def test_wrong_statistics_mislead_it(observed):
     wrong = {name: (mean + 0.3, variance) for name, (mean, variance) in seen.statistics.items()}
     found = ClosedForm().reconstruct(replace(seen, statistics=wrong), generator=torch.Generator())
     assert not float(psnr(found.images, trial.images)) > 40
+
+
+@pytest.mark.parametrize(
+    ("statistics", "said"),
+    [
+        ({"6": (torch.zeros(10), torch.ones(10))}, "'6' has statistics, but is no batch or instance norm"),
+        (
+            {"0.norm": (torch.zeros(2), torch.ones(2))},
+            r"at '0\.norm' have shapes \(2,\) and \(2,\), expected",
+        ),
+        (
+            {"0.norm": (torch.zeros(8), -torch.ones(8))},
+            r"at '0\.norm' are not finite, or a variance is below 0",
+        ),
+    ],
+)
+def test_impossible_statistics_are_refused(observed, statistics, said):
+    seen, _, _ = observed(SHARED)
+    with pytest.raises(AttackError, match=said):
+        replace(seen, statistics=statistics)

@@ -85,6 +85,17 @@ def test_a_private_head_or_several_steps_hide_the_head(observed):
     assert read_structure(replace(seen, local=LocalSteps(steps=2))).head_input is None
 
 
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 8), lambda: nn.LayerNorm((8, 4, 4))])
+def test_norms_that_mix_channels_have_no_support_to_read(observed, small, norm):
+    seen, _, _ = observed(model=small(between=norm))
+    assert read_structure(seen).support == {}
+
+
+def test_a_transform_may_make_zero_rows_of_its_own(observed):
+    seen, _, _ = observed(ALL)
+    assert read_structure(replace(seen, transform=lambda update: update)).support == {}
+
+
 def test_its_text_holds_no_tensor_of_the_client(observed):
     seen, _, _ = observed(ALL)
     structure = read_structure(seen)

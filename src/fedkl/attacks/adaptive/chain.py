@@ -122,7 +122,7 @@ def read_chain(
     """Reads a network as a chain.
 
     Args:
-        model: Not changed.
+        model: Not changed. On any device; the chain is on the CPU.
         image_shape: ``(channels, height, width)``.
         train_mode: Whether the gradient was computed in train mode.
         attack: Who asks, for messages.
@@ -131,7 +131,7 @@ def read_chain(
         AttackError: It is not a chain, or a part of it cannot be gone back through; the message names the
             first such part.
     """
-    probe = copy.deepcopy(model).train(train_mode)
+    probe = copy.deepcopy(model).cpu().train(train_mode)  # linear algebra in float64, on any machine
     image = torch.zeros(1, *image_shape, dtype=next(probe.parameters()).dtype)
     reader = _Reader(probe, image, attack)
     with torch.no_grad(), reader:

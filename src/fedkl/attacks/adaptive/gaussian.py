@@ -12,6 +12,18 @@ from torch import Tensor
 _LEAST = 1e-8  # share of the mean variance: no value is known exactly beforehand
 
 
+def cholesky(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The lower factor of a symmetric positive definite matrix.
+
+    Raises:
+        ArithmeticError: It is none, or not finite: a failure of one image, not of the whole audit.
+    """
+    found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(matrix)
+    if bool(found[1]):
+        raise ArithmeticError("not positive definite")
+    return found[0]
+
+
 class Posterior(NamedTuple):
     """What the prior and the observations say together.
 
@@ -93,10 +105,13 @@ class Gaussian:
         Args:
             precision: 1 / variance of the errors, the rest's included; 0 where nothing was observed.
             pull: Precision × what was observed.
+
+        Raises:
+            ArithmeticError: A number is not finite, or too large for the others.
         """
         normal = (self.basis.T * precision) @ self.basis
         normal.diagonal().add_(1)
-        factor = torch.linalg.cholesky(normal)
+        factor = cholesky(normal)
         right = self.basis.T @ (pull - precision * self.mean)
         scores = torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1)
         return Posterior(scores, torch.linalg.solve_triangular(factor, self.basis.T, upper=False).T)

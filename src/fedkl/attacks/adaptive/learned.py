@@ -98,13 +98,6 @@ class LearnedInversion(Attack):
 
     def _check(self, observation: Observation) -> None:
         _own(observation)
-        if self.per_label and (observation.batch_size > 1 or observation.client is not None):
-            raise AttackError(
-                "LearnedInversion: per_label expects updates of one image, each of another client; got "
-                f"batches of {observation.batch_size}"
-                + ("" if observation.client is None else " and several updates of a client")
-                + ". Leave per_label out."
-            )
         if observation.free:
             raise AttackError(
                 "LearnedInversion: it looks for images only; nothing may be free, got "
@@ -117,6 +110,12 @@ class LearnedInversion(Attack):
         generators: list[torch.Generator],
         on_evaluation: Progress,
     ) -> list[Reconstruction]:
+        single = observations[0].batch_size == 1 and all(o.client is None for o in observations)
+        if self.per_label and not single:
+            raise AttackError(
+                "LearnedInversion: per_label expects updates of one image, each of another client. Leave it "
+                "out for batches, and for several updates of a client."
+            )
         labels = known_labels(observations)
         lots: dict[tuple[Auxiliary, int | None], list[int]] = {}
         for place, observation in enumerate(observations):

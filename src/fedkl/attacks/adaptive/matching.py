@@ -22,6 +22,7 @@ from fedkl.attacks.parallel import Progress
 from fedkl.errors import ConfigError
 from fedkl.metrics import Scaling
 
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 _FLAT = 1e-3  # of the mean variance: channels below it are constant
 
 
@@ -29,7 +30,7 @@ _FLAT = 1e-3  # of the mean variance: channels below it are constant
 class AdaptiveMatching(InvertingGradients):
     """Inverting Gradients with what the gradient's structure and sent norm statistics say.
 
-    * A private γ is 0 where a zero row of the gradient says so, and starts positive elsewhere.
+    * A free γ is 0 where a zero row of the gradient says so, and does not start at 0 elsewhere.
     * γ and β that the observation leaves free start from γ = 1, β = 0 and, with `restarts`, by turns from the
       server's own draw.
     * The head's input, which a single image's gradient gives away, is matched too.
@@ -39,8 +40,10 @@ class AdaptiveMatching(InvertingGradients):
         weighting: See `InvertingGradients`.
         support: Whether the zero rows decide where a private γ is zero.
         features: Weight of ‖h(x) − h‖² / ‖h‖², with the head's input h; 0: left out.
-        statistics: Weight of ((μ − μ*) / σ*)² + (σ / σ* − 1)², averaged over channels and norms; 0: left out.
-        above_first: Share of the iterations in which only layers behind the last private γ count.
+        statistics: Weight of ((μ − μ*) / σ*)² + (σ / σ* − 1)², averaged over channels and norms, where they
+            were sent; 0: left out.
+        above_first: Share of the iterations in which only layers behind the last private γ count, where there
+            are any; not with `largest`.
 
     Source:
         The statistics term: Yin et al. 2021 (GradInversion), section 3.3, here divided by σ*. What γ's
@@ -62,9 +65,14 @@ class AdaptiveMatching(InvertingGradients):
                 "AdaptiveMatching: expected finite features and statistics ≥ 0 and 0 ≤ above_first < 1, got "
                 f"features={self.features}, statistics={self.statistics}, above_first={self.above_first}."
             )
+        if self.above_first and self.largest is not None:
+            raise ConfigError(
+                "AdaptiveMatching: largest and above_first choose layers both, and may leave none. Set one."
+            )
 
     def _matching(self, observations: list[Observation], labels: list[Tensor]) -> GradientMatching:
-        read = {id(o): read_structure(o) for o in observations}
+        unique = {id(observation): observation for observation in observations}
+        read = {place: read_structure(observation) for place, observation in unique.items()}
         starts = []
         for number, observation in enumerate(observations):
             neutral = number % self.restarts % 2 == 0
@@ -75,12 +83,13 @@ class AdaptiveMatching(InvertingGradients):
         """The same observation, with another start of what is free and γ's support in the model."""
         model = copy.deepcopy(observation.model)
         parameters = dict(model.named_parameters())
-        public = {*observation.gradient, *observation.generated}
         with torch.no_grad():
             for name in set(observation.free).intersection(parameters) if neutral else ():
-                parameters[name].fill_(1.0 if name.endswith("weight") else 0.0)
+                owner, _, part = name.rpartition(".")
+                if not isinstance(model.get_submodule(owner), _LAYERS):
+                    parameters[name].fill_(1.0 if part == "weight" else 0.0)
             for name, support in structure.support.items() if self.support else ():
-                if name in parameters and name not in public:
+                if name in observation.free and name in parameters:  # what was granted is right as it is
                     parameters[name].copy_(_supported(parameters[name], support))
         return replace(observation, model=model)
 
@@ -205,10 +214,10 @@ def _misfit(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def _supported(values: Tensor, support: Tensor) -> Tensor:
-    """γ that is zero outside its support and positive within."""
+    """γ that is zero outside its support, and not within: its typical positive value instead."""
     positive = values > 0
     typical = values[positive].mean() if bool(positive.any()) else torch.ones_like(values[0])
-    return torch.where(support, torch.where(positive, values, typical), 0.0)
+    return torch.where(support, torch.where(values == 0, typical, values), 0.0)
 
 
 def _above(observation: Observation) -> set[str]:

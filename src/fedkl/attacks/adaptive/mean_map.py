@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from fedkl.attacks.adaptive.access import open_above_first
 from fedkl.attacks.adaptive.chain import Chain, Layer
 from fedkl.attacks.adaptive.descent import Descent
-from fedkl.attacks.adaptive.gaussian import Gaussian
+from fedkl.attacks.adaptive.gaussian import Gaussian, cholesky
 from fedkl.attacks.base import Attack, Auxiliary, Observation, Reconstruction
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.parallel import Progress
@@ -70,9 +70,10 @@ class MeanMap(Attack):
     steps: int = 100
 
     def __post_init__(self) -> None:
-        wrong = [name for name in ("components", "draws", "steps") if getattr(self, name) < 1]
+        least = {"components": 1, "draws": 2, "steps": 1}  # of one draw the stem would seem to be known
+        wrong = [f"{name} ≥ {low}" for name, low in least.items() if getattr(self, name) < low]
         if wrong:
-            raise ConfigError(f"MeanMap: expected {', '.join(wrong)} ≥ 1, got less.")
+            raise ConfigError(f"MeanMap: expected {', '.join(wrong)}, got less.")
 
     @property
     def divisible(self) -> bool:
@@ -87,7 +88,7 @@ class MeanMap(Attack):
                 f"MeanMap: expected no norm and no lock behind '{first.layer.name}': z would not be linear "
                 "in the image. Use --attack wiener or closed-form where that convolution is public."
             )
-        if own.draw is None or f"{first.layer.name}.weight" not in own.draw():
+        if own.draw is None or f"{first.layer.name}.weight" in observation.gradient:
             raise AttackError(
                 f"MeanMap: expected a private '{first.layer.name}' and clients that draw theirs as the "
                 "defense does, got none. Use --attack closed-form where that convolution is public."
@@ -105,15 +106,16 @@ class MeanMap(Attack):
             clients.setdefault((alone, observation.auxiliary), []).append(place)
         labels = known_labels(observations)
         found: dict[int, Reconstruction] = {}
-        worlds: dict[Auxiliary, _World] = {}
+        known: dict[Auxiliary, tuple[_World, _Stem]] = {}  # only the last: it is large
         for places in clients.values():
             group = [observations[k] for k in places]
             own = group[0].own_data("MeanMap", least=_LEAST)
             chain = open_above_first(group[0], attack="MeanMap", private_stem=True)
-            if own not in worlds:
-                worlds = {own: _World.of(own, chain, components=self.components, classes=group[0].classes)}
-            z = [_first_output(observations[k], generators[k]) for k in places]
-            images, misfit = self._climbed(chain, own, worlds[own], z, torch.cat([labels[k] for k in places]))
+            if own not in known:
+                world = _World.of(own, chain, components=self.components, classes=group[0].classes)
+                known = {own: (world, _Stem(chain.blocks[0].layer, own, draws=self.draws))}
+            z = [_first_output(chain, observations[k], generators[k]) for k in places]
+            images, misfit = self._climbed(chain, *known[own], z, torch.cat([labels[k] for k in places]))
             for place, image in zip(places, images, strict=True):
                 found[place] = Reconstruction(
                     images=image.unsqueeze(0).float(),
@@ -127,7 +129,7 @@ class MeanMap(Attack):
         return [found[place] for place in range(len(observations))]
 
     def _climbed(
-        self, chain: Chain, own: Auxiliary, world: _World, z: list[Tensor | None], labels: Tensor
+        self, chain: Chain, world: _World, stem: _Stem, z: list[Tensor | None], labels: Tensor
     ) -> tuple[Tensor, float]:
         """The client's images, and the loss; NaN for those whose z could not be found."""
         known = torch.tensor([each is not None for each in z])
@@ -135,11 +137,12 @@ class MeanMap(Attack):
         seen = [each for each in z if each is not None]
         if not seen:
             return images, math.inf
-        stem = _Stem(chain.blocks[0].layer, own, draws=self.draws)
-        found, misfit = _alternated(
-            stem, world, torch.stack(seen), world.means[labels.cpu()[known]], self.steps
-        )
-        images[known] = (found - chain.shift.cpu()) / chain.scale.cpu()
+        means = world.means[labels.cpu()[known]]
+        try:
+            found, misfit = _alternated(stem, world, torch.stack(seen), means, self.steps)
+        except ArithmeticError:  # a failure of this client, not of the whole audit
+            return images, math.inf
+        images[known] = (found - chain.shift) / chain.scale
         return images, misfit
 
 
@@ -158,7 +161,7 @@ class _World:
     @classmethod
     def of(cls, own: Auxiliary, chain: Chain, *, components: int, classes: int) -> _World:
         """From the server's own images; a class without any has the mean of all."""
-        images = own.images.double().cpu() * chain.scale.cpu() + chain.shift.cpu()
+        images = own.images.double().cpu() * chain.scale + chain.shift
         labels = own.labels.cpu()
         means = torch.stack(
             [(images[labels == k] if bool((labels == k).any()) else images).mean(0) for k in range(classes)]
@@ -217,7 +220,7 @@ class _Stem:
         normal[:-1, :-1] += spread
         prior = noise * self._precision
         right = read @ target.T + prior.unsqueeze(1) * self._mean
-        columns = torch.linalg.solve(normal + prior.diag(), right)
+        columns = torch.cholesky_solve(right, cholesky(normal + prior.diag()))
         miss = (target - columns.T @ read).square().sum() + (columns[:-1] * (spread @ columns[:-1])).sum()
         return _Estimate(columns, miss / target.numel())
 
@@ -237,7 +240,7 @@ def _alternated(
         seen = torch.einsum("ko,nkp->nop", columns[:-1], components).flatten(1)
         normal = seen @ seen.T / noise
         normal.diagonal().add_(1)
-        factor = torch.linalg.cholesky(normal)
+        factor = cholesky(normal)
         expected = torch.einsum("ko,nkp->nop", columns[:-1], average) + columns[-1].view(1, -1, 1)
         scores = torch.cholesky_solve(seen @ (z - expected).flatten(1).T / noise, factor).T
         patches = average + torch.tensordot(scores, components, 1)
@@ -247,9 +250,8 @@ def _alternated(
     return means + torch.tensordot(scores, world.basis, 1), float(noise / size)
 
 
-def _first_output(observation: Observation, generator: torch.Generator) -> Tensor | None:
+def _first_output(chain: Chain, observation: Observation, generator: torch.Generator) -> Tensor | None:
     """Z of one update; None where the way down failed, which is a failure of this image alone."""
-    chain = open_above_first(observation, attack="MeanMap", private_stem=True)
     descent = Descent(
         chain, observation.gradient, smoothness=1.0, chroma=0.0, statistics=observation.statistics
     )

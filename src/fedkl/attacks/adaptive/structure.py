@@ -5,10 +5,11 @@
    the rows, h = ∂L/∂Wᵀ (p − y) / ‖p − y‖², is exact but for rounding. Nothing below the head plays a part: h
    may come from shortcuts, a ReLU or a global average. Without a bias h is known up to its factor only, and
    is not read. A batch gives Σ (pᵢ − yᵢ) hᵢᵀ, which is not taken apart here.
-2. Dead channels. A norm sends δ_u = γ/σ · (…) down to the layer before it. With γ_c = 0 that is exactly
-   zero, and so is row c of the layer's ∂L/∂W: the support of γ is public, whatever the key. A row is zero
-   also where a whole channel is cut off above: where a ReLU gets no positive value, at any position. Right
-   behind a norm with statistics of the one image β ≥ 0, as ReLU keys make it, rules that out: x̂ has mean 0.
+2. Dead channels. A norm per channel sends δ_u = γ/σ · (…) down to the layer before it. With γ_c = 0 that is
+   exactly zero, and so is row c of the layer's ∂L/∂W: the support of γ is public, whatever the key. A row is
+   zero also where a whole channel is cut off above: where a ReLU gets no positive value, at any position.
+   Right behind a norm with statistics of the one image β ≥ 0, as ReLU keys make it, rules that out: x̂ has
+   mean 0.
 
 Source:
     Head division: Geiping et al. 2020, proposition 3.1.
@@ -33,7 +34,7 @@ from fedkl.errors import AttackError
 from fedkl.types import Labels
 
 _LAYERS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
-_NORMS = (F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm)
+_NORMS = (F.batch_norm, F.instance_norm)  # the others mix channels, so that none is cut off by its γ alone
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,8 +44,9 @@ class Structure:
     Attributes:
         label: Of the one image, shape ``(1,)``; None for a batch or where the head's gradient is not seen.
         head_input: What the linear head got, shape ``(features,)``; None likewise, or without a bias.
-        dead: By a layer's qualified name, which of its outputs have an all-zero row in ∂L/∂W.
-        scales: By a layer's qualified name, the name of γ of the norm right behind it.
+        dead: By a layer's qualified name, which of its outputs have an all-zero row in ∂L/∂W. Empty where the
+            update was transformed, which may make such rows.
+        scales: By a layer's qualified name, the name of γ of the batch or instance norm right behind it.
     """
 
     label: Labels | None
@@ -70,7 +72,7 @@ def read_structure(observation: Observation) -> Structure:
     return Structure(
         label=_label(observation) if single else None,
         head_input=_head_input(observation) if single else None,
-        dead=_dead(observation),
+        dead=_dead(observation) if observation.transform is None else {},
         scales=_scales(observation),
     )
 
@@ -94,7 +96,8 @@ def _dead(observation: Observation) -> dict[str, Tensor]:
     dead = {}
     for name, module in observation.model.named_modules():
         gradient = observation.gradient.get(f"{name}.weight")
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and gradient is not None:
+        by_output = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if by_output and gradient is not None:
             dead[name] = ~gradient.flatten(1).any(1)
     return dead
 

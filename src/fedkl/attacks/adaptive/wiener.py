@@ -58,7 +58,8 @@ class Wiener(Attack):
     norm with statistics per channel (or none) and γ and β per element, or either; auxiliary images; and a
     defense that the server can imitate.
     Images come out with the scale that the auxiliary ones have. `Reconstruction.loss` is the negative
-    log-likelihood of z per element (nats; smaller is better, and it may be negative).
+    logarithm of z's probability and the scores' (up to a constant) per element (nats; smaller is better, and
+    it may be negative).
 
     Attributes:
         components: Principal components of the first layer's output; at most half as many as images.
@@ -75,9 +76,10 @@ class Wiener(Attack):
     starts: int = 10
 
     def __post_init__(self) -> None:
-        wrong = [name for name in ("components", "draws", "starts") if getattr(self, name) < 1]
+        least = {"components": 1, "draws": 2, "starts": 1}  # of one draw all secrets would seem to be known
+        wrong = [f"{name} ≥ {low}" for name, low in least.items() if getattr(self, name) < low]
         if wrong:
-            raise ConfigError(f"Wiener: expected {', '.join(wrong)} ≥ 1, got less.")
+            raise ConfigError(f"Wiener: expected {', '.join(wrong)}, got less.")
 
     @property
     def divisible(self) -> bool:
@@ -153,10 +155,20 @@ class _Signed(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Where one start has come to, and how likely z was just before."""
+    """Where one start has come to.
+
+    Attributes:
+        posterior: Of x̂'s components.
+        likelihood: Logarithm of the probability of z given the guess before the last step, and of the last
+            scores.
+        start: Its number, by how well the images explain z.
+        steps: Taken from there.
+    """
 
     posterior: Posterior
     likelihood: float
+    start: int = 0
+    steps: int = _STEPS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -191,8 +203,9 @@ class _Reader:
         )
         first = likely.topk(min(starts, len(likely))).indices
         tried = [self._climbed(coarse, z, error, scores=self.scores[k, :_COARSE]) for k in first]
-        best = max(tried, key=lambda found: found.likelihood)
-        return self._climbed(self.prior, z, error, scores=best.posterior.scores)
+        start = max(range(len(tried)), key=lambda k: tried[k].likelihood)
+        found = self._climbed(self.prior, z, error, scores=tried[start].posterior.scores)
+        return found._replace(start=start, steps=2 * _STEPS)
 
     def image(self, found: _Found) -> Float[Tensor, "channels height width"]:
         """The image with these components."""
@@ -237,22 +250,24 @@ def _reconstruction(
     descent = Descent(
         chain, observation.gradient, smoothness=1.0, chroma=0.0, statistics=observation.statistics
     )
+    image, loss, start, steps = torch.full(observation.image_shape, torch.nan), math.inf, 0, 0
     try:
         seen = descent.first_output(generator)
         found = reader.read(seen, starts=starts)
         image, loss = reader.image(found), -found.likelihood / seen.z.numel()
+        start, steps = found.start, found.steps
     except ArithmeticError:  # a failure of this image, not of the whole audit
-        image, loss = torch.full(observation.image_shape, torch.nan), math.inf
+        pass
     labels = observation.labels
-    if labels is None and descent.sees_head:
+    if labels is None and f"{chain.blocks[-1].layer.name}.bias" in observation.gradient:
         labels = infer_label(observation)
     return Reconstruction(
         images=image.unsqueeze(0).float(),
         labels=labels,
         scaling="clip",
         loss=loss,
-        evaluations=_STEPS,
-        start=0,
+        evaluations=steps,
+        start=start,
     )
 
 
@@ -260,9 +275,8 @@ def _features(chain: Chain, images: Float[Tensor, "images channels height width"
     """What the lock's γ multiplies, of every image, flattened."""
     first = chain.blocks[0]
     layer = first.layer
-    pixels = images * chain.scale.cpu() + chain.shift.cpu()
-    weight, bias = layer.weight.cpu(), layer.bias.cpu()
-    output = F.conv2d(pixels, weight, bias, layer.stride, layer.padding, layer.dilation)
+    pixels = images * chain.scale + chain.shift
+    output = F.conv2d(pixels, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation)
     return (output if first.norm is None else F.instance_norm(output, eps=first.norm.eps)).flatten(1)
 
 
