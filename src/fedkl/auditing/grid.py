@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fedkl import rng
 from fedkl.attacks import Attack, Auxiliary, LocalSteps, Observation, Reconstruction
 from fedkl.auditing.arms import Arm
-from fedkl.auditing.observing import SimulatedClients, Trial, observe
+from fedkl.auditing.observing import Trial, observe
+from fedkl.auditing.simulating import SimulatedClients
 from fedkl.data import Dataset
 from fedkl.defenses import Defense
 from fedkl.errors import DataError
