@@ -127,6 +127,17 @@ def test_it_works_on_batches_and_networks_with_relu(observed, small):
     assert bool(found.images.isfinite().all())
 
 
+def test_a_head_that_gets_nothing_is_no_target(observed, small):
+    model = small(act=nn.ReLU)
+    with torch.no_grad():
+        model[2].bias.fill_(-9.0)
+    seen, _, trial = observed(model=model)
+    seen = replace(seen, labels=trial.labels)
+    assert not bool(read_structure(seen).head_input.any())
+    found = AdaptiveMatching(**QUICK).reconstruct(seen, generator=seeded())
+    assert bool(found.images.isfinite().all())
+
+
 def test_what_was_granted_stays_as_it_is(observed):
     """Signed γ that the server knows: neither a start nor the support may touch them."""
     seen, victim, _ = observed(KeyLock(activation="tanh"), affine=True)

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedkl.attacks import LocalSteps, MeanMap, PriorOnly
+from fedkl.attacks import Knowledge, LocalSteps, MeanMap, PriorOnly
 from fedkl.attacks.adaptive.access import open_above_first
+from fedkl.auditing import Arm, observe, trials_of
 from fedkl.defenses import NoDefense, PrivateLayers
 from fedkl.errors import AttackError, ConfigError
 from tests.attacks.adaptive.element import ElementLock, correlations, seen_of
@@ -62,6 +63,24 @@ def test_updates_of_different_clients_do_not_fit_one_stem(images, model, client)
     found = run(QUICK, [replace(each, auxiliary=own) for each in mixed])
     assert float(correlations(found, trials).median()) < 0.9
     assert found[0].loss > 5 * run(QUICK, client[0])[0].loss
+
+
+def test_every_round_has_public_weights_of_its_own(images, small):
+    """One client's stem, under two networks above it: each update is gone down through its own."""
+    arm = Arm(name="seen", description="", defense=STEM, knowledge=Knowledge(labels=True))
+    trials, seen, stem = trials_of(images, trials=4), [], None
+    for trial in trials:
+        torch.manual_seed(trial.index)
+        network = small()
+        victim = STEM.prepare(network)
+        stem = stem or victim.model[0]
+        with torch.no_grad():
+            for own, shared in zip(victim.model[0].parameters(), stem.parameters(), strict=True):
+                own.copy_(shared)
+        seen.append(replace(observe(victim, arm=arm, model=network, trial=trial, classes=10), client=1))
+    own = seen_of(STEM, small(), images, trials=1)[0][0].auxiliary
+    found = run(QUICK, [replace(each, auxiliary=own) for each in seen])
+    assert float(correlations(found, trials).min()) > 0.8
 
 
 def test_a_client_is_read_alike_in_any_company(images, model):

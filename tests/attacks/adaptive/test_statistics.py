@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fedkl.attacks import ClosedForm, LocalSteps
+from fedkl.attacks.adaptive.chain import read_chain
 from fedkl.auditing import Arm, observe, sent_statistics
 from fedkl.defenses import KeyLock, NoDefense
 from fedkl.defenses.base import plain_copy
@@ -113,3 +114,10 @@ def test_impossible_statistics_are_refused(observed, statistics, said):
     seen, _, _ = observed(SHARED)
     with pytest.raises(AttackError, match=said):
         replace(seen, statistics=statistics)
+
+
+def test_statistics_of_a_norm_without_scale_and_shift_are_used(observed, small):
+    seen, _, _ = observed(model=small(between=lambda: nn.BatchNorm2d(8, affine=False)))
+    chain = read_chain(seen.model, image_shape=seen.image_shape, train_mode=True)
+    assert seen.statistics.keys() == {"3"}
+    assert [block.norm.name for block in chain.blocks if block.norm] == ["3"]

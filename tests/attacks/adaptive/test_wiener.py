@@ -161,6 +161,29 @@ def test_what_it_cannot_read_it_refuses(images, model, observed, small):
         Wiener(draws=1)
 
 
+def test_what_is_neither_public_nor_drawn_is_not_guessed(images, model):
+    (seen,), _ = observe(images, model, positive, trials=1)
+    own = seen.auxiliary
+    silent_on = replace(own, draw=lambda: {name: t for name, t in own.draw().items() if "weight" not in name})
+    with pytest.raises(AttackError, match=r"'0\.norm\.affine\.weight' is neither public nor drawn"):
+        run(QUICK, [replace(seen, auxiliary=silent_on)])
+
+
+def test_a_scaled_sum_is_no_shift_per_element(small):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.randn(8, 8, 8))
+
+        def forward(self, x):
+            return torch.add(x, self.shift, alpha=-2)
+
+    net = small()
+    net[0] = nn.Sequential(net[0], Scaled())
+    with pytest.raises(AttackError, match="add after '0.0'"):
+        read_chain(net, image_shape=(3, 16, 16), train_mode=True)
+
+
 def test_an_image_that_cannot_be_read_does_not_stop_the_others(images, model):
     seen, trials = observe(images, model, positive, trials=2)
     blank = {name: torch.zeros_like(g) if name == "6.bias" else g for name, g in seen[0].gradient.items()}

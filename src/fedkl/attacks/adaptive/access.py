@@ -93,8 +93,11 @@ def open_above_first(observation: Observation, *, attack: str, private_stem: boo
         )
     if not first.layer.is_convolution or (
         len(above) == 1
-        and not {f"{above[0].layer.name}.{part}" for part in ("weight", "bias")}.issubset(
-            observation.gradient
+        and (
+            chain.covered
+            or not {f"{above[0].layer.name}.{part}" for part in ("weight", "bias")}.issubset(
+                observation.gradient
+            )
         )
     ):
         raise AttackError(

@@ -146,6 +146,7 @@ class _Reader(TorchFunctionMode):
         super().__init__()
         self._attack = attack
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._buffers = {id(buffer): name for name, buffer in model.named_buffers()}
         self._carriers = [image]  # kept, so that no id is used twice
         self._scale, self._shift = image.new_ones(()).double(), image.new_zeros(()).double()
         self._blocks: list[Block] = []
@@ -221,7 +222,12 @@ class _Reader(TorchFunctionMode):
             and args[0] is self._carriers[-1]
         ):
             self._scale, self._shift = _AFFINE[func](self._scale, self._shift, args[1])
-        elif func in _ELEMENTWISE and self._blocks and (name := self._element_parameter(args, before)):
+        elif (
+            func in _ELEMENTWISE
+            and self._blocks
+            and not kwargs
+            and (name := self._element_parameter(args, before))
+        ):
             self._extend(elementwise=Elementwise(**{_ELEMENTWISE[func]: name}))
         elif func in (F.batch_norm, F.instance_norm) and self._blocks:
             bound = inspect.signature(func).bind(*args, **kwargs)
@@ -295,7 +301,8 @@ class _Reader(TorchFunctionMode):
                 "no moments of this image; expected train mode. Use another attack."
             )
         scale, shift = (self._names.get(id(call[key]), "") for key in ("weight", "bias"))
-        return Norm(name=(scale or shift).rpartition(".")[0], eps=call["eps"], scale=scale, shift=shift)
+        named = scale or shift or self._buffers.get(id(call["running_mean"]), "")
+        return Norm(name=named.rpartition(".")[0], eps=call["eps"], scale=scale, shift=shift)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, Any]:

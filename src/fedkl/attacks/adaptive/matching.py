@@ -138,7 +138,7 @@ class _Matching(GradientMatching):
         self._factors = {"features": attack.features, "statistics": attack.statistics}
         self._all_weights = self._weights
         self._above = _above(observations[0])
-        inputs = [s.head_input for s in structures if s.head_input is not None]
+        inputs = [s.head_input for s in structures if s.head_input is not None and bool(s.head_input.any())]
         if attack.features and len(inputs) == len(structures):
             self._aside["features"] = torch.stack(inputs).to(self.dtype)
         if attack.statistics:

@@ -51,6 +51,7 @@ class MeanMap(Attack):
     It needs a chain that the closed form passes down to its first block, there a convolution without a norm,
     labels, auxiliary images, and a defense that the server can imitate. Updates of one client are those with
     the same `Observation.client`; one without a number is alone.
+    Stems are drawn as clients draw theirs, from the operating system's randomness: results vary a little.
     Images come out with the scale that the auxiliary ones have. `Reconstruction.loss` is the share of the
     variance of the client's z that is left unexplained.
 
@@ -114,14 +115,14 @@ class MeanMap(Attack):
             if own not in known:
                 world = _World.of(own, chain, components=self.components, classes=group[0].classes)
                 known = {own: (world, _Stem(chain.blocks[0].layer, own, draws=self.draws))}
-            z = [_first_output(chain, observations[k], generators[k]) for k in places]
+            z = [_first_output(observations[k], generators[k]) for k in places]
             images, misfit = self._climbed(chain, *known[own], z, torch.cat([labels[k] for k in places]))
             for place, image in zip(places, images, strict=True):
                 found[place] = Reconstruction(
                     images=image.unsqueeze(0).float(),
                     labels=labels[place],
                     scaling="clip",
-                    loss=misfit,
+                    loss=misfit if bool(image.isfinite().all()) else math.inf,
                     evaluations=self.steps,
                     start=0,
                 )
@@ -184,6 +185,11 @@ class _Stem:
     def __init__(self, layer: Layer, own: Auxiliary, *, draws: int) -> None:
         self._layer, self._shape = layer, layer.weight.shape
         clients = [own.draw() for _ in range(draws)] if own.draw is not None else []
+        if not all(f"{layer.name}.weight" in client for client in clients) or not clients:
+            raise AttackError(
+                f"MeanMap: expected clients that draw '{layer.name}.weight' as the defense does. Give "
+                "`Auxiliary.draw`."
+            )
         size = math.prod(self._shape[1:])
         self._mean, self._precision = (
             torch.zeros(size + 1, len(layer.weight)).double(),
@@ -250,8 +256,12 @@ def _alternated(
     return means + torch.tensordot(scores, world.basis, 1), float(noise / size)
 
 
-def _first_output(chain: Chain, observation: Observation, generator: torch.Generator) -> Tensor | None:
-    """Z of one update; None where the way down failed, which is a failure of this image alone."""
+def _first_output(observation: Observation, generator: torch.Generator) -> Tensor | None:
+    """Z of one update; None where the way down failed, which is a failure of this image alone.
+
+    Every update has a chain of its own: above the stem, the public weights are those of its round.
+    """
+    chain = open_above_first(observation, attack="MeanMap", private_stem=True)
     descent = Descent(
         chain, observation.gradient, smoothness=1.0, chroma=0.0, statistics=observation.statistics
     )

@@ -56,7 +56,8 @@ class Wiener(Attack):
 
     It needs a chain that the closed form passes down to its first block, and there a public convolution, a
     norm with statistics per channel (or none) and γ and β per element, or either; auxiliary images; and a
-    defense that the server can imitate.
+    defense that the server can imitate. γ and β are drawn as clients draw theirs, from the operating system's
+    randomness: results vary a little.
     Images come out with the scale that the auxiliary ones have. `Reconstruction.loss` is the negative
     logarithm of z's probability and the scores' (up to a constant) per element (nats; smaller is better, and
     it may be negative).
@@ -90,7 +91,7 @@ class Wiener(Attack):
         chain = open_above_first(observation, attack="Wiener")
         own = observation.own_data("Wiener", least=_LEAST)
         first = chain.blocks[0]
-        if first.elementwise is None or (first.norm is not None and first.norm.name):
+        if first.elementwise is None or (first.norm is not None and (first.norm.scale or first.norm.shift)):
             raise AttackError(
                 f"Wiener: expected a scale or shift per element behind '{first.layer.name}' and none per "
                 "channel. Use --attack closed-form."
@@ -290,7 +291,12 @@ def _moments(block: Block, observation: Observation, own: Auxiliary, *, draws: i
     def drawn(name: str, neutral: float) -> Float[Tensor, "draws elements"]:
         if not name:
             return torch.full((1, 1), neutral).double()
-        values = [client[name] for client in clients if name in client] or [public[name].detach()]
+        values = [client[name] for client in clients if name in client]
+        if not values and name not in observation.gradient:
+            raise AttackError(
+                f"Wiener: '{name}' is neither public nor drawn by `Auxiliary.draw`. Draw it too."
+            )
+        values = values or [public[name].detach()]
         return torch.stack(values).flatten(1).double().cpu()
 
     scale, shift = drawn(block.elementwise.scale, 1.0), drawn(block.elementwise.shift, 0.0)
