@@ -180,7 +180,7 @@ def test_a_scaled_sum_is_no_shift_per_element(small):
 
     net = small()
     net[0] = nn.Sequential(net[0], Scaled())
-    with pytest.raises(AttackError, match="add after '0.0'"):
+    with pytest.raises(AttackError, match=r"add after '0\.0'"):
         read_chain(net, image_shape=(3, 16, 16), train_mode=True)
 
 
