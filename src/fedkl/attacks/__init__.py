@@ -18,6 +18,7 @@ with a frozen dataclass, added to the union `AnyAttack`.
 from fedkl.attacks.adaptive import (
     AdaptiveMatching,
     ClosedForm,
+    FeatureInversion,
     LearnedInversion,
     MeanMap,
     PriorOnly,
@@ -42,6 +43,7 @@ AnyAttack = (
     | Wiener
     | MeanMap
     | LearnedInversion
+    | FeatureInversion
     | PriorOnly
 )
 
@@ -55,6 +57,7 @@ __all__ = [
     "Attack",
     "Auxiliary",
     "ClosedForm",
+    "FeatureInversion",
     "InvertingGradients",
     "Knowledge",
     "LearnedInversion",

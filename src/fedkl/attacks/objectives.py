@@ -64,7 +64,7 @@ class GradientMatching:
         self.shape = (first.batch_size, *first.image_shape)
         self.classes = first.classes
         self.dtype = dtype
-        models = [_differentiable(observation, dtype) for observation in observations]
+        models = [differentiable(observation, dtype) for observation in observations]
         self._model = models[0]
         parameters, buffers = stack_module_state(models)
         generated = set(first.generated)
@@ -238,7 +238,7 @@ def _normalized(weights: _Tensors, observed: _Tensors) -> _Tensors:
     return {name: weight / size for name, weight in weights.items()}
 
 
-def _differentiable(observation: Observation, dtype: torch.dtype) -> nn.Module:
+def differentiable(observation: Observation, dtype: torch.dtype) -> nn.Module:
     """A copy in the client's mode; train-mode norms lose their statistics: vmap cannot write them."""
     model = copy.deepcopy(observation.model).to(dtype).train(observation.train_mode)
     for module in model.modules():

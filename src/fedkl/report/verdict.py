@@ -189,6 +189,7 @@ _ATTACKS = {
     "closed-form": "the closed form",
     "wiener": "the Wiener filter",
     "mean-map": "the mean map",
+    "feature-inversion": "feature inversion",
 }
 
 

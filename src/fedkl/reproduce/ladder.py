@@ -96,6 +96,12 @@ RUNGS: Mapping[str, Rung] = {
             against=(),
         ),
         Rung(
+            name="feature-inversion",
+            attack={"type": "feature-inversion"},
+            unlocked=(CONTROL, *_OTHERS),
+            networks="one",
+        ),
+        Rung(
             name="matching",
             attack={"type": "ig", "iterations": 500, "weighting": "sqrt"},
             locked=(
@@ -107,5 +113,5 @@ RUNGS: Mapping[str, Rung] = {
     )
 }
 """By name: the floor, learned inversion (of one update, with simulations for its label, of 16 updates of a
-client), closed form, those for locks per element and for private stems, and gradient matching with each guess
-of γ and β."""
+client), closed form, those for locks per element and for private stems, the inversion of read features, and
+gradient matching with each guess of γ and β."""

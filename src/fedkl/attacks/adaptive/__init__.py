@@ -12,6 +12,8 @@ chain.py        reads a network as a chain of layers, norms and activations
 activations.py  those that can be inverted
 prior.py        smoothness
 rank.py         equations against unknowns, beforehand
+subspace.py     a convolution's input from its own gradient; features.py: where a network allows it
+feature_inversion.py  the image from these, with images of the server's own
 learned.py      an inversion learned from simulated clients; kernels.py: the regression behind it
 structure.py    label, head input and dead channels, without any optimization
 matching.py     gradient matching that uses them, and sent norm statistics
@@ -19,6 +21,7 @@ floor.py        the floor: a guess from the label alone
 """
 
 from fedkl.attacks.adaptive.closed_form import ClosedForm, ClosedFormReconstruction, PassedLayer
+from fedkl.attacks.adaptive.feature_inversion import FeatureInversion
 from fedkl.attacks.adaptive.floor import PriorOnly
 from fedkl.attacks.adaptive.learned import LearnedInversion
 from fedkl.attacks.adaptive.matching import AdaptiveMatching
@@ -31,6 +34,7 @@ __all__ = [
     "AdaptiveMatching",
     "ClosedForm",
     "ClosedFormReconstruction",
+    "FeatureInversion",
     "LearnedInversion",
     "MeanMap",
     "Passage",

@@ -75,6 +75,14 @@ class Views:
             per_image={name: rows[: updates * self.batch] for name, rows in self.per_image.items()},
         )
 
+    def last(self, updates: int) -> Views:
+        """The views of the last updates only."""
+        return replace(
+            self,
+            per_update={name: rows[-updates:] for name, rows in self.per_update.items()},
+            per_image={name: rows[-updates * self.batch :] for name, rows in self.per_image.items()},
+        )
+
     def distances(self, others: Views, names: Sequence[str]) -> Float[Tensor, "own others"]:
         """Squared distances between the images of these and of others' updates, as mean over views; 0 to 4.
 

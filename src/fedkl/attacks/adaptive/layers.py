@@ -18,6 +18,7 @@ number, but the data are float32, whose rounding counts for more until the condi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import scipy.sparse
@@ -108,6 +109,30 @@ class Solution:
         return inverse[: self.input.numel()].view_as(self.input) * max(*self.misfit, 1.0)
 
 
+def reads_of(
+    kernel: Sequence[int],
+    *,
+    places: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Int64[Tensor, "kernel positions"]:
+    """Which input place each kernel position of a convolution reads at each output position; −1: the padding.
+
+    Args:
+        kernel: Height and width.
+        places: Height and width of the input, whose places are numbered row by row.
+        stride: As in PyTorch.
+        padding: With zeros.
+        dilation: As in PyTorch.
+    """
+    height, width = places
+    numbered = torch.arange(1, height * width + 1, dtype=torch.float64).view(1, 1, height, width)
+    sizes = (tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
+    columns = F.unfold(numbered, *sizes)[0]
+    return columns.round().long() - 1
+
+
 class ConvolutionSystem:
     """The two relations of one convolution as matrices.
 
@@ -119,10 +144,14 @@ class ConvolutionSystem:
     def __init__(self, layer: Layer, *, input_shape: tuple[int, ...]) -> None:
         self.outputs, self.inputs = layer.weight.shape[:2]
         self.places = input_shape[1] * input_shape[2]
-        numbered = torch.arange(1, self.places + 1, dtype=torch.float64).view(1, 1, *input_shape[1:])
-        columns = F.unfold(numbered, layer.weight.shape[2:], layer.dilation, layer.padding, layer.stride)[0]
         # Which input place each kernel position reads at each output position; −1: the padding.
-        self.reads: Int64[Tensor, "kernel positions"] = columns.round().long() - 1
+        self.reads: Int64[Tensor, "kernel positions"] = reads_of(
+            layer.weight.shape[2:],
+            places=input_shape[1:],
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+        )
         # The same with the padding as one more place, behind all others.
         self.padded_reads = torch.where(self.reads < 0, self.places, self.reads)
         self.forward = self._forward_matrix(layer.weight.flatten(2))

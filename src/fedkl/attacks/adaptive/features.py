@@ -1,0 +1,85 @@
+"""What convolutions of a network got, read off a gradient: which of them can be read, and what is there."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from fedkl.attacks.adaptive.layers import reads_of
+from fedkl.attacks.adaptive.subspace import blind_input, enough_outputs
+from fedkl.attacks.base import Observation
+
+_SURE = 0.1  # largest gap with which a blind input is taken for what it says
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Readable:
+    """A convolution whose input its gradient may tell.
+
+    Attributes:
+        name: The module's qualified name.
+        reads: See `blind_input`.
+        places: Positions of its input.
+    """
+
+    name: str
+    reads: Int64[Tensor, "kernel positions"] = field(repr=False)
+    places: int
+
+
+def readable_convolutions(observation: Observation) -> list[Readable]:
+    """Those whose shape allows it and whose gradient is observed, in the order in which they are run.
+
+    Convolutions with a stride are left out: too many of their input's places are read once only, so that
+    patches are not tied to each other.
+
+    Args:
+        observation: Of one image. Values of the model's tensors play no part.
+    """
+    model = copy.deepcopy(observation.model).eval()
+    calls: list[tuple[nn.Conv2d, tuple[int, ...]]] = []
+    names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    for module in names:
+        module.register_forward_pre_hook(lambda conv, args: calls.append((conv, tuple(args[0].shape[2:]))))
+    with torch.no_grad():
+        model(torch.zeros(1, *observation.image_shape).to(next(model.parameters())))
+    once = [conv for conv, _ in calls]
+    found = []
+    for conv, shape in calls:
+        padding = conv.padding
+        if isinstance(padding, str) or conv.padding_mode != "zeros" or conv.groups > 1:
+            continue
+        observed = f"{names[conv]}.weight" in observation.gradient
+        if once.count(conv) > 1 or set(conv.stride) != {1} or not observed:
+            continue
+        places = shape[0] * shape[1]
+        reads = reads_of(
+            conv.kernel_size, places=shape, stride=conv.stride, padding=padding, dilation=conv.dilation
+        )
+        sizes = {"inputs": conv.in_channels, "kernel": reads.shape[0], "positions": reads.shape[1]}
+        if enough_outputs(conv.out_channels, **sizes):
+            reads = torch.where(reads < 0, places, reads)
+            found.append(Readable(name=names[conv], reads=reads, places=places))
+    return found
+
+
+def read_features(observation: Observation, *, most: int) -> dict[str, Float[Tensor, " values"]]:
+    """Inputs of convolutions, each up to its factor, by qualified name; those next to the image first.
+
+    Args:
+        observation: Of one image and one step.
+        most: At most so many.
+    """
+    found: dict[str, Tensor] = {}
+    for one in readable_convolutions(observation):
+        gradient = observation.gradient[f"{one.name}.weight"].detach().cpu().double().flatten(2)
+        got = blind_input(gradient, reads=one.reads, places=one.places)
+        if got is not None and got.gap < _SURE:
+            found[one.name] = got.input.flatten().float()
+        if len(found) == most:
+            break
+    return found

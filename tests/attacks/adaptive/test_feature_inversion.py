@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedkl.attacks import FeatureInversion, Knowledge, LocalSteps
+from fedkl.attacks.adaptive.feature_inversion import _agreeing
+from fedkl.attacks.adaptive.features import read_features, readable_convolutions
+from fedkl.attacks.adaptive.subspace import blind_input
+from fedkl.auditing import Arm, attack_arms, observe, trials_of
+from fedkl.defenses import KeyLock, NoDefense
+from fedkl.errors import AttackError, ConfigError
+
+QUICK = FeatureInversion(simulations=800, components=200, iterations=100)
+PUBLISHED = KeyLock(key_distribution="uniform", activation="relu")
+
+
+class Residual(nn.Module):
+    """ReLU, shortcuts and norms: nothing that the closed form could go through."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv3, self.bn3 = nn.Conv2d(16, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv4, self.bn4 = nn.Conv2d(16, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x):
+        y = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        for conv, norm in ((self.conv3, self.bn3), (self.conv4, self.bn4)):
+            y = F.relu(norm(conv(y)) + y)
+        return self.fc(y.mean((2, 3)))
+
+
+@pytest.fixture
+def residual():
+    torch.manual_seed(0)
+    return Residual()
+
+
+def inputs_of(victim, trial, names, *, train=True):
+    noted = {}
+    for name in names:
+        module = victim.model.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, args, name=name: noted.update({name: args[0][0].detach()}))
+    victim.model.train(train)(trial.images)
+    return noted
+
+
+@pytest.mark.parametrize("defense", [NoDefense(), KeyLock(), PUBLISHED, KeyLock(layers="all")])
+def test_a_gradient_tells_what_a_convolution_got(observed, residual, defense):
+    seen, victim, trial = observed(defense, model=residual)
+    assert [one.name for one in readable_convolutions(seen)] == ["conv3", "conv4"]
+    found = read_features(seen, most=2)
+    for name, truth in inputs_of(victim, trial, found).items():
+        assert float(F.cosine_similarity(found[name], truth.flatten(), dim=0)) > 1 - 1e-6
+
+
+def test_so_it_does_in_eval_mode(images, residual):
+    (trial,) = trials_of(images, trials=1)
+    arm = Arm(name="seen", description="", defense=NoDefense(), knowledge=Knowledge(labels=False))
+    victim = arm.defense.prepare(residual)
+    seen = observe(victim, arm=arm, model=residual, trial=trial, classes=10, train_mode=False)
+    found = read_features(seen, most=1)["conv3"]
+    truth = inputs_of(victim, trial, ["conv3"], train=False)["conv3"]
+    assert float(F.cosine_similarity(found, truth.flatten(), dim=0)) > 1 - 1e-6
+
+
+def test_too_little_rank_is_not_taken_for_an_answer(observed, residual):
+    pair, _, _ = observed(model=residual, batch_size=2)  # two images have twice as many patches
+    assert not read_features(pair, most=2)
+    seen, _, _ = observed(model=residual)
+    one = readable_convolutions(seen)[0]
+    gradient = seen.gradient["conv3.weight"].double().flatten(2)
+    dead = gradient * (torch.arange(16) < 8)[:, None, None]
+    assert blind_input(dead, reads=one.reads, places=one.places) is None
+    noise = blind_input(torch.randn(16, 16, 9).double(), reads=one.reads, places=one.places)
+    assert noise.gap > 0.1
+
+
+def run(images, model, arm, *, attack=QUICK, trials=4):
+    found = []
+    attack_arms(
+        [arm],
+        attack=attack,
+        build=lambda _: model,
+        dataset=images,
+        trials=trials_of(images, trials=trials),
+        seed=0,
+        on_result=found.append,
+    )
+    return found
+
+
+@pytest.mark.parametrize("defense", [NoDefense(), KeyLock(), PUBLISHED])
+def test_identifies_images_behind_relus_shortcuts_and_locks(images, residual, defense):
+    arm = Arm(name="seen", description="", defense=defense, knowledge=Knowledge(labels=False, auxiliary=800))
+    trials = 2 if defense is PUBLISHED else 4  # a regression for each
+    found = run(images, residual, arm, trials=trials)
+    assert sum(score.identified for one in found for score in one.scores) == trials
+    start = run(images, residual, arm, attack=replace(QUICK, iterations=0), trials=trials)
+    before, after = (sum(one.reconstruction.loss for one in each) for each in (start, found))
+    assert after < before  # the descent is worth something
+
+
+def test_one_bad_update_does_not_stop_the_others(images, residual, observed):
+    seen, _, _ = observed(model=residual, auxiliary=0)
+    own = _own(images, residual)
+    noise = {name: torch.randn_like(tensor) for name, tensor in seen.gradient.items()}
+    both = [replace(seen, auxiliary=own, gradient=noise), replace(seen, auxiliary=own)]
+    bad, good = QUICK.reconstruct_many(both, generators=[torch.Generator()] * 2)
+    assert not bad.images.isfinite().any()
+    assert bad.loss == float("inf")
+    assert good.images.isfinite().all()
+
+
+def test_drawn_channels_are_dead_where_the_clients_are():
+    drawn = torch.relu(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)))
+    live = torch.tensor([True, False] * 4)
+    agreed = _agreeing(drawn, live)
+    assert torch.equal(agreed > 0, live.expand(50, 8))
+    kept = live & (drawn > 0)
+    assert torch.equal(agreed[kept], drawn[kept])
+
+
+def test_what_it_cannot_read_it_refuses(images, observed, residual, small):
+    seen = replace(observed(model=residual)[0], auxiliary=_own(images, residual))
+    plain = replace(observed(model=small())[0], auxiliary=seen.auxiliary)
+    cases = {
+        "a batch of 2": replace(observed(model=residual, batch_size=2)[0], auxiliary=seen.auxiliary),
+        "3 steps": replace(seen, local=LocalSteps(steps=3)),
+        "at least 100 auxiliary images": replace(seen, auxiliary=None),
+        "clients that the server can imitate": replace(seen, auxiliary=replace(seen.auxiliary, draw=None)),
+        "none to be free": replace(seen, free=("bn1.weight",)),
+        "got none whose gradient is observed": plain,
+    }
+    for message, observation in cases.items():
+        with pytest.raises(AttackError, match=message):
+            QUICK.reconstruct(observation, generator=torch.Generator())
+    with pytest.raises(ConfigError, match=r"layers ≥ 1, finite lr > 0, simulations ≥ 100"):
+        FeatureInversion(layers=0, lr=0.0, simulations=5)
+
+
+def _own(images, model):
+    """The server's own data, as the audit gives them."""
+    kept = []
+
+    class Keeping(FeatureInversion):
+        def _run(self, observations, generators, on_evaluation):
+            kept.extend(observations)
+            return super()._run(observations, generators, on_evaluation)
+
+    arm = Arm(name="a", description="", defense=NoDefense(), knowledge=Knowledge(labels=False, auxiliary=200))
+    quick = Keeping(simulations=200, components=10, iterations=0)
+    run(images, model, arm, attack=quick, trials=1)
+    return kept[0].auxiliary
