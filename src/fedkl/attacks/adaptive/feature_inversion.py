@@ -123,17 +123,17 @@ class FeatureInversion(Attack):
         for place, observation in enumerate(observations):
             dead = tuple((name, tuple(live.tolist())) for name, live in _supports(observation).items())
             lots.setdefault((observation.auxiliary, tuple(read[place]), dead), []).append(place)
-        found: dict[int, tuple[Tensor, float]] = {}
+        unread = torch.full(observations[0].image_shape, torch.nan)
+        found = dict.fromkeys(range(len(observations)), (unread, math.inf))
         known: dict[Auxiliary, _World] = {}  # only the last: it is large
         for places in lots.values():
-            group, names = [observations[place] for place in places], tuple(read[places[0]])
-            own = _own(group[0])
+            first, names = observations[places[0]], tuple(read[places[0]])
             if not names:
-                found |= {place: (torch.full(group[0].image_shape, torch.nan), math.inf) for place in places}
                 continue
+            own = _own(first)
             if own not in known:
-                known = {own: _World.of(own, components=self.components, clients=self._clients(own))}
-            inverse = _Inverse(group[0], known[own], names, attack=self, on_evaluation=on_evaluation)
+                known = {own: _World.of(own, self)}
+            inverse = _Inverse(first, known[own], names, attack=self, on_evaluation=on_evaluation)
             for part in torch.split(torch.tensor(places), _AT_ONCE):
                 asked = {name: torch.stack([read[place][name] for place in part.tolist()]) for name in names}
                 images, losses = inverse(asked)
@@ -150,34 +150,33 @@ class FeatureInversion(Attack):
             for place, observation in enumerate(observations)
         ]
 
-    def _count(self, own: Auxiliary) -> int:
-        return self.simulations or min(_SIMULATIONS, len(own.images))
-
-    def _clients(self, own: Auxiliary) -> int:
-        return -(-self._count(own) // self.images_per_client)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _World:
-    """What the server knows of images and clients.
+    """What the server knows of images and clients; on the CPU, as is all of this attack.
 
     Attributes:
-        own: Its data.
-        images: Their distribution.
+        examples: The images whose features are computed, shape ``(simulations, channels, height, width)``.
+        images: The distribution of all that it has.
         secrets: Private parameters of imitated clients by name, shape ``(clients, …)``.
     """
 
-    own: Auxiliary
+    examples: Tensor
     images: Gaussian
     secrets: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, own: Auxiliary, *, components: int, clients: int) -> _World:
+    def of(cls, own: Auxiliary, attack: FeatureInversion) -> _World:
+        images = own.images.cpu()
+        count = attack.simulations or min(_SIMULATIONS, len(images))
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(own.seed))
         assert own.draw is not None  # noqa: S101 - it was checked
-        drawn = [own.draw() for _ in range(clients)]
-        secrets = {name: torch.stack([client[name] for client in drawn]) for name in drawn[0]}
-        images = Gaussian.of(own.images.flatten(1), components=min(components, len(own.images) // 2))
-        return cls(own=own, images=images, secrets=secrets)
+        drawn = [own.draw() for _ in range(-(-count // attack.images_per_client))]
+        return cls(
+            examples=images[order.repeat(-(-count // len(images)))[:count]],
+            images=Gaussian.of(images.flatten(1), components=min(attack.components, len(images) // 2)),
+            secrets={name: torch.stack([client[name] for client in drawn]).cpu() for name in drawn[0]},
+        )
 
 
 class _Inverse:
@@ -216,19 +215,15 @@ class _Inverse:
         return images.reshape(-1, *self._forward.image_shape), losses
 
     def _learned(self) -> tuple[Views, Regression]:
-        own, attack = self._world.own, self._attack
-        generator = torch.Generator().manual_seed(own.seed)
-        count = attack._count(own)
-        order = torch.randperm(len(own.images), generator=generator)
-        order = order.repeat(-(-count // len(order)))[:count]
-        clients = torch.arange(count) // attack.images_per_client
-        parts = []
-        for some, whose in zip(torch.split(order, _AT_ONCE), torch.split(clients, _AT_ONCE), strict=True):
-            secrets = {name: values[whose] for name, values in self._secrets.items()}
+        examples, parts = self._world.examples, []
+        count = len(examples)
+        for some in torch.split(torch.arange(count), _AT_ONCE):
+            clients = some // self._attack.images_per_client
+            secrets = {name: values[clients] for name, values in self._secrets.items()}
             with torch.no_grad():
-                parts.append(_views(self._forward(secrets, own.images[some])))
+                parts.append(_views(self._forward(secrets, examples[some])))
             self._on_evaluation(len(parts) * _AT_ONCE, 1)
-        views, images = Views.joined(parts), own.images[order].flatten(1)
+        views, images = Views.joined(parts), examples.flatten(1)
         fitted = count - round(_HELD_OUT * count)
         known, probes = views.first(fitted), views.last(count - fitted)
         return known, best_regression(known, images[:fitted], probes, images[fitted:])
