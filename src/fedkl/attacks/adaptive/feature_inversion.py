@@ -17,31 +17,28 @@ Behind keys that leave channels dead, which ones is public (`structure.py`): dra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
-from torch.nn import functional as F
+from torch.func import grad_and_value, vmap
 
-from fedkl.attacks.adaptive.features import read_features, readable_convolutions
+from fedkl.attacks.adaptive.features import Forward, read_features, readable_convolutions
 from fedkl.attacks.adaptive.gaussian import Gaussian
 from fedkl.attacks.adaptive.kernels import Regression, Views, best_regression
 from fedkl.attacks.adaptive.structure import read_structure
 from fedkl.attacks.base import Attack, Auxiliary, Observation, Reconstruction
-from fedkl.attacks.objectives import differentiable
 from fedkl.attacks.parallel import Progress
 from fedkl.errors import AttackError, ConfigError
+from fedkl.types import NamedTensors
 
 _SIMULATIONS = 4000
 _HELD_OUT = 0.15
 _LEAST = 100  # auxiliary images
 _AT_ONCE = 32  # images in one forward pass
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +197,7 @@ class _Inverse:
         on_evaluation: Progress,
     ) -> None:
         self._world, self._attack, self._on_evaluation = world, attack, on_evaluation
-        self._forward = _Forward(observation, names)
+        self._forward = Forward(observation, names)
         supports = _supports(observation)
         self._secrets = {
             name: _agreeing(values, supports[name]) if name in supports else values
@@ -208,7 +205,7 @@ class _Inverse:
         }
         self._known, self._regression = self._learned()
 
-    def __call__(self, asked: Tensors) -> tuple[Float[Tensor, "images c h w"], Float[Tensor, " images"]]:
+    def __call__(self, asked: NamedTensors) -> tuple[Float[Tensor, "images c h w"], Float[Tensor, " images"]]:
         """Images for features of length 1, and what is left of the mismatch."""
         start = self._regression(self._known, _views(asked))
         images, losses = self._descended(asked, self._world.images.scores(start))
@@ -228,18 +225,18 @@ class _Inverse:
         known, probes = views.first(fitted), views.last(count - fitted)
         return known, best_regression(known, images[:fitted], probes, images[fitted:])
 
-    def _descended(self, asked: Tensors, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def _descended(self, asked: NamedTensors, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Adam on all images at once, from these scores and the secrets' means on."""
         attack, world = self._attack, self._world
         moments = {
             name: torch.std_mean(values, dim=0, correction=0) for name, values in self._secrets.items()
         }
 
-        def found(point: Tensors) -> tuple[Tensor, Tensors]:
+        def found(point: NamedTensors) -> tuple[Tensor, NamedTensors]:
             secrets = {name: mean + spread * point[name] for name, (spread, mean) in moments.items()}
             return world.images.values(point["image"]), secrets
 
-        def objective(point: Tensors, target: Tensors) -> tuple[Tensor, Tensor]:
+        def objective(point: NamedTensors, target: NamedTensors) -> tuple[Tensor, Tensor]:
             image, secrets = found(point)
             misfit = self._forward.misfit(secrets, image, target)
             return misfit + attack.prior * sum(part.square().mean() for part in point.values()), misfit
@@ -264,45 +261,6 @@ class _Inverse:
             return world.images.values(end["image"]), vmap(objective)(end, asked)[1]
 
 
-class _Forward:
-    """The network as far as some layers' inputs, for an image with private parameters of its own each."""
-
-    def __init__(self, observation: Observation, names: Sequence[str]) -> None:
-        self.image_shape = observation.image_shape
-        self._model = differentiable(observation, torch.float32).cpu()
-        self._state = {name: tensor.detach() for name, tensor in self._model.named_parameters()}
-        self._state |= dict(self._model.named_buffers())
-        self._names, self._noted = tuple(names), dict[str, Tensor]()
-        for name in names:
-            self._model.get_submodule(name).register_forward_pre_hook(self._noting(name))
-
-    def _noting(self, name: str) -> Callable[[object, tuple[Tensor, ...]], None]:
-        def note(module: object, args: tuple[Tensor, ...]) -> None:
-            self._noted[name] = args[0].flatten()
-
-        return note
-
-    def one(self, secrets: Tensors, image: Tensor) -> Tensors:
-        """Features of one image."""
-        functional_call(self._model, self._state | secrets, (image.view(1, *self.image_shape),))
-        noted = {name: self._noted[name] for name in self._names}
-        self._noted.clear()
-        return noted
-
-    def __call__(self, secrets: Tensors, images: Tensor) -> Tensors:
-        """Features by layer, shape ``(images, values)``."""
-        return dict(vmap(self.one)(secrets, images))
-
-    def misfit(self, secrets: Tensors, image: Tensor, target: Tensors) -> Tensor:
-        """1 − cos, averaged over layers."""
-        features = self.one(secrets, image)
-        each = [
-            (F.normalize(values, dim=0, eps=1e-30) - target[name]).square().sum() / 2
-            for name, values in features.items()
-        ]
-        return torch.stack(each).mean()
-
-
 def _own(observation: Observation) -> Auxiliary:
     own = observation.own_data("FeatureInversion", least=_LEAST)
     if own.draw is None:
@@ -312,7 +270,7 @@ def _own(observation: Observation) -> Auxiliary:
     return own
 
 
-def _supports(observation: Observation) -> Tensors:
+def _supports(observation: Observation) -> NamedTensors:
     """Which channels are alive, by the name of a γ that is not observed and has dead ones."""
     return {
         name: live
@@ -329,5 +287,5 @@ def _agreeing(values: Float[Tensor, "clients channels"], live: Tensor) -> Tensor
     return torch.where(live, torch.where(values == 0, others, values), 0.0)
 
 
-def _views(features: Tensors) -> Views:
+def _views(features: NamedTensors) -> Views:
     return Views.of(per_update=features, per_image={}, batch=1)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
 
 from fedkl.attacks.adaptive.layers import reads_of
 from fedkl.attacks.adaptive.subspace import blind_input, enough_outputs
 from fedkl.attacks.base import Observation
+from fedkl.attacks.objectives import differentiable
+from fedkl.types import NamedTensors
 
 _SURE = 0.1  # largest gap with which a blind input is taken for what it says
 
@@ -83,3 +88,52 @@ def read_features(observation: Observation, *, most: int) -> dict[str, Float[Ten
         if len(found) == most:
             break
     return found
+
+
+class Forward:
+    """The network as far as some layers' inputs, on the CPU, for images with private parameters of their own.
+
+    Args:
+        observation: Gives the network.
+        names: The layers, by qualified name.
+    """
+
+    def __init__(self, observation: Observation, names: Sequence[str]) -> None:
+        self.image_shape = observation.image_shape
+        self._model = differentiable(observation, torch.float32).cpu()
+        self._state = {name: tensor.detach() for name, tensor in self._model.named_parameters()}
+        self._state |= dict(self._model.named_buffers())
+        self._names, self._noted = tuple(names), dict[str, Tensor]()
+        for name in names:
+            self._model.get_submodule(name).register_forward_pre_hook(self._noting(name))
+
+    def _noting(self, name: str) -> Callable[[object, tuple[Tensor, ...]], None]:
+        def note(module: object, args: tuple[Tensor, ...]) -> None:
+            self._noted[name] = args[0].flatten()
+
+        return note
+
+    def one(self, secrets: NamedTensors, image: Tensor) -> dict[str, Tensor]:
+        """Features of one image, by layer and flat; usable under `torch.func`.
+
+        Args:
+            secrets: What to put in place of the network's own parameters, by name.
+            image: Of any shape that holds its values.
+        """
+        functional_call(self._model, {**self._state, **secrets}, (image.view(1, *self.image_shape),))
+        noted = {name: self._noted[name] for name in self._names}
+        self._noted.clear()
+        return noted
+
+    def __call__(self, secrets: NamedTensors, images: Tensor) -> dict[str, Tensor]:
+        """Features of several images by layer, shape ``(images, values)``; secrets have the images first."""
+        return dict(vmap(self.one)(secrets, images))
+
+    def misfit(self, secrets: NamedTensors, image: Tensor, target: NamedTensors) -> Tensor:
+        """1 − cos between an image's features and others of length 1, averaged over layers."""
+        features = self.one(secrets, image)
+        each = [
+            (F.normalize(values, dim=0, eps=1e-30) - target[name]).square().sum() / 2
+            for name, values in features.items()
+        ]
+        return torch.stack(each).mean()
