@@ -35,6 +35,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from fedkl.attacks.adaptive.gaussian import cholesky
+
 _CHANNELS = 24  # at first: equations are plenty, and a Cholesky factor's cost is the cube of the unknowns
 _ITERATIONS = 4  # of the inverse iteration: the smallest eigenvalue is far below the next
 _ROUNDING = 1e-6  # singular values below this share of the largest are rounding
@@ -60,7 +62,7 @@ def blind_input(
     reads: Int64[Tensor, "kernel positions"],
     places: int,
 ) -> BlindInput | None:
-    """The input of a convolution from the gradient of its weights; None where the rank does not suffice.
+    """The input of a convolution from the gradient of its weights; None where rank or rounding forbids it.
 
     Args:
         gradient: In float64.
@@ -78,7 +80,10 @@ def blind_input(
     rank = min(positions, outputs)
     basis = rows[:rank].T.view(inputs, kernel, rank)
     chosen = gradient.square().sum((0, 2)).topk(min(_CHANNELS, inputs)).indices
-    few, gap = _null_vector(basis[chosen], reads, places)
+    try:
+        few, gap = _null_vector(basis[chosen], reads, places)
+    except ArithmeticError:  # rounding: a failure of this layer, not of the whole audit
+        return None
     coordinates = torch.linalg.lstsq(
         basis[chosen].flatten(0, 1), _centered(few, reads).flatten(0, 1)
     ).solution
@@ -112,7 +117,7 @@ def _null_vector(
     outside.diagonal().add_(1)
     outside = outside.view(inputs, kernel, inputs, kernel)
     normal = basis.new_zeros(inputs, places + 1, inputs, places + 1)
-    for place in reads.T:  # one patch at a time; a place is read at most once by each
+    for place in reads.T:  # a patch reads a place once at most; the padding is left out below
         normal[:, place[:, None], :, place] += outside.permute(1, 3, 0, 2)
     count = basis.new_zeros(kernel, places + 1)
     count.scatter_add_(1, reads, torch.ones_like(reads, dtype=basis.dtype))
@@ -123,7 +128,7 @@ def _null_vector(
     unit = system.diagonal().mean()
     damped = system.clone()
     damped.diagonal().add_(1e-13 * unit)
-    factor = torch.linalg.cholesky(damped)
+    factor = cholesky(damped)
     start = torch.ones(size, 2, dtype=basis.dtype)
     start[::2, 1] = 0
     vectors = start
