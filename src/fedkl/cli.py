@@ -473,6 +473,9 @@ def reproduce_adaptive(
     ] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Of --frontier's trainings; 20.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Of --frontier's trainings; 3.")] = None,
+    test_images: Annotated[
+        int | None, typer.Option(min=1, help="On which --frontier's trainings are tested; all.")
+    ] = None,
     seed: FirstSeedOption = 0,
     workers: WorkersOption = 0,
     data_root: RootOption = None,
@@ -494,9 +497,11 @@ def reproduce_adaptive(
         data_root=data_root,
         settings=tuple(settings or ()),
     )
-    trained = {name: n for name, n in {"rounds": rounds, "seeds": seeds}.items() if n is not None}
+    given = {"rounds": rounds, "seeds": seeds, "test_images": test_images}
+    trained = {name: number for name, number in given.items() if number is not None}
     if trained and not accuracy:
-        raise typer.BadParameter(f"--{', --'.join(trained)}: only with --frontier, which trains.")
+        named = ", ".join("--" + name.replace("_", "-") for name in trained)
+        raise typer.BadParameter(f"{named}: only with --frontier, which trains.")
     if not accuracy:
         reproduce.adaptive(matrix, out=out, progress=_progress)
         _print_table(out)

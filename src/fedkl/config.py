@@ -29,14 +29,15 @@ class _Config(BaseModel):
 class DataConfig(_Config):
     """Which dataset, where its files are (None: `fedkl.data.default_root()`), and the images' size.
 
-    A size of None is the dataset's usual one: 32, or 224 for folders of images. `train_images` keeps only the
-    first so many of the training images.
+    A size of None is the dataset's usual one: 32, or 224 for folders of images. `train_images` and
+    `test_images` keep only the first so many of the training and of the test images.
     """
 
     name: str = "mnist-sample"
     root: str | None = None
     size: Annotated[int, Field(ge=1, le=4096)] | None = None
     train_images: Annotated[int, Field(ge=1)] | None = None
+    test_images: Annotated[int, Field(ge=1)] | None = None
 
 
 class ModelConfig(_Config):

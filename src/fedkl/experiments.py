@@ -83,22 +83,24 @@ def _dataset(config: DataConfig) -> Dataset:
     """What an experiment trains on and attacks.
 
     Raises:
-        DataError: It is not there, or has fewer training images than are asked for.
+        DataError: It is not there, or has fewer images than are asked for.
     """
     dataset = data.load(config.name, root=config.root, size=config.size)
-    wanted, found = config.train_images, len(dataset.train_images)
-    if wanted is None:
-        return dataset
-    if wanted > found:
-        raise DataError(
-            f"data.train_images: expected at most {found}, the training images of {config.name}, got "
-            f"{wanted}."
-        )
-    return replace(
-        dataset,
-        train_images=dataset.train_images[:wanted],
-        train_labels=dataset.train_labels[:wanted],
-    )
+    kept: dict[str, Any] = {}
+    for part, images, labels in (
+        ("train", dataset.train_images, dataset.train_labels),
+        ("test", dataset.test_images, dataset.test_labels),
+    ):
+        wanted = getattr(config, f"{part}_images")
+        if wanted is None:
+            continue
+        if wanted > len(images):
+            raise DataError(
+                f"data.{part}_images: expected at most {len(images)}, the {part} images of {config.name}, "
+                f"got {wanted}."
+            )
+        kept |= {f"{part}_images": images[:wanted], f"{part}_labels": labels[:wanted]}
+    return replace(dataset, **kept)
 
 
 def _for_images(

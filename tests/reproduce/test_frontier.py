@@ -73,7 +73,7 @@ def test_the_oracle_is_not_the_servers(wanted, tmp_path, monkeypatch):
     assert lock["server"] == max(own) < 0.99
 
 
-@pytest.mark.parametrize("changes", [{"rounds": 0}, {"seeds": 0}, {"images": 0}])
+@pytest.mark.parametrize("changes", [{"rounds": 0}, {"seeds": 0}, {"images": 0}, {"test_images": 0}])
 def test_numbers_below_one(wanted, changes):
     with pytest.raises(ConfigError, match="frontier: expected"):
         replace(wanted, **changes)

@@ -42,6 +42,7 @@ class Frontier:
         matrix: What is attacked. Of its batches, local steps and cohorts the frontier shows the first.
         rounds: Of a training.
         images: Training images of all clients together.
+        test_images: On which accuracy is measured, of both sides; None: all.
         seeds: How many, from the matrix' own.
         clients: Share the images, IID.
 
@@ -52,11 +53,13 @@ class Frontier:
     matrix: Matrix
     rounds: int = 20
     images: int = 6000
+    test_images: int | None = None
     seeds: int = 3
     clients: int = 3
 
     def __post_init__(self) -> None:
         counts = {"rounds": self.rounds, "images": self.images, "seeds": self.seeds, "clients": self.clients}
+        counts |= {} if self.test_images is None else {"test_images": self.test_images}
         wrong = [f"{name} ≥ 1, got {value}" for name, value in counts.items() if value < 1]
         if wrong:
             raise ConfigError(f"reproduce adaptive, frontier: expected {', '.join(wrong)}.")
@@ -80,7 +83,12 @@ class Frontier:
         model, data = ROWS[row]
         return TrainConfig(
             seed=seed,
-            data=DataConfig(name=data, root=self.matrix.data_root, train_images=self.images),
+            data=DataConfig(
+                name=data,
+                root=self.matrix.data_root,
+                train_images=self.images,
+                test_images=self.test_images,
+            ),
             model=ModelConfig(name=model, initialization=_INITIALIZATION[model], standardize=True),
             defense=NoDefense() if name == CONTROL else ARRANGEMENTS[name],
             training=FederatedTraining(
