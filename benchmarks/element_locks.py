@@ -45,8 +45,11 @@ DRAWS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "signs": lambda u, v: (u.sign(), 0 * v),
     "signed": lambda u, v: (u.tanh(), v.tanh()),
     "wide": lambda u, v: (u, v),
+    "noise-12": lambda u, v: (torch.ones_like(u), 10 ** (12 / 20) * v),
+    "noise-24": lambda u, v: (torch.ones_like(u), 10 ** (24 / 20) * v),
 }
-"""γ and β of an element from two standard normal numbers."""
+"""γ and β of an element from two standard normal numbers. To who sees one update, noise 12 or 24 dB above the
+standardized signal is a shift of its own for every element."""
 
 
 class Affine(nn.Module):
@@ -81,8 +84,8 @@ class ElementLock(PrivateLayers):
         affine = Affine(*DRAWS[self.draw](torch.randn(12, 16, 16), torch.randn(12, 16, 16)))
         layer.add_module("norm", norm)
         setattr(norm, "affine", affine)  # noqa: B010 - a module in the place of its flag
-        layer.register_forward_hook(_through("norm"))
-        norm.register_forward_hook(_through("affine"))
+        layer.register_forward_hook(through("norm"))
+        norm.register_forward_hook(through("affine"))
         split = Split(own)
         withhold(affine, ("weight", "bias"))
         withhold_statistics(own)
@@ -91,7 +94,9 @@ class ElementLock(PrivateLayers):
         return split
 
 
-def _through(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+def through(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """A hook that sends a module's output through a submodule of it."""
+
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         passed: Tensor = module.get_submodule(name)(output)
         return passed

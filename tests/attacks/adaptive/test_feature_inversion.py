@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedkl.attacks import FeatureInversion, Knowledge, LocalSteps
-from fedkl.attacks.adaptive.feature_inversion import _agreeing
+from fedkl.attacks.adaptive.feature_inversion import _agreeing, _World
 from fedkl.attacks.adaptive.features import read_features, readable_convolutions
+from fedkl.attacks.adaptive.layers import reads_of
+from fedkl.attacks.adaptive.structure import read_structure
 from fedkl.attacks.adaptive.subspace import blind_input
 from fedkl.auditing import Arm, attack_arms, observe, trials_of
 from fedkl.defenses import KeyLock, NoDefense
@@ -22,8 +25,9 @@ PUBLISHED = KeyLock(key_distribution="uniform", activation="relu")
 class Residual(nn.Module):
     """ReLU, shortcuts and norms: nothing that the closed form could go through."""
 
-    def __init__(self):
+    def __init__(self, activation=F.relu):
         super().__init__()
+        self.activation = activation
         self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
         self.conv2, self.bn2 = nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
         self.conv3, self.bn3 = nn.Conv2d(16, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
@@ -31,9 +35,9 @@ class Residual(nn.Module):
         self.fc = nn.Linear(16, 10)
 
     def forward(self, x):
-        y = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        y = self.activation(self.bn2(self.conv2(self.activation(self.bn1(self.conv1(x))))))
         for conv, norm in ((self.conv3, self.bn3), (self.conv4, self.bn4)):
-            y = F.relu(norm(conv(y)) + y)
+            y = self.activation(norm(conv(y)) + y)
         return self.fc(y.mean((2, 3)))
 
 
@@ -81,6 +85,49 @@ def test_too_little_rank_is_not_taken_for_an_answer(observed, residual):
     assert blind_input(dead, reads=one.reads, places=one.places) is None
     noise = blind_input(torch.randn(16, 16, 9).double(), reads=one.reads, places=one.places)
     assert noise.gap > 0.1
+    assert blind_input(0 * gradient, reads=one.reads, places=one.places) is None
+
+
+def convolved(kernel=(3, 3), *, side=4, padding=(1, 1), dilation=(1, 1), outputs=64, inputs=16):
+    """A float32 gradient of random factors, with the input and which places it reads."""
+    generator = torch.Generator().manual_seed(0)
+    places = side * side
+    reads = reads_of(kernel, places=(side, side), stride=(1, 1), padding=padding, dilation=dilation)
+    reads = torch.where(reads < 0, places, reads)
+    h = torch.randn(inputs, places, generator=generator).relu()
+    patches = torch.cat([h, torch.zeros(inputs, 1)], 1)[:, reads]
+    slopes = torch.randn(outputs, reads.shape[1], generator=generator)
+    return torch.einsum("op,ikp->oik", slopes, patches).double(), h, {"reads": reads, "places": places}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"side": 6, "padding": (0, 1)}, {"side": 13, "outputs": 169, "inputs": 40}],
+    ids=["padded", "padded on two sides", "needs more channels"],
+)
+def test_inputs_from_gradients_of_random_factors(shape):
+    gradient, h, where = convolved(**shape)
+    found = blind_input(gradient, **where)
+    assert found.gap < 1e-6
+    assert float((found.input * h).sum() / h.norm()) > 1 - 1e-6
+
+
+@pytest.mark.parametrize(
+    "shape", [{"kernel": (1, 3), "padding": (0, 1)}, {"dilation": (2, 2), "padding": (2, 2)}]
+)
+def test_several_solutions_are_none(shape):
+    gradient, h, where = convolved(**shape)
+    found = blind_input(gradient, **where)
+    assert float((found.input * h).sum() / h.norm()) < 0.9
+    assert found.gap == 1
+
+
+@pytest.mark.parametrize(
+    "shape", [{"side": 6, "padding": (0, 0)}, {"inputs": 2}, {"side": 40, "outputs": 1600, "inputs": 1}]
+)
+def test_shapes_that_cannot_be_read(shape):
+    gradient, _, where = convolved(**shape)
+    assert blind_input(gradient, **where) is None
 
 
 def run(images, model, arm, *, attack=QUICK, trials=4):
@@ -119,10 +166,52 @@ def test_one_bad_update_does_not_stop_the_others(images, residual, observed):
     assert good.images.isfinite().all()
 
 
+def test_a_sign_that_is_not_known(images):
+    torch.manual_seed(0)
+    model = Residual(torch.tanh)
+    arm = Arm(
+        name="seen", description="", defense=NoDefense(), knowledge=Knowledge(labels=False, auxiliary=800)
+    )
+    found = run(images, model, arm, trials=10)
+    assert sum(score.identified for one in found for score in one.scores) == 10
+
+
+def test_dropout_behind_the_features(images, residual):
+    residual.fc = nn.Sequential(nn.Dropout(0.5), residual.fc)
+    arm = Arm(
+        name="seen", description="", defense=NoDefense(), knowledge=Knowledge(labels=False, auxiliary=800)
+    )
+    (found,) = run(images, residual, arm, trials=1)
+    assert found.scores[0].identified
+
+
+def test_simulations_are_checked_on_images_of_their_own(images, residual):
+    own = _own(images, residual)
+    world = _World.of(own, replace(QUICK, simulations=450))
+    fitted, probes = (
+        set(map(bytes, part.numpy())) for part in world.examples.split([world.fitted, 450 - world.fitted])
+    )
+    assert (len(fitted), len(probes)) == (170, 30)
+    assert not fitted & probes
+
+
+def test_only_a_gamma_that_can_be_zero_is_taken_for_it(images, observed, residual):
+    model = copy.deepcopy(residual)
+    with torch.no_grad():
+        model.bn1.bias[0] = -20.0  # the ReLU behind cuts the channel off
+    seen = observed(model=model)[0]
+    assert not read_structure(seen).support["bn1.weight"].all()
+    world = _World.of(_own(images, residual), replace(QUICK, simulations=200))
+    ones = replace(world, secrets={"bn1.weight": torch.ones(50, 8)})
+    assert not ones.supports(seen)
+    zeros = replace(world, secrets={"bn1.weight": torch.zeros(50, 8)})
+    assert set(zeros.supports(seen)) == {"bn1.weight"}
+
+
 def test_drawn_channels_are_dead_where_the_clients_are():
     drawn = torch.relu(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)))
     live = torch.tensor([True, False] * 4)
-    agreed = _agreeing(drawn, live)
+    agreed = _agreeing(drawn, live, torch.Generator().manual_seed(0))
     assert torch.equal(agreed > 0, live.expand(50, 8))
     kept = live & (drawn > 0)
     assert torch.equal(agreed[kept], drawn[kept])

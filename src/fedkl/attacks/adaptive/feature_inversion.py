@@ -1,4 +1,4 @@
-"""Feature inversion: what the last blocks of any network got, exactly, and the image from that.
+"""Feature inversion: what the last blocks of a network got, exactly, and the image from that.
 
 Gradient matching has to explain a gradient through the whole network at once, and in a deep one with norms of
 its own statistics it does not. This attack goes in two steps that each are easy.
@@ -39,6 +39,7 @@ _SIMULATIONS = 4000
 _HELD_OUT = 0.15
 _LEAST = 100  # auxiliary images
 _AT_ONCE = 32  # images in one forward pass
+_CLIENTS = 50  # imitated at least: the descent takes means and deviations of their secrets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class FeatureInversion(Attack):
     It needs one image and one step, a convolution that `subspace.py` can read, and auxiliary images. Labels
     are not used. Secrets of simulated clients are drawn as clients draw theirs, from the operating system's
     randomness: results vary a little. Images come out with the scale that the auxiliary ones have.
-    `Reconstruction.loss` is 1 − cos between the found image's features and the observed ones, averaged over
+    `Reconstruction.loss` is 1 − |cos| between the found image's features and the observed ones, averaged over
     layers; images are NaN where no features could be read.
 
     Attributes:
@@ -105,8 +106,9 @@ class FeatureInversion(Attack):
         _own(observation)
         if not readable_convolutions(observation):
             raise AttackError(
-                "FeatureInversion: expected a convolution without stride that has as many outputs as "
-                "positions, got none whose gradient is observed. Use the attack learned, or closed-form."
+                "FeatureInversion: expected a convolution that has as many outputs as positions, zeros as "
+                "padding, no stride and no groups, got none whose gradient is observed. Use the attack "
+                "learned, or closed-form."
             )
 
     def _run(
@@ -116,25 +118,32 @@ class FeatureInversion(Attack):
         on_evaluation: Progress,
     ) -> list[Reconstruction]:
         read = [read_features(observation, most=self.layers) for observation in observations]
-        lots: dict[object, list[int]] = {}
+        found = dict.fromkeys(
+            range(len(read)), (torch.full(observations[0].image_shape, torch.nan), math.inf)
+        )
+        by_owner: dict[Auxiliary, list[int]] = {}
         for place, observation in enumerate(observations):
-            dead = tuple((name, tuple(live.tolist())) for name, live in _supports(observation).items())
-            lots.setdefault((observation.auxiliary, tuple(read[place]), dead), []).append(place)
-        unread = torch.full(observations[0].image_shape, torch.nan)
-        found = dict.fromkeys(range(len(observations)), (unread, math.inf))
-        known: dict[Auxiliary, _World] = {}  # only the last: it is large
-        for places in lots.values():
-            first, names = observations[places[0]], tuple(read[places[0]])
-            if not names:
-                continue
-            own = _own(first)
-            if own not in known:
-                known = {own: _World.of(own, self)}
-            inverse = _Inverse(first, known[own], names, attack=self, on_evaluation=on_evaluation)
-            for part in torch.split(torch.tensor(places), _AT_ONCE):
-                asked = {name: torch.stack([read[place][name] for place in part.tolist()]) for name in names}
-                images, losses = inverse(asked)
-                found |= dict(zip(part.tolist(), zip(images, losses.tolist(), strict=True), strict=True))
+            if read[place]:
+                by_owner.setdefault(_own(observation), []).append(place)
+        for own, places in by_owner.items():
+            world = _World.of(own, self)
+            lots: dict[object, list[int]] = {}
+            for place in places:
+                dead = world.supports(observations[place])
+                alike = tuple(read[place]), tuple((name, tuple(live.tolist())) for name, live in dead.items())
+                lots.setdefault(alike, []).append(place)
+            for lot in lots.values():
+                first, names = observations[lot[0]], tuple(read[lot[0]])
+                inverse = _Inverse(first, world, names, attack=self, on_evaluation=on_evaluation)
+                for part in torch.split(torch.tensor(lot), _AT_ONCE):
+                    asked = {
+                        name: torch.stack([read[place][name] for place in part.tolist()]) for name in names
+                    }
+                    results = zip(*inverse(asked), strict=True)
+                    found |= {
+                        place: (image, float(loss))
+                        for place, (image, loss) in zip(part.tolist(), results, strict=True)
+                    }
         return [
             Reconstruction(
                 images=found[place][0].unsqueeze(0),
@@ -154,26 +163,51 @@ class _World:
 
     Attributes:
         examples: The images whose features are computed, shape ``(simulations, channels, height, width)``.
+        fitted: How many of them, from the first on, the regression is fitted on; no other is one of these.
         images: The distribution of all that it has.
         secrets: Private parameters of imitated clients by name, shape ``(clients, …)``.
+        seed: Of its draws that the clients' secrets have no part in.
     """
 
     examples: Tensor
+    fitted: int
     images: Gaussian
     secrets: Mapping[str, Tensor]
+    seed: int
 
     @classmethod
     def of(cls, own: Auxiliary, attack: FeatureInversion) -> _World:
         images = own.images.cpu()
         count = attack.simulations or min(_SIMULATIONS, len(images))
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(own.seed))
+        kept, held = (round(share * _HELD_OUT) for share in (len(images), count))
+        parts = ((order[kept:], count - held), (order[:kept], held))
+        places = torch.cat([part.repeat(-(-wanted // len(part)))[:wanted] for part, wanted in parts])
         assert own.draw is not None  # noqa: S101 - it was checked
-        drawn = [own.draw() for _ in range(-(-count // attack.images_per_client))]
+        drawn = [own.draw() for _ in range(max(-(-count // attack.images_per_client), _CLIENTS))]
         return cls(
-            examples=images[order.repeat(-(-count // len(images)))[:count]],
+            examples=images[places],
+            fitted=count - held,
             images=Gaussian.of(images.flatten(1), components=min(attack.components, len(images) // 2)),
             secrets={name: torch.stack([client[name] for client in drawn]).cpu() for name in drawn[0]},
+            seed=own.seed,
         )
+
+    def supports(self, observation: Observation) -> NamedTensors:
+        """Which channels are alive, by the name of a γ that clients draw zeros for and that has dead ones."""
+        return {
+            name: live.cpu()
+            for name, live in read_structure(observation).support.items()
+            if name in self.secrets and bool((self.secrets[name] == 0).any()) and not bool(live.all())
+        }
+
+    def agreeing(self, supports: NamedTensors) -> dict[str, Tensor]:
+        """The clients' secrets, made to agree with dead channels that are known."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return {
+            name: _agreeing(values, supports[name], generator) if name in supports else values
+            for name, values in self.secrets.items()
+        }
 
 
 class _Inverse:
@@ -198,11 +232,7 @@ class _Inverse:
     ) -> None:
         self._world, self._attack, self._on_evaluation = world, attack, on_evaluation
         self._forward = Forward(observation, names)
-        supports = _supports(observation)
-        self._secrets = {
-            name: _agreeing(values, supports[name]) if name in supports else values
-            for name, values in world.secrets.items()
-        }
+        self._secrets = world.agreeing(world.supports(observation))
         self._known, self._regression = self._learned()
 
     def __call__(self, asked: NamedTensors) -> tuple[Float[Tensor, "images c h w"], Float[Tensor, " images"]]:
@@ -221,8 +251,8 @@ class _Inverse:
                 parts.append(_views(self._forward(secrets, examples[some])))
             self._on_evaluation(len(parts) * _AT_ONCE, 1)
         views, images = Views.joined(parts), examples.flatten(1)
-        fitted = count - round(_HELD_OUT * count)
-        known, probes = views.first(fitted), views.last(count - fitted)
+        fitted = self._world.fitted
+        known, probes = views.part(0, fitted), views.part(fitted, count)
         return known, best_regression(known, images[:fitted], probes, images[fitted:])
 
     def _descended(self, asked: NamedTensors, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,22 +300,19 @@ def _own(observation: Observation) -> Auxiliary:
     return own
 
 
-def _supports(observation: Observation) -> NamedTensors:
-    """Which channels are alive, by the name of a γ that is not observed and has dead ones."""
-    return {
-        name: live
-        for name, live in read_structure(observation).support.items()
-        if name not in observation.gradient and not bool(live.all())
-    }
-
-
-def _agreeing(values: Float[Tensor, "clients channels"], live: Tensor) -> Tensor:
+def _agreeing(values: Float[Tensor, "clients channels"], live: Tensor, generator: torch.Generator) -> Tensor:
     """Drawn γ, made to be zero where the client's is and nowhere else: other channels' values stand in."""
-    order = torch.where(values > 0, torch.rand_like(values), 2.0).argsort(1)  # the positive ones first
+    chance = torch.rand(values.shape, generator=generator)
+    order = torch.where(values > 0, chance, 2.0).argsort(1)  # the positive ones first
     positive = (values > 0).sum(1, keepdim=True).clamp_min(1)
     others = values.gather(1, order.gather(1, torch.arange(values.shape[1]).expand_as(values) % positive))
     return torch.where(live, torch.where(values == 0, others, values), 0.0)
 
 
 def _views(features: NamedTensors) -> Views:
-    return Views.of(per_update=features, per_image={}, batch=1)
+    """Features with a positive sum, as those that are read: their factor, and so their sign, is not known."""
+    signed = {
+        name: torch.where(values.sum(1, keepdim=True) < 0, -values, values)
+        for name, values in features.items()
+    }
+    return Views.of(per_update=signed, per_image={}, batch=1)

@@ -13,7 +13,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from fedkl.attacks.adaptive.layers import reads_of
-from fedkl.attacks.adaptive.subspace import blind_input, enough_outputs
+from fedkl.attacks.adaptive.subspace import blind_input, channels_needed
 from fedkl.attacks.base import Observation
 from fedkl.attacks.objectives import differentiable
 from fedkl.types import NamedTensors
@@ -40,7 +40,8 @@ def readable_convolutions(observation: Observation) -> list[Readable]:
     """Those whose shape allows it and whose gradient is observed, in the order in which they are run.
 
     Convolutions with a stride are left out: too many of their input's places are read once only, so that
-    patches are not tied to each other.
+    patches are not tied to each other. So are those that are run twice, in groups, or with padding that is
+    not of zeros or is given by name.
 
     Args:
         observation: Of one image. Values of the model's tensors play no part.
@@ -65,9 +66,8 @@ def readable_convolutions(observation: Observation) -> list[Readable]:
         reads = reads_of(
             conv.kernel_size, places=shape, stride=conv.stride, padding=padding, dilation=conv.dilation
         )
-        sizes = {"inputs": conv.in_channels, "kernel": reads.shape[0], "positions": reads.shape[1]}
-        if enough_outputs(conv.out_channels, **sizes):
-            reads = torch.where(reads < 0, places, reads)
+        reads = torch.where(reads < 0, places, reads)
+        if channels_needed(conv.out_channels, inputs=conv.in_channels, reads=reads, places=places):
             found.append(Readable(name=names[conv], reads=reads, places=places))
     return found
 
@@ -104,6 +104,9 @@ class Forward:
         self._state = {name: tensor.detach() for name, tensor in self._model.named_parameters()}
         self._state |= dict(self._model.named_buffers())
         self._names, self._noted = tuple(names), dict[str, Tensor]()
+        for module in self._model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()  # which values a client dropped nobody knows
         for name in names:
             self._model.get_submodule(name).register_forward_pre_hook(self._noting(name))
 
@@ -130,10 +133,10 @@ class Forward:
         return dict(vmap(self.one)(secrets, images))
 
     def misfit(self, secrets: NamedTensors, image: Tensor, target: NamedTensors) -> Tensor:
-        """1 − cos between an image's features and others of length 1, averaged over layers."""
-        features = self.one(secrets, image)
-        each = [
-            (F.normalize(values, dim=0, eps=1e-30) - target[name]).square().sum() / 2
-            for name, values in features.items()
-        ]
+        """1 − |cos| between an image's features and others of length 1, averaged over layers."""
+        each = []
+        for name, values in self.one(secrets, image).items():
+            own = F.normalize(values, dim=0, eps=1e-30)
+            sign = torch.where((own * target[name]).sum() < 0, -1.0, 1.0)
+            each.append((sign * own - target[name]).square().sum() / 2)
         return torch.stack(each).mean()

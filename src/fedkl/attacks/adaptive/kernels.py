@@ -67,20 +67,13 @@ class Views:
     def __len__(self) -> int:
         return self.batch * len(next(iter(self.per_update.values())))
 
-    def first(self, updates: int) -> Views:
-        """The views of the first updates only."""
+    def part(self, start: int, stop: int) -> Views:
+        """The views of the updates from `start` to before `stop`."""
+        each = slice(start * self.batch, stop * self.batch)
         return replace(
             self,
-            per_update={name: rows[:updates] for name, rows in self.per_update.items()},
-            per_image={name: rows[: updates * self.batch] for name, rows in self.per_image.items()},
-        )
-
-    def last(self, updates: int) -> Views:
-        """The views of the last updates only."""
-        return replace(
-            self,
-            per_update={name: rows[-updates:] for name, rows in self.per_update.items()},
-            per_image={name: rows[-updates * self.batch :] for name, rows in self.per_image.items()},
+            per_update={name: rows[start:stop] for name, rows in self.per_update.items()},
+            per_image={name: rows[each] for name, rows in self.per_image.items()},
         )
 
     def distances(self, others: Views, names: Sequence[str]) -> Float[Tensor, "own others"]:
@@ -155,7 +148,7 @@ def best_regression(
     short, short_probes = y @ directions, y_probes @ directions
 
     def searched(names: Sequence[str], examples: int) -> tuple[float, float, float]:
-        part = known.first(-(-examples // known.batch))
+        part = known.part(0, -(-examples // known.batch))
         there = slice(len(part))
         return _searched(
             part.distances(part, names), probes.distances(part, names), short[there], short_probes

@@ -12,15 +12,17 @@ than unknowns:
     (1 − Π_S) (h_patch(p) − h_patch(p′)) = 0        for all positions p, p′
 
 Its one solution is the input up to a factor. Behind a norm with statistics of the one image rows of D sum to
-zero, and S has one dimension less: that is why only differences of patches are asked for; it costs nothing
-elsewhere. The padding is part of the patches, and pins the offset of every channel.
+zero, and S has one dimension less: that is why only differences of patches are asked for. The padding is part
+of the patches, and pins the offset of every channel, of which differences say nothing; convolutions without
+padding are left out.
 
 Nothing of the network above or below takes part: no label, no weight, no activation, no γ and no β. A lock
 that leaves channels alive does not change what is found. What ends it is rank: dead channels (γ = 0), or
 fewer outputs than positions times images.
 
-A few channels suffice for the equations. They give the coordinates of all positions in S, and with these
-every other channel is a small least-squares problem.
+Some channels suffice for the equations: (kernel · channels − positions)(positions − 1) of them for
+channels · places unknowns. They give the coordinates of all positions in S, and with these every other
+channel is a small least-squares problem.
 
 Source:
     Subspace methods of blind channel identification: Moulines et al. 1995 (IEEE Trans. Signal Processing 43).
@@ -37,9 +39,12 @@ from torch import Tensor
 
 from fedkl.attacks.adaptive.gaussian import cholesky
 
-_CHANNELS = 24  # at first: equations are plenty, and a Cholesky factor's cost is the cube of the unknowns
+_CHANNELS = 24  # at least: more are for large inputs, and a factor's cost is the cube of the unknowns
+_EQUATIONS = 1.5  # for each unknown, at least
+_UNKNOWNS = 10_000  # at most: a dense matrix of 0.8 GB, of which there are a few
 _ITERATIONS = 4  # of the inverse iteration: the smallest eigenvalue is far below the next
 _ROUNDING = 1e-6  # singular values below this share of the largest are rounding
+_ZERO = 1e-9  # eigenvalues below this share of the mean are: of a float32 gradient's, with room to spare
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +54,7 @@ class BlindInput:
     Attributes:
         input: Of length 1, since its factor is not known; its sum is positive. Shape ``(in, places)``.
         gap: The least eigenvalue of the equations relative to the next one: about 0 where they have one
-            solution, about 1 where they have none or several.
+            solution, about 1 where they have none, and 1 where they have several.
     """
 
     input: Float[Tensor, "inputs places"] = field(repr=False)
@@ -71,15 +76,16 @@ def blind_input(
     """
     outputs, inputs, kernel = gradient.shape
     positions = reads.shape[1]
-    if not enough_outputs(outputs, inputs=inputs, kernel=kernel, positions=positions):
+    needed = channels_needed(outputs, inputs=inputs, reads=reads, places=places)
+    if needed is None:
         return None
     _, strengths, rows = torch.linalg.svd(gradient.flatten(1), full_matrices=False)
-    if strengths[positions - 2] < _ROUNDING * strengths[0]:
+    if strengths[positions - 2] <= _ROUNDING * strengths[0]:
         return None
     # A norm leaves one dimension less than positions. One too many, of rounding, does no harm.
     rank = min(positions, outputs)
     basis = rows[:rank].T.view(inputs, kernel, rank)
-    chosen = gradient.square().sum((0, 2)).topk(min(_CHANNELS, inputs)).indices
+    chosen = gradient.square().sum((0, 2)).topk(needed).indices
     try:
         few, gap = _null_vector(basis[chosen], reads, places)
     except ArithmeticError:  # rounding: a failure of this layer, not of the whole audit
@@ -92,16 +98,29 @@ def blind_input(
     return BlindInput(input=sign * found / found.norm(), gap=gap)
 
 
-def enough_outputs(outputs: int, *, inputs: int, kernel: int, positions: int) -> bool:
-    """Whether a convolution's shape allows it: an output for every position but one, overlapping patches.
+def channels_needed(
+    outputs: int, *, inputs: int, reads: Int64[Tensor, "kernel positions"], places: int
+) -> int | None:
+    """How many of a convolution's input channels give enough equations; None where its shape forbids it.
+
+    It takes an output for every position but one, overlapping patches, and padding.
 
     Args:
         outputs: Channels, live ones.
         inputs: Channels.
-        kernel: Positions of the kernel.
-        positions: Of the output.
+        reads: See `blind_input`.
+        places: Likewise.
     """
-    return kernel > 1 and positions > 1 and outputs >= positions - 1 and inputs * kernel > positions
+    kernel, positions = reads.shape
+    if kernel == 1 or positions == 1 or outputs < positions - 1 or not bool((reads == places).any()):
+        return None
+    for count in range(min(_CHANNELS, inputs), inputs + 1):
+        equations = (kernel * count - positions) * (positions - 1)
+        if count * places > _UNKNOWNS:
+            return None
+        if equations >= _EQUATIONS * count * places:
+            return count
+    return None
 
 
 def _null_vector(
@@ -135,7 +154,8 @@ def _null_vector(
     for _ in range(_ITERATIONS):
         vectors, _ = torch.linalg.qr(torch.cholesky_solve(vectors, factor))
     values, turn = torch.linalg.eigh(vectors.T @ system @ vectors)
-    gap = float(values[0].clamp_min(0) / values[1].clamp_min(1e-300))
+    several = bool(values[1] < _ZERO * unit)
+    gap = 1.0 if several else float(values[0].clamp_min(0) / values[1])
     return (vectors @ turn[:, 0]).view(inputs, places), gap
 
 
