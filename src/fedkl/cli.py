@@ -457,7 +457,7 @@ def reproduce_adaptive(
     out: TableOption,
     rows: RowsOption = "lenet/mnist",
     arrangements: Annotated[
-        str, typer.Option(help=f"What clients keep, of {', '.join(reproduce.ARRANGEMENTS)}; or all.")
+        str, typer.Option(help=f"What clients keep, of {', '.join(reproduce.ARRANGEMENTS)}; or every.")
     ] = ",".join(reproduce.Matrix.arrangements),
     batches: Annotated[str, typer.Option(help="Images behind an update.")] = "1,4,16",
     steps: Annotated[str, typer.Option(help="Local steps behind an update.")] = "1,5",
@@ -484,7 +484,7 @@ def reproduce_adaptive(
     """Attackers who know the lock: the worst rung of every arrangement, its control and the floor."""
     matrix = reproduce.Matrix(
         rows=tuple(reproduce.ROWS) if rows == "all" else _names(rows),
-        arrangements=tuple(reproduce.ARRANGEMENTS) if arrangements == "all" else _names(arrangements),
+        arrangements=tuple(reproduce.ARRANGEMENTS) if arrangements == "every" else _names(arrangements),
         batches=_numbers(batches),
         steps=_numbers(steps),
         cohorts=_numbers(cohorts),

@@ -28,6 +28,7 @@ ROWS: Mapping[str, tuple[str, str]] = {
     "lenet/mnist": ("lenet", "mnist"),
     "lenet/cifar10": ("lenet", "cifar10"),
     "resnet20/cifar10": ("resnet20", "cifar10"),
+    "resnet18/cifar10": ("resnet18", "cifar10"),
 }
 """Networks and data by a row's name."""
 

@@ -101,7 +101,11 @@ class Frontier:
 
 
 # From PyTorch's own start the sigmoid LeNet hardly trains at all within so few rounds.
-_INITIALIZATION: Mapping[str, Literal["default", "uniform"]] = {"lenet": "uniform", "resnet20": "default"}
+_INITIALIZATION: Mapping[str, Literal["default", "uniform"]] = {
+    "lenet": "uniform",
+    "resnet20": "default",
+    "resnet18": "default",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

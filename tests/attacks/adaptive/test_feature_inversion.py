@@ -13,7 +13,7 @@ from fedkl.attacks.adaptive.feature_inversion import _agreeing, _World
 from fedkl.attacks.adaptive.features import read_features, readable_convolutions
 from fedkl.attacks.adaptive.layers import reads_of
 from fedkl.attacks.adaptive.structure import read_structure
-from fedkl.attacks.adaptive.subspace import blind_input
+from fedkl.attacks.adaptive.subspace import blind_inputs
 from fedkl.auditing import Arm, attack_arms, observe, trials_of
 from fedkl.defenses import KeyLock, NoDefense
 from fedkl.errors import AttackError, ConfigError
@@ -25,14 +25,14 @@ PUBLISHED = KeyLock(key_distribution="uniform", activation="relu")
 class Residual(nn.Module):
     """ReLU, shortcuts and norms: nothing that the closed form could go through."""
 
-    def __init__(self, activation=F.relu):
+    def __init__(self, activation=F.relu, width=16):
         super().__init__()
         self.activation = activation
         self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
-        self.conv2, self.bn2 = nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
-        self.conv3, self.bn3 = nn.Conv2d(16, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.conv4, self.bn4 = nn.Conv2d(16, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.fc = nn.Linear(16, 10)
+        self.conv2, self.bn2 = nn.Conv2d(8, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv4, self.bn4 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, 10)
 
     def forward(self, x):
         y = self.activation(self.bn2(self.conv2(self.activation(self.bn1(self.conv1(x))))))
@@ -62,7 +62,7 @@ def test_a_gradient_tells_what_a_convolution_got(observed, residual, defense):
     assert [one.name for one in readable_convolutions(seen)] == ["conv3", "conv4"]
     found = read_features(seen, most=2)
     for name, truth in inputs_of(victim, trial, found).items():
-        assert float(F.cosine_similarity(found[name], truth.flatten(), dim=0)) > 1 - 1e-6
+        assert float(F.cosine_similarity(found[name][0], truth.flatten(), dim=0)) > 1 - 1e-6
 
 
 def test_so_it_does_in_eval_mode(images, residual):
@@ -70,7 +70,7 @@ def test_so_it_does_in_eval_mode(images, residual):
     arm = Arm(name="seen", description="", defense=NoDefense(), knowledge=Knowledge(labels=False))
     victim = arm.defense.prepare(residual)
     seen = observe(victim, arm=arm, model=residual, trial=trial, classes=10, train_mode=False)
-    found = read_features(seen, most=1)["conv3"]
+    (found,) = read_features(seen, most=1)["conv3"]
     truth = inputs_of(victim, trial, ["conv3"], train=False)["conv3"]
     assert float(F.cosine_similarity(found, truth.flatten(), dim=0)) > 1 - 1e-6
 
@@ -82,10 +82,10 @@ def test_too_little_rank_is_not_taken_for_an_answer(observed, residual):
     one = readable_convolutions(seen)[0]
     gradient = seen.gradient["conv3.weight"].double().flatten(2)
     dead = gradient * (torch.arange(16) < 8)[:, None, None]
-    assert blind_input(dead, reads=one.reads, places=one.places) is None
-    noise = blind_input(torch.randn(16, 16, 9).double(), reads=one.reads, places=one.places)
+    assert blind_inputs(dead, reads=one.reads, places=one.places) is None
+    noise = blind_inputs(torch.randn(16, 16, 9).double(), reads=one.reads, places=one.places)
     assert noise.gap > 0.1
-    assert blind_input(0 * gradient, reads=one.reads, places=one.places) is None
+    assert blind_inputs(0 * gradient, reads=one.reads, places=one.places) is None
 
 
 def convolved(kernel=(3, 3), *, side=4, padding=(1, 1), dilation=(1, 1), outputs=64, inputs=16):
@@ -107,9 +107,40 @@ def convolved(kernel=(3, 3), *, side=4, padding=(1, 1), dilation=(1, 1), outputs
 )
 def test_inputs_from_gradients_of_random_factors(shape):
     gradient, h, where = convolved(**shape)
-    found = blind_input(gradient, **where)
+    found = blind_inputs(gradient, **where)
     assert found.gap < 1e-6
-    assert float((found.input * h).sum() / h.norm()) > 1 - 1e-6
+    assert float((found.inputs * h).sum() / h.norm()) > 1 - 1e-6
+
+
+PLACES = 16
+READS = reads_of((3, 3), places=(4, 4), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+READS = torch.where(READS < 0, PLACES, READS)
+
+
+def of_a_batch(images, *, activation=torch.relu, shift=0.0):
+    """A float32 gradient behind a norm with statistics of the batch, and the inputs."""
+    generator = torch.Generator().manual_seed(1)
+    h = activation(torch.randn(images, 32, PLACES, generator=generator) + shift)
+    patches = torch.cat([torch.cat([one, torch.zeros(32, 1)], 1)[:, READS] for one in h], 2)
+    slopes = torch.randn(images * PLACES + 8, images * PLACES, generator=generator)
+    slopes -= slopes.mean(1, keepdim=True)
+    return torch.einsum("op,ikp->oik", slopes, patches).double(), F.normalize(h.flatten(1), dim=1)
+
+
+@pytest.mark.parametrize("images", [2, 8, 12])
+def test_inputs_of_a_batch_are_told_apart(images):
+    gradient, h = of_a_batch(images)
+    found = blind_inputs(gradient, reads=READS, places=PLACES, images=images)
+    assert found.gap < 1e-6
+    alike = found.inputs.flatten(1).float() @ h.T
+    assert sorted(alike.argmax(1).tolist()) == list(range(images))
+    assert float(alike.amax(1).min()) > 1 - 1e-5
+
+
+@pytest.mark.parametrize("changes", [{"activation": torch.tanh}, {"shift": 3.0}], ids=["signs", "no zeros"])
+def test_inputs_that_are_not_told_apart(changes):
+    gradient, _ = of_a_batch(4, **changes)
+    assert blind_inputs(gradient, reads=READS, places=PLACES, images=4) is None
 
 
 @pytest.mark.parametrize(
@@ -117,8 +148,8 @@ def test_inputs_from_gradients_of_random_factors(shape):
 )
 def test_several_solutions_are_none(shape):
     gradient, h, where = convolved(**shape)
-    found = blind_input(gradient, **where)
-    assert float((found.input * h).sum() / h.norm()) < 0.9
+    found = blind_inputs(gradient, **where)
+    assert float((found.inputs * h).sum() / h.norm()) < 0.9
     assert found.gap == 1
 
 
@@ -127,17 +158,17 @@ def test_several_solutions_are_none(shape):
 )
 def test_shapes_that_cannot_be_read(shape):
     gradient, _, where = convolved(**shape)
-    assert blind_input(gradient, **where) is None
+    assert blind_inputs(gradient, **where) is None
 
 
-def run(images, model, arm, *, attack=QUICK, trials=4):
+def run(images, model, arm, *, attack=QUICK, trials=4, batch_size=1):
     found = []
     attack_arms(
         [arm],
         attack=attack,
         build=lambda _: model,
         dataset=images,
-        trials=trials_of(images, trials=trials),
+        trials=trials_of(images, trials=trials, batch_size=batch_size),
         seed=0,
         on_result=found.append,
     )
@@ -166,6 +197,15 @@ def test_one_bad_update_does_not_stop_the_others(images, residual, observed):
     assert good.images.isfinite().all()
 
 
+@pytest.mark.parametrize("defense", [NoDefense(), KeyLock()])
+def test_identifies_the_images_of_batches(images, defense):
+    torch.manual_seed(0)
+    arm = Arm(name="seen", description="", defense=defense, knowledge=Knowledge(labels=False, auxiliary=800))
+    found = run(images, Residual(width=64), arm, trials=2, batch_size=3)
+    assert sum(score.identified for one in found for score in one.scores) >= 5
+    assert all(score.label_correct is None for one in found for score in one.scores)
+
+
 def test_a_sign_that_is_not_known(images):
     torch.manual_seed(0)
     model = Residual(torch.tanh)
@@ -187,7 +227,7 @@ def test_dropout_behind_the_features(images, residual):
 
 def test_simulations_are_checked_on_images_of_their_own(images, residual):
     own = _own(images, residual)
-    world = _World.of(own, replace(QUICK, simulations=450))
+    world = _World.of(own, replace(QUICK, simulations=450), batch=1)
     fitted, probes = (
         set(map(bytes, part.numpy())) for part in world.examples.split([world.fitted, 450 - world.fitted])
     )
@@ -201,7 +241,7 @@ def test_only_a_gamma_that_can_be_zero_is_taken_for_it(images, observed, residua
         model.bn1.bias[0] = -20.0  # the ReLU behind cuts the channel off
     seen = observed(model=model)[0]
     assert not read_structure(seen).support["bn1.weight"].all()
-    world = _World.of(_own(images, residual), replace(QUICK, simulations=200))
+    world = _World.of(_own(images, residual), replace(QUICK, simulations=200), batch=1)
     ones = replace(world, secrets={"bn1.weight": torch.ones(50, 8)})
     assert not ones.supports(seen)
     zeros = replace(world, secrets={"bn1.weight": torch.zeros(50, 8)})
@@ -221,7 +261,7 @@ def test_what_it_cannot_read_it_refuses(images, observed, residual, small):
     seen = replace(observed(model=residual)[0], auxiliary=_own(images, residual))
     plain = replace(observed(model=small())[0], auxiliary=seen.auxiliary)
     cases = {
-        "a batch of 2": replace(observed(model=residual, batch_size=2)[0], auxiliary=seen.auxiliary),
+        "of all 2 images": replace(observed(model=residual, batch_size=2)[0], auxiliary=seen.auxiliary),
         "3 steps": replace(seen, local=LocalSteps(steps=3)),
         "at least 100 auxiliary images": replace(seen, auxiliary=None),
         "clients that the server can imitate": replace(seen, auxiliary=replace(seen.auxiliary, draw=None)),

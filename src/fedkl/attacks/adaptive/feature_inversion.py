@@ -3,8 +3,9 @@
 Gradient matching has to explain a gradient through the whole network at once, and in a deep one with norms of
 its own statistics it does not. This attack goes in two steps that each are easy.
 
-1. The features. Wherever a convolution has about as many outputs as positions, its gradient alone says what
-   it got, up to a factor (`subspace.py`): in ResNet-20 all of the last stage but its first convolution.
+1. The features. Wherever a convolution has about as many outputs as positions of all images, its gradient
+   alone says what it got of each, up to a factor (`subspace.py`): in ResNet-20, of one image, all of the last
+   stage but its first convolution; in ResNet-18 of batches too.
    Labels, shortcuts, activations, norms and locks play no part in that.
 2. The image. From images of its own the server computes the same features, with secrets drawn as clients draw
    theirs, and a kernel ridge regression goes from features to images. Then image and private parameters are
@@ -46,14 +47,15 @@ _CLIENTS = 50  # imitated at least: the descent takes means and deviations of th
 class FeatureInversion(Attack):
     """The inputs of the last convolutions by linear algebra, and the image from them.
 
-    It needs one image and one step, a convolution that `subspace.py` can read, and auxiliary images. Labels
-    are not used. Secrets of simulated clients are drawn as clients draw theirs, from the operating system's
-    randomness: results vary a little. Images come out with the scale that the auxiliary ones have.
-    `Reconstruction.loss` is 1 − |cos| between the found image's features and the observed ones, averaged over
-    layers; images are NaN where no features could be read.
+    It needs one step, a convolution that `subspace.py` can read, and auxiliary images. Labels are not used;
+    the images of a batch come in no order. Secrets of simulated clients are drawn as clients draw theirs,
+    from the operating system's randomness: results vary a little. Images come out with the scale that the
+    auxiliary ones have. `Reconstruction.loss` is 1 − |cos| between the found images' features and the
+    observed ones, averaged over images and layers; images are NaN where no features could be read.
 
     Attributes:
-        layers: At most so many convolutions, those next to the image.
+        layers: At most so many convolutions, those next to the image; of a batch one, as images come in
+            another order from each.
         simulations: Images whose features are computed for the regression; None: 4,000, or as many as the
             server has if these are fewer.
         images_per_client: Of them so many before new secrets are drawn.
@@ -92,11 +94,11 @@ class FeatureInversion(Attack):
         return False
 
     def _check(self, observation: Observation) -> None:
-        if observation.batch_size != 1 or observation.local.steps > 1 or observation.transform is not None:
+        if observation.local.steps > 1 or observation.transform is not None:
             raise AttackError(
-                "FeatureInversion: expected the gradient of one image and one step as it is, got a batch of "
-                f"{observation.batch_size}, {observation.local.steps} steps or a transformed update: the "
-                "gradient's rows span too much then. Use the attack learned."
+                "FeatureInversion: expected the gradient of one step as it is, got "
+                f"{observation.local.steps} steps or a transformed update: the gradient's rows span too much "
+                "then. Use the attack learned."
             )
         if observation.free or observation.secrets:
             raise AttackError(
@@ -106,9 +108,9 @@ class FeatureInversion(Attack):
         _own(observation)
         if not readable_convolutions(observation):
             raise AttackError(
-                "FeatureInversion: expected a convolution that has as many outputs as positions, zeros as "
-                "padding, no stride and no groups, got none whose gradient is observed. Use the attack "
-                "learned, or closed-form."
+                "FeatureInversion: expected a convolution that has as many outputs as positions of all "
+                f"{observation.batch_size} images, zeros as padding, no stride and no groups, got none whose "
+                "gradient is observed. Use the attack learned, or closed-form."
             )
 
     def _run(
@@ -117,16 +119,17 @@ class FeatureInversion(Attack):
         generators: list[torch.Generator],
         on_evaluation: Progress,
     ) -> list[Reconstruction]:
-        read = [read_features(observation, most=self.layers) for observation in observations]
-        found = dict.fromkeys(
-            range(len(read)), (torch.full(observations[0].image_shape, torch.nan), math.inf)
-        )
+        images = observations[0].batch_size
+        most = self.layers if images == 1 else 1
+        read = [read_features(observation, most=most) for observation in observations]
+        unread = torch.full((images, *observations[0].image_shape), torch.nan)
+        found = dict.fromkeys(range(len(read)), (unread, math.inf))
         by_owner: dict[Auxiliary, list[int]] = {}
         for place, observation in enumerate(observations):
             if read[place]:
                 by_owner.setdefault(_own(observation), []).append(place)
         for own, places in by_owner.items():
-            world = _World.of(own, self)
+            world = _World.of(own, self, batch=images)
             lots: dict[object, list[int]] = {}
             for place in places:
                 dead = world.supports(observations[place])
@@ -135,19 +138,19 @@ class FeatureInversion(Attack):
             for lot in lots.values():
                 first, names = observations[lot[0]], tuple(read[lot[0]])
                 inverse = _Inverse(first, world, names, attack=self, on_evaluation=on_evaluation)
-                for part in torch.split(torch.tensor(lot), _AT_ONCE):
+                for part in torch.split(torch.tensor(lot), max(1, _AT_ONCE // images)):
                     asked = {
                         name: torch.stack([read[place][name] for place in part.tolist()]) for name in names
                     }
                     results = zip(*inverse(asked), strict=True)
                     found |= {
-                        place: (image, float(loss))
-                        for place, (image, loss) in zip(part.tolist(), results, strict=True)
+                        place: (own_images, float(loss))
+                        for place, (own_images, loss) in zip(part.tolist(), results, strict=True)
                     }
         return [
             Reconstruction(
-                images=found[place][0].unsqueeze(0),
-                labels=observation.labels,
+                images=found[place][0],
+                labels=observation.labels if images == 1 else None,
                 scaling="clip",
                 loss=found[place][1],
                 evaluations=self.iterations,
@@ -162,10 +165,12 @@ class _World:
     """What the server knows of images and clients; on the CPU, as is all of this attack.
 
     Attributes:
-        examples: The images whose features are computed, shape ``(simulations, channels, height, width)``.
-        fitted: How many of them, from the first on, the regression is fitted on; no other is one of these.
+        examples: Batches whose features are computed, shape ``(batches, images, channels, height, width)``.
+        fitted: How many of them, from the first on, the regression is fitted on; no other has an image of
+            these.
         images: The distribution of all that it has.
         secrets: Private parameters of imitated clients by name, shape ``(clients, …)``.
+        each: Batches of a client.
         seed: Of its draws that the clients' secrets have no part in.
     """
 
@@ -173,23 +178,26 @@ class _World:
     fitted: int
     images: Gaussian
     secrets: Mapping[str, Tensor]
+    each: int
     seed: int
 
     @classmethod
-    def of(cls, own: Auxiliary, attack: FeatureInversion) -> _World:
+    def of(cls, own: Auxiliary, attack: FeatureInversion, *, batch: int) -> _World:
         images = own.images.cpu()
-        count = attack.simulations or min(_SIMULATIONS, len(images))
+        count = -(-(attack.simulations or min(_SIMULATIONS, len(images))) // batch)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(own.seed))
-        kept, held = (round(share * _HELD_OUT) for share in (len(images), count))
+        kept, held = round(len(images) * _HELD_OUT), max(1, round(count * _HELD_OUT))
         parts = ((order[kept:], count - held), (order[:kept], held))
-        places = torch.cat([part.repeat(-(-wanted // len(part)))[:wanted] for part, wanted in parts])
+        places = [part.repeat(-(-wanted * batch // len(part)))[: wanted * batch] for part, wanted in parts]
+        each = max(1, attack.images_per_client // batch)
         assert own.draw is not None  # noqa: S101 - it was checked
-        drawn = [own.draw() for _ in range(max(-(-count // attack.images_per_client), _CLIENTS))]
+        drawn = [own.draw() for _ in range(max(-(-count // each), _CLIENTS))]
         return cls(
-            examples=images[places],
+            examples=images[torch.cat(places)].reshape(count, batch, *images.shape[1:]),
             fitted=count - held,
             images=Gaussian.of(images.flatten(1), components=min(attack.components, len(images) // 2)),
             secrets={name: torch.stack([client[name] for client in drawn]).cpu() for name in drawn[0]},
+            each=each,
             seed=own.seed,
         )
 
@@ -235,28 +243,31 @@ class _Inverse:
         self._secrets = world.agreeing(world.supports(observation))
         self._known, self._regression = self._learned()
 
-    def __call__(self, asked: NamedTensors) -> tuple[Float[Tensor, "images c h w"], Float[Tensor, " images"]]:
+    def __call__(
+        self, asked: NamedTensors
+    ) -> tuple[Float[Tensor, "batches images c h w"], Float[Tensor, " batches"]]:
         """Images for features of length 1, and what is left of the mismatch."""
         start = self._regression(self._known, _views(asked))
-        images, losses = self._descended(asked, self._world.images.scores(start))
-        return images.reshape(-1, *self._forward.image_shape), losses
+        scores = self._world.images.scores(start)
+        batches, batch = next(iter(asked.values())).shape[:2]
+        images, losses = self._descended(asked, scores.reshape(batches, batch, -1))
+        return images.reshape(batches, batch, *self._forward.image_shape), losses
 
     def _learned(self) -> tuple[Views, Regression]:
-        examples, parts = self._world.examples, []
-        count = len(examples)
-        for some in torch.split(torch.arange(count), _AT_ONCE):
-            clients = some // self._attack.images_per_client
-            secrets = {name: values[clients] for name, values in self._secrets.items()}
+        world, parts = self._world, []
+        count, batch = world.examples.shape[:2]
+        for some in torch.split(torch.arange(count), max(1, _AT_ONCE // batch)):
+            secrets = {name: values[some // world.each] for name, values in self._secrets.items()}
             with torch.no_grad():
-                parts.append(_views(self._forward(secrets, examples[some])))
-            self._on_evaluation(len(parts) * _AT_ONCE, 1)
-        views, images = Views.joined(parts), examples.flatten(1)
-        fitted = self._world.fitted
-        known, probes = views.part(0, fitted), views.part(fitted, count)
+                parts.append(_views(self._forward(secrets, world.examples[some])))
+            self._on_evaluation((int(some[-1]) + 1) * batch, 1)
+        views, images = Views.joined(parts), world.examples.flatten(0, 1).flatten(1)
+        fitted = world.fitted * batch
+        known, probes = views.part(0, fitted), views.part(fitted, count * batch)
         return known, best_regression(known, images[:fitted], probes, images[fitted:])
 
     def _descended(self, asked: NamedTensors, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Adam on all images at once, from these scores and the secrets' means on."""
+        """Adam on all batches at once, from these scores and the secrets' means on."""
         attack, world = self._attack, self._world
         moments = {
             name: torch.std_mean(values, dim=0, correction=0) for name, values in self._secrets.items()
@@ -264,14 +275,14 @@ class _Inverse:
 
         def found(point: NamedTensors) -> tuple[Tensor, NamedTensors]:
             secrets = {name: mean + spread * point[name] for name, (spread, mean) in moments.items()}
-            return world.images.values(point["image"]), secrets
+            return world.images.values(point["images"]), secrets
 
         def objective(point: NamedTensors, target: NamedTensors) -> tuple[Tensor, Tensor]:
-            image, secrets = found(point)
-            misfit = self._forward.misfit(secrets, image, target)
+            images, secrets = found(point)
+            misfit = self._forward.misfit(secrets, images, target)
             return misfit + attack.prior * sum(part.square().mean() for part in point.values()), misfit
 
-        point = {"image": scores}
+        point = {"images": scores}
         point |= {name: torch.zeros(len(scores), *mean.shape) for name, (_, mean) in moments.items()}
         for tensor in point.values():
             tensor.requires_grad_()
@@ -288,7 +299,7 @@ class _Inverse:
             self._on_evaluation(step + 1, len(scores))
         with torch.no_grad():
             end = {name: tensor.detach() for name, tensor in point.items()}
-            return world.images.values(end["image"]), vmap(objective)(end, asked)[1]
+            return world.images.values(end["images"]), vmap(objective)(end, asked)[1]
 
 
 def _own(observation: Observation) -> Auxiliary:
@@ -310,9 +321,9 @@ def _agreeing(values: Float[Tensor, "clients channels"], live: Tensor, generator
 
 
 def _views(features: NamedTensors) -> Views:
-    """Features with a positive sum, as those that are read: their factor, and so their sign, is not known."""
+    """One for each image of each batch; with a positive sum, as those that are read: no sign is known."""
     signed = {
-        name: torch.where(values.sum(1, keepdim=True) < 0, -values, values)
+        name: torch.where(values.sum(2, keepdim=True) < 0, -values, values).flatten(0, 1)
         for name, values in features.items()
     }
     return Views.of(per_update=signed, per_image={}, batch=1)

@@ -13,7 +13,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from fedkl.attacks.adaptive.layers import reads_of
-from fedkl.attacks.adaptive.subspace import blind_input, channels_needed
+from fedkl.attacks.adaptive.subspace import blind_inputs, channels_needed
 from fedkl.attacks.base import Observation
 from fedkl.attacks.objectives import differentiable
 from fedkl.types import NamedTensors
@@ -27,7 +27,7 @@ class Readable:
 
     Attributes:
         name: The module's qualified name.
-        reads: See `blind_input`.
+        reads: See `blind_inputs`.
         places: Positions of its input.
     """
 
@@ -37,15 +37,16 @@ class Readable:
 
 
 def readable_convolutions(observation: Observation) -> list[Readable]:
-    """Those whose shape allows it and whose gradient is observed, in the order in which they are run.
+    """Those whose shape and the batch's size allow it, with an observed gradient, in the order of the run.
 
     Convolutions with a stride are left out: too many of their input's places are read once only, so that
     patches are not tied to each other. So are those that are run twice, in groups, or with padding that is
     not of zeros or is given by name.
 
     Args:
-        observation: Of one image. Values of the model's tensors play no part.
+        observation: Values of the model's tensors play no part.
     """
+    images = observation.batch_size
     model = copy.deepcopy(observation.model).eval()
     calls: list[tuple[nn.Conv2d, tuple[int, ...]]] = []
     names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
@@ -67,31 +68,34 @@ def readable_convolutions(observation: Observation) -> list[Readable]:
             conv.kernel_size, places=shape, stride=conv.stride, padding=padding, dilation=conv.dilation
         )
         reads = torch.where(reads < 0, places, reads)
-        if channels_needed(conv.out_channels, inputs=conv.in_channels, reads=reads, places=places):
+        sizes = {"inputs": conv.in_channels, "places": places, "images": images}
+        if channels_needed(conv.out_channels, reads=reads, **sizes):
             found.append(Readable(name=names[conv], reads=reads, places=places))
     return found
 
 
-def read_features(observation: Observation, *, most: int) -> dict[str, Float[Tensor, " values"]]:
-    """Inputs of convolutions, each up to its factor, by qualified name; those next to the image first.
+def read_features(observation: Observation, *, most: int) -> dict[str, Float[Tensor, "images values"]]:
+    """Inputs of convolutions by qualified name, those next to the image first; each image's up to its factor.
+
+    The images of a batch are in no order, and in another one for every convolution.
 
     Args:
-        observation: Of one image and one step.
+        observation: Of one step.
         most: At most so many.
     """
     found: dict[str, Tensor] = {}
     for one in readable_convolutions(observation):
         gradient = observation.gradient[f"{one.name}.weight"].detach().cpu().double().flatten(2)
-        got = blind_input(gradient, reads=one.reads, places=one.places)
+        got = blind_inputs(gradient, reads=one.reads, places=one.places, images=observation.batch_size)
         if got is not None and got.gap < _SURE:
-            found[one.name] = got.input.flatten().float()
+            found[one.name] = got.inputs.flatten(1).float()
         if len(found) == most:
             break
     return found
 
 
 class Forward:
-    """The network as far as some layers' inputs, on the CPU, for images with private parameters of their own.
+    """The network up to some layers' inputs, on the CPU, for batches with private parameters of their own.
 
     Args:
         observation: Gives the network.
@@ -112,31 +116,31 @@ class Forward:
 
     def _noting(self, name: str) -> Callable[[object, tuple[Tensor, ...]], None]:
         def note(module: object, args: tuple[Tensor, ...]) -> None:
-            self._noted[name] = args[0].flatten()
+            self._noted[name] = args[0].flatten(1)
 
         return note
 
-    def one(self, secrets: NamedTensors, image: Tensor) -> dict[str, Tensor]:
-        """Features of one image, by layer and flat; usable under `torch.func`.
+    def one(self, secrets: NamedTensors, images: Float[Tensor, "images ..."]) -> dict[str, Tensor]:
+        """Features of one batch, by layer, shape ``(images, values)``; usable under `torch.func`.
 
         Args:
             secrets: What to put in place of the network's own parameters, by name.
-            image: Of any shape that holds its values.
+            images: Of any shape behind the first dimension that holds their values.
         """
-        functional_call(self._model, {**self._state, **secrets}, (image.view(1, *self.image_shape),))
+        functional_call(self._model, {**self._state, **secrets}, (images.view(-1, *self.image_shape),))
         noted = {name: self._noted[name] for name in self._names}
         self._noted.clear()
         return noted
 
     def __call__(self, secrets: NamedTensors, images: Tensor) -> dict[str, Tensor]:
-        """Features of several images by layer, shape ``(images, values)``; secrets have the images first."""
+        """Features of several batches by layer, shape ``(batches, images, values)``; secrets likewise."""
         return dict(vmap(self.one)(secrets, images))
 
-    def misfit(self, secrets: NamedTensors, image: Tensor, target: NamedTensors) -> Tensor:
-        """1 − |cos| between an image's features and others of length 1, averaged over layers."""
+    def misfit(self, secrets: NamedTensors, images: Tensor, target: NamedTensors) -> Tensor:
+        """1 − |cos| between a batch's features and others of length 1, averaged over images and layers."""
         each = []
-        for name, values in self.one(secrets, image).items():
-            own = F.normalize(values, dim=0, eps=1e-30)
-            sign = torch.where((own * target[name]).sum() < 0, -1.0, 1.0)
-            each.append((sign * own - target[name]).square().sum() / 2)
+        for name, values in self.one(secrets, images).items():
+            own = F.normalize(values, dim=1, eps=1e-30)
+            sign = torch.where((own * target[name]).sum(1, keepdim=True) < 0, -1.0, 1.0)
+            each.append((sign * own - target[name]).square().sum(1).mean() / 2)
         return torch.stack(each).mean()
