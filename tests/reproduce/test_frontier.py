@@ -12,6 +12,7 @@ from fedkl.errors import ConfigError
 from fedkl.reproduce import RUNGS, Frontier, Matrix, frontier
 from fedkl.reproduce.adaptive import ROWS
 from fedkl.reproduce.frontier import markdown, points
+from fedkl.reproduce.verdicts import SAYS_NOTHING
 
 
 def no_progress(name):
@@ -50,13 +51,14 @@ def test_a_frontier_of_real_runs_is_resumed(wanted, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.jsonl")}
 
 
-def test_the_figure_leaves_out_what_was_not_attacked():
+def test_the_figure_leaves_out_what_says_nothing():
     missing = dict.fromkeys(("spread", "server", "worst", "identified", "ssim", "floor", "verdict"))
     record = missing | {"row": "lenet/mnist", "arrangement": "no-norm", "rounds": 1, "seeds": 1}
     record |= {"accuracy": 0.9, "cost": 0.0}
     read = {"rate": 0.5, "low": 0.25, "high": 0.75, "n": 4}
     other = record | {"arrangement": "first", "accuracy": 0.88, "cost": 0.02, "identified": read}
-    (point,) = points([record, other])
+    silent = other | {"arrangement": "all", "verdict": SAYS_NOTHING}
+    (point,) = points([record, other, silent])
     assert point == ("lenet/mnist", "first", pytest.approx(2.0), 0.0, 50.0, 25.0, 75.0)
     assert "| 88.0 | 2.0 | – | – | 2 of 4" in markdown([record, other], batch=1, steps=1, cohort=1)
 

@@ -21,7 +21,7 @@ from fedkl.reproduce.adaptive import ROWS, Matrix, adaptive
 from fedkl.reproduce.arrangements import ARRANGEMENTS, CONTROL
 from fedkl.reproduce.cells import OpenProgress, refuse_others, write_table
 from fedkl.reproduce.records import Record
-from fedkl.reproduce.verdicts import Judgment, judgments, name_of
+from fedkl.reproduce.verdicts import SAYS_NOTHING, Judgment, judgments, name_of
 
 FIGURE = "frontier.png"
 
@@ -229,7 +229,10 @@ def _row(record: Record) -> list[str]:
 
 
 def points(records: Sequence[Record]) -> list[Tradeoff]:
-    """The figure's points: cost in percentage points, identified shares in percent."""
+    """The figure's points: cost in percentage points, identified shares in percent.
+
+    Without arrangements of which the attacks say nothing: they would look like a defense.
+    """
     return [
         Tradeoff(
             group=record["row"],
@@ -241,5 +244,5 @@ def points(records: Sequence[Record]) -> list[Tradeoff]:
             high=100 * record["identified"]["high"],
         )
         for record in records
-        if record["identified"] is not None
+        if record["identified"] is not None and record["verdict"] != SAYS_NOTHING
     ]

@@ -15,6 +15,9 @@ CONTROL_SHARE = 0.9
 
 _CELL = ("row", "batch", "steps", "cohort")
 _HEADER = ("network/data", "batch", "steps", "cohort", "private")
+SAYS_NOTHING = "says nothing"
+"""The verdict where no attack was shown to succeed without the defense, or there are too few images."""
+
 SAFE_FROM = 100
 """Images below which no cell is said to be at the floor."""
 
@@ -132,11 +135,11 @@ def verdict(rungs: Sequence[Record], *, controls: Mapping[str, Record], floor: R
         floor: The floor's record, if it was run.
     """
     if floor is None:
-        return "says nothing"
+        return SAYS_NOTHING
     if any(r["identified"]["low"] > floor["identified"]["high"] for r in rungs):
         return "leaks"
     told = [r for r in rungs if _rate(controls.get(r["rung"])) >= CONTROL_SHARE and r["n"] >= SAFE_FROM]
-    return "at the floor" if told and floor["n"] >= SAFE_FROM else "says nothing"
+    return "at the floor" if told and floor["n"] >= SAFE_FROM else SAYS_NOTHING
 
 
 def _all_rungs(records: Sequence[Record]) -> str:
