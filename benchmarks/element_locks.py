@@ -78,14 +78,8 @@ class ElementLock(PrivateLayers):
 
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
         """Locks a copy of the model, with γ and β of PyTorch's own generator."""
-        own = copy.deepcopy(model)
-        layer = own.get_submodule("conv1")
-        norm = nn.BatchNorm2d(12, affine=False)
         affine = Affine(*DRAWS[self.draw](torch.randn(12, 16, 16), torch.randn(12, 16, 16)))
-        layer.add_module("norm", norm)
-        setattr(norm, "affine", affine)  # noqa: B010 - a module in the place of its flag
-        layer.register_forward_hook(through("norm"))
-        norm.register_forward_hook(through("affine"))
+        own = behind_first_norm(model, affine)
         split = Split(own)
         withhold(affine, ("weight", "bias"))
         withhold_statistics(own)
@@ -94,9 +88,19 @@ class ElementLock(PrivateLayers):
         return split
 
 
-def through(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """A hook that sends a module's output through a submodule of it."""
+def behind_first_norm(model: nn.Module, affine: Affine) -> nn.Module:
+    """A copy of a LeNet whose first convolution is followed by a norm, and that by the scale and shift."""
+    own = copy.deepcopy(model)
+    layer = own.get_submodule("conv1")
+    norm = nn.BatchNorm2d(12, affine=False)
+    layer.add_module("norm", norm)
+    setattr(norm, "affine", affine)  # noqa: B010 - a module in the place of its flag
+    layer.register_forward_hook(_through("norm"))
+    norm.register_forward_hook(_through("affine"))
+    return own
 
+
+def _through(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         passed: Tensor = module.get_submodule(name)(output)
         return passed

@@ -3,20 +3,19 @@
     python benchmarks/element_training.py --dataset mnist --seeds 2
 
 The designs that `fedkl.lock` does not have: γ and β per element that never train, each client's own, the same
-for the whole cohort, or drawn afresh for every batch; and fresh noise on the standardized output of the first
-layer. LeNet from U(±0.5), 3 clients, 20 rounds of one epoch on 2,000 images each.
+for the whole cohort, or drawn afresh for every sample; and fresh noise on the standardized output of the
+first layer. LeNet from U(±0.5), 3 clients, 20 rounds of one epoch on 2,000 images each.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from element_locks import DRAWS, Affine, through
+from element_locks import DRAWS, Affine, behind_first_norm
 from torch import Tensor, nn
 
 from fedkl import data, models, rng
@@ -39,7 +38,7 @@ class Secret(Affine):
 
     Args:
         draw: Which of `DRAWS`.
-        fresh: Whether every batch of a training draws them anew, and each sample its own.
+        fresh: Whether every sample of a training batch draws its own.
     """
 
     def __init__(self, draw: str, *, fresh: bool) -> None:
@@ -103,13 +102,8 @@ class Secrets(Defense):
 
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
         """Inserts a norm and the secret into a copy of the model."""
-        own = copy.deepcopy(model)
-        layer = own.get_submodule("conv1")
-        norm, secret = nn.BatchNorm2d(SHAPE[0], affine=False), Secret(self.draw, fresh=self.shared == "fresh")
-        layer.add_module("norm", norm)
-        norm.add_module("secret", secret)
-        layer.register_forward_hook(through("norm"))
-        norm.register_forward_hook(through("secret"))
+        secret = Secret(self.draw, fresh=self.shared == "fresh")
+        own = behind_first_norm(model, secret)
         return SecretSplit(own, secret, self.shared)
 
 
@@ -198,11 +192,8 @@ def main() -> None:
     args = parser.parse_args()
     columns = ("clients", "γ = 1, β = 0", *(f"{count:,} labels" for count in LABELS))
     lines = [" | ".join(("secret", *columns)), " | ".join(["---"] * (len(columns) + 1))]
-    untrained = (
-        "signs, before any training",
-        Secrets(),
-        0,
-    )  # what the server's labels are worth by themselves
+    # What the server's labels are worth by themselves.
+    untrained = ("signs, before any training", Secrets(), 0)
     for name, defense, rounds in (untrained, *((*row, args.rounds) for row in ROWS)):
         found = [trained(name, defense, args, seed, rounds=rounds) for seed in range(args.seeds)]
         lines.append(" | ".join((name, *(_spread([one[c] for one in found if c in one]) for c in columns))))

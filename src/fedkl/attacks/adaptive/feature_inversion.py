@@ -1,4 +1,4 @@
-"""Feature inversion: what the last blocks of a network got, exactly, and the image from that.
+"""Feature inversion: what the last blocks of a network got, exactly, and the images from that.
 
 Gradient matching has to explain a gradient through the whole network at once, and in a deep one with norms of
 its own statistics it does not. This attack goes in two steps that each are easy.
@@ -6,11 +6,12 @@ its own statistics it does not. This attack goes in two steps that each are easy
 1. The features. Wherever a convolution has about as many outputs as positions of all images, its gradient
    alone says what it got of each, up to a factor (`subspace.py`): in ResNet-20, of one image, all of the last
    stage but its first convolution; in ResNet-18 of batches too.
-   Labels, shortcuts, activations, norms and locks play no part in that.
-2. The image. From images of its own the server computes the same features, with secrets drawn as clients draw
-   theirs, and a kernel ridge regression goes from features to images. Then image and private parameters are
-   fitted to the features by descent: a match of values, not of gradients, from a start that is near, among
-   images that the principal components of the server's own make likely.
+   Labels, shortcuts, norms and the values of γ and β play no part in that; dead channels do, and in a batch
+   the activation's zeros.
+2. The images. From images of its own the server computes the same features, with secrets drawn as clients
+   draw theirs, and a kernel ridge regression goes from features to images. Then images and private parameters
+   are fitted to the features by descent: a match of values, not of gradients, from a start that is near,
+   among images that the principal components of the server's own make likely.
 
 Behind keys that leave channels dead, which ones is public (`structure.py`): drawn secrets are made to agree.
 """
@@ -130,14 +131,21 @@ class FeatureInversion(Attack):
                 by_owner.setdefault(_own(observation), []).append(place)
         for own, places in by_owner.items():
             world = _World.of(own, self, batch=images)
+            supports = {place: world.supports(observations[place]) for place in places}
             lots: dict[object, list[int]] = {}
             for place in places:
-                dead = world.supports(observations[place])
-                alike = tuple(read[place]), tuple((name, tuple(live.tolist())) for name, live in dead.items())
-                lots.setdefault(alike, []).append(place)
+                dead = tuple((name, tuple(live.tolist())) for name, live in supports[place].items())
+                lots.setdefault((tuple(read[place]), dead), []).append(place)
             for lot in lots.values():
-                first, names = observations[lot[0]], tuple(read[lot[0]])
-                inverse = _Inverse(first, world, names, attack=self, on_evaluation=on_evaluation)
+                first, names = lot[0], tuple(read[lot[0]])
+                inverse = _Inverse(
+                    observations[first],
+                    world,
+                    names,
+                    supports[first],
+                    attack=self,
+                    on_evaluation=on_evaluation,
+                )
                 for part in torch.split(torch.tensor(lot), max(1, _AT_ONCE // images)):
                     asked = {
                         name: torch.stack([read[place][name] for place in part.tolist()]) for name in names
@@ -225,6 +233,7 @@ class _Inverse:
         observation: One of them.
         world: What the server knows.
         names: Whose inputs the features are.
+        supports: Which channels are alive, where not all are; see `_World.supports`.
         attack: Its settings.
         on_evaluation: Told of the simulations.
     """
@@ -234,13 +243,14 @@ class _Inverse:
         observation: Observation,
         world: _World,
         names: Sequence[str],
+        supports: NamedTensors,
         *,
         attack: FeatureInversion,
         on_evaluation: Progress,
     ) -> None:
         self._world, self._attack, self._on_evaluation = world, attack, on_evaluation
         self._forward = Forward(observation, names)
-        self._secrets = world.agreeing(world.supports(observation))
+        self._secrets = world.agreeing(supports)
         self._known, self._regression = self._learned()
 
     def __call__(
