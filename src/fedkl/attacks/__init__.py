@@ -19,6 +19,7 @@ from fedkl.attacks.adaptive import (
     AdaptiveMatching,
     ClosedForm,
     FeatureInversion,
+    GaussNewton,
     LearnedInversion,
     MeanMap,
     PriorOnly,
@@ -44,6 +45,7 @@ AnyAttack = (
     | MeanMap
     | LearnedInversion
     | FeatureInversion
+    | GaussNewton
     | PriorOnly
 )
 
@@ -58,6 +60,7 @@ __all__ = [
     "Auxiliary",
     "ClosedForm",
     "FeatureInversion",
+    "GaussNewton",
     "InvertingGradients",
     "Knowledge",
     "LearnedInversion",

@@ -190,6 +190,7 @@ _ATTACKS = {
     "wiener": "the Wiener filter",
     "mean-map": "the mean map",
     "feature-inversion": "feature inversion",
+    "gauss-newton": "Gauss–Newton",
 }
 
 

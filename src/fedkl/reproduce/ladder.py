@@ -102,6 +102,13 @@ RUNGS: Mapping[str, Rung] = {
             networks="one",
         ),
         Rung(
+            name="gauss-newton",
+            attack={"type": "gauss-newton"},
+            unlocked=(CONTROL, "private-stem"),
+            networks="one",
+            against=("first", "all", "first-default", "all-default", "classifier"),
+        ),
+        Rung(
             name="matching",
             attack={"type": "ig", "iterations": 500, "weighting": "sqrt"},
             locked=(
@@ -113,5 +120,5 @@ RUNGS: Mapping[str, Rung] = {
     )
 }
 """By name: the floor, learned inversion (of one update, with simulations for its label, of 16 updates of a
-client), closed form, those for locks per element and for private stems, the inversion of read features, and
-gradient matching with each guess of γ and β."""
+client), closed form, those for locks per element and for private stems, the inversion of read features,
+nonlinear least squares, and gradient matching with each guess of γ and β."""

@@ -13,6 +13,7 @@ activations.py  those that can be inverted
 prior.py        smoothness
 rank.py         equations against unknowns, beforehand
 subspace.py     a convolution's input from its own gradient; features.py: where a network allows it
+gauss_newton.py  images and secrets together, by nonlinear least squares; annealing.py: how
 feature_inversion.py  the image from these, with images of the server's own
 learned.py      an inversion learned from simulated clients; kernels.py: the regression behind it
 structure.py    label, head input and dead channels, without any optimization
@@ -23,6 +24,7 @@ floor.py        the floor: a guess from the label alone
 from fedkl.attacks.adaptive.closed_form import ClosedForm, ClosedFormReconstruction, PassedLayer
 from fedkl.attacks.adaptive.feature_inversion import FeatureInversion
 from fedkl.attacks.adaptive.floor import PriorOnly
+from fedkl.attacks.adaptive.gauss_newton import GaussNewton, GaussNewtonReconstruction
 from fedkl.attacks.adaptive.learned import LearnedInversion
 from fedkl.attacks.adaptive.matching import AdaptiveMatching
 from fedkl.attacks.adaptive.mean_map import MeanMap
@@ -35,6 +37,8 @@ __all__ = [
     "ClosedForm",
     "ClosedFormReconstruction",
     "FeatureInversion",
+    "GaussNewton",
+    "GaussNewtonReconstruction",
     "LearnedInversion",
     "MeanMap",
     "Passage",

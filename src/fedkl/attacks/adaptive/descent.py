@@ -16,6 +16,7 @@ from fedkl.attacks.adaptive import blind, prior
 from fedkl.attacks.adaptive.chain import Block, Chain
 from fedkl.attacks.adaptive.layers import FLOAT32, ConvolutionSystem, Evidence, Solution
 from fedkl.attacks.adaptive.norms import Standardized, standardized
+from fedkl.attacks.adaptive.rank import counted
 from fedkl.attacks.adaptive.search import minimum
 
 _BLIND_STARTS = 5
@@ -24,6 +25,7 @@ _PASSES = 4  # over a norm with saturated positions
 _HOPELESS = 1e30
 _MISFIT = 4.0  # from here on the variances are corrected
 _RANGE = (-2.0, 9.0)
+_GUESS = 1.0  # in the middle of what was found under sigmoid keys
 _POINTS = 16
 _NEARBY = (0.1, 0.01)
 
@@ -208,9 +210,12 @@ class Descent:
 
         The factor is sought as the largest |h| that it gives: in logits up to the activation's bound, in
         octaves where it has none. ε makes the solution depend a little on the factor: solve again, and seek
-        again nearby.
+        again nearby. Where dead channels leave the block below with fewer equations than unknowns, any factor
+        fits: then there is nothing to seek, and what lies below is a guess.
         """
         unscaled = self._unscaled(place, state)
+        if not self._tells_factor(place - 1):
+            return self._scaled(place, unscaled, _GUESS)
         found = minimum(partial(self._misfit_at, place, unscaled), *_RANGE, points=_POINTS)
         for nearby in _NEARBY:
             sigma = unscaled.solution.sigma * self._factor(place, unscaled, found)
@@ -218,6 +223,20 @@ class Descent:
             misfit = partial(self._misfit_at, place, unscaled)
             found = minimum(misfit, found - nearby, found + nearby)
         return self._scaled(place, unscaled, found)
+
+    def _tells_factor(self, place: int) -> bool:
+        """Whether a block has as many equations as unknowns, dead channels left out."""
+        block = self.chain.blocks[place]
+        varying = self._live(place - 1) if place > 0 else torch.ones(block.layer.weight.shape[1])
+        equations, unknowns = counted(block, alive=int(self._live(place).sum()), varying=int(varying.sum()))
+        return equations >= unknowns
+
+    def _live(self, place: int) -> Tensor:
+        """Which output channels of a block are not constant, as far as the zero rows of its gradient tell."""
+        block = self.chain.blocks[place]
+        if block.norm is None or block.elementwise is not None:
+            return torch.ones(block.layer.weight.shape[0], dtype=torch.bool)
+        return self._gradient[f"{block.layer.name}.weight"].flatten(1).any(1)
 
     def _unscaled(
         self, place: int, state: State, *, sigma: Tensor | None = None, variance: Tensor | None = None
@@ -356,10 +375,8 @@ class Descent:
                 precision=self._smoothness if place == 0 else 1.0,
                 chroma=self._chroma if place == 0 else 0.0,
             )
-            below = self.chain.blocks[place - 1] if place > 0 else None
-            if below is not None and below.norm is not None and below.elementwise is None:
-                rows = self._gradient[f"{below.layer.name}.weight"].flatten(1)
-                made += prior.constant(~rows.any(1), shape[1] * shape[2], precision=_FLAT)
+            if place > 0:
+                made += prior.constant(~self._live(place - 1), shape[1] * shape[2], precision=_FLAT)
             self._priors[block.layer.name] = made
         return self._priors[block.layer.name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ class Passage:
     Attributes:
         name: The layer's qualified name.
         equations: Forward, one per output value, and backward, one per weight. Those of dead channels are not
-            counted: their gradients are 0 and their outputs constant.
+            counted: their gradients are 0 and their outputs constant. Nor do all the weights that read one
+            constant input count: they say one thing about it, its value.
         unknowns: The input's values, and behind a norm σ and μ per live channel.
         locked: Whether γ and β of the norm behind it are private.
     """
@@ -67,20 +69,33 @@ def passable_layers(
     return tuple(_passage(block, under, live=live, observed=names) for under, block in reversed(pairs))
 
 
+def counted(block: Block, *, alive: int, varying: int) -> tuple[int, int]:
+    """Equations and unknowns of one block, from its output down to its input.
+
+    Args:
+        block: The block.
+        alive: Output channels that are not constant.
+        varying: Input channels that are not constant.
+    """
+    sources = block.layer.weight.shape[1]
+    kernel = block.layer.weight[0, 0].numel()
+    places = math.prod(block.output_shape[1:]) if block.layer.is_convolution else 1
+    constant = sources - varying
+    equations = alive * (places + kernel * varying) + (constant if alive else 0)
+    unknowns = varying * math.prod(block.input_shape[1:]) + constant + (2 * alive if block.norm else 0)
+    return equations, unknowns
+
+
 def _passage(block: Block, under: Block | None, *, live: float, observed: Collection[str]) -> Passage:
-    channels = block.layer.weight.shape[0]
-    alive = round(channels * live) if block.norm else channels
-    inputs, sources = block.layer.weight[0].numel(), block.input_shape[0]
-    places = block.output_shape[1] * block.output_shape[2] if block.layer.is_convolution else 1
-    varying = sources
-    if under is not None and under.norm is not None:
-        varying = round(sources * live)
-    values = 1
-    for size in block.input_shape[1:]:
-        values *= size
+    channels, sources = block.layer.weight.shape[:2]
+    equations, unknowns = counted(
+        block,
+        alive=round(channels * live) if block.norm else channels,
+        varying=round(sources * live) if under is not None and under.norm is not None else sources,
+    )
     return Passage(
         name=block.layer.name,
-        equations=alive * (places + inputs),
-        unknowns=varying * values + (sources - varying) + (2 * alive if block.norm else 0),
+        equations=equations,
+        unknowns=unknowns,
         locked=block.norm is not None and bool(block.norm.scale) and block.norm.scale not in observed,
     )
