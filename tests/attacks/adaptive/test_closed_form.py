@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedkl.attacks import ClosedForm, LocalSteps
-from fedkl.attacks.adaptive import blind
+from fedkl.attacks.adaptive import blind, descent
 from fedkl.attacks.adaptive.chain import Layer
 from fedkl.attacks.adaptive.layers import ConvolutionSystem
 from fedkl.defenses import KeyLock, PrivateLayers, PrivateNorm
@@ -235,3 +235,23 @@ def test_a_private_head_above_a_norm_is_refused(observed, small):
     below = replace(seen, gradient={n: g for n, g in seen.gradient.items() if not n.startswith("6.")})
     with pytest.raises(AttackError, match=r"a last convolution's .* without a norm .* 6\.weight"):
         run(below)
+
+
+@pytest.mark.parametrize(("activation", "searched"), [("sigmoid", True), ("relu", False)])
+def test_no_factor_is_sought_where_any_would_fit(observed, monkeypatch, activation, searched):
+    """Dead channels leave a block fewer equations than unknowns; without them it is searched as ever."""
+    calls = []
+
+    def minimum(misfit, low, high, *, points=0):
+        calls.append((low, high))
+        return (low + high) / 2
+
+    monkeypatch.setattr(descent, "minimum", minimum)
+    lock = replace(PUBLISHED, layers="all", activation=activation)
+    seen, _, _ = observed(lock, index=2)
+    if not searched:
+        lost = seen.gradient["0.weight"].clone()
+        lost[2:] = 0.0  # two channels of eight are left
+        seen = replace(seen, gradient={**seen.gradient, "0.weight": lost})
+    run(seen)
+    assert bool(calls) == searched

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from fedkl.attacks import GaussNewton, PriorOnly
-from fedkl.attacks.adaptive import prior
-from fedkl.attacks.adaptive.annealing import anneal
+from fedkl.attacks.adaptive import gauss_newton, prior
+from fedkl.attacks.adaptive.annealing import Fit, anneal
+from fedkl.attacks.adaptive.structure import read_structure
 from fedkl.defenses import KeyLock, NoDefense, PrivateLayers
 from fedkl.defenses.base import plain_copy
 from fedkl.errors import AttackError, ConfigError
@@ -49,19 +51,33 @@ def test_the_published_lock_in_all_layers_leaks_from_one_gradient(images, model)
     assert [int(each.labels) for each in found] == [int(trial.labels) for trial in chosen]
 
 
-def test_the_secret_comes_out_too(images, model):
-    torch.manual_seed(5)
-    lock = KeyLock()
-    seen, _ = seen_of(lock, model, images, trials=1, prepared_once=True)
+class Remembering(KeyLock):
+    """A lock that keeps its victims, to be compared with what an attack finds."""
+
+    victims: ClassVar[list] = []
+
+    def prepare(self, model, *, key=None):
+        self.victims.append(super().prepare(model, key=key))
+        return self.victims[-1]
+
+
+@pytest.mark.parametrize("activation", ["softplus", "tanh"])
+def test_the_secret_comes_out_too(images, small, activation):
+    """Behind signed keys a ReLU cuts channels off whose γ is not zero."""
+    torch.manual_seed(0)
+    Remembering.victims.clear()
+    lock = Remembering(layers="all", activation=activation)
+    model = small(act=nn.ReLU) if activation == "tanh" else small()
+    seen, _ = seen_of(lock, model, images, trials=1)
+    true = dict(plain_copy(Remembering.victims[0]).named_parameters())
     (found,) = run(QUICK, seen)
-    assert set(found.private) == {name for name, _ in seen[0].model.named_parameters()} - set(
-        seen[0].gradient
-    )
-    torch.manual_seed(5)
-    true = dict(plain_copy(lock.prepare(model)).named_parameters())
-    gamma = next(name for name in found.private if name.endswith("weight"))
-    assert found.private[gamma].shape == true[gamma].shape
-    assert float(found.private[gamma].std()) > 0
+    assert set(found.private) == set(true) - set(seen[0].gradient)
+    if activation == "tanh":
+        dead = [name for name, support in read_structure(seen[0]).support.items() if not bool(support.all())]
+        assert all(bool((found.private[name] != 0).all()) for name in dead)
+        return
+    together = [torch.stack([value, true[name].detach()]) for name, value in found.private.items()]
+    assert all(float(torch.corrcoef(pair)[0, 1]) > 0.9 for pair in together)
 
 
 @pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(4, 8), lambda: nn.BatchNorm2d(8)])
@@ -98,12 +114,44 @@ def test_a_public_transform_is_played(images, model):
     assert float(correlations(run(QUICK, [sent]), chosen).min()) > 0.9
 
 
-def test_restarts_never_do_worse(images, model):
+@pytest.mark.parametrize(("misfits", "chosen"), [((3.0, 1.0, math.inf), 1), ((math.inf,) * 3, 0)])
+def test_of_several_starts_the_best_fit_is_returned(images, model, monkeypatch, misfits, chosen):
+    left = list(misfits)
+
+    def known(residuals, start, **options):
+        return Fit(start, left.pop(0), 1)
+
+    monkeypatch.setattr(gauss_newton, "anneal", known)
+    (found,), _, _ = attacked(images, model, NoDefense(), replace(QUICK, restarts=3), trials=1)
+    assert (found.start, found.loss) == (chosen, min(misfits))
+    assert bool(found.images.isfinite().all()) == math.isfinite(min(misfits))
+    assert not left
+
+
+@pytest.mark.parametrize("factor", [1e-22, 1e6])
+def test_a_gradient_of_any_size(images, model, factor):
+    """A client that is sure of its label sends next to nothing."""
     torch.manual_seed(5)
-    seen, _ = seen_of(NoDefense(), model, images, trials=1)  # nothing is drawn: both begin alike
-    (one,), (three,) = (run(replace(QUICK, iterations=4, restarts=n), seen) for n in (1, 3))
-    assert three.loss <= one.loss
-    assert three.start in range(3)
+    seen, _ = seen_of(NoDefense(), model, images, trials=1)
+    sent = {name: tensor * factor for name, tensor in seen[0].gradient.items()}
+    (found,) = run(replace(QUICK, iterations=2), [replace(seen[0], gradient=sent)])
+    assert bool(found.images.isfinite().all())
+
+
+@pytest.mark.parametrize("draws", [2, 5])
+def test_few_draws_make_no_secret_known(images, model, draws):
+    """A key's ReLU may give 0 in all of them."""
+    seen, _ = seen_of(PUBLISHED, model, images, trials=1)
+    (found,) = run(replace(QUICK, iterations=1, draws=draws), seen)
+    gamma = {name: value for name, value in found.private.items() if name.endswith("weight")}
+    for name, support in read_structure(seen[0]).support.items():
+        assert torch.equal(gamma[name] != 0, support)
+
+
+def test_a_network_that_draws_is_refused(images, model):
+    seen, _ = seen_of(NoDefense(), nn.Sequential(nn.Dropout(), *model), images, trials=1)
+    with pytest.raises(AttackError, match="cannot be differentiated forward"):
+        run(QUICK, seen)
 
 
 def test_refuses_what_it_cannot_do(images, model):

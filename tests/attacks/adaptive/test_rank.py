@@ -43,3 +43,13 @@ def test_a_chain_of_locks_can_be_passed_as_far_as_counting_goes():
 def test_public_norms_are_not_called_locked():
     model, _ = lenet("all")
     assert not any(p.locked for p in passable_layers(model, image_shape=(3, 32, 32)))
+
+
+def test_weights_that_read_a_constant_input_say_one_thing():
+    """So that behind ReLU keys in all layers the second convolution cannot be passed."""
+    model, public = lenet("all")
+    third, second, _ = passable_layers(model, image_shape=(3, 32, 32), observed=public, live=0.5)
+    assert (third.equations, third.unknowns) == (6 * (64 + 25 * 6) + 6, 6 * 64 + 6 + 12)
+    assert (second.equations, second.unknowns) == (6 * (64 + 25 * 6) + 6, 6 * 256 + 6 + 12)
+    assert third.passable
+    assert not second.passable

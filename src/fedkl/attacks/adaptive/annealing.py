@@ -106,14 +106,16 @@ def _step(
 def _slopes(residuals: Residuals, point: Tensor, moved: Tensor) -> Float[Tensor, "moved m"]:
     """∂r/∂t of the unknowns that move. In float32: that decides how fast it goes, not where to."""
     at = point.float()
-    directions = torch.zeros(len(moved), len(at), device=at.device)
-    directions[torch.arange(len(moved), device=at.device), moved] = 1.0
 
-    def along(direction: Tensor) -> Tensor:
+    def along(place: Tensor) -> Tensor:
+        direction = torch.zeros_like(at).index_fill(0, place.unsqueeze(0), 1.0)
         slope: Tensor = torch.func.jvp(residuals, (at,), (direction,))[1]
         return slope
 
-    found: Tensor = torch.vmap(along, chunk_size=_CHUNK)(directions)
+    several = torch.vmap(along)
+    found = at.new_empty(len(moved), len(residuals(at)))  # filled in place: it is large
+    for begin in range(0, len(moved), _CHUNK):
+        found[begin : begin + _CHUNK] = several(moved[begin : begin + _CHUNK])
     return found
 
 

@@ -225,9 +225,12 @@ class Descent:
         return self._scaled(place, unscaled, found)
 
     def _tells_factor(self, place: int) -> bool:
-        """Whether a block has as many equations as unknowns, dead channels left out."""
+        """False where dead channels leave a block fewer equations than unknowns."""
         block = self.chain.blocks[place]
-        varying = self._live(place - 1) if place > 0 else torch.ones(block.layer.weight.shape[1])
+        inputs = torch.ones(block.layer.weight.shape[1], dtype=torch.bool)
+        varying = self._live(place - 1) if place > 0 else inputs
+        if bool(varying.all() & self._live(place).all()):
+            return True
         equations, unknowns = counted(block, alive=int(self._live(place).sum()), varying=int(varying.sum()))
         return equations >= unknowns
 

@@ -7,7 +7,7 @@ entries: nonlinear least squares, over
 
 * the scores of each image on the principal components of the server's own images, the strongest first;
 * γ and β, or whatever else is private, in units of how clients draw them: the server plays clients to see.
-  Where a row of the gradient is zero γ is known to be zero (`structure.py`).
+  Where clients draw zeros, as ReLU keys make them, a zero row of the gradient says where (`structure.py`).
 
 Residuals are the differences between the gradient that these would give and the observed one, every tensor
 in units of its own size; `annealing.py` finds the way. The objective of gradient matching is the same: what
@@ -60,12 +60,14 @@ class GaussNewton(Attack):
     """Nonlinear least squares for images, γ and β (or what else is private) at once.
 
     It needs auxiliary images, and a defense that the server can imitate. Any network that PyTorch can
-    differentiate forward, and any batch; several local steps only where the server can play them, which it
-    cannot where lock layers train. Private values are drawn as clients draw theirs, from the operating
-    system's randomness: results vary a little. Images come out with the scale that the auxiliary ones have.
+    differentiate forward, and any batch. In several local steps γ and β are taken to change as ordinary
+    parameters do, which is wrong where lock layers train. What the server fills in for private values is not
+    used: they are drawn as clients draw theirs, from the operating system's randomness, so that results vary
+    a little. Images come out with the scale that the auxiliary ones have.
 
     `Reconstruction.loss` is the mean squared residual: 1 for a gradient of zeros. What the components leave
     out of the image stays in it; a local minimum, which a restart may leave, has more.
+    `Reconstruction.evaluations` counts iterations: each differentiates along every unknown that moves.
 
     Attributes:
         components: Principal components of an image, at most.
@@ -124,6 +126,8 @@ class GaussNewton(Attack):
                 f"got {unknowns:,} and {entries:,}. Use fewer components, a smaller batch, or another attack."
             )
 
+        _check_forward(observation)
+
     def _run(
         self, observations: list[Observation], generators: list[torch.Generator], on_evaluation: Progress
     ) -> list[Reconstruction]:
@@ -142,8 +146,8 @@ class GaussNewton(Attack):
     def _priors(self, own: Auxiliary, observation: Observation) -> _Priors:
         images = own.images.double().cpu()
         mean, basis = prior.components(images, count=self.components)
-        draws = [own.draw() for _ in range(self.draws)] if own.draw is not None else []
         names = _private_names(observation)
+        draws = [own.draw() for _ in range(self.draws)] if names and own.draw is not None else []
         drawn = {name: torch.stack([each[name].double().cpu() for each in draws]) for name in names}
         return _Priors(mean, basis, drawn)
 
@@ -203,12 +207,13 @@ class _Problem:
 
     def __init__(self, observation: Observation, labels: Labels, priors: _Priors) -> None:
         self._shape = (observation.batch_size, *observation.image_shape)
+        sizes = _sizes(observation)
         self._gradients = {
-            dtype: _Gradients(observation, labels, dtype) for dtype in (torch.float64, torch.float32)
+            dtype: _Gradients(observation, labels, sizes, dtype) for dtype in (torch.float64, torch.float32)
         }
         device = self._gradients[torch.float64].device
         self._mean, self._basis = priors.mean.to(device), priors.basis.to(device)
-        support = read_structure(observation).support
+        support = read_structure(observation).support if observation.train_mode else {}
         self._private = {
             name: _private(drawn.to(device), support.get(name)) for name, drawn in priors.drawn.items()
         }
@@ -260,15 +265,14 @@ class _Problem:
 class _Gradients(GradientMatching):
     """The gradient that images and private parameters give, against the observed one."""
 
-    def __init__(self, observation: Observation, labels: Labels, dtype: torch.dtype) -> None:
+    def __init__(
+        self, observation: Observation, labels: Labels, sizes: Mapping[str, float], dtype: torch.dtype
+    ) -> None:
         super().__init__([observation], labels=[labels], dtype=dtype)
         self._target = labels.to(self.device)
-        squares = {name: tensor.square().sum() for name, tensor in self._observed.items()}
-        least = _SMALL * torch.stack(list(squares.values())).sum()
-        self._sizes = {
-            name: (square / self._observed[name].numel()).sqrt()
-            for name, square in squares.items()
-            if square > least
+        self._sizes = sizes
+        self._goal = {
+            name: (observation.gradient[name].double() / size).to(dtype) for name, size in sizes.items()
         }
 
     def residuals(self, images: ImageBatch, private: Mapping[str, Tensor]) -> Tensor:
@@ -279,11 +283,42 @@ class _Gradients(GradientMatching):
         if self._first.transform is not None:
             update = self._first.transform(update)
         return torch.cat(
-            [
-                ((update[name] - self._observed[name][0]) / size).flatten()
-                for name, size in self._sizes.items()
-            ]
+            [(update[name] / size - self._goal[name]).flatten() for name, size in self._sizes.items()]
         )
+
+
+def _check_forward(observation: Observation) -> None:
+    """Differentiates once along a blank batch, which costs little beside the attack.
+
+    Raises:
+        AttackError: PyTorch cannot, or the network draws random numbers.
+    """
+    labels = torch.zeros(observation.batch_size, dtype=torch.long)
+    gradients = _Gradients(observation, labels, _sizes(observation), torch.float32)
+    blank = torch.zeros(observation.batch_size, *observation.image_shape, device=gradients.device)
+
+    def along(direction: Tensor) -> Tensor:
+        slope: Tensor = torch.func.jvp(lambda x: gradients.residuals(x, {}), (blank,), (direction,))[1]
+        return slope
+
+    try:
+        torch.vmap(along)(blank.unsqueeze(0))
+    except (RuntimeError, NotImplementedError) as error:
+        raise AttackError(
+            "GaussNewton: this network cannot be differentiated forward, or it draws random numbers, as "
+            f"dropout does in train mode ({error}). Use another attack, or a network without."
+        ) from error
+
+
+def _sizes(observation: Observation) -> dict[str, float]:
+    """Root mean square of every observed tensor that is not rounding."""
+    squares = {name: float(tensor.double().square().sum()) for name, tensor in observation.gradient.items()}
+    least = _SMALL * sum(squares.values())
+    return {
+        name: (square / observation.gradient[name].numel()) ** 0.5
+        for name, square in sorted(squares.items())
+        if square > least
+    }
 
 
 def _private_names(observation: Observation) -> list[str]:
@@ -292,17 +327,16 @@ def _private_names(observation: Observation) -> list[str]:
 
 
 def _private(drawn: Tensor, support: Tensor | None) -> _Private:
-    """Mean and spread of a private parameter, over all of its entries but those that every draw has alike.
+    """Mean and spread of a private parameter, over all of its entries; known where all draws are the same.
 
     Args:
         drawn: Shape ``(draws, …)``.
-        support: Where it is not zero, if that was read off; shape ``(…)``.
+        support: Where its rows of the gradient are not zero, if that was read off; shape ``(…)``.
     """
-    unknown = drawn.amax(0) > drawn.amin(0)
-    values = drawn[:, unknown]
-    if support is not None:
-        unknown, values = unknown & support, values[values != 0]
-    if values.numel() < 2:
-        return _Private(drawn[0], values.new_zeros(()), torch.zeros_like(unknown))
-    mean = torch.where(unknown, values.mean(), drawn[0])
-    return _Private(mean if support is None else mean * support, values.std(), unknown)
+    every = torch.ones_like(drawn[0], dtype=torch.bool)
+    if bool((drawn == drawn[0]).all()):
+        return _Private(drawn[0], drawn.new_zeros(()), ~every)
+    if support is None or not bool((drawn == 0).any()):
+        return _Private(drawn.mean().expand_as(every), drawn.std(), every)
+    values = drawn[drawn != 0]
+    return _Private(values.mean() * support, values.std(), support)
