@@ -192,7 +192,7 @@ def frontier(points: Sequence[Tradeoff]) -> bytes:
         axes.tick_params(labelsize=7)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=6, framealpha=0.9)
+        axes.legend(fontsize=6, framealpha=0.9, loc="lower right")
     return _png(figure)
 
 

@@ -125,7 +125,6 @@ class GaussNewton(Attack):
                 f"GaussNewton: expected at most {_LARGEST:,} unknowns and {_MOST:,} entries of the Jacobian, "
                 f"got {unknowns:,} and {entries:,}. Use fewer components, a smaller batch, or another attack."
             )
-
         _check_forward(observation)
 
     def _run(
