@@ -364,6 +364,10 @@ class Attack:
 
         return shared_out(run, pairs, workers=workers if self.divisible else 1, progress=on_evaluation)
 
+    def _below(self, **least: int) -> list[str]:
+        """Which settings are below their least value, as phrases for a message."""
+        return [f"{name} ≥ {low}" for name, low in least.items() if getattr(self, name) < low]
+
     def _check(self, observation: Observation) -> None:
         """Raises AttackError where this attack cannot work on observations of this kind."""
 

@@ -8,6 +8,7 @@ led; and the unknowns that matter least are left at 0 until the others cannot ex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -79,16 +80,11 @@ def _step(
     residuals: Residuals, point: Tensor, moved: Tensor, *, noise: float, damping: float
 ) -> tuple[Tensor, float, float]:
     """The next point, the share of the objective that it gains, and the next damping."""
-
-    def objective(at: Tensor) -> float:
-        value = float((residuals(at) / noise).square().sum() + at.square().sum())
-        return value if value == value else float("inf")  # NaN is never the lesser
-
-    slopes = _slopes(residuals, point, moved)
-    normal = (slopes @ slopes.T).double() / noise**2
+    missed, slope = residuals(point), slopes(residuals, point, moved)
+    normal = (slope @ slope.T).double() / noise**2
     normal.diagonal().add_(1.0)
-    right = (slopes @ residuals(point).to(slopes)).double() / noise**2 + point[moved]
-    before = objective(point)
+    right = (slope @ missed.to(slope)).double() / noise**2 + point[moved]
+    before = _objective(point, missed, noise=noise)
     for _ in range(_TRIES):
         damped = normal.clone()
         damped.diagonal().mul_(1 + damping)
@@ -96,15 +92,28 @@ def _step(
         if not int(failed):
             step = torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1)
             there = point.index_add(0, moved, -step)
-            after = objective(there)
+            after = _objective(there, residuals(there), noise=noise)
             if after < before:
                 return there, (before - after) / before, max(damping / 10, _LEAST_DAMPING)
         damping *= 10
     return point, 0.0, damping
 
 
-def _slopes(residuals: Residuals, point: Tensor, moved: Tensor) -> Float[Tensor, "moved m"]:
-    """∂r/∂t of the unknowns that move. In float32: that decides how fast it goes, not where to."""
+def _objective(point: Tensor, missed: Tensor, *, noise: float) -> float:
+    return _number((missed / noise).square().sum() + point.square().sum())
+
+
+def slopes(residuals: Residuals, point: Tensor, moved: Tensor) -> Float[Tensor, "moved m"]:
+    """∂r/∂t of the unknowns that move. In float32: that decides how fast it goes, not where to.
+
+    Args:
+        residuals: As in `anneal`.
+        point: Where.
+        moved: Indexes of the unknowns.
+
+    Raises:
+        RuntimeError: The residuals cannot be differentiated forward, or draw random numbers.
+    """
     at = point.float()
 
     def along(place: Tensor) -> Tensor:
@@ -120,5 +129,9 @@ def _slopes(residuals: Residuals, point: Tensor, moved: Tensor) -> Float[Tensor,
 
 
 def _mean_square(values: Tensor) -> float:
-    found = float(values.double().square().mean())
-    return found if found == found else float("inf")
+    return _number(values.double().square().mean())
+
+
+def _number(value: Tensor) -> float:
+    """Infinite where it is NaN, which is then never the lesser."""
+    return math.inf if bool(value.isnan()) else float(value)

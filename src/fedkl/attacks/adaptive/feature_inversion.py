@@ -80,8 +80,7 @@ class FeatureInversion(Attack):
     prior: float = 0.01
 
     def __post_init__(self) -> None:
-        least = {"layers": 1, "images_per_client": 1, "components": 1, "iterations": 0}
-        wrong = [f"{name} ≥ {low}" for name, low in least.items() if getattr(self, name) < low]
+        wrong = self._below(layers=1, images_per_client=1, components=1, iterations=0)
         wrong += ["finite lr > 0"] if not 0 < self.lr < math.inf else []
         wrong += ["finite prior ≥ 0"] if not 0 <= self.prior < math.inf else []
         few = self.simulations is not None and self.simulations < _LEAST

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fedkl.attacks.adaptive import prior
-from fedkl.attacks.adaptive.annealing import Fit, anneal
+from fedkl.attacks.adaptive.annealing import Fit, anneal, slopes
 from fedkl.attacks.adaptive.structure import read_structure
 from fedkl.attacks.base import Attack, Auxiliary, Observation, Reconstruction
 from fedkl.attacks.labels import known_labels
@@ -38,9 +38,7 @@ _LEAST = 100  # auxiliary images
 _LARGEST = 4096  # numbers of an image, and unknowns
 _MOST = 10**9  # entries of the Jacobian: 4 GB
 _COARSE = 64  # components that are sought first
-_SMALL = (
-    1e-10  # share of the gradient's square below which a tensor is rounding, e.g. of a bias before a norm
-)
+_SMALL = 1e-10  # share of the gradient's square below which a tensor is rounding: of a bias before a norm
 _STILL, _WIDE = 0.05, 0.5  # size of the first start, and of the others, in standard deviations
 
 
@@ -86,8 +84,7 @@ class GaussNewton(Attack):
     draws: int = 20
 
     def __post_init__(self) -> None:
-        least = {"components": 1, "iterations": 1, "restarts": 1, "draws": 2}
-        wrong = [f"{name} ≥ {low}" for name, low in least.items() if getattr(self, name) < low]
+        wrong = self._below(components=1, iterations=1, restarts=1, draws=2)
         if wrong:
             raise ConfigError(f"GaussNewton: expected {', '.join(wrong)}, got less.")
 
@@ -296,12 +293,11 @@ def _check_forward(observation: Observation) -> None:
     gradients = _Gradients(observation, labels, _sizes(observation), torch.float32)
     blank = torch.zeros(observation.batch_size, *observation.image_shape, device=gradients.device)
 
-    def along(direction: Tensor) -> Tensor:
-        slope: Tensor = torch.func.jvp(lambda x: gradients.residuals(x, {}), (blank,), (direction,))[1]
-        return slope
+    def residuals(point: Tensor) -> Tensor:
+        return gradients.residuals(point.view(blank.shape), {})
 
     try:
-        torch.vmap(along)(blank.unsqueeze(0))
+        slopes(residuals, blank.flatten(), torch.zeros(1, dtype=torch.long, device=blank.device))
     except (RuntimeError, NotImplementedError) as error:
         raise AttackError(
             "GaussNewton: this network cannot be differentiated forward, or it draws random numbers, as "

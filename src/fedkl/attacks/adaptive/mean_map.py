@@ -71,8 +71,7 @@ class MeanMap(Attack):
     steps: int = 100
 
     def __post_init__(self) -> None:
-        least = {"components": 1, "draws": 2, "steps": 1}  # of one draw the stem would seem to be known
-        wrong = [f"{name} ≥ {low}" for name, low in least.items() if getattr(self, name) < low]
+        wrong = self._below(components=1, draws=2, steps=1)  # of one draw the stem would seem to be known
         if wrong:
             raise ConfigError(f"MeanMap: expected {', '.join(wrong)}, got less.")
 

@@ -77,8 +77,7 @@ class Wiener(Attack):
     starts: int = 10
 
     def __post_init__(self) -> None:
-        least = {"components": 1, "draws": 2, "starts": 1}  # of one draw all secrets would seem to be known
-        wrong = [f"{name} ≥ {low}" for name, low in least.items() if getattr(self, name) < low]
+        wrong = self._below(components=1, draws=2, starts=1)  # of one draw all secrets would seem to be known
         if wrong:
             raise ConfigError(f"Wiener: expected {', '.join(wrong)}, got less.")
 
