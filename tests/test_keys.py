@@ -17,6 +17,7 @@ import fedkl
 from fedkl import Key
 from fedkl.errors import LockError, SecretError
 from fedkl.keys import secure_normal, secure_uniform
+from fedkl.locking import withhold, withhold_statistics
 
 LENGTH = 64
 
@@ -91,13 +92,40 @@ def test_a_lock_and_its_model_are_not_pickled(key, lock):
 
 
 def test_a_model_with_private_statistics_only_is_not_pickled():
-    from fedkl.locking import withhold_statistics
 
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     withhold_statistics(model)
     with pytest.raises(SecretError, match=r"Save model.state_dict\(\), which omits them"):
         torch.save(model, io.BytesIO())
     assert set(copy.deepcopy(model).state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_each_part_refuses_by_itself(key, lock):
+    """What holds a secret does not rely on what it is part of, or what is part of it."""
+    layer = lock.model[1].parametrizations.weight[0]
+    for part, says in ((layer, "A lock layer"), (layer.chain, "A chain of lock layers"), (key, "A Key")):
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            with pytest.raises(SecretError, match=f"^{says} cannot be pickled"):
+                part.__reduce_ex__(protocol)
+        with pytest.raises(SecretError, match=f"^{says} cannot be pickled"):
+            part.__getstate__()
+
+
+def test_a_model_with_private_layers_is_not_pickled():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    withhold(model[1], ("weight", "bias"))
+    for thing in (model, model[1]):
+        with pytest.raises(SecretError, match="A model with private tensors cannot be pickled"):
+            pickle.dumps(thing)
+    pickle.dumps(model[0])
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16])
+def test_a_key_of_any_precision(kind):
+    values = torch.tensor([0.5, -1.0, 2.0]).to(kind)
+    assert Key(values).reveal().tolist() == [0.5, -1.0, 2.0]
+    with pytest.raises(LockError, match="not all zero"):
+        Key(torch.zeros(3).to(kind))
 
 
 def test_a_baked_model_can_be_saved_whole(lock):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +17,7 @@ from torch import nn
 import fedkl
 from fedkl import Key, lockfile
 from fedkl.errors import KeyFileError
-from fedkl.locking import load_memory
+from fedkl.locking import load_memory, read_lock
 
 PASSPHRASE = "correct horse"
 
@@ -296,7 +298,11 @@ def test_hostile_headers(tmp_path, fields):
         None,
         {"n": 3, "r": 1, "p": 1},
         {"n": 2**30, "r": 1, "p": 1},
-        {"n": 2, "r": 99, "p": 1},
+        {"n": 2, "r": 2**21, "p": 1},
+        {"n": 2**15, "r": 8, "p": 9},
+        {"n": 2**19, "r": 8, "p": 1},
+        {"n": 2**20, "r": 16, "p": 4},
+        {"n": 2, "r": -1, "p": -1},
     ],
 )
 def test_hostile_costs(tmp_path, key, cost):
@@ -308,6 +314,170 @@ def test_hostile_costs(tmp_path, key, cost):
     path.write_bytes(content[:8] + len(fields).to_bytes(4, "big") + fields + content[12 + length :])
     with pytest.raises(KeyFileError, match="header is damaged"):
         fedkl.load_key(path, passphrase=PASSPHRASE)
+
+
+def resealed(path, change):
+    """Writes a container's header anew, as somebody would who has no key."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[8:12], "big")
+    fields = json.loads(content[12 : 12 + length])
+    change(fields)
+    header = json.dumps(fields, sort_keys=True).encode()
+    path.write_bytes(content[:8] + len(header).to_bytes(4, "big") + header + content[12 + length :])
+
+
+@pytest.mark.parametrize("change", [{"kind": "lock"}, {"more": 1}])
+def test_the_header_is_bound_to_the_body(file, passphrase, change):
+    resealed(file, lambda fields: fields.update(change))
+    with pytest.raises(KeyFileError, match="was altered after it was written"):
+        lockfile.read(file, kind=change.get("kind", "key"), passphrase=passphrase)
+
+
+def header_of(path):
+    content = path.read_bytes()
+    return json.loads(content[12 : 12 + int.from_bytes(content[8:12], "big")])
+
+
+def test_every_file_has_its_own_nonce_and_salt(tmp_path, key):
+    for name in "ab":
+        fedkl.save_key(key, tmp_path / name, passphrase=PASSPHRASE)
+    a, b = (header_of(tmp_path / name) for name in "ab")
+    assert a["salt"] != b["salt"]
+    assert a["nonce"] != b["nonce"]
+
+
+def test_files_that_share_a_salt_have_nonces_of_their_own(tmp_path):
+    salt = os.urandom(16)
+    for name in "abc":
+        lockfile.write(
+            tmp_path / name, kind="checkpoint", meta={}, tensors={}, passphrase=PASSPHRASE, salt=salt
+        )
+    headers = [header_of(tmp_path / name) for name in "abc"]
+    assert {header["salt"] for header in headers} == {salt.hex()}
+    assert len({header["nonce"] for header in headers}) == 3
+
+
+@pytest.mark.parametrize(("field", "value"), [("salt", ""), ("salt", "00" * 8), ("nonce", "00" * 16)])
+def test_short_salts_and_nonces_are_refused(tmp_path, key, field, value):
+    path = tmp_path / "k"
+    fedkl.save_key(key, path, passphrase=PASSPHRASE)
+    resealed(path, lambda fields: fields.update({field: value}))
+    with pytest.raises(KeyFileError, match="header is damaged"):
+        fedkl.load_key(path, passphrase=PASSPHRASE)
+
+
+def test_what_a_file_may_cost_at_most(tmp_path, key):
+    path = tmp_path / "k"
+    fedkl.save_key(key, path, passphrase=PASSPHRASE)
+    resealed(path, lambda fields: fields.update(scrypt={"n": 2**18, "r": 8, "p": 1}))  # the most: 2^21
+    code = (
+        "import resource, sys, fedkl\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: fedkl.load_key(sys.argv[1], passphrase='x')\n"
+        "except fedkl.FedKLError as error: assert 'wrong passphrase' in str(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 300 * 1024  # KiB; one of twice the cost is refused, see above
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(("written", "given"), [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
+def test_a_passphrase_opens_however_it_was_typed(tmp_path, key, written, given):
+    fedkl.save_key(key, tmp_path / "k", passphrase=written)
+    for passphrase in (written, given):
+        fedkl.load_key(tmp_path / "k", passphrase=passphrase)
+    with pytest.raises(KeyFileError, match="wrong passphrase"):
+        fedkl.load_key(tmp_path / "k", passphrase="cafe")
+
+
+def test_files_of_versions_that_took_a_passphrase_as_it_was_typed(tmp_path, key, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(lockfile, "_normal", lambda path, passphrase: passphrase.encode())
+        fedkl.save_key(key, tmp_path / "k", passphrase=DECOMPOSED)
+    assert torch.equal(fedkl.load_key(tmp_path / "k", passphrase=DECOMPOSED).reveal(), key.reveal())
+
+
+def test_a_passphrase_that_is_no_text_is_refused_and_not_quoted(tmp_path, key):
+    fedkl.save_key(key, tmp_path / "k", passphrase=PASSPHRASE)
+    secret = "horse\udcff"
+    for use in (
+        lambda: fedkl.save_key(key, tmp_path / "other", passphrase=secret),
+        lambda: fedkl.load_key(tmp_path / "k", passphrase=secret),
+    ):
+        with pytest.raises(KeyFileError, match="not text in UTF-8") as caught:
+            use()
+        assert "horse" not in str(caught.value)
+        assert caught.value.__cause__ is None
+    assert [path.name for path in tmp_path.iterdir()] == ["k"]
+
+
+def test_a_key_is_created_once(tmp_path, key):
+    fedkl.save_key(key, tmp_path / "k", passphrase=None, replace=False)
+    with pytest.raises(KeyFileError, match="exists already"):
+        fedkl.save_key(Key.generate(length=16), tmp_path / "k", passphrase=None, replace=False)
+    assert torch.equal(fedkl.load_key(tmp_path / "k", passphrase=None).reveal(), key.reveal())
+
+
+def test_copies_are_numbered_and_private(tmp_path, key):
+    fedkl.save_key(key, tmp_path / "k", passphrase=PASSPHRASE)
+    names = [lockfile.keep_copy(tmp_path / "k").name for _ in range(3)]
+    assert names == ["k.old-1", "k.old-2", "k.old-3"]
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (tmp_path / "k").read_bytes()
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("new", ["mule", None])
+def test_a_passphrase_is_changed_and_nothing_else(tmp_path, passphrase, new):
+    lock, memory = locked(), {"momentum": torch.arange(3.0)}
+    path = tmp_path / "lock"
+    lock.save(path, passphrase=passphrase, memory=memory, about={"client": "a", "saved": 3})
+    before = path.read_bytes()
+    with pytest.raises(KeyFileError):
+        lockfile.change_passphrase(path, old="wrong", new=new)
+    assert path.read_bytes() == before
+    lockfile.change_passphrase(path, old=passphrase, new=new)
+    with pytest.raises(KeyFileError):
+        read_lock(path, net(), passphrase="wrong" if new is None else passphrase)
+    found = read_lock(path, net(), passphrase=new)
+    assert torch.equal(found.lock.key.reveal(), lock.key.reveal())
+    assert torch.equal(found.memory["momentum"], memory["momentum"])
+    assert found.about == {"client": "a", "saved": 3}
+
+
+def test_the_passphrase_of_a_checkpoint_is_not_changed(tmp_path):
+    lockfile.write(tmp_path / "c", kind="checkpoint", meta={}, tensors={}, passphrase=None)
+    with pytest.raises(KeyFileError, match="expected a key or lock file, this is a 'checkpoint' file"):
+        lockfile.change_passphrase(tmp_path / "c", old=None, new="x")
+
+
+def test_key_material_of_killed_writes_is_removed(tmp_path, key):
+    left = tmp_path / ".k.0123abcd.part"
+    left.write_bytes(b"half a key")
+    fedkl.save_key(key, tmp_path / "k", passphrase=None)
+    assert not left.exists()
+
+
+def test_files_of_other_kinds(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(KeyFileError, match="not an ordinary file"):
+        fedkl.load_key(tmp_path / "pipe", passphrase=None)
+    with pytest.raises(KeyFileError, match="not the name of a file"):
+        fedkl.load_key(f"{tmp_path}/k\0", passphrase=None)
+
+
+@pytest.mark.parametrize("damage", ["about", "nested"])
+def test_what_a_file_says_of_itself_is_checked(tmp_path, unchecked, damage):
+    path = tmp_path / "lock"
+    locked().save(path, passphrase=None)
+    meta, tensors = lockfile.read(path, kind="lock", passphrase=None)
+    meta["about"] = {"client": ["a"]} if damage == "about" else ["a"]
+    lockfile.write(path, kind="lock", meta=meta, tensors=tensors, passphrase=None)
+    with pytest.raises(KeyFileError, match="unknown options"):
+        fedkl.load_lock(path, net(), passphrase=None)
 
 
 def test_several_first_users_get_one_passphrase(tmp_path, monkeypatch):
@@ -333,6 +503,7 @@ def test_an_empty_passphrase_file_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("FEDKL_PASSPHRASE", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     (tmp_path / "fedkl").mkdir()
+    (tmp_path / "fedkl" / "passphrase").touch(mode=0o600)
     (tmp_path / "fedkl" / "passphrase").write_text("\n")
     with pytest.raises(KeyFileError, match=r"passphrase: empty.*FEDKL_PASSPHRASE"):
         lockfile.default_passphrase()

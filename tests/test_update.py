@@ -11,7 +11,7 @@ from torch import nn
 
 import fedkl
 from fedkl.errors import SecretError, UpdateError
-from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
+from fedkl.update import MAX_SAMPLES, PublicSchema, PublicUpdate, TensorSpec
 
 SHAPES = {"a.weight": (3, 2), "a.bias": (3,), "empty": (0, 2), "count": ()}
 
@@ -90,13 +90,13 @@ def test_all_other_problems_come_together(schema, tensors):
         assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("num_samples", [0, -1, float("nan"), 2.5, 3.0, True])
+@pytest.mark.parametrize("num_samples", [0, -1, float("nan"), 2.5, 3.0, True, MAX_SAMPLES + 1])
 def test_unusable_sample_counts(unchecked, schema, tensors, num_samples):
-    with pytest.raises(UpdateError, match=f"expected integers num_samples ≥ 1 .* num_samples={num_samples},"):
+    with pytest.raises(UpdateError, match=f"of at most 10¹², num_samples ≥ 1 .* num_samples={num_samples},"):
         PublicUpdate(schema=schema, tensors=tensors, num_samples=num_samples, round=0)
 
 
-@pytest.mark.parametrize("round", [-1, float("nan"), 0.5])
+@pytest.mark.parametrize("round", [-1, float("nan"), 0.5, 10**12 + 1])
 def test_unusable_rounds(unchecked, schema, tensors, round):
     with pytest.raises(UpdateError, match=f"and round ≥ 0, got num_samples=1, round={round}"):
         PublicUpdate(schema=schema, tensors=tensors, num_samples=1, round=round)
@@ -153,11 +153,76 @@ def test_foreign_bytes_are_refused(schema, tensors, metadata):
         PublicUpdate.from_bytes(content, schema=schema)
 
 
-def test_hostile_counts_are_refused(schema, tensors):
-    header = json.dumps({"kind": "weights", "num_samples": 0, "round": 0})
-    content = safetensors.torch.save(tensors, {"format": "fedkl-update-1", "update": header})
-    with pytest.raises(UpdateError, match="num_samples=0"):
+def bytes_of(tensors, **counts):
+    header = json.dumps({"kind": "weights", "num_samples": 1, "round": 0} | counts)
+    return safetensors.torch.save(tensors, {"format": "fedkl-update-1", "update": header})
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"num_samples": 10**12 + 1}, "num_samples=1000000000001"),
+        ({"num_samples": 10**20}, "num_samples=100000000000000000000"),
+        ({"num_samples": 10**4000}, "num_samples=more than 30 digits"),
+        ({"round": -(10**40)}, "round=more than 30 digits"),
+        ({"round": 10**13}, "round=10000000000000"),
+    ],
+)
+def test_hostile_counts_are_refused(schema, tensors, counts, message):
+    with pytest.raises(UpdateError, match=message) as caught:
+        PublicUpdate.from_bytes(bytes_of(tensors, **counts), schema=schema)
+    assert len(str(caught.value)) < 200
+
+
+def test_no_count_is_too_long_to_be_told(schema, tensors):
+    with pytest.raises(UpdateError, match="num_samples=more than 30 digits"):
+        PublicUpdate(schema=schema, tensors=tensors, num_samples=10**5000, round=0)
+
+
+def test_the_most_samples_are_taken(schema, tensors):
+    update = PublicUpdate.from_bytes(bytes_of(tensors, num_samples=MAX_SAMPLES, round=10**12), schema=schema)
+    assert (update.num_samples, update.round) == (10**12, 10**12)
+
+
+def raw(header, *, data=bytes(4)):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+TENSOR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+OURS = {"format": "fedkl-update-1", "update": '{"kind": "weights", "num_samples": 1, "round": 0}'}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *({"w": TENSOR | {"dtype": name, "shape": [4]}, "__metadata__": OURS} for name in ("F8_E8M0", "F99")),
+        *({"w": TENSOR, "__metadata__": other} for other in ([], 3, "text")),
+        *({"w": TENSOR, "__metadata__": OURS | {"update": other}} for other in ({}, 3, None, ["x"])),
+        {"w": TENSOR, "__metadata__": {"format": "fedkl-update-1", "update": '{"round": NaN}'}},
+        {"w": 3, "__metadata__": OURS},
+        [],
+    ],
+)
+def test_headers_of_wrong_kinds_are_refused(header):
+    schema = PublicSchema(kind="weights", specs={"w": TensorSpec(shape=(1,), dtype=torch.float32)})
+    right = raw({"w": TENSOR, "__metadata__": OURS})
+    assert PublicUpdate.from_bytes(right, schema=schema).num_samples == 1
+    with pytest.raises(UpdateError, match="these are not the bytes of a fedkl-update-1 file"):
+        PublicUpdate.from_bytes(raw(header), schema=schema)
+
+
+def test_no_name_forges_a_line_or_fills_a_log(schema, tensors):
+    names = ["a\nERROR all is lost", "\x1b[2J", "x" * 10_000]
+    content = bytes_of(tensors | {name: torch.zeros(1) for name in names})
+    with pytest.raises(UpdateError) as caught:
         PublicUpdate.from_bytes(content, schema=schema)
+    text = str(caught.value)
+    assert r"'a\nERROR all is lost' is unexpected" in text
+    assert len(text.splitlines()) == 5
+    assert "\x1b" not in text
+    assert len(text) < 600
 
 
 def test_a_lock_sends_its_state_and_gradient(lock):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -24,7 +25,7 @@ from rich.table import Table
 
 import fedkl
 from fedkl import config as configs
-from fedkl import data, demo, experiments, report, reproduce
+from fedkl import data, demo, experiments, lockfile, report, reproduce
 from fedkl import generator as generators
 from fedkl.errors import ConfigError, FedKLError
 from fedkl.lockfile import PASSPHRASE_VARIABLE
@@ -38,7 +39,7 @@ app = typer.Typer(
     add_completion=False,
 )
 data_app = typer.Typer(help="Datasets: list and fetch.", no_args_is_help=True)
-key_app = typer.Typer(help="Key files: new, info, rotate.", no_args_is_help=True)
+key_app = typer.Typer(help="Key files: new, info, rotate, passphrase.", no_args_is_help=True)
 generator_app = typer.Typer(help="The generators that the attack ggl searches.", no_args_is_help=True)
 reproduce_app = typer.Typer(help="The paper's tables, beside the print.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -47,6 +48,7 @@ app.add_typer(generator_app, name="generator")
 app.add_typer(reproduce_app, name="reproduce")
 
 console = Console(emoji=False)
+_NEW_PASSPHRASE_VARIABLE = "FEDKL_NEW_PASSPHRASE"  # noqa: S105 (a name, not a passphrase)
 
 OutOption = Annotated[Path, typer.Option("--out", help="Run directory; a finished run is not repeated.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; flags override its fields.")]
@@ -67,7 +69,9 @@ RowsOption = Annotated[str, typer.Option(help="Comma-separated, e.g. dlg/lenet/m
 ArmsOption = Annotated[str, typer.Option(help="Comma-separated, see `fedkl reproduce threats`.")]
 TrialsOption = Annotated[int, typer.Option(help="Test images attacked, one network each.")]
 BudgetOption = Annotated[reproduce.Budget, typer.Option(help="quick: minutes, marked as such. paper: hours.")]
-FirstSeedOption = Annotated[int, typer.Option(help="Seed of weights and attacks.")]
+FirstSeedOption = Annotated[
+    int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of weights and attacks.")
+]
 DeviceOption = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")]
 WorkersOption = Annotated[int, typer.Option(help="Threads that share the trials; 0: all cores.")]
 PlainOption = Annotated[bool, typer.Option("--unencrypted", help="Leave the file unencrypted.")]
@@ -526,9 +530,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(name) for name in _names(text))
+        numbers = tuple(int(name) for name in _names(text))
     except ValueError as error:
-        raise typer.BadParameter(f"{text}: expected whole numbers, e.g. 1,4,16.") from error
+        raise typer.BadParameter(f"{text:.100}: expected whole numbers, e.g. 1,4,16.") from error
+    if max(numbers) > 10**6:
+        raise typer.BadParameter(f"{text:.100}: expected numbers up to a million.")
+    return numbers
 
 
 @app.command("report")
@@ -594,10 +601,10 @@ def key_new(
     unencrypted: PlainOption = False,
 ) -> None:
     """Draws a new key. The passphrase is asked for, or taken from FEDKL_PASSPHRASE."""
-    if path.exists():
+    if path.exists():  # before a passphrase is asked for; whether it is there later is asked again
         raise ConfigError(f"{path}: exists already. Use `fedkl key rotate` or another path.")
     key = fedkl.Key.generate(length=length, distribution=distribution)  # type: ignore[arg-type]
-    fedkl.save_key(key, path, passphrase=_passphrase(unencrypted=unencrypted, confirm=True))
+    fedkl.save_key(key, path, passphrase=_passphrase(unencrypted=unencrypted, confirm=True), replace=False)
     console.print(f"{path}: {key}", highlight=False, soft_wrap=True)
 
 
@@ -614,12 +621,38 @@ def key_info(
 def key_rotate(
     path: Annotated[Path, typer.Argument(help="A key file.")], unencrypted: PlainOption = False
 ) -> None:
-    """Replaces a key by a new one of the same length and distribution. Lock layers must be trained again."""
+    """Replaces a key by a new one of the same length and distribution. Lock layers must be trained again.
+
+    The old file is kept beside it, as NAME.old-1, NAME.old-2 and so on: locks trained with it need it.
+    """
     passphrase = _passphrase(unencrypted=unencrypted, confirm=False)
     old = fedkl.load_key(path, passphrase=passphrase)
     key = fedkl.Key.generate(length=old.length, distribution=old.distribution)
+    copy = lockfile.keep_copy(path)
     fedkl.save_key(key, path, passphrase=passphrase)
     console.print(f"{path}: replaced by a new {key}", highlight=False, soft_wrap=True)
+    console.print(f"{copy}: the old one", highlight=False, soft_wrap=True)
+
+
+@key_app.command("passphrase")
+def key_passphrase(
+    path: Annotated[
+        Path, typer.Argument(help="A key file, or a lock file such as <store>/<client>/lock.fedkl.")
+    ],
+    unencrypted: Annotated[
+        bool, typer.Option("--unencrypted", help="The file is not encrypted yet; it will be.")
+    ] = False,
+) -> None:
+    """Changes the passphrase of a key or lock file. Copies and backups of it keep the old one.
+
+    The new one is asked for, or taken from FEDKL_NEW_PASSPHRASE.
+    """
+    old = _passphrase(unencrypted=unencrypted, confirm=False)
+    new = os.environ.get(_NEW_PASSPHRASE_VARIABLE)
+    if new is None:
+        new = typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True)
+    lockfile.change_passphrase(path, old=old, new=new)
+    console.print(f"{path}: opens with the new passphrase only", highlight=False, soft_wrap=True)
 
 
 @generator_app.command("train")
@@ -627,7 +660,9 @@ def generator_train(
     data_name: Annotated[str, typer.Option("--data", help="Dataset name; see `fedkl data list`.")],
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of weights, order and noise.")
+    ] = 0,
     latent: Annotated[int, typer.Option(help="Length of the latent vector.")] = 64,
     noise: Annotated[float, typer.Option(help="Standard deviation of a pixel; small: sharp.")] = 0.15,
     data_root: RootOption = None,
@@ -647,7 +682,7 @@ def generator_train(
 def generator_samples(
     source: Annotated[str, typer.Argument(help="A generator's file or folder, or mnist or cifar10.")],
     out: Annotated[Path, typer.Option("--out", help="PNG to write: a row for each class.")],
-    columns: Annotated[int, typer.Option(min=1, help="Samples of each class.")] = 10,
+    columns: Annotated[int, typer.Option(min=1, max=1000, help="Samples of each class.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the latent vectors.")] = 0,
 ) -> None:
     """Draws samples of a generator."""
@@ -656,11 +691,22 @@ def generator_samples(
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 ok, 2 wrong usage, configuration or data."""
+    """Entry point. Exit codes: 0 ok, 2 wrong usage, configuration or data, or files that cannot be used."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except FedKLError as error:
-        Console(stderr=True, emoji=False).print(
-            f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
-        )
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        kept = "What was finished is kept; once this is mended, the same command goes on."
+        _fail(f"{place}{error.strerror or error}. {kept}")
+
+
+def _fail(text: str) -> NoReturn:
+    Console(stderr=True, emoji=False).print(
+        f"Error: {text}", style="red", highlight=False, markup=False, soft_wrap=True
+    )
+    sys.exit(2)

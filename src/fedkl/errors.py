@@ -11,6 +11,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+_SHOWN_PROBLEMS = 50
+_SHOWN_CHARACTERS = 100
+
 
 class FedKLError(Exception):
     """Base class: catch this to catch everything that `fedkl` raises on purpose."""
@@ -57,14 +60,30 @@ def gathered(summary: str, problems: Sequence[str], remedy: str) -> str:
         remedy: What to do about it.
 
     Returns:
-        The message: the summary, the problems as a list, the remedy.
+        The message: the summary, the problems as a list (the first fifty), the remedy.
 
     >>> print(gathered("Cannot load.", ["'fc.weight' is missing"], "Send all tensors."))
     Cannot load.
       - 'fc.weight' is missing
     Send all tensors.
     """
-    return "\n".join([summary, *(f"  - {problem}" for problem in problems), remedy])
+    lines = [f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
+    more = len(problems) - len(lines)
+    return "\n".join([summary, *lines, *([f"  - and {more} more"] if more else []), remedy])
+
+
+def shown(name: object) -> str:
+    r"""A name that came from elsewhere, in quotes, as it may stand in a message or a log.
+
+    Line breaks and control codes are escaped, so that no name can forge a line of a log; long ones are cut.
+
+    >>> print(shown("fc.weight"), shown("a\nb"))
+    'fc.weight' 'a\nb'
+    """
+    text = str(name)
+    if len(text) > _SHOWN_CHARACTERS:
+        text = text[: _SHOWN_CHARACTERS - 1] + "…"
+    return repr(text)
 
 
 def warn(message: str) -> None:

@@ -58,11 +58,12 @@ class Key:
         if values.ndim != 1 or values.numel() < 1 or not values.is_floating_point():
             came = f"shape {tuple(values.shape)}, {values.dtype}"
             raise LockError(f"Key: expected one vector of floating-point numbers, got {came}.")
-        if not bool(torch.isfinite(values).all()) or not bool(values.abs().max() > 0):
+        numbers = values.detach().to(torch.float64, copy=True).cpu()  # first: of float8, nothing can be asked
+        if not bool(torch.isfinite(numbers).all()) or not bool(numbers.abs().max() > 0):
             raise LockError("Key: expected finite values that are not all zero. Use Key.generate().")
         if distribution not in get_args(KeyDistribution):
             raise LockError(_unknown_distribution(distribution))
-        self._values = values.detach().to(torch.float64, copy=True).cpu()
+        self._values = numbers
         self._distribution = distribution
 
     @classmethod
@@ -117,6 +118,9 @@ class Key:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise SecretError("A Key cannot be pickled. Save it with fedkl.save_key(...) or lock.save(...).")
+
+    def __getstate__(self) -> NoReturn:
+        self.__reduce_ex__(2)
 
 
 def _unknown_distribution(distribution: object) -> str:

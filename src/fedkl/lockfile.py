@@ -2,7 +2,8 @@
 
 Layout: ``FEDKLSEC``, header length (4 bytes, big-endian), header (JSON), body. The header names the kind,
 the encryption, its public parameters and the body's length; it is authenticated together with the body.
-The plaintext body is one safetensors file.
+The plaintext body is one safetensors file. Files of all versions that must stay readable are in
+``tests/vectors``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import hmac
 import json
 import os
 import secrets
+import unicodedata
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +24,12 @@ import safetensors.torch
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
-from safetensors import SafetensorError
 from torch import Tensor
 
-from fedkl.errors import KeyFileError, LockError
-from fedkl.files import create_once, write_atomically
+from fedkl.errors import KeyFileError, LockError, shown, warn
+from fedkl.files import PRIVATE_FILE, create_once, open_to_others, read_file, remove_parts, write_atomically
 from fedkl.keys import Key
+from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
 
 FileKind = Literal["key", "lock", "checkpoint"]
@@ -36,22 +40,33 @@ _MAGIC = b"FEDKLSEC"
 _VERSION = 1
 _SCRYPT = {"n": 2**15, "r": 8, "p": 1}
 _MAX_HEADER = 4096
-_MAX_SCRYPT_N = 2**20
+_MAX_PASSPHRASE = 4096
+MAX_SCRYPT_WORK = 2**21
+"""Most that a file may ask for as n · r · p: eight times what we write; 256 MiB and about a second."""
 
 
-def save_key(key: Key, path: str | Path, *, passphrase: str | None) -> None:
+def save_key(key: Key, path: str | Path, *, passphrase: str | None, replace: bool = True) -> None:
     """Writes a key to a file, mode 0600, atomically.
 
     Args:
         key: The key.
-        path: Where to; an existing file is replaced.
+        path: Where to.
         passphrase: Encrypts the file; None, given explicitly, leaves it unencrypted.
+        replace: Whether a file that is there is replaced.
 
     Raises:
-        KeyFileError: The passphrase is empty, or the file cannot be written.
+        KeyFileError: The passphrase is empty or is no text, the file cannot be written, or it is there and is
+            not to be replaced.
     """
     meta = {"distribution": key.distribution}
-    write(Path(path), kind="key", meta=meta, tensors={"key": key.reveal()}, passphrase=passphrase)
+    write(
+        Path(path),
+        kind="key",
+        meta=meta,
+        tensors={"key": key.reveal()},
+        passphrase=passphrase,
+        replace=replace,
+    )
 
 
 def load_key(path: str | Path, *, passphrase: str | None) -> Key:
@@ -77,6 +92,48 @@ def key_of(path: Path, meta: dict[str, Any], tensors: NamedTensors) -> Key:
         raise KeyFileError(f"{path}: holds no usable key; written by another version of fedkl?") from error
 
 
+def keep_copy(path: Path) -> Path:
+    """Keeps what a file holds now beside it, under the first free name ``<name>.old-<number>``, mode 0600.
+
+    Returns:
+        The copy.
+
+    Raises:
+        KeyFileError: It cannot be read or the copy cannot be written.
+    """
+    try:
+        content = read_file(path)
+        for number in count(1):
+            copy = path.with_name(f"{path.name}.old-{number}")
+            if create_once(copy, content, mode=PRIVATE_FILE):
+                return copy
+    except OSError as error:
+        raise KeyFileError(f"{path}: no copy of it can be kept ({error.strerror}).") from error
+    raise AssertionError  # numbers do not end
+
+
+def change_passphrase(path: str | Path, *, old: str | None, new: str | None) -> None:
+    """Encrypts a key or lock file anew; what it holds stays the same.
+
+    Copies and backups of the file still open with the old passphrase.
+
+    Args:
+        path: The file.
+        old: Its passphrase; None if it is not encrypted.
+        new: The new one; None leaves it unencrypted.
+
+    Raises:
+        KeyFileError: It does not open with `old`, is no key or lock file, or cannot be written; it stays as
+            it was.
+    """
+    path = Path(path)
+    kind = _parse(path)[1]["kind"]
+    if kind not in ("key", "lock"):
+        raise KeyFileError(f"{path}: expected a key or lock file, this is a {shown(kind)} file.")
+    meta, tensors = read(path, kind=kind, passphrase=old)
+    write(path, kind=kind, meta=meta, tensors=tensors, passphrase=new)
+
+
 def write(
     path: Path,
     *,
@@ -85,8 +142,11 @@ def write(
     tensors: NamedTensors,
     passphrase: str | None,
     salt: bytes | None = None,
+    replace: bool = True,
 ) -> None:
     """Writes tensors and metadata as one container; see the module's text.
+
+    What writes of this file that were killed have left beside it is removed.
 
     Args:
         path: Where to.
@@ -96,6 +156,10 @@ def write(
         passphrase: Encrypts it; None leaves it unencrypted.
         salt: Of the encryption key; a new one if None. Files of one process may share theirs, which saves
             the derivation: every file has its own nonce.
+        replace: Whether a file that is there is replaced.
+
+    Raises:
+        KeyFileError: The passphrase is empty or is no text, or the file cannot be written.
     """
     contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     plain = safetensors.torch.save(contiguous, {"fedkl": json.dumps(meta)})
@@ -104,18 +168,18 @@ def write(
         body = plain + hashlib.sha256(header + plain).digest()
     else:
         salt, nonce = salt or os.urandom(16), os.urandom(12)
-        secret, check = _derive(path, passphrase, salt, _SCRYPT)
+        secret, check = _derive(_normal(path, passphrase), salt, _SCRYPT)
         public = {"salt": salt.hex(), "nonce": nonce.hex(), "check": check, "scrypt": _SCRYPT}
         header = _header({"kind": kind, "encryption": "aes-256-gcm", "length": len(plain) + 16, **public})
         body = AESGCM(secret).encrypt(nonce, plain, header)
-    _write_container(path, header + body)
+    _write_container(path, header + body, replace=replace)
 
 
 def read(path: Path, *, kind: FileKind, passphrase: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads what `write` wrote; every way in which a file can be unusable gives one clear error."""
     header, fields, body = _parse(path)
     if fields["kind"] != kind:
-        raise KeyFileError(f"{path}: expected a {kind} file, this is a {fields['kind']} file.")
+        raise KeyFileError(f"{path}: expected a {kind} file, this is a {shown(fields['kind'])[1:-1]} file.")
     if len(body) != fields["length"]:
         raise KeyFileError(
             f"{path}: truncated or extended: {len(body)} bytes after the header, expected {fields['length']}."
@@ -142,8 +206,11 @@ def _decrypt(
 ) -> bytes:
     if passphrase is None:
         raise KeyFileError(f"{path}: the file is encrypted. Give its passphrase.")
-    secret, check = _derive(path, passphrase, bytes.fromhex(fields["salt"]), fields["scrypt"])
-    if not hmac.compare_digest(check, fields["check"]):
+    for candidate in _forms(path, passphrase):
+        secret, check = _derive(candidate, bytes.fromhex(fields["salt"]), fields["scrypt"])
+        if hmac.compare_digest(check, fields["check"]):
+            break
+    else:
         raise KeyFileError(f"{path}: wrong passphrase (or the file's header was altered).")
     try:
         return AESGCM(secret).decrypt(bytes.fromhex(fields["nonce"]), body, header)
@@ -151,18 +218,36 @@ def _decrypt(
         raise altered from error
 
 
-def _derive(path: Path, passphrase: str, salt: bytes, cost: dict[str, int]) -> tuple[bytes, str]:
-    """The encryption key, and a value by which a wrong passphrase is told from an altered file."""
+def _forms(path: Path, passphrase: str) -> Iterator[bytes]:
+    """A passphrase as we write it, and as it was typed: files of earlier versions took that."""
+    normal = _normal(path, passphrase)
+    yield normal
+    if passphrase.encode() != normal:
+        yield passphrase.encode()
+
+
+def _normal(path: Path, passphrase: str) -> bytes:
+    """One form for all ways to type it: an é may be one character or two (Unicode NFC and NFD)."""
     if not passphrase:
         raise KeyFileError(f"{path}: the passphrase is empty. Give one, or None for an unencrypted file.")
+    try:
+        return unicodedata.normalize("NFC", passphrase).encode()
+    except UnicodeEncodeError:  # its text would quote the passphrase
+        raise KeyFileError(
+            f"{path}: the passphrase is not text in UTF-8. Give one that is, e.g. of `openssl rand -hex 32`."
+        ) from None
+
+
+def _derive(passphrase: bytes, salt: bytes, cost: dict[str, int]) -> tuple[bytes, str]:
+    """The encryption key, and a value by which a wrong passphrase is told from an altered file."""
     derived = _scrypt(passphrase, salt, cost["n"], cost["r"], cost["p"])
     return derived[:32], hashlib.sha256(derived[32:]).hexdigest()
 
 
 @functools.lru_cache(maxsize=8)
-def _scrypt(passphrase: str, salt: bytes, n: int, r: int, p: int) -> bytes:
+def _scrypt(passphrase: bytes, salt: bytes, n: int, r: int, p: int) -> bytes:
     """64 derived bytes; slow on purpose, so that files with one salt, as those of a checkpoint, share it."""
-    return Scrypt(salt=salt, length=64, n=n, r=r, p=p).derive(passphrase.encode())
+    return Scrypt(salt=salt, length=64, n=n, r=r, p=p).derive(passphrase)
 
 
 def _header(fields: dict[str, Any]) -> bytes:
@@ -172,9 +257,11 @@ def _header(fields: dict[str, Any]) -> bytes:
 
 def _parse(path: Path) -> tuple[bytes, dict[str, Any], bytes]:
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise KeyFileError(f"{path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:  # a null character in the name
+        raise KeyFileError(f"{shown(path)}: not the name of a file.") from error
     if not data.startswith(_MAGIC):
         raise KeyFileError(f"{path}: not a fedkl key or lock file.")
     start = len(_MAGIC) + 4
@@ -182,9 +269,9 @@ def _parse(path: Path) -> tuple[bytes, dict[str, Any], bytes]:
     if len(data) < start + length or length > _MAX_HEADER:
         raise KeyFileError(f"{path}: truncated: the header is not complete.")
     try:
-        fields = json.loads(data[start : start + length])
+        fields = parse_json_object(data[start : start + length])
         _check_fields(fields)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise KeyFileError(f"{path}: the header is damaged, or of an unknown version.") from error
     return data[: start + length], fields, data[start + length :]
 
@@ -202,9 +289,9 @@ def _check_fields(fields: dict[str, Any]) -> None:
     if not all(type(value) is int for value in cost.values()):
         raise TypeError
     power_of_two = cost["n"] > 1 and cost["n"] & (cost["n"] - 1) == 0
-    if not power_of_two or cost["n"] > _MAX_SCRYPT_N or not 1 <= cost["r"] <= 16 or not 1 <= cost["p"] <= 4:
+    if not power_of_two or min(cost.values()) < 1 or cost["n"] * cost["r"] * cost["p"] > MAX_SCRYPT_WORK:
         raise ValueError
-    if len(bytes.fromhex(fields["nonce"])) != 12 or not bytes.fromhex(fields["salt"]):
+    if len(bytes.fromhex(fields["nonce"])) != 12 or len(bytes.fromhex(fields["salt"])) != 16:
         raise ValueError
     if not isinstance(fields["check"], str) or not fields["check"].isascii():
         raise TypeError
@@ -212,10 +299,9 @@ def _check_fields(fields: dict[str, Any]) -> None:
 
 def _unpack(plain: bytes, altered: KeyFileError) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        size = int.from_bytes(plain[:8], "little")
-        meta = json.loads(json.loads(plain[8 : 8 + size])["__metadata__"]["fedkl"])
-        return dict(meta), safetensors.torch.load(plain)
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        tensors, beside = parse_tensors(plain)
+        return parse_json_object(beside["fedkl"]), tensors
+    except (ValueError, KeyError) as error:
         raise altered from error
 
 
@@ -231,24 +317,58 @@ def default_passphrase() -> str:
     given = os.environ.get(PASSPHRASE_VARIABLE)
     if given:
         return given
-    folder = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config")
     try:
-        path = folder.expanduser() / "fedkl" / "passphrase"
+        path = config_folder() / "passphrase"
         if not path.exists():
-            create_once(path, secrets.token_hex(32).encode(), mode=0o600)
-        passphrase = path.read_text(encoding="utf-8").strip()  # read back: another process may have won
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: there is no home
+            remove_parts(path.parent, of=path.name)
+            create_once(path, secrets.token_hex(32).encode(), mode=PRIVATE_FILE)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         raise KeyFileError(
-            f"{folder}/fedkl/passphrase: the passphrase of this machine is not usable "
-            f"({type(error).__name__}). Set {PASSPHRASE_VARIABLE}."
+            f"This machine's passphrase cannot be made ({type(error).__name__}). Set {PASSPHRASE_VARIABLE}."
         ) from error
+    return read_passphrase(path)  # read back: another process may have won
+
+
+def config_folder() -> Path:
+    """Where this user's own things of `fedkl` are: the machine's passphrase, the stores that it knows.
+
+    Raises:
+        RuntimeError: There is no home.
+    """
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "fedkl"
+
+
+def read_passphrase(path: Path) -> str:
+    """The passphrase that a file holds, without white space around it.
+
+    Raises:
+        KeyFileError: It cannot be read, is empty or too long, is not UTF-8, or others may write to it.
+    """
+    try:
+        passphrase = read_file(path, limit=_MAX_PASSPHRASE).decode().strip()
+        writable, readable = (open_to_others(path, permissions=p) for p in (0o022, 0o044))
+    except (OSError, ValueError) as error:  # the text of a UnicodeDecodeError would quote the passphrase
+        reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
+        raise KeyFileError(
+            f"{path}: the passphrase cannot be read ({reason}). Restore it, or set {PASSPHRASE_VARIABLE}."
+        ) from None
+    if writable:
+        raise KeyFileError(
+            f"{path}: others may write to the passphrase's file, and so choose the passphrase. Run chmod 600."
+        )
     if not passphrase:
-        raise KeyFileError(f"{path}: empty. Restore it, or set {PASSPHRASE_VARIABLE}.")
+        raise KeyFileError(f"{path}: empty. Write a passphrase into it, or set {PASSPHRASE_VARIABLE}.")
+    if readable:
+        warn(f"{path}: others may read the passphrase's file. Run chmod 600.")
     return passphrase
 
 
-def _write_container(path: Path, data: bytes) -> None:
+def _write_container(path: Path, data: bytes, *, replace: bool) -> None:
     try:
-        write_atomically(path, data, mode=0o600)
+        remove_parts(path.parent, of=path.name)
+        if replace:
+            write_atomically(path, data, mode=PRIVATE_FILE)
+        elif not create_once(path, data, mode=PRIVATE_FILE):
+            raise KeyFileError(f"{path}: exists already. Choose another path.")
     except OSError as error:
         raise KeyFileError(f"{path}: cannot be written ({error.strerror}).") from error

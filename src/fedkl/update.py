@@ -10,14 +10,17 @@ from typing import Any, Literal, get_args
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from fedkl.errors import FedKLError, SecretError, UpdateError, gathered
+from fedkl.errors import FedKLError, SecretError, UpdateError, gathered, shown
+from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
 
 UpdateKind = Literal["gradient", "weights"]
 _FORMAT = "fedkl-update-1"
+
+MAX_SAMPLES = 10**12  # more than any client holds; sums of so many weights stay exact in float64
+_MAX_ROUND = 10**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ def check_tensors(
             non-finite tensor by name. Values are never part of the message.
     """
     problems = [f"'{name}' is missing" for name in specs if name not in tensors]
-    problems += [f"'{name}' is unexpected" for name in tensors if name not in specs]
+    problems += [f"{shown(name)} is unexpected" for name in tensors if name not in specs]
     for name, spec in specs.items():
         if name in tensors:
             problem = _tensor_problem(tensors[name], spec)
@@ -120,13 +123,14 @@ class PublicUpdate:
     Attributes:
         schema: The allow-list it was built against.
         tensors: Public tensors by name, read-only mapping.
-        num_samples: How many training samples stand behind it: its weight in the average.
+        num_samples: How many training samples stand behind it, at most `MAX_SAMPLES`: its weight in the
+            average.
         round: The communication round it belongs to, from 0.
 
     Raises:
         SecretError: A private name is among the tensors.
         UpdateError: A tensor is missing, unexpected, wrongly shaped or typed, or non-finite, or the
-            sample count is not an integer ≥ 1.
+            sample count or the round is not an integer in its range.
     """
 
     schema: PublicSchema = field(repr=False)
@@ -136,9 +140,9 @@ class PublicUpdate:
 
     def __post_init__(self) -> None:
         integers = type(self.num_samples) is type(self.round) is int  # a bool is no count
-        if not integers or self.num_samples < 1 or self.round < 0:
-            expected = "integers num_samples ≥ 1 and round ≥ 0"
-            got = f"num_samples={self.num_samples!r}, round={self.round!r}"
+        if not integers or not (1 <= self.num_samples <= MAX_SAMPLES and 0 <= self.round <= _MAX_ROUND):
+            expected = "integers of at most 10¹², num_samples ≥ 1 and round ≥ 0"
+            got = f"num_samples={_short(self.num_samples)}, round={_short(self.round)}"
             raise UpdateError(f"PublicUpdate refused: expected {expected}, got {got}.")
         self.schema.check(self.tensors, subject="PublicUpdate")
         copies = {name: self.tensors[name].detach().cpu().clone() for name in self.schema.specs}
@@ -162,28 +166,30 @@ class PublicUpdate:
         Raises:
             UpdateError: The bytes are not an update of this format and kind, or do not fit the schema.
         """
-        header = _read_header(data)
+        tensors, header = _parsed(data)
         if header["kind"] != schema.kind:
             raise UpdateError(f"Update refused: expected kind '{schema.kind}', got '{header['kind']}'.")
-        try:
-            tensors = safetensors.torch.load(data)
-        except SafetensorError as error:
-            raise UpdateError("Update refused: damaged safetensors bytes. Send it again.") from error
         counts = {"num_samples": header["num_samples"], "round": header["round"]}
         return cls(schema=schema, tensors=tensors, **counts)
 
 
-def _read_header(data: bytes) -> dict[str, Any]:
-    """The update's own header, strictly validated; safetensors keeps it as JSON text after 8 length bytes."""
-    problem = UpdateError(f"Update refused: these are not the bytes of a {_FORMAT} file.")
+def _short(count: object) -> str:
+    """A count that came from elsewhere; Python refuses to print integers of many thousand digits."""
+    if type(count) is int and abs(count) > 10**30:
+        return "more than 30 digits"
+    return f"{count!r:.30}"
+
+
+def _parsed(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of an update, and its own header, strictly validated."""
+    problem = UpdateError(f"Update refused: these are not the bytes of a {_FORMAT} file. Send it again.")
     try:
-        size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
-        header = json.loads(metadata["update"])
+        tensors, beside = parse_tensors(data)
+        header = parse_json_object(beside["update"])
         counts_ok = all(type(header[name]) is int for name in ("num_samples", "round"))
-        valid = metadata["format"] == _FORMAT and counts_ok and header["kind"] in get_args(UpdateKind)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        valid = beside["format"] == _FORMAT and counts_ok and header["kind"] in get_args(UpdateKind)
+    except (ValueError, KeyError) as error:
         raise problem from error
     if not valid:
         raise problem
-    return dict(header)
+    return tensors, header

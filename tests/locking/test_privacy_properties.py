@@ -7,8 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import fedkl
+from fedkl.errors import SecretError
 from fedkl.locking import keylock, surgery, withholding
 from tests.locking.leaks import leaks
 
@@ -143,3 +146,85 @@ class _Latin(str):
 
     def encode(self, *_):
         return super().encode("latin-1", "replace")
+
+
+def fused(lock):
+    lock.model.eval()
+    lock.model[0] = fuse_conv_bn_eval(lock.model[0], lock.model[1])
+    lock.model[1] = nn.Identity()
+
+
+ALTERATIONS = {
+    "scale made ordinary": lambda lock: parametrize.remove_parametrizations(lock.model[1], "weight"),
+    "shift made ordinary": lambda lock: parametrize.remove_parametrizations(lock.model[1], "bias"),
+    "fused": fused,
+    "norm replaced": lambda lock: lock.model.__setitem__(1, nn.Identity()),
+    "private layer replaced": lambda lock: lock.model.__setitem__(4, nn.Linear(32, 2)),
+}
+
+
+@pytest.mark.parametrize("alter", ALTERATIONS.values(), ids=ALTERATIONS)
+@pytest.mark.filterwarnings("ignore:.*lazy")
+def test_an_altered_lock_gives_no_update(alter):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+    lock, images = fedkl.lock(net, private=["head"]), torch.rand(4, 3, 4, 4)
+    lock.model(images)
+    state = lock.public_state()
+    alter(lock)
+    uses = {
+        "public_state": lock.public_state,
+        "schema": lambda: lock.schema("weights"),
+        "schema of gradients": lambda: lock.schema("gradient"),
+        "update": lambda: lock.public_update(state, kind="weights", num_samples=1, round=0),
+        "gradient": lambda: lock.public_gradient(lock.model(images).sum()),
+        "load": lambda: lock.load_public_state(state),
+        "parameters": lock.public_parameters,
+    }
+    for name, use in uses.items():
+        with pytest.raises(SecretError, match="the lock was altered") as caught:
+            use()
+        assert "was private and is no longer there" in str(caught.value), name
+
+
+def embeddings(secret, like):
+    """A private tensor's numbers in a public tensor of this shape, in ways that an accident may take."""
+    flat, size = secret.detach().flatten(), like.numel()
+    base = like.flatten().clone()
+
+    def put(numbers, start):
+        out = base.clone()
+        out[start : start + len(numbers)] = numbers.to(out)
+        return out.reshape(like.shape)
+
+    part = flat[: min(len(flat), size - 5)]
+    for start in (0, 1, 2, 3, 5):
+        yield f"at {start}", put(part, start)
+    for first in (1, 2, 3):
+        yield f"from {first}", put(part[first:], 4)
+    yield "end", put(part[-8:], 2)
+    for kind in (torch.float16, torch.bfloat16):
+        if len(part.to(kind).abs().unique()) == len(part):  # else too coarse to be told from chance
+            yield str(kind), put(part.to(kind), 1)
+    yield "negative", put(-part, 1)
+    if secret.ndim == 2:
+        yield "columns", put(secret.detach().T.flatten()[: size - 5], 3)
+
+
+def test_private_numbers_inside_a_public_tensor_are_refused():
+    net = nn.Sequential(nn.Linear(20, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 2))
+    lock = fedkl.lock(net, key=fedkl.Key.generate(length=64))
+    optimizer = torch.optim.SGD(lock.model.parameters(), lr=0.1)
+    for _ in range(2):  # so that no private tensor is constant
+        optimizer.zero_grad()
+        lock.model(torch.rand(8, 20)).square().mean().backward()
+        optimizer.step()
+    state = lock.public_state()
+    lock.public_update(state, kind="weights", num_samples=1, round=0)
+    tried = 0
+    for secret in [s for s in lock.secrets() if s.is_floating_point() and s.numel() >= 8]:
+        for name, tensor in embeddings(secret, state["0.weight"]):
+            tried += 1
+            tensors = {**state, "0.weight": tensor}
+            with pytest.raises(SecretError, match=r"'0\.weight' h.* of a private tensor"):
+                assert lock.public_update(tensors, kind="weights", num_samples=1, round=0) is None, name
+    assert tried > 60

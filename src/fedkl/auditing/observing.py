@@ -139,7 +139,7 @@ def _seen_of(
     trained = plain_copy(client) if knowledge.affine_gradient else client.model
     update = local_update(trained, images, labels, train_mode=train_mode, local=local)
     public = {name: update[name] for name in client.public_parameters()}
-    sent = client.public_update(public, kind="gradient", num_samples=len(images), round=0)
+    sent = client.public_update(public, kind="gradient", num_samples=len(images), round=0, search=False)
     seen = dict(arm.defense.transform(sent).tensors)
     if knowledge.affine_gradient:
         seen = update | seen

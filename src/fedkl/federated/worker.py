@@ -106,7 +106,11 @@ class Worker:
             else:
                 tensors, num_samples, losses = self._gradient(client, round)
         update = self.split.public_update(
-            tensors, kind=_UPDATE_KINDS[self._training.algorithm], num_samples=num_samples, round=round
+            tensors,
+            kind=_UPDATE_KINDS[self._training.algorithm],
+            num_samples=num_samples,
+            round=round,
+            search=False,
         )
         update = transform(update)
         private, loss = self.split.private_state(), torch.stack(losses).mean()

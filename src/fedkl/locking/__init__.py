@@ -15,7 +15,7 @@
 """
 
 from fedkl.locking.generation import KEY, Generation
-from fedkl.locking.keylock import Lock, load_lock, load_memory, lock, lock_
+from fedkl.locking.keylock import Lock, SavedLock, load_lock, load_memory, lock, lock_, read_lock
 from fedkl.locking.layers import Activation, Initialization
 from fedkl.locking.norms import ElementwiseAffine, register_norm
 from fedkl.locking.options import Granularity
@@ -35,12 +35,14 @@ __all__ = [
     "Lock",
     "OwnLayers",
     "OwnSplit",
+    "SavedLock",
     "Split",
     "find_layers",
     "load_lock",
     "load_memory",
     "lock",
     "lock_",
+    "read_lock",
     "register_norm",
     "withhold",
     "withhold_statistics",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Lock(Split):
         self._norms = norms
         self._own = own
         own.withhold(model)
+        self._check_nothing_lost()
 
     @property
     def key(self) -> Key:
@@ -106,7 +108,14 @@ class Lock(Split):
         named = self.private_parameters()
         return secrets_of(self._key.reveal(), {name: named[name] for name in named if name in lock_layers})
 
-    def save(self, path: str | Path, *, passphrase: str | None, memory: NamedTensors | None = None) -> None:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        passphrase: str | None,
+        memory: NamedTensors | None = None,
+        about: Mapping[str, str | int] | None = None,
+    ) -> None:
         """Writes key and private state to one file, mode 0600, atomically.
 
         Args:
@@ -115,6 +124,7 @@ class Lock(Split):
                 it unencrypted.
             memory: What else the client keeps between rounds, e.g. its optimizer's moments; see
                 `load_memory`.
+            about: What the file says of itself, e.g. whose it is; see `read_lock`.
 
         Raises:
             KeyFileError: The passphrase is empty, or the file cannot be written.
@@ -123,6 +133,7 @@ class Lock(Split):
             "options": asdict(self._options),
             "distribution": self._key.distribution,
             "structure": self._structure(),
+            "about": dict(about or {}),
         }
         tensors = {f"private/{name}": tensor for name, tensor in self.private_state().items()}
         tensors |= {f"memory/{name}": tensor for name, tensor in (memory or {}).items()}
@@ -347,6 +358,21 @@ def lock(
     return _new(copy.deepcopy(model), key=key, options=options)
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SavedLock:
+    """What a lock file holds.
+
+    Attributes:
+        lock: The lock, on a copy of the model.
+        memory: What `Lock.save` was given as `memory`; empty if nothing.
+        about: What it was given as `about`; empty if nothing, as in files of earlier versions.
+    """
+
+    lock: Lock
+    memory: dict[str, Tensor]
+    about: dict[str, str | int]
+
+
 def load_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> Lock:
     """Locks a copy of a plain model with the key and private state of a file that `Lock.save` wrote.
 
@@ -360,6 +386,11 @@ def load_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
             this passphrase, or belongs to another model.
         LockError: The model is locked already.
     """
+    return read_lock(path, model, passphrase=passphrase).lock
+
+
+def read_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> SavedLock:
+    """All that a lock file holds, read once; see `load_lock` for arguments and errors."""
     _check_model(model)
     meta, tensors = lockfile.read(Path(path), kind="lock", passphrase=passphrase)
     key = lockfile.key_of(Path(path), meta, tensors)
@@ -369,9 +400,12 @@ def load_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
     )
     try:
         options = LockOptions.from_file(meta["options"])
-    except (KeyError, TypeError, LockError) as error:
+        about = _about(meta.get("about", {}))
+    except (KeyError, TypeError, ValueError, AttributeError, LockError) as error:
         raise KeyFileError(f"{path}: unknown options; written by another version of fedkl?") from error
     private = _part(tensors, "private/")
+    if any(math.prod(shape) > sum(t.numel() for t in private.values()) for shape in options.shapes):
+        raise foreign  # before tensors of that size are made
     try:
         plain = copy.deepcopy(model)
         loaded = _install(plain, key=key, options=options, chosen=options.targets(plain))
@@ -380,7 +414,13 @@ def load_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
         loaded.load_private_state(private)
     except (LockError, UpdateError) as error:
         raise foreign from error
-    return loaded
+    return SavedLock(lock=loaded, memory=_part(tensors, "memory/"), about=about)
+
+
+def _about(values: dict[str, Any]) -> dict[str, str | int]:
+    if not all(type(value) in (str, int) for value in values.values()):
+        raise TypeError
+    return dict(values)
 
 
 def load_memory(path: str | Path, *, passphrase: str | None) -> dict[str, Tensor]:

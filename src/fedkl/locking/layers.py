@@ -135,6 +135,9 @@ class Chain:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise SecretError("A chain of lock layers cannot be pickled. Use lock.save(path, passphrase=...).")
 
+    def __getstate__(self) -> NoReturn:
+        self.__reduce_ex__(2)
+
 
 def _may_remember() -> bool:
     if torch.compiler.is_compiling():
@@ -263,3 +266,6 @@ class LockLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise SecretError("A lock layer cannot be pickled. Use lock.save(path, passphrase=...).")
+
+    def __getstate__(self) -> NoReturn:
+        self.__reduce_ex__(2)

@@ -55,10 +55,13 @@ class LockOptions:
             KeyError, TypeError, LockError: They are not those of a lock.
         """
         lists: dict[str, Any] = {
-            "layers": tuple(values["layers"]),
-            "shapes": tuple(tuple(shape) for shape in values.get("shapes", ())),
-            "private": tuple(values.get("private", ())),
+            "layers": _names(values["layers"]),
+            "shapes": tuple(_sizes(shape) for shape in values.get("shapes", ())),
+            "private": _names(values.get("private", ())),
         }
+        flags = (values.get(name, False) for name in ("chained", "classifier", "share_statistics"))
+        if any(type(flag) is not bool for flag in flags) or type(values["key_length"]) is not int:
+            raise TypeError
         return cls(**(values | lists))
 
     def targets(self, model: nn.Module) -> list[Target]:
@@ -82,3 +85,17 @@ class LockOptions:
         elements.check_kinds(chosen)
         shaped = zip(self.layers, self.shapes, strict=True)
         return [found[name].of_shape(shape) if shape else found[name] for name, shape in shaped]
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, (list, tuple)) or any(type(value) is not str for value in values):
+        raise TypeError
+    if len(set(values)) != len(values):
+        raise TypeError
+    return tuple(values)
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or any(type(value) is not int or value < 1 for value in values):
+        raise TypeError
+    return tuple(values)

@@ -106,6 +106,7 @@ class OwnSplit(Split):
         super().__init__(model)
         self._own = own
         own.withhold(model)
+        self._check_nothing_lost()
 
     def redraw(self) -> None:
         """Draws the private layers anew, as for another client."""

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import SecretError, UpdateError, gathered
-from fedkl.locking.withholding import withheld
+from fedkl.errors import SecretError, UpdateError, gathered, shown
+from fedkl.locking.withholding import statistics_revision, withheld
+from fedkl.secret_search import SecretSearch
 from fedkl.types import NamedTensors
 from fedkl.update import PublicSchema, PublicUpdate, TensorSpec, UpdateKind, check_tensors
 
@@ -22,6 +23,8 @@ class Split:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._kept: dict[str, bool] = {}  # all that was ever private; whether it is a parameter
+        self._revision = 0
 
     @property
     def model(self) -> nn.Module:
@@ -34,7 +37,12 @@ class Split:
         return frozenset(name for name, _ in withheld(self._model, aliases=True))
 
     def public_parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable tensors that are sent, by name. The same objects as in `model.named_parameters()`."""
+        """Trainable tensors that are sent, by name. The same objects as in `model.named_parameters()`.
+
+        Raises:
+            SecretError: A private tensor is gone; see `public_state`.
+        """
+        self._check_nothing_lost()
         private = {id(tensor) for _, tensor in withheld(self._model)}
         named = self._model.named_parameters()
         return {name: parameter for name, parameter in named if id(parameter) not in private}
@@ -48,13 +56,15 @@ class Split:
         """Detached copies of all public tensors by name: `model.state_dict()`, which omits private ones.
 
         Raises:
-            SecretError: A private tensor was registered a second time, under a name that is public, or a norm
-                whose statistics would be public was added since the model was locked.
+            SecretError: A private tensor was registered a second time, under a name that is public, or is
+                gone (its lock was removed, or fused into another layer), or a norm whose statistics would be
+                public was added since the model was locked.
         """
         return {name: tensor.detach().clone() for name, tensor in self._public_tensors().items()}
 
     def _public_tensors(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
+        self._check_nothing_lost()
         private = {id(tensor): name for name, tensor in withheld(self._model)}
         problems = [
             f"'{n}' is '{private[id(t)]}', which is private" for n, t in state.items() if id(t) in private
@@ -62,6 +72,27 @@ class Split:
         if problems:
             raise SecretError(gathered("Public state refused.", problems, "Remove the second registration."))
         return state
+
+    def _check_nothing_lost(self) -> None:
+        """What was private once may stand in a public tensor when it is gone: fused, or turned into a γ.
+
+        Raises:
+            SecretError: With the names.
+        """
+        revision = statistics_revision(self._model)
+        if revision != self._revision:  # the user says which norms there are now
+            self._revision = revision
+            self._kept = {name: True for name, is_parameter in self._kept.items() if is_parameter}
+        now = {n: isinstance(t, nn.Parameter) for n, t in withheld(self._model, aliases=True)}
+        lost = sorted(self._kept.keys() - now.keys())
+        self._kept |= now
+        if lost:
+            problems = [f"{shown(name)} was private and is no longer there" for name in lost]
+            remedy = (
+                "remove_parametrizations and fused layers put private numbers into public tensors. Undo "
+                "that, or build the plain model anew and lock it; lock.bake() gives a plain copy."
+            )
+            raise SecretError(gathered("Public state refused: the lock was altered.", problems, remedy))
 
     def private_state(self) -> dict[str, Tensor]:
         """Detached copies of all private tensors by name: lock layers and norm statistics, never the key."""
@@ -151,19 +182,32 @@ class Split:
         return PublicSchema(kind=kind, specs=specs, private=self.private_names)
 
     def public_update(
-        self, tensors: NamedTensors, *, kind: UpdateKind, num_samples: int, round: int
+        self, tensors: NamedTensors, *, kind: UpdateKind, num_samples: int, round: int, search: bool = True
     ) -> PublicUpdate:
         """An update from tensors, refused if one of them is private by name or by content.
 
+        Args:
+            tensors: Exactly the public ones, see `schema`.
+            kind: ``"gradient"`` or ``"weights"``.
+            num_samples: How many training samples stand behind it.
+            round: The communication round, from 0.
+            search: Look for private numbers inside the tensors; `fedkl.secret_search` says what that finds.
+                Not needed for tensors that come straight from `public_state` or `public_gradient`.
+
         Raises:
-            SecretError: A private name, or a tensor that equals a secret one under another name.
+            SecretError: A private name, a tensor that equals a secret one under another name, or private
+                numbers in a tensor.
             UpdateError: See `PublicUpdate`.
         """
         update = PublicUpdate(schema=self.schema(kind), tensors=tensors, num_samples=num_samples, round=round)
         secrets = [secret.detach().cpu() for secret in self.secrets()]
         copied = [name for name, t in update.tensors.items() if _equals_any(t, secrets)]
-        if copied:
-            problems = [f"'{name}' has the content of a private tensor" for name in copied]
+        problems = [f"{shown(name)} has the content of a private tensor" for name in copied]
+        if search and not problems:
+            numbers = SecretSearch(secrets)
+            found = [name for name, tensor in update.tensors.items() if numbers.in_numbers(tensor)]
+            problems = [f"{shown(name)} holds numbers of a private tensor" for name in found]
+        if problems:
             raise SecretError(gathered("PublicUpdate refused.", problems, "Send public tensors only."))
         return update
 

@@ -22,13 +22,13 @@ class _Withheld:
 
     Attributes:
         names: Local names of those tensors.
-        statistics: Whether the statistics of every norm below the module are to be private, so that a state
-            is refused which a norm added since would be in.
+        statistics: How often it was said that the statistics of every norm below the module are to be
+            private; then a state is refused which a norm added since would be in.
     """
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
-        self.statistics = False
+        self.statistics = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Withheld:
         memo[id(self)] = replica = type(self)()
@@ -107,11 +107,17 @@ def withhold_statistics(model: nn.Module) -> None:
     After one local step they give the batch's mean and variance away. From now on `state_dict()` raises a
     SecretError when a norm was added or converted since; call this again then.
     """
-    _marked(model).statistics = True
+    _marked(model).statistics += 1
     for module in model.modules():
         names = statistics_names(module)
         if names:
             withhold(module, names)
+
+
+def statistics_revision(model: nn.Module) -> int:
+    """How often `withhold_statistics` was called for this model."""
+    mark = model.__dict__.get(_MARK)
+    return mark.statistics if mark else 0
 
 
 def _refuse_open_statistics(model: nn.Module, prefix: str) -> None:
@@ -135,7 +141,7 @@ def release(model: nn.Module) -> None:
     for module in model.modules():
         mark = module.__dict__.get(_MARK)
         if mark is not None:
-            mark.names, mark.statistics = (), False
+            mark.names, mark.statistics = (), 0
 
 
 def withheld(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, Tensor]]:
