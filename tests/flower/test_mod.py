@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 
 import pytest
@@ -162,6 +164,14 @@ def beta(client):
     return dict(client.model.named_modules())["1"].bias.detach()
 
 
+def key_of(client):
+    return client.lock.key.reveal().tolist()
+
+
+def pieces(text):
+    return [text[start : start + 8] for start in range(0, len(text), 8)]
+
+
 BAD_REPLIES = {
     "parameters()": lambda c: {"arrays": parameters(c)},
     "private name": lambda c: {"arrays": with_tensor(c, torch.zeros(6), "1.running_mean")},
@@ -175,6 +185,28 @@ BAD_REPLIES = {
     "key in a metric": lambda c: {"more": MetricRecord({"key": c.lock.key.reveal().tolist()})},
     "bytes": lambda c: {"more": ConfigRecord({"file": b"x" + beta(c).numpy().tobytes()})},
     "half bytes": lambda c: {"more": ConfigRecord({"file": [beta(c).half().numpy().tobytes()]})},
+    "a slice of the key": lambda c: {"more": MetricRecord({"k": c.lock.key.reveal()[1:].tolist()})},
+    "spread over metrics": lambda c: {
+        "more": MetricRecord({f"m{i}": x for i, x in enumerate(c.lock.key.reveal().tolist())})
+    },
+    "rounded in a list": lambda c: {"more": MetricRecord({"k": [float(f"{x:.4g}") for x in key_of(c)]})},
+    "text": lambda c: {"more": ConfigRecord({"k": str(key_of(c))})},
+    "json": lambda c: {"more": ConfigRecord({"k": json.dumps({"k": [round(x, 6) for x in key_of(c)]})})},
+    "base64": lambda c: {
+        "more": ConfigRecord({"k": base64.b64encode(c.lock.key.reveal().numpy()[3:].tobytes()).decode()})
+    },
+    "base64 in pieces": lambda c: {
+        "more": ConfigRecord({"k": pieces(base64.b64encode(c.lock.key.reveal().numpy().tobytes()).decode())})
+    },
+    "hexadecimal name of a record": lambda c: {c.lock.key.reveal().numpy().tobytes().hex(): MetricRecord()},
+    "name of a metric": lambda c: {"more": MetricRecord({str(key_of(c)): 1.0})},
+    "other byte order": lambda c: {
+        "more": ConfigRecord({"k": c.lock.key.reveal().numpy().astype(">f8").tobytes()})
+    },
+    "bytes as numbers": lambda c: {
+        "more": MetricRecord({"k": list(c.lock.key.reveal().float().numpy().tobytes())})
+    },
+    "private name in json": lambda c: {"more": ConfigRecord({"k": '{"1.running_mean": 3}'})},
     "metric's name": lambda c: {"more": MetricRecord({"1.running_mean": 0.5})},
     "name in a text": lambda c: {"more": ConfigRecord({"norms": "1.running_mean"})},
     "nan": lambda c: {"arrays": with_tensor(c, torch.full((6,), math.nan), "3.bias")},
@@ -197,6 +229,46 @@ def test_a_reply_with_private_names_or_numbers_is_not_sent(build, caplog):
     assert "refused" in caplog.text
     assert all(torch.equal(before[name], tensor) for name, tensor in stored().items())
     assert ask(app_of(honest)).has_content()
+
+
+def test_numbers_from_before_the_training_are_not_sent_either(caplog):
+    def leak(message, context):
+        before = beta(current_client()).clone()
+        honest(message, context)
+        return reply(message, with_tensor(current_client(), before, "3.bias"))
+
+    ask(app_of(honest))  # the numbers of a new lock may still be constants
+    assert ask(app_of(leak)).error.reason == REFUSED_REPLY
+    assert "'3.bias' holds numbers of a private tensor" in caplog.text
+
+
+def test_nothing_that_the_app_says_of_its_reply_is_sent():
+    secret = "0123456789abcdef" * 4
+
+    def label(message, context):
+        answer = honest(message, context)
+        answer.metadata.group_id = secret
+        answer.metadata.ttl = 1234567.0
+        answer.metadata.created_at = 0.0
+        return answer
+
+    assert ask(app_of(honest)).has_content()
+    sent = ask(app_of(label))
+    assert sent.has_content()
+    assert secret not in str(sent.metadata)
+    assert sent.metadata.ttl != 1234567.0
+    assert sent.metadata.created_at > 0
+
+
+def test_the_code_of_the_apps_own_error_is_not_sent():
+    assert ask(app_of(own_error)).error.code == 2
+
+
+def test_a_message_of_many_names_is_refused_before_an_array_is_read(monkeypatch, caplog):
+    many = ArrayRecord({f"x{n}\n": Array("float32", (1,), "numpy.ndarray", b"") for n in range(2000)})
+    assert ask(app_of(honest), good_content(arrays=many)).error.reason == REFUSED_MESSAGE
+    assert len(caplog.text) < 10_000
+    assert "x0\n" not in caplog.text.replace("\\n", "")
 
 
 def test_bytes_around_an_array_are_not_sent():

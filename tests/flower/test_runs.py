@@ -5,21 +5,24 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tomllib
 import torch
 from fedkl_flower_example import client_app, server_app, task
 from flower_harness import EXAMPLE
-from flwr.serverapp.strategy import FedAvg
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAdam, FedAvg
 
 import fedkl
 from fedkl.federated import ConstantSchedule
-from fedkl.flower import ClientStore, Guard, public_arrays, run_in_process
+from fedkl.flower import ClientStore, Guard, InProcessGrid, public_arrays, run_in_process
 from fedkl.flower import mod as mods
 from fedkl.flower.round_files import RoundFiles
 from fedkl.locking import Split, withholding
 from tests.federated.setting import federation
-from tests.flower.setting import DEFENSE, app_of, found_in, honest, net, server_of, store
+from tests.flower.setting import DEFENSE, app_of, found_in, honest, metrics, net, server_of, store
 from tests.locking.leaks import secrets_of
 
 CONFIG = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"][
@@ -105,6 +108,52 @@ def test_the_example_gives_the_same_numbers_as_the_trainer(tmp_path, monkeypatch
         with locks.client(client.name, model=task.net(), defense=fedkl.defenses.KeyLock()) as stored:
             for name, tensor in stored.lock.private_state().items():
                 torch.testing.assert_close(tensor, client.private_state[name], rtol=0, atol=1e-6)
+
+
+def with_bias(data, **numbers):
+    arrays = public_arrays(net(), defense=DEFENSE)
+    arrays["0.bias"] = Array("float32", (6,), "numpy.ndarray", data)
+    return {"arrays": arrays, "metrics": metrics(**numbers)}
+
+
+FINE = Array(np.ones(6, np.float32)).data
+HOSTILE = [
+    with_bias(b"PK\3\4"),
+    with_bias(FINE[:10] + (b"[" * 118) + FINE[128:]),
+    with_bias(FINE + b"more"),
+    with_bias(Array(np.full(6, np.nan, np.float32)).data),
+    with_bias(FINE, loss=10**400),
+    {"arrays": ArrayRecord({"x\n[ROUND 9/9]": Array(np.ones(1))}), "metrics": metrics()},
+    {**with_bias(FINE), "metrics": MetricRecord({"num-examples": 1.7e308})},
+]
+
+
+def arrays_after(hostile):
+    """A training of three nodes, the last of which sends these replies, one a round; None: an error."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        node, number = context.node_config["partition-id"], message.content["config"]["server-round"]
+        if node == 2:
+            if hostile is None:
+                raise ValueError
+            return Message(RecordDict(dict(hostile[number - 1])), reply_to=message)
+        arrays = {
+            name: Array(a.numpy() + np.float32(node + 1)) for name, a in message.content["arrays"].items()
+        }
+        return Message(RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics()}), reply_to=message)
+
+    strategy = Guard(FedAdam(fraction_evaluate=0.0, min_available_nodes=CLIENTS, min_train_nodes=CLIENTS))
+    grid = InProcessGrid(app, clients=CLIENTS)
+    arrays = strategy.start(grid, public_arrays(net(), defense=DEFENSE), num_rounds=len(HOSTILE)).arrays
+    return {name: array.numpy() for name, array in arrays.items()}
+
+
+def test_whatever_a_node_replies_a_guarded_run_goes_on_as_without_it():
+    expected = arrays_after(None)
+    for name, array in arrays_after(HOSTILE).items():
+        np.testing.assert_array_equal(array, expected[name])
 
 
 def test_without_flower_the_error_names_the_extra():

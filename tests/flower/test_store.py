@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 
 import pytest
@@ -52,12 +53,18 @@ def test_the_file_is_private_encrypted_and_an_ordinary_lock(store):
     assert torch.equal(fedkl.load_lock(path, net(), passphrase="horse").key.reveal(), key)
 
 
-@pytest.mark.parametrize("damage", ["wrong passphrase", "truncated", "altered", "another model"])
-def test_a_file_that_does_not_open_is_never_replaced(store, folder, damage):
+@pytest.mark.parametrize("ledger", [True, False])
+@pytest.mark.parametrize(
+    "damage", ["wrong passphrase", "truncated", "short", "empty", "foreign", "altered", "another model"]
+)
+def test_a_file_that_does_not_open_is_never_replaced(store, folder, damage, ledger):
     with opened(store):
         pass
     path = store.path("a")
+    if not ledger:  # as in stores of earlier versions
+        (path.parent / "ledger.json").unlink()
     data = path.read_bytes()
+    path.write_bytes({"short": data[:7], "empty": b"", "foreign": b"PK" + data}.get(damage, data))
     if damage == "truncated":
         path.write_bytes(data[:-9])
     elif damage == "altered":
@@ -68,6 +75,211 @@ def test_a_file_that_does_not_open_is_never_replaced(store, folder, damage):
     with pytest.raises(KeyFileError), second.client("a", model=model, defense=DEFENSE):
         pass
     assert path.read_bytes() == broken
+
+
+def refused(store, match, *, name="a", error=KeyFileError):
+    with pytest.raises(error, match=match), opened(store, name):
+        pass
+
+
+def test_the_birth_of_a_key_is_announced(store, caplog):
+    with opened(store):
+        assert "Client a has a new key" in caplog.text
+    caplog.clear()
+    with opened(store):
+        assert caplog.text == ""
+
+
+@pytest.mark.parametrize("loss", ["removed", "dangling link", "link"])
+def test_a_lock_that_was_lost_is_not_replaced_by_a_new_key(store, tmp_path, loss):
+    with opened(store):
+        pass
+    path = store.path("a")
+    path.rename(tmp_path / "elsewhere")
+    if loss != "removed":
+        path.symlink_to(tmp_path / ("elsewhere" if loss == "link" else "nowhere"))
+    refused(store, "lock.fedkl is gone" if loss == "removed" else "symbolic link")
+    assert os.path.lexists(path) == (loss != "removed")
+
+
+@pytest.mark.parametrize("left", ["nothing", "empty folder"])
+def test_a_store_that_is_not_there_gets_no_new_keys(folder, tmp_path, monkeypatch, left):
+    monkeypatch.setattr(
+        "tempfile.gettempdir", lambda: str(tmp_path / "tmp")
+    )  # stores there are not remembered
+    store = ClientStore(folder, passphrase="horse")
+    with opened(store):
+        pass
+    folder.rename(tmp_path / "unmounted")
+    if left == "empty folder":
+        folder.mkdir()
+    refused(store, r"had a key in this store \(since 20.*Is the disk mounted\?.*remove ")
+    assert folder.exists() == (left == "empty folder")
+    assert not (folder / "a").exists()
+    with opened(store, "b"):  # a client that was never there
+        pass
+    (tmp_path / "unmounted" / "a").rename(folder / "a")
+    with opened(store):
+        pass
+
+
+def test_stores_in_temporary_folders_are_not_remembered(store, folder):
+    with opened(store):
+        pass
+    shutil.rmtree(folder)
+    with opened(store):
+        pass
+
+
+def test_new_keys_can_be_forbidden(folder):
+    config = {"fedkl-store": str(folder), "fedkl-new-keys": False}
+    refused(ClientStore.of_node(config), "fedkl-new-keys is false")
+    assert not folder.exists()
+    with pytest.raises(ConfigError, match="expected true or false"):
+        ClientStore.of_node({"fedkl-store": str(folder), "fedkl-new-keys": "no"})
+
+
+@pytest.mark.parametrize("what", ["lock", "folder", "lock without ledger"])
+def test_another_clients_lock_does_not_open(store, what):
+    for name in "ab":
+        with opened(store, name):
+            pass
+    mine, other = store.path("a").parent, store.path("b").parent
+    shutil.copy(other / "lock.fedkl", mine / "lock.fedkl")
+    if what == "folder":
+        shutil.copy(other / "ledger.json", mine / "ledger.json")
+    elif what == "lock without ledger":
+        (mine / "ledger.json").unlink()
+    refused(store, "the lock of client 'b', not of 'a'")
+
+
+def test_a_rollback_is_noticed_and_can_be_meant(store):
+    with opened(store) as client:
+        path = store.path("a")
+        old = path.read_bytes()
+        step(client.model)
+        store.save(client)
+    path.write_bytes(old)
+    refused(store, r"saved 1 times, but this client has saved it 2 times")
+    (path.parent / "ledger.json").unlink()
+    with opened(store) as client:
+        assert client.ledger.saved == 1
+
+
+def test_a_lock_that_is_ahead_of_its_ledger_opens(store):
+    with opened(store) as client:
+        old = (store.path("a").parent / "ledger.json").read_bytes()
+        store.save(client)
+    (store.path("a").parent / "ledger.json").write_bytes(old)  # killed between the two writes
+    with opened(store) as client:
+        assert client.ledger.saved == 2
+
+
+def test_a_save_that_failed_leaves_a_client_that_opens(store, monkeypatch):
+    with opened(store) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr("fedkl.lockfile._write_container", fail)
+            with pytest.raises(KeyFileError, match="no space"):
+                store.save(client)
+        assert client.ledger.saved == 1
+    with opened(store) as client:
+        assert client.ledger.saved == 1
+
+
+def fail(path, data, *, replace):
+    raise KeyFileError("no space")
+
+
+def test_locks_of_earlier_versions_open_and_are_bound_then(store, folder):
+    store.path("a").parent.mkdir(parents=True)
+    DEFENSE.prepare(net()).save(store.path("a"), passphrase="horse")
+    with opened(store) as client:
+        store.save(client)
+    shutil.copytree(folder / "a", folder / "b")
+    refused(store, "the lock of client 'a', not of 'b'", name="b")
+
+
+def test_a_lock_that_somebody_put_there_is_refused(store):
+    with opened(store):
+        pass
+    DEFENSE.prepare(net()).save(store.path("a"), passphrase="horse")
+    refused(store, "not the one that this client saved last")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"[]", b"{}", b'{"client": 1, "born": "", "saved": 1}', b"[" * 4000, b"\xff"]
+)
+def test_a_damaged_ledger_is_named(store, damage):
+    with opened(store):
+        pass
+    (store.path("a").parent / "ledger.json").write_bytes(damage)
+    refused(store, r"ledger\.json: damaged")
+
+
+def test_names_that_differ_in_capitals_only(store):
+    with opened(store, "Ward"):
+        pass
+    refused(store, "'Ward' is there, and", name="ward", error=ConfigError)
+    with opened(store, "Ward"):
+        pass
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_folders_are_private_under_any_umask(folder, umask):
+    store = ClientStore(folder / "below", passphrase="horse")
+    before = os.umask(umask)
+    try:
+        with opened(store):
+            pass
+    finally:
+        os.umask(before)
+    assert [mode(path) for path in (folder, folder / "below", folder / "below" / "a")] == [0o700] * 3
+    assert {mode(path) for path in (folder / "below" / "a").iterdir()} == {0o600}
+
+
+def test_a_clients_folder_of_an_earlier_version_is_closed(store):
+    with opened(store):
+        pass
+    store.path("a").parent.chmod(0o755)
+    with opened(store):
+        assert mode(store.path("a").parent) == 0o700
+
+
+def test_a_store_that_everybody_may_write_to_is_refused(store, folder):
+    folder.mkdir()
+    folder.chmod(0o777)
+    refused(store, "everybody may write", error=ConfigError)
+    folder.chmod(0o755)
+    with opened(store):
+        pass
+
+
+def test_a_clients_folder_that_is_a_link_is_refused(store, folder, tmp_path):
+    with opened(store):
+        pass
+    (folder / "a").rename(tmp_path / "elsewhere")
+    (folder / "a").symlink_to(tmp_path / "elsewhere")
+    refused(store, "symbolic link", error=ConfigError)
+
+
+@pytest.mark.parametrize(("permissions", "outcome"), [(0o600, "fine"), (0o644, "warned"), (0o622, "refused")])
+def test_the_mode_of_a_passphrase_file_is_looked_at(folder, tmp_path, permissions, outcome):
+    file = tmp_path / "passphrase"
+    file.write_text("horse")
+    file.chmod(permissions)
+    config = {"fedkl-store": str(folder), "fedkl-passphrase-file": str(file)}
+    if outcome == "fine":
+        ClientStore.of_node(config)
+    elif outcome == "warned":
+        with pytest.warns(UserWarning, match="others may read the passphrase's file"):
+            ClientStore.of_node(config)
+    else:
+        with pytest.raises(KeyFileError, match="others may write to the passphrase's file"):
+            ClientStore.of_node(config)
 
 
 def test_a_client_is_open_in_one_place_only(store):
@@ -89,16 +301,17 @@ def test_a_write_that_was_killed_leaves_the_lock_before(store, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 store.save(client)
     assert store.path("a").read_bytes() == before
-    (store.path("a").parent / ".lock.fedkl.0.part").write_bytes(b"half")
+    (store.path("a").parent / ".lock.fedkl.0123abcd.part").write_bytes(b"half")
     with opened(store):
-        assert [path.name for path in store.path("a").parent.iterdir()] == ["lock.fedkl"]
+        assert sorted(path.name for path in store.path("a").parent.iterdir()) == ["ledger.json", "lock.fedkl"]
 
 
 def test_the_passphrase_may_lie_in_a_file(folder, tmp_path):
     file = tmp_path / "passphrase"
     config = {"fedkl-store": str(folder), "fedkl-passphrase-file": str(file)}
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(KeyFileError, match="cannot be read"):
         ClientStore.of_node(config)
+    file.touch(mode=0o600)
     file.write_text("\n")
     with pytest.raises(KeyFileError, match="empty"):
         ClientStore.of_node(config)
@@ -116,7 +329,10 @@ def test_names():
         client_name({})
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a" * 65, "ä"])
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "a/b", "../a", "a" * 65, "ä", "a.", "CON", "nul.txt", "Com1", "a\n", "a\0"],
+)
 def test_bad_names(store, name):
     with pytest.raises(ConfigError, match="Client name"):
         store.path(name)

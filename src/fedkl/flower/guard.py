@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import math
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
+from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
 
-from fedkl.errors import ConfigError, FedKLError, UpdateError
+from fedkl.errors import ConfigError, FedKLError, UpdateError, gathered, shown
 from fedkl.files import exclusive
-from fedkl.flower.records import arrays_of, fitted, only_arrays, tensors_of
-from fedkl.flower.round_files import History, RoundFiles, SavedRound, arrays_in, put_arrays
-from fedkl.update import TensorSpec, check_tensors
+from fedkl.flower.records import arrays_of, fitted, only_arrays, ordered, tensors_of
+from fedkl.flower.round_files import (
+    EVALUATE,
+    SERVER,
+    TRAIN,
+    History,
+    RoundFiles,
+    SavedRound,
+    StrategyMemory,
+    arrays_in,
+    nested,
+    put_arrays,
+)
+from fedkl.update import MAX_SAMPLES, TensorSpec, check_tensors
 
 _LOG = logging.getLogger("flwr.fedkl")  # among Flower's own lines, in its format
-_TRAIN, _EVALUATE, _SERVER = (
-    "train_metrics_clientapp",
-    "evaluate_metrics_clientapp",
-    "evaluate_metrics_serverapp",
-)
+_OF_REPLIES = (InconsistentMessageReplies, AggregationError)  # Flower's other exits are on purpose
+_MAX_ERROR_TEXT = 500
 
+_T = TypeVar("_T")
 EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class Guard(Strategy):
     """A strategy around a strategy: it lets sound replies through, and remembers rounds on disk.
 
-    * A reply whose arrays are not exactly those that were sent (names, shapes, dtypes, finite values), or
-      whose metrics do not fit, is refused by name and logged; the round goes on with the others.
+    * A reply whose arrays are not exactly those that were sent (names, shapes, dtypes, finite values), whose
+      weight or metrics do not fit, or that is not the first one of its node, is refused by name and logged;
+      the round goes on with the others.
     * With fewer than `min_replies` sound replies the global arrays stay as they were.
+    * If the strategy raises, or its average is not finite or not of the model, the round is given up: the
+      global arrays and the strategy's own stay as they were. The log says what was raised, and where. What
+      Flower raises to end a run (a privacy budget is spent) goes through, and so does what is no `Exception`.
     * Averages keep each tensor's own dtype (Flower's leave a BatchNorm's count of batches as float64).
     * With `checkpoints`, every aggregated round is written to disk; `start` with the same folder goes on
       after the last one, with the strategy's own arrays (e.g. FedAdam's moments) restored.
@@ -62,6 +80,7 @@ class Guard(Strategy):
         self._done = 0  # rounds of earlier runs
         self._specs: dict[str, TensorSpec] = {}
         self._history: History = {}
+        self._raised: set[int] = set()  # rounds of this run in which the strategy did
 
     def summary(self) -> None:
         """Logs the settings, after those of the strategy."""
@@ -86,15 +105,18 @@ class Guard(Strategy):
 
         Raises:
             UpdateError: The initial arrays are not finite, or are no arrays of numbers.
-            ConfigError: Another process uses the folder of the checkpoints, or it cannot be written.
+            ConfigError: The folder of the checkpoints is a link, cannot be written, or is another process's.
             FedKLError: There are checkpoints, but none can be read, or they are of another model.
         """
         self.expect(initial_arrays)
+        self._raised.clear()
         with self._alone():
             arrays = self._resumed(initial_arrays)
             left = max(0, num_rounds - self._done)
             evaluate = self._numbered(evaluate_fn) if evaluate_fn else None
             result = super().start(grid, arrays, left, timeout, train_config, evaluate_config, evaluate)
+        if self._raised:
+            _LOG.error("The strategy raised in %d of the rounds of this run; see above.", len(self._raised))
         result.arrays = result.arrays or arrays  # no round was aggregated, or none was left
         for kind, rounds in self._history.items():
             setattr(result, kind, {number: MetricRecord(values) for number, values in rounds.items()})
@@ -117,20 +139,21 @@ class Guard(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The strategy's, of sound replies only; then the checkpoint."""
+        """The strategy's, of sound replies only; then the checkpoint.
+
+        Raises:
+            ConfigError: The checkpoint cannot be written.
+        """
         number = self._done + server_round
         sound = self._sound(replies, number, with_arrays=True)
         if sum(reply.has_content() for reply in sound) < self._min_replies:
             _LOG.warning("Round %d: fewer than %d sound replies; nothing changes.", number, self._min_replies)
             return None, None
-        arrays, metrics = self.strategy.aggregate_train(number, sound)
-        arrays = self._usable(arrays, number)
-        if arrays is not None and self._files is not None:
-            tensors = tensors_of(arrays, subject="Aggregate")
-            saved = SavedRound(round=number, arrays=tensors, memory=arrays_in(self.strategy))
+        saved, metrics = self._aggregated(sound, number)
+        if saved is not None and self._files is not None:
             self._files.save(saved)
-        self._note(_TRAIN, number, metrics)
-        return arrays, metrics
+        noted = self._noted(TRAIN, number, metrics)
+        return None if saved is None else arrays_of(saved.arrays), noted
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -142,12 +165,11 @@ class Guard(Strategy):
         """The strategy's, of sound replies only."""
         number = self._done + server_round
         sound = self._sound(replies, number, with_arrays=False)
-        metrics = self.strategy.aggregate_evaluate(number, sound)
-        self._note(_EVALUATE, number, metrics)
-        return metrics
+        metrics = self._attempted(lambda: self.strategy.aggregate_evaluate(number, sound), number)
+        return self._noted(EVALUATE, number, metrics)
 
     def _alone(self) -> AbstractContextManager[None]:
-        return exclusive(self._files.folder) if self._files else nullcontext()
+        return exclusive(self._files.folder, follow=False) if self._files else nullcontext()
 
     def _resumed(self, initial: ArrayRecord) -> ArrayRecord:
         """The arrays to start from; what earlier runs left is taken over."""
@@ -163,6 +185,7 @@ class Guard(Strategy):
             error=ConfigError,
         )
         put_arrays(self.strategy, saved.memory)
+        self._specs = {name: self._specs[name] for name in saved.arrays}  # the order that the memory goes by
         self._done, self._history = saved.round, self._files.history(until=saved.round)
         _LOG.info("Going on after round %d of %s.", saved.round, self._files.folder)
         return arrays_of(saved.arrays)
@@ -170,71 +193,157 @@ class Guard(Strategy):
     def _numbered(self, evaluate: EvaluateFunction) -> EvaluateFunction:
         def numbered(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             number = self._done + server_round
-            metrics = evaluate(number, arrays)
-            self._note(_SERVER, number, metrics)
-            return metrics
+            return self._noted(SERVER, number, evaluate(number, arrays))
 
         return numbered
 
-    def _note(self, kind: str, number: int, metrics: MetricRecord | None) -> None:
+    def _noted(self, kind: str, number: int, metrics: object) -> MetricRecord | None:
+        """Metrics, once they are in the history; None if they are no metrics."""
         if metrics is None:
-            return
-        self._history.setdefault(kind, {})[number] = dict(metrics)
+            return None
+        record = _record_of(metrics)
+        if record is None or _odd_metric(record) is not None:
+            _LOG.error("Round %d: the metrics are no MetricRecord of numbers of 64 bits; left out.", number)
+            return None
+        self._history.setdefault(kind, {})[number] = dict(record)
         if self._files is not None:
             self._files.save_history(self._history)
+        return record
 
     def _sound(self, replies: Iterable[Message], number: int, *, with_arrays: bool) -> list[Message]:
         """Replies that fit, and errors, which strategies count themselves; the others are refused by name."""
         errors, fine = [], []
-        weight = str(getattr(self.strategy, "weighted_by_key", "num-examples"))
+        nodes: set[int] = set()
         for reply in replies:
             if reply.has_error():
-                errors.append(reply)
+                errors.append(_with_short_text(reply))
                 continue
             try:
-                self._check(reply, weight, with_arrays=with_arrays)
-                fine.append(reply)
+                if reply.metadata.src_node_id in nodes:
+                    raise UpdateError("Reply refused: only the first reply of a node in a round counts.")
+                nodes.add(reply.metadata.src_node_id)
+                fine.append(self._checked(reply, with_arrays=with_arrays))
             except FedKLError as error:
                 _refused(number, reply, str(error))
-        layouts = [_layout(reply, with_arrays=with_arrays) for reply in fine]
+            except Exception as error:  # whatever a reply holds, the run goes on
+                _refused(number, reply, f"it cannot be checked ({type(error).__name__}).")
+        return errors + self._alike(fine, number, with_arrays=with_arrays)
+
+    def _alike(self, replies: list[Message], number: int, *, with_arrays: bool) -> list[Message]:
+        """Replies with the records and metrics that most have; the others are refused."""
+        layouts = [_layout(reply, with_arrays=with_arrays) for reply in replies]
         usual = Counter(layouts).most_common(1)
         kept = []
-        for reply, layout in zip(fine, layouts, strict=True):
+        for reply, layout in zip(replies, layouts, strict=True):
             if layout == usual[0][0]:
                 kept.append(reply)
             else:
                 _refused(number, reply, "its records or metrics have other names or kinds than most have.")
-        return errors + kept
+        return kept
 
-    def _check(self, reply: Message, weight: str, *, with_arrays: bool) -> None:
+    def _checked(self, reply: Message, *, with_arrays: bool) -> Message:
+        """A reply that fits, its arrays in the order in which they were sent.
+
+        Raises:
+            UpdateError: It does not fit.
+        """
         if with_arrays:
             record = only_arrays(reply.content, subject="Reply")
             check_tensors(
-                tensors_of(record, subject="Reply"),
+                tensors_of(record, subject="Reply", names=self._specs),
                 self._specs,
                 subject="Reply refused.",
                 remedy="Reply with exactly the tensors that were sent.",
             )
-        metrics = list(reply.content.metric_records.values())
-        if len(metrics) != 1:
-            raise UpdateError(f"Reply refused: expected exactly one MetricRecord, got {len(metrics)}.")
-        value = metrics[0].get(weight)
-        if not isinstance(value, (int, float)) or not (0 < value < math.inf):
-            raise UpdateError(f"Reply refused: expected the metric '{weight}' as a finite number > 0.")
+        self._check_metrics(reply.content, with_arrays=with_arrays)
+        if not with_arrays or list(record) == list(self._specs):
+            return reply
+        content = {
+            key: ordered(value, self._specs) if value is record else value
+            for key, value in reply.content.items()
+        }
+        return _copy_of(reply, RecordDict(content))
 
-    def _usable(self, arrays: ArrayRecord | None, number: int) -> ArrayRecord | None:
-        """An average in the dtypes of the model; None if it is not finite."""
-        if arrays is None:
-            return None
-        tensors = fitted(tensors_of(arrays, subject="Aggregate"), self._specs)
-        try:
-            check_tensors(
-                tensors, self._specs, subject="Aggregate refused.", remedy="Lower the server's learning rate."
+    def _check_metrics(self, content: RecordDict, *, with_arrays: bool) -> None:
+        records = list(content.metric_records.values())
+        if len(records) != 1:
+            raise UpdateError(f"Reply refused: expected exactly one MetricRecord, got {len(records)}.")
+        metrics = records[0]
+        odd = _odd_metric(metrics)
+        if odd is not None:
+            raise UpdateError(
+                f"Reply refused: the metric {shown(odd)} is no number, or has more than 64 bits."
             )
+        weight = str(self._setting("weighted_by_key") or "num-examples")
+        _check_number(metrics, weight, least="> 0")
+        loss = self._setting("train_loss_key")  # QFedAvg computes with it as with a weight
+        if with_arrays and loss is not None:
+            _check_number(metrics, str(loss), least="≥ 0")
+
+    def _setting(self, name: str) -> object:
+        """An attribute of the strategy, or of one that it wraps."""
+        owners = (owner for _, owner in nested(self.strategy) if hasattr(owner, name))
+        return getattr(next(owners, None), name, None)
+
+    def _aggregated(self, sound: list[Message], number: int) -> tuple[SavedRound | None, object]:
+        """The strategy's average and metrics; if it cannot be used, all arrays are what they were."""
+
+        def aggregate() -> tuple[object, object]:
+            arrays, metrics = self.strategy.aggregate_train(number, sound)
+            return arrays, metrics
+
+        before = StrategyMemory(self.strategy)
+        made = self._attempted(aggregate, number)
+        arrays, metrics = made or (None, None)
+        if made is None:
+            before.put_back()
+        if arrays is None:
+            return None, metrics
+        memory = arrays_in(self.strategy)
+        try:
+            tensors = self._usable(arrays, spoilt=before.spoilt(memory))
         except UpdateError as error:
+            before.put_back()
             _LOG.error("Round %d: %s The global arrays stay as they were.", number, error)
+            return None, metrics
+        return SavedRound(round=number, arrays=tensors, memory=memory), metrics
+
+    def _attempted(self, aggregate: Callable[[], _T], number: int) -> _T | None:
+        """What the strategy makes of replies; None, and its mistake in the log, if it raises.
+
+        The text of what it raised may quote what a client sent, and is not logged. Whether the mistake is in
+        the replies or in the strategy cannot be told here.
+        """
+        try:
+            return aggregate()
+        except Exception as error:
+            if isinstance(error, AppExitException) and not isinstance(error, _OF_REPLIES):
+                raise  # Flower means to end the run
+            self._raised.add(number)
+            frames = traceback.extract_tb(error.__traceback__, limit=-3)
+            places = ", ".join(
+                f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in reversed(frames)
+            )
+            name, kind = type(self.strategy).__name__, type(error).__name__
+            _LOG.error("Round %d: %s raised %s at %s. Nothing changes.", number, name, kind, places)
             return None
-        return arrays_of(tensors)
+
+    def _usable(self, arrays: object, *, spoilt: list[str]) -> dict[str, Tensor]:
+        """An average in the dtypes and the order of the model.
+
+        Raises:
+            UpdateError: It is not finite, is not of the model, or left the strategy's own arrays non-finite.
+        """
+        if not isinstance(arrays, ArrayRecord):
+            raise UpdateError(f"Aggregate refused: expected an ArrayRecord, got a {type(arrays).__name__}.")
+        came = tensors_of(arrays, subject="Aggregate", names=self._specs)
+        tensors = fitted({name: came[name] for name in self._specs}, self._specs)
+        remedy = "Lower the server's learning rate."
+        check_tensors(tensors, self._specs, subject="Aggregate refused.", remedy=remedy)
+        if spoilt:
+            problems = [f"the strategy's own {shown(name)} has become non-finite" for name in spoilt]
+            raise UpdateError(gathered("Aggregate refused.", problems, remedy))
+        return tensors
 
 
 def _specs(arrays: ArrayRecord) -> dict[str, TensorSpec]:
@@ -247,10 +356,76 @@ def _specs(arrays: ArrayRecord) -> dict[str, TensorSpec]:
 
 
 def _layout(reply: Message, *, with_arrays: bool) -> tuple[object, ...]:
-    """Names of records and metrics, and how long lists are; a strategy ends the run when these differ."""
+    """Names of records and metrics, and how long lists are; a strategy raises when these differ."""
     name, metrics = next(iter(reply.content.metric_records.items()))
     kinds = tuple(sorted((key, len(v) if isinstance(v, list) else -1) for key, v in metrics.items()))
     return (tuple(reply.content.array_records) if with_arrays else (), name, kinds)
+
+
+def _record_of(metrics: object) -> MetricRecord | None:
+    if isinstance(metrics, MetricRecord):
+        return metrics
+    try:
+        return MetricRecord(dict(metrics)) if isinstance(metrics, Mapping) else None
+    except TypeError:
+        return None
+
+
+def _odd_metric(metrics: MetricRecord) -> str | None:
+    """The first metric that is no number or list of numbers as they can be sent."""
+    for name, value in metrics.items():
+        if not all(map(_is_number, value if isinstance(value, list) else [value])):
+            return name
+    return None
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, int):  # larger ones are no floats, and no text that a log can hold
+        return not isinstance(value, bool) and -(2**63) <= value < 2**64
+    return isinstance(value, float)
+
+
+def _check_number(metrics: MetricRecord, name: str, *, least: str) -> None:
+    """Checks a metric that a strategy computes with.
+
+    Args:
+        metrics: All metrics.
+        name: Its name.
+        least: ``"> 0"`` or ``"≥ 0"``.
+    """
+    value = metrics.get(name)
+    if value is None:
+        got = "none"
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        got = f"a {type(value).__name__}"
+    elif value != value:
+        got = "NaN"
+    elif value < 0 or (value == 0 and least == "> 0"):
+        got = f"one that is not {least}"
+    elif value > MAX_SAMPLES:
+        got = "a larger one"
+    else:
+        return
+    expected = f"the metric {shown(name)} as a number {least} and at most {MAX_SAMPLES}"
+    raise UpdateError(f"Reply refused: expected {expected}, got {got}.")
+
+
+def _with_short_text(reply: Message) -> Message:
+    """An error whose text Flower's strategies can log: one line, without control codes."""
+    text = str(reply.error.reason or "")
+    if text.isprintable() and len(text) <= _MAX_ERROR_TEXT:
+        return reply
+    return _copy_of(reply, Error(reply.error.code, repr(text[:_MAX_ERROR_TEXT])))
+
+
+def _copy_of(reply: Message, content: RecordDict | Error) -> Message:
+    """A reply with other content; the one that came is not changed."""
+    copied = copy.copy(reply)
+    if isinstance(content, Error):
+        copied.error = content
+    else:
+        copied.content = content
+    return copied
 
 
 def _refused(number: int, reply: Message, reason: str) -> None:

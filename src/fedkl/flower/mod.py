@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -12,11 +13,11 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import nn
 
 from fedkl.defenses import KeyLock
-from fedkl.errors import FedKLError, LockError, SecretError, UpdateError, gathered
-from fedkl.flower.private_numbers import PrivateNumbers, numbers_in
+from fedkl.errors import FedKLError, LockError, SecretError, UpdateError, gathered, shown
 from fedkl.flower.records import arrays_of, fitted, only_arrays, tensors_of
 from fedkl.flower.store import ClientStore, StoredClient, client_name
 from fedkl.locking import Lock
+from fedkl.secret_search import SecretSearch
 
 _LOG = logging.getLogger("fedkl.flower")
 _ERROR_CODE = 2  # Flower's own for an exception in a ClientApp
@@ -51,9 +52,10 @@ class LockMod:
 
     Before the app's function runs, it opens the client's lock from the node's encrypted store (or makes it),
     checks that the message holds exactly the public tensors, finite and of the right shapes, and loads them.
-    Afterwards it checks that the reply holds exactly the public tensors and no private number, replaces its
-    arrays by the checked ones, and, after a training, stores the client's new private state. Whatever goes
-    wrong, the node stays up and the server gets an error with a fixed text.
+    Afterwards it checks that the reply's arrays are exactly the public tensors, looks for private numbers in
+    all that the reply holds (`fedkl.secret_search`), builds a new reply from what was checked, and, after a
+    training, stores the client's new private state. Whatever goes wrong, the node stays up and the server
+    gets an error with a fixed text and code.
 
     Put it first in the list of mods: it then has the last word on what is sent.
 
@@ -105,14 +107,14 @@ def _handle(
     stage.reason = REFUSED_REPLY
     if reply.has_error():  # its text is the app's own, and nobody has checked it
         _LOG.error("%s The app itself replied with an error.", FAILED)
-        return Message(Error(reply.error.code, FAILED), reply_to=message)
-    numbers = PrivateNumbers([*before, *client.lock.secrets()])
-    reply.content = _checked(reply.content, client.lock, numbers)
+        return Message(Error(_ERROR_CODE, FAILED), reply_to=message)
+    numbers = SecretSearch([*before, *client.lock.secrets()])
+    checked = _checked(reply.content, client.lock, numbers)
     stage.reason = FAILED
     if _category(message) == "train":
         _check_sound(client)
         store.save(client)
-    return reply
+    return Message(checked, reply_to=message)  # a new one: times and ids that the app could set are not sent
 
 
 def _check_sound(client: StoredClient) -> None:
@@ -134,37 +136,37 @@ def _receive(message: Message, lock: Lock) -> None:
     _refuse_private_names(content, lock, subject)
     if _category(message) == "query" and not content.array_records:
         return
-    came = tensors_of(only_arrays(content, subject=subject), subject=subject)
-    lock.load_public_state(fitted(came, lock.schema("weights").specs))
+    specs = lock.schema("weights").specs
+    came = tensors_of(only_arrays(content, subject=subject), subject=subject, names=specs.keys())
+    lock.load_public_state(fitted(came, specs))
 
 
 def _refuse_private_names(content: RecordDict, lock: Lock, subject: str) -> None:
     """No message names a private tensor: neither as content nor to ask for it."""
     private = lock.private_names.union(link.tensor for link in lock.generation().links)  # γ and β too
-    named = {name for name in _words(content) if name in private}
+    names = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, private))})(?![\w.])")
+    named = {match for text in _texts(content) for match in names.findall(text)}
     if named:
         problems = [f"'{name}' is private" for name in sorted(named)]
         remedy = "Use the public names only: those of lock.public_state()."
         raise SecretError(gathered(f"{subject} refused.", problems, remedy))
 
 
-def _words(content: RecordDict) -> list[str]:
-    words: list[str] = list(content)
+def _texts(content: RecordDict) -> Iterator[str]:
+    """Every text in a message: names of records, keys, and values."""
+    yield from content
     for record in content.values():
-        words += list(record)
+        yield from record
         if isinstance(record, ConfigRecord):
-            for value in record.values():
-                texts = value if isinstance(value, list) else [value]
-                words += [word for text in texts if isinstance(text, str) for word in _split(text)]
-    return words
+            yield from (piece for piece in _pieces(record.values()) if isinstance(piece, str))
 
 
-def _split(text: str) -> list[str]:
-    """A text and the words in it: names may come as a list in one string."""
-    return [text, *text.replace(",", " ").replace(";", " ").split()]
+def _pieces(values: Iterable[object]) -> Iterator[object]:
+    for value in values:
+        yield from value if isinstance(value, list) else (value,)
 
 
-def _checked(content: RecordDict, lock: Lock, numbers: PrivateNumbers) -> RecordDict:
+def _checked(content: RecordDict, lock: Lock, numbers: SecretSearch) -> RecordDict:
     """A reply's content, its arrays rebuilt from what was checked: bytes around them are not sent.
 
     Raises:
@@ -173,28 +175,41 @@ def _checked(content: RecordDict, lock: Lock, numbers: PrivateNumbers) -> Record
     """
     subject = "Reply"
     _refuse_private_names(content, lock, subject)
+    names = lock.schema("weights").specs.keys()
     checked = RecordDict()
     problems: list[str] = []
     for key, record in content.items():
+        checked[key] = record
         if isinstance(record, ArrayRecord):
-            tensors = tensors_of(record, subject=subject)
-            update = lock.public_update(tensors, kind="weights", num_samples=1, round=0)
-            problems += [f"'{name}'" for name, t in update.tensors.items() if numbers.in_numbers(t)]
+            tensors = tensors_of(record, subject=subject, names=names)
+            update = lock.public_update(tensors, kind="weights", num_samples=1, round=0, search=False)
+            problems += [shown(name) for name, t in update.tensors.items() if numbers.in_numbers(t)]
             checked[key] = arrays_of(update.tensors)
-        else:
-            problems += [f"record '{key}'"] if _holds(record, numbers) else []
-            checked[key] = record
+        elif _in_values(record, numbers):
+            problems.append(f"record {shown(key)}")
+    if _in_texts(content, numbers):
+        problems.append("its texts and names")
     if problems:
         problems = [f"{place} holds numbers of a private tensor" for place in problems]
         raise SecretError(gathered("Reply refused.", problems, "Send public tensors and metrics only."))
     return checked
 
 
-def _holds(record: MetricRecord | ConfigRecord, numbers: PrivateNumbers) -> bool:
+def _in_values(record: MetricRecord | ConfigRecord, numbers: SecretSearch) -> bool:
+    """Whether private numbers stand in a record's lists or bytes, or are spread over its single values."""
     values = list(record.values())
-    pieces = [piece for value in values for piece in (value if isinstance(value, list) else [value])]
-    data = any(numbers.in_bytes(piece) for piece in pieces if isinstance(piece, bytes))
-    return data or any(numbers.in_numbers(tensor) for tensor in numbers_in(values))
+    lists: list[Sequence[object]] = [value for value in values if isinstance(value, list)]
+    lists.append([value for value in values if not isinstance(value, list)])
+    if any(numbers.in_list([n for n in each if isinstance(n, (int, float))]) for each in lists):
+        return True
+    data = [piece for piece in _pieces(values) if isinstance(piece, bytes)]
+    return any(numbers.in_bytes(piece) for piece in (*data, b"".join(data)))
+
+
+def _in_texts(content: RecordDict, numbers: SecretSearch) -> bool:
+    """Whether private numbers stand in a text, or are spread over several."""
+    texts = list(_texts(content))
+    return any(numbers.in_text(text) for text in (*texts, "".join(texts), " ".join(texts)))
 
 
 def _described(error: Exception) -> str:

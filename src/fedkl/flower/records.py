@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor, nn
 
 from fedkl.defenses import KeyLock
-from fedkl.errors import UpdateError, gathered
+from fedkl.errors import UpdateError, gathered, shown
 from fedkl.types import NamedTensors
 from fedkl.update import TensorSpec
+
+_NAMED = 5  # names of one kind that a message gives; of the others, how many they are
+_STYPE = "numpy.ndarray"
+_NPY = b"\x93NUMPY\x01\x00"  # the version that NumPy writes for all plain arrays
+_MAX_HEADER, _MAX_DIMENSIONS = 1024, 32
+_HEADER = re.compile(
+    rb"\{'descr': '(?P<dtype>[<|][a-z][0-9]{1,2})', 'fortran_order': (?P<fortran>True|False), "
+    rb"'shape': \((?P<shape>|(?:[0-9]{1,19}, )*[0-9]{1,19},?)\), \} *\n"
+)
+_NUMBERS = ("|b1", "|u1", "<u2", "<u4", "<u8", "|i1", "<i2", "<i4", "<i8", "<f2", "<f4", "<f8", "<c8", "<c16")
+_DTYPES = {name.encode(): np.dtype(name) for name in _NUMBERS}
 
 
 def public_arrays(model: nn.Module, *, defense: KeyLock | None = None) -> ArrayRecord:
@@ -49,40 +64,112 @@ def only_arrays(content: RecordDict, *, subject: str) -> ArrayRecord:
     return records[0]
 
 
-def tensors_of(record: ArrayRecord, *, subject: str) -> dict[str, Tensor]:
+def tensors_of(
+    record: ArrayRecord, *, subject: str, names: Collection[str] | None = None
+) -> dict[str, Tensor]:
     """The tensors of a record that came from elsewhere.
 
+    Only what NumPy writes for an array of plain numbers is read: the npy format, version 1.0, with as many
+    bytes as the shape needs. NumPy's own reader also takes archives and what Python can parse as a header.
+
+    Args:
+        record: What came.
+        subject: First words of an error.
+        names: Exactly the names that it must have, in any order; compared before anything is read. None: any.
+
     Raises:
-        UpdateError: Bytes that are no NumPy array of numbers, each of them by name.
+        UpdateError: Other names, or bytes that are no NumPy array of numbers, by name.
     """
+    if names is not None:
+        _check_names(record, names, subject=subject)
     tensors: dict[str, Tensor] = {}
     problems = []
     for name, array in record.items():
         try:
-            tensors[name] = torch.from_numpy(array.numpy())
-        except (ValueError, TypeError, OSError, EOFError, MemoryError) as error:
-            # the error's own text may quote what came
-            problems.append(f"'{name}' is not an array of numbers ({type(error).__name__})")
+            tensors[name] = _decoded(array)
+        except UpdateError as error:
+            problems.append(f"{shown(name)} is not an array of numbers: {error}")
+        except Exception as error:  # its own text may quote what came
+            problems.append(f"{shown(name)} is not an array of numbers ({type(error).__name__})")
     if problems:
         raise UpdateError(gathered(f"{subject} refused.", problems, "Send NumPy arrays of numbers."))
     return tensors
 
 
+def _check_names(record: ArrayRecord, names: Collection[str], *, subject: str) -> None:
+    known = set(names)
+    missing = [name for name in names if name not in record]
+    unexpected = [name for name in record if name not in known]
+    if missing or unexpected:
+        problems = _counted(missing, "missing") + _counted(unexpected, "unexpected")
+        raise UpdateError(
+            gathered(f"{subject} refused.", problems, "Send exactly the tensors that were sent.")
+        )
+
+
+def _counted(names: Sequence[str], problem: str) -> list[str]:
+    """Few names one by one; of thousands, how many they are."""
+    more = len(names) - _NAMED
+    lines = [f"{shown(name)} is {problem}" for name in names[:_NAMED]]
+    return lines + ([f"{more} more are {problem}"] if more > 0 else [])
+
+
+def _decoded(array: Array) -> Tensor:
+    """The array in these bytes; nothing of its size is allocated before the size is known to be right."""
+    data = array.data
+    if array.stype != _STYPE or not isinstance(data, bytes) or not data.startswith(_NPY):
+        raise UpdateError("expected NumPy's npy format, version 1.0")
+    start = len(_NPY) + 2
+    end = start + int.from_bytes(data[len(_NPY) : start], "little")
+    header = _HEADER.fullmatch(data[start:end]) if end - start <= _MAX_HEADER else None
+    if header is None:
+        raise UpdateError("its header is not one that NumPy writes for plain numbers")
+    dtype, shape = _DTYPES.get(header["dtype"]), tuple(map(int, re.findall(rb"\d+", header["shape"])))
+    if dtype is None or len(shape) > _MAX_DIMENSIONS:
+        raise UpdateError(f"expected plain numbers and at most {_MAX_DIMENSIONS} dimensions")
+    if len(data) - end != math.prod(shape) * dtype.itemsize:
+        raise UpdateError("its shape needs another number of bytes than it has")
+    if (array.dtype, tuple(array.shape)) != (str(dtype), shape):
+        raise UpdateError("its record gives another shape or dtype than its bytes do")
+    return _tensor(memoryview(data)[end:], dtype, shape, fortran=header["fortran"] == b"True")
+
+
+def _tensor(data: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], *, fortran: bool) -> Tensor:
+    """A tensor with a memory of its own, in C order."""
+    flat = np.frombuffer(data, dtype) if data else np.empty(0, dtype)
+    if dtype == np.bool_ and flat.size and flat.view(np.uint8).max() > 1:
+        raise UpdateError("expected zeros and ones for truth values")
+    return torch.from_numpy(np.array(flat.reshape(shape, order="F" if fortran else "C"), order="C"))
+
+
+def ordered(record: ArrayRecord, names: Iterable[str]) -> ArrayRecord:
+    """The arrays of a record in this order, by which some strategies go."""
+    return ArrayRecord({name: record[name] for name in names})
+
+
 def fitted(tensors: NamedTensors, specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-    """Finite tensors in the dtypes of a schema; all else as it is.
+    """Tensors in the dtypes of a schema, as far as their numbers are numbers of these dtypes.
 
     Flower's averages leave a count of batches as float64; that and other precisions of the same numbers
-    are no fault of the message.
+    are no fault of the message. A count that is not finite or too large stays in the dtype in which it came,
+    and a number that is too large for its precision becomes infinite: whoever checks the result finds both.
     """
     return {name: _fitted(tensor, specs.get(name)) for name, tensor in tensors.items()}
 
 
 def _fitted(tensor: Tensor, spec: TensorSpec | None) -> Tensor:
-    if spec is None or tensor.dtype == spec.dtype or not tensor.isfinite().all():
+    if spec is None or tensor.dtype == spec.dtype:
         return tensor
-    if tensor.is_complex():
+    if tensor.is_complex() or spec.dtype.is_complex or spec.dtype is torch.bool:
         return tensor
     if spec.dtype.is_floating_point:
         return tensor.to(spec.dtype)
-    rounds = tensor.is_floating_point() and spec.dtype is not torch.bool
-    return tensor.round().to(spec.dtype) if rounds else tensor
+    return _rounded(tensor, spec.dtype) if tensor.is_floating_point() else tensor
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Counts, if all are within the dtype's range: of others, and of NaN, a conversion makes any number."""
+    limits = torch.iinfo(dtype)
+    whole = tensor.round()
+    fits = bool(((whole >= float(limits.min)) & (whole < float(limits.max + 1))).all())
+    return whole.to(dtype) if fits else tensor

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from fedkl.defenses import KeyLock
-from fedkl.errors import ConfigError, KeyFileError
-from fedkl.files import exclusive, remove_parts
-from fedkl.lockfile import default_passphrase
-from fedkl.locking import Lock, load_lock, load_memory
+from fedkl.errors import ConfigError, KeyFileError, shown
+from fedkl.files import PRIVATE_FOLDER, exclusive, open_to_others, remove_parts
+from fedkl.flower.ledger import Ledger, check_never_born, now, remember_birth
+from fedkl.lockfile import default_passphrase, read_passphrase
+from fedkl.locking import Lock, read_lock
 
-STORE, CLIENT, PASSPHRASE_FILE = "fedkl-store", "fedkl-client", "fedkl-passphrase-file"
+STORE, CLIENT, PASSPHRASE_FILE, NEW_KEYS = (
+    "fedkl-store",
+    "fedkl-client",
+    "fedkl-passphrase-file",
+    "fedkl-new-keys",
+)
 """Entries of a SuperNode's ``--node-config``."""
 
 STORE_VARIABLE = "FEDKL_STORE"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LOG = logging.getLogger("fedkl.flower")
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
+_DEVICES = re.compile(
+    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
+)  # no file may be called so on Windows
 
 
 class StoredClient:
@@ -31,12 +43,14 @@ class StoredClient:
         lock: Its lock; `lock.model` is to be trained.
         memory: Tensors that it keeps between rounds besides, by names of its own, e.g. its optimizer's
             moments. As private as the lock; never sent.
+        ledger: What the store remembers of it.
     """
 
-    def __init__(self, name: str, *, lock: Lock, memory: dict[str, Tensor]) -> None:
+    def __init__(self, name: str, *, lock: Lock, memory: dict[str, Tensor], ledger: Ledger) -> None:
         self.name = name
         self.lock = lock
         self.memory = memory
+        self.ledger = ledger
 
     def __repr__(self) -> str:
         return f"StoredClient({self.name!r}, lock={self.lock}, memory={sorted(self.memory)})"
@@ -48,18 +62,22 @@ class StoredClient:
 
 
 class ClientStore:
-    """The clients of a node: a folder each, with one encrypted file in it, `lock.fedkl`.
+    """The clients of a node: a folder each, mode 0700, with one encrypted file in it, `lock.fedkl`.
 
-    `fedkl.load_lock` opens such a file too, e.g. to use the trained model on the node.
+    `fedkl.load_lock` opens such a file too, e.g. to use the trained model on the node. Beside it lies
+    `ledger.json`, by which a lock that was lost, swapped with another client's or rolled back is noticed:
+    such a client gets no new key and no old one, but an error.
 
     Args:
         folder: Where they lie; on a disk of the node that nobody else can read.
         passphrase: Encrypts them.
+        new_keys: Whether a client that was never here gets a key; False where all have theirs.
     """
 
-    def __init__(self, folder: Path, *, passphrase: str) -> None:
+    def __init__(self, folder: Path, *, passphrase: str, new_keys: bool = True) -> None:
         self._folder = folder
         self._passphrase = passphrase
+        self._new_keys = new_keys
 
     @classmethod
     def of_node(cls, node_config: Mapping[str, object]) -> ClientStore:
@@ -67,11 +85,12 @@ class ClientStore:
 
         The folder is ``fedkl-store`` of the node's configuration, or `FEDKL_STORE`. The passphrase is what
         the file ``fedkl-passphrase-file`` holds, or `FEDKL_PASSPHRASE`, or a random one of this machine's
-        user; see `fedkl.lockfile.default_passphrase`.
+        user; see `fedkl.lockfile.default_passphrase`. ``fedkl-new-keys=false`` keeps new keys from being
+        made.
 
         Raises:
-            ConfigError: No folder is named, or the passphrase's file cannot be read.
-            KeyFileError: There is no passphrase.
+            ConfigError: No folder is named, or ``fedkl-new-keys`` is neither true nor false.
+            KeyFileError: There is no passphrase, or its file cannot be read, or others may write to it.
         """
         folder = node_config.get(STORE) or os.environ.get(STORE_VARIABLE)
         if not folder:
@@ -79,9 +98,12 @@ class ClientStore:
                 f"This node has no store for its clients' locks. Start it with --node-config "
                 f"'{STORE}=\"/a/folder\" …', or set {STORE_VARIABLE}."
             )
+        new_keys = node_config.get(NEW_KEYS, True)
+        if not isinstance(new_keys, bool):
+            raise ConfigError(f"{NEW_KEYS}: expected true or false in --node-config, got {shown(new_keys)}.")
         file = node_config.get(PASSPHRASE_FILE)
-        passphrase = _read_passphrase(Path(str(file))) if file else default_passphrase()
-        return cls(Path(str(folder)).expanduser(), passphrase=passphrase)
+        passphrase = read_passphrase(Path(str(file)).expanduser()) if file else default_passphrase()
+        return cls(Path(str(folder)).expanduser(), passphrase=passphrase, new_keys=new_keys)
 
     def path(self, name: str) -> Path:
         """Where a client's file is.
@@ -89,9 +111,11 @@ class ClientStore:
         Raises:
             ConfigError: The name cannot be that of a folder.
         """
-        if not _NAME.fullmatch(name):
-            expected = "letters, digits, '.', '_' and '-', 64 at most, the first no sign"
-            raise ConfigError(f"Client name {name!r}: expected {expected}. Set {CLIENT} in --node-config.")
+        if not _NAME.fullmatch(name) or _DEVICES.fullmatch(name):
+            expected = "letters, digits, '.', '_' and '-', 64 at most, the first no sign, the last no dot"
+            raise ConfigError(
+                f"Client name {shown(name)}: expected {expected}. Set {CLIENT} in --node-config."
+            )
         return self._folder / name / "lock.fedkl"
 
     @contextmanager
@@ -104,21 +128,19 @@ class ClientStore:
             defense: How a new lock is made; one that is there keeps the options that it was made with.
 
         Raises:
-            ConfigError: Another process has this client open, or the folder cannot be written.
-            KeyFileError: Its file is damaged, of another model, or does not open with this passphrase. It
-                is never replaced by a new one.
+            ConfigError: Another process has this client open, or the folder cannot be written, is a link, or
+                is open to others.
+            KeyFileError: Its file is damaged, of another model or client, an older one, or does not open with
+                this passphrase, or it had one that is not there. It never gets a new key instead.
         """
         path = self.path(name)
-        with exclusive(path.parent):
+        if not os.path.lexists(path):
+            self._check_birth(name)  # before anything is made: a new folder would hide a missing mount
+        self._check_folder()
+        with exclusive(path.parent, mode=PRIVATE_FOLDER, follow=False):
+            _close(path.parent)
             remove_parts(path.parent)
-            if path.exists():
-                lock = load_lock(path, model, passphrase=self._passphrase)
-                memory = load_memory(path, passphrase=self._passphrase)
-                yield StoredClient(name, lock=lock, memory=memory)
-            else:
-                client = StoredClient(name, lock=defense.prepare(model), memory={})
-                self.save(client)
-                yield client
+            yield self._opened(name, model) if os.path.lexists(path) else self._born(name, model, defense)
 
     def save(self, client: StoredClient) -> None:
         """Writes what a client has now, atomically.
@@ -126,8 +148,96 @@ class ClientStore:
         Raises:
             KeyFileError: The file cannot be written; the one before stays.
         """
+        path = self.path(client.name)
+        ledger = replace(client.ledger, saved=client.ledger.saved + 1)
         memory = {name: tensor.detach().clone() for name, tensor in client.memory.items()}
-        client.lock.save(self.path(client.name), passphrase=self._passphrase, memory=memory)
+        about: dict[str, str | int] = {"client": ledger.client, "saved": ledger.saved}
+        client.lock.save(path, passphrase=self._passphrase, memory=memory, about=about)
+        try:
+            ledger.write(path.parent)  # after the lock: one that is ahead of its ledger is no older one
+        except OSError as error:
+            raise KeyFileError(f"{path.parent}: cannot be written ({error.strerror}).") from error
+        client.ledger = ledger
+
+    def _opened(self, name: str, model: nn.Module) -> StoredClient:
+        path = self.path(name)
+        if path.is_symlink():
+            raise KeyFileError(f"{path}: expected a file, got a symbolic link. Put the file itself there.")
+        saved = read_lock(path, model, passphrase=self._passphrase)
+        owner = saved.about.get("client", name)  # files of earlier versions do not say
+        if owner != name:
+            raise KeyFileError(
+                f"{path}: the lock of client {shown(owner)}, not of {name!r}. Restore {name}'s from a backup."
+            )
+        ledger = Ledger.read(path.parent)
+        if ledger is not None:
+            ledger.check(path.parent, saved.about)
+        count = saved.about.get("saved")
+        found = Ledger(
+            client=name,
+            born=ledger.born if ledger else now(),
+            saved=count if isinstance(count, int) else 0,
+        )
+        return StoredClient(name, lock=saved.lock, memory=saved.memory, ledger=found)
+
+    def _born(self, name: str, model: nn.Module, defense: KeyLock) -> StoredClient:
+        self._check_birth(name)
+        ledger = Ledger(client=name, born=now(), saved=0)
+        client = StoredClient(name, lock=defense.prepare(model), memory={}, ledger=ledger)
+        self.save(client)
+        remember_birth(self._folder, name)
+        _LOG.warning(
+            "Client %s has a new key, in %s. If it has trained before, stop: this is not its store.",
+            name,
+            self.path(name).parent,
+        )
+        return client
+
+    def _check_birth(self, name: str) -> None:
+        """Checks that a client without a lock never had one.
+
+        Raises:
+            KeyFileError: It had one, or no new keys are made here.
+            ConfigError: Another client's name differs in its capitals only.
+        """
+        folder = self.path(name).parent
+        if Ledger.read(folder) is not None:
+            raise KeyFileError(
+                f"{folder}: client {name!r} had a lock here, but lock.fedkl is gone. Restore it from a "
+                "backup. No new key was made; to start this client afresh, remove the folder."
+            )
+        check_never_born(self._folder, name)
+        if not self._new_keys:
+            raise KeyFileError(
+                f"{folder}: client {name!r} has no key here, and {NEW_KEYS} is false. Is the disk mounted? "
+                f"To give it one, start its node once without {NEW_KEYS}."
+            )
+        for other in os.listdir(self._folder) if self._folder.is_dir() else ():  # noqa: PTH208 (names)
+            if other != name and other.casefold() == name.casefold():
+                raise ConfigError(
+                    f"Client name {name!r}: {other!r} is there, and some disks take them for the same. "
+                    "Choose a name that differs in more than capitals."
+                )
+
+    def _check_folder(self) -> None:
+        """Checks that nobody else can exchange the clients' folders."""
+        try:
+            foreign = self._folder.is_dir() and open_to_others(self._folder, permissions=0o002)
+        except OSError as error:
+            raise ConfigError(f"{self._folder}: cannot be read ({error.strerror}).") from error
+        if foreign:
+            raise ConfigError(f"{self._folder}: everybody may write to this store. Run chmod go-w on it.")
+
+
+def _close(folder: Path) -> None:
+    """Takes all permissions of others from a client's folder; earlier versions left some."""
+    if open_to_others(folder, permissions=0o077):
+        try:
+            folder.chmod(PRIVATE_FOLDER)
+        except OSError as error:
+            raise ConfigError(
+                f"{folder}: open to others, and not ours to close ({error.strerror})."
+            ) from error
 
 
 def client_name(node_config: Mapping[str, object]) -> str:
@@ -146,13 +256,3 @@ def client_name(node_config: Mapping[str, object]) -> str:
         f"This node's client has no stable name. Start it with --node-config '{CLIENT}=\"hospital-a\" …'; "
         "its key is found by this name after a restart."
     )
-
-
-def _read_passphrase(path: Path) -> str:
-    try:
-        passphrase = path.expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {PASSPHRASE_FILE} cannot be read ({type(error).__name__}).") from error
-    if not passphrase:
-        raise KeyFileError(f"{path}: {PASSPHRASE_FILE} is empty. Write a passphrase into it.")
-    return passphrase
