@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import stat
+import subprocess
 import sys
 
 import pytest
 import tomllib
 
 from fedkl import cli
-from fedkl.config import AttackConfig
+from fedkl.config import AttackConfig, TrainConfig
 from fedkl.runs import RunDirectory
 
 
@@ -126,6 +129,33 @@ def test_an_interrupted_attack_continues(fedkl, tmp_path):
         (("attack", "--trials", "100000"), "at most"),
         (("attack", "--attack", "magic"), "magic"),
         (("train", "--config", "nowhere.toml"), "cannot be read"),
+        (("train", "--config", "x" * 5000), "cannot be read"),
+        (("train", "--config", "/dev/null"), "not an ordinary file"),
+        (("train", "--config", "/"), "cannot be read"),
+        (("train", "--set", "lock=[[]]"), "lock"),
+        (("train", "--set", "defense=3"), "defense"),
+        (("train", "--set", "defense=3", "--lock", "published"), "defense"),
+        (("train", "--set", "a." * 50_000 + "a=1"), "at most 8 parts"),
+        (("train", "--set", "seed=" + "[" * 10_000), "seed"),
+        (("train", "--set", f"training.local.batch_size={10**30}"), "64 bits"),
+        (("train", "--seed", "9" * 30), "64 bits"),
+        (("train", "--set", "data.name=\udcff"), "data.name"),
+        (("train", "--set", "model.name=\x1b[2J"), "\\x1b[2J"),
+        (("train", "--partition", "shards:" + "9" * 5000), "--partition"),
+        (("train", "--partition", "dirichlet:nan"), "alpha"),
+        (("attack", "--lock", "gold"), "--lock"),
+        (("attack", "--set", "lock=[[]]"), "lock"),
+        (("attack", "--set", 'arms=["\\u001b[2J"]'), "arms: unknown '\\x1b[2J'"),
+        (("attack", "--set", "type=train"), "not a usable experiment"),
+        (("attack", "--attack", "ggl", "--trials", "1", "--set", "attack.generator=/dev/null"), "generator"),
+        (("generator", "train", "--data", "mnist-sample", "--seed", "9" * 25), "seed"),
+        (("generator", "train", "--data", "mnist-sample", "--latent", "5000"), "latent"),
+        (("generator", "train", "--data", "mnist-sample", "--noise", "nan"), "noise"),
+        (("generator", "samples", "mnist", "--columns", "999999999"), "columns"),
+        (("generator", "samples", "/dev/null"), "not an ordinary file"),
+        (("reproduce", "adaptive", "--batches", "9" * 20), "up to a million"),
+        (("reproduce", "adaptive", "--batches", "9" * 5000), "whole numbers"),
+        (("reproduce", "table6", "--rows", "dlg/lenet/mnist", "--set", "lock=[[]]"), "lock"),
     ],
 )
 def test_wrong_usage_is_exit_code_2_with_a_clear_line(fedkl, tmp_path, words, message):
@@ -133,6 +163,130 @@ def test_wrong_usage_is_exit_code_2_with_a_clear_line(fedkl, tmp_path, words, me
     assert code == 2
     assert message in text
     assert "Traceback" not in text
+    assert "\x1b[2J" not in text
+    assert len(text) < 6000
+
+
+@pytest.mark.parametrize("out", ["/proc/nowhere", "file", "file/inside", "x" * 5000, "loop"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "--rounds", 1),
+        ("train", "--resume"),
+        ("attack", "--trials", 1),
+        ("demo",),
+        ("reproduce", "table6", "--rows", "dlg/lenet/mnist", "--set", "data.name=mnist-sample"),
+        ("generator", "samples", "mnist"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_place_that_nothing_can_be_written_to_is_exit_code_2(fedkl, tmp_path, words, out):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    if words[0] == "generator" and out in ("file", "loop"):
+        return  # a file or a link is replaced
+    code, text = fedkl(*words, "--out", tmp_path / out)
+    assert code == 2
+    assert "Error: " in text
+    assert "Traceback" not in text
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("path", ["nowhere", "file", "x" * 5000, "loop", "not \udcff text"])
+def test_a_report_of_nothing_is_exit_code_2(fedkl, tmp_path, path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    code, text = fedkl("report", tmp_path / path)
+    assert code == 2
+    assert "no run directory here or below" in text
+
+
+def test_a_path_that_is_no_text_is_told_in_escapes(fedkl, tmp_path):
+    code, text = fedkl("generator", "samples", "mnist", "--out", tmp_path / "not \udcff text.png")
+    assert code == 0, text
+    assert "not \\udcff text.png" in text
+
+
+def test_a_link_in_place_of_the_checkpoints_costs_nobody_a_file(fedkl, tmp_path):
+    out, documents = tmp_path / "run", tmp_path / "documents"
+    documents.mkdir()
+    for name in ("thesis.tex", "public-000001.safetensors", "round-000009.json"):
+        (documents / name).write_text("precious")
+    RunDirectory.create(out, config=TrainConfig(), version="0")
+    (out / "checkpoints").symlink_to(documents)
+    code, text = fedkl("train", "--resume", "--out", out)
+    assert code == 2
+    assert "checkpoints: a symbolic link" in text
+    assert {path.name: path.read_text() for path in documents.iterdir()} == {
+        "thesis.tex": "precious",
+        "public-000001.safetensors": "precious",
+        "round-000009.json": "precious",
+    }
+
+
+COMMANDS = {
+    "train": ("train", "--rounds", 2, "--clients", 2, "--set", "checkpoints.seconds=0"),
+    "attack": ("attack", "--arms", "no-norm", "--trials", 2, "--evaluations", 2),
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+def test_a_full_disk_is_exit_code_2_and_the_same_command_goes_on(fedkl, tmp_path, monkeypatch, words):
+    count, fsync = [0], os.fsync
+
+    def full(handle):
+        count[0] += 1
+        if count[0] > 12:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        code, text = fedkl(*words, "--out", tmp_path / "run")
+    assert code == 2
+    assert "No space left on device" in text
+    assert "make room, then the same command goes on" in text
+    assert "Traceback" not in text
+    code, text = fedkl(*words, "--out", tmp_path / "run")
+    assert code == 0, text
+
+
+LIMITED = """
+import resource, sys
+from fedkl.cli import main
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for limit in (int(sys.argv.pop(1)), hard):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        main()
+    except SystemExit as end:
+        print("exit", end.code, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+def test_so_is_a_disk_that_really_takes_no_more(tmp_path, words):
+    """No file may have more than 12,000 bytes; then, in the same process, they may."""
+    pytest.importorskip("resource")
+    command = [sys.executable, "-c", LIMITED, "12000", *map(str, words), "--out", str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FEDKL_PASSPHRASE": "correct horse"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert "Traceback" not in done.stderr
+    first, _, then = done.stderr.partition("exit 2\n")
+    assert "cannot be written (File too large)" in first
+    assert "make room, then the same command goes on" in first
+    assert "exit 0" in then, then
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_an_error_of_the_system_is_a_clear_line(fedkl, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fedkl.reproduce.leakage", full)
+    code, text = fedkl("reproduce", "table6", "--out", tmp_path)
+    assert code == 2
+    assert "Error: No space left on device. What was finished is kept" in text
 
 
 def test_resume_takes_the_experiment_from_the_run(fedkl, tmp_path):

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import tracemalloc
+from pathlib import Path
 
 import pytest
 import tomllib
 
 from fedkl import config as configs
 from fedkl.attacks import DLG, IDLG
-from fedkl.config import AttackConfig, ModelConfig, TrainConfig
+from fedkl.config import AttackConfig, DataConfig, ModelConfig, TrainConfig
 from fedkl.data import Dirichlet
 from fedkl.defenses import KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError
@@ -111,6 +114,9 @@ def test_numbers_are_finite(tmp_path, values, place, value):
         configs.load(path)
 
 
+HUGE = "9" * 5000
+
+
 def file_of(tmp_path, experiment):
     path = tmp_path / "given.toml"
     path.write_text(configs.dump(experiment), encoding="utf-8")
@@ -191,14 +197,53 @@ def test_any_field_can_be_set(setting, place, value):
     [
         ("training.local.proximal", "PLACE=VALUE"),
         ("=1", "PLACE=VALUE"),
-        ("training.local.lr.x=1", "'lr' is a value"),
+        ("training.local.lr.x=1", "'training.local.lr.x': 'lr' is a value"),
+        ("lock=[[]]", "lock"),
+        ("defense=3", "defense"),
+        ("defense=[]", "defense"),
+        ("defense.type=3", "defense"),
+        ("training={}x", "training"),
+        ("type=[]", "type"),
+        ("seed=2020-01-01", "seed"),
+        ("seed=1\nx = 2", "seed"),
+        (f"seed={HUGE}", "seed"),
+        (f"seed={10**30}", "seed: expected a number of at most 64 bits"),
+        ("a." * 50_000 + "a=1", "expected at most 8 parts, got 50001"),
+        ("." * 9 + "=1", "expected at most 8 parts, got 10"),
+        ("...=1", "not a usable experiment"),
+        ("seed=" + "[" * 50_000 + "]" * 50_000, "seed"),
+        ("seed=" + "a." * 20_000 + "a", "seed"),
+        ("x" * 100_000, "expected PLACE=VALUE"),
+        ("\x1b[2J=1", "not a usable experiment"),
         ("training.lokal.lr=1", "lokal"),
         ("training.local.lr=fast", "lr"),
     ],
 )
 def test_settings_that_make_no_sense(setting, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         configs.from_flags("train", file=None, fields={}, settings=[setting])
+    assert len(str(caught.value)) < 1000
+    assert all(c.isprintable() or c == "\n" for c in str(caught.value))
+
+
+@pytest.mark.parametrize("flags", [{"lock": "published"}, {"layers": "all"}])
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("attack", "lock=[[]]"),
+        ("attack", "lock=3"),
+        ("train", "defense=3"),
+        ("train", "defense=[[]]"),
+        ("train", "defense.type=3"),
+        ("train", "defense={type = 'public-norm', like = 3}"),
+        ("train", "defense={type = 'keylock', layers = 3}"),
+    ],
+)
+def test_a_lock_that_is_none_is_not_described(kind, setting, flags):
+    with pytest.raises(
+        ConfigError, match=r"The command line is not a usable experiment\.\n  - \S*(lock|defense)"
+    ):
+        configs.from_flags(kind, file=None, fields={}, settings=[setting], **flags)
 
 
 @pytest.mark.parametrize(
@@ -215,16 +260,102 @@ def test_partitions_in_short(text, expected):
 
 
 def test_a_partition_that_is_none():
-    with pytest.raises(ConfigError, match="--partition dirichlet:much"):
+    with pytest.raises(ConfigError, match=r"--partition .dirichlet:much.: expected iid"):
         configs.partition_fields("dirichlet:much")
 
 
-@pytest.mark.parametrize("content", [b"not = = toml", b"\xff\xfe"])
+NO_TOML = {
+    "nonsense": b"not = = toml",
+    "not UTF-8": b"\xff\xfe",
+    "a dotted key": b"a." * 20_000 + b"a = 1",
+    "deep lists": b"a = " + b"[" * 100_000 + b"]" * 100_000,
+    "deep tables": b"a = " + b"{b = " * 20_000 + b"1" + b"}" * 20_000,
+    "a huge number": f"a = {HUGE}".encode(),
+    "a long key twice": b"a" * 50_000 + b" = 1\n" + b"a" * 50_000 + b" = 1\n",
+}
+
+
+@pytest.mark.parametrize("content", NO_TOML.values(), ids=NO_TOML)
 def test_files_that_are_no_toml(content, tmp_path):
     path = tmp_path / "bad.toml"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="not a TOML file"):
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match=r"bad\.toml: not a TOML file \(.*\)\.$") as caught:
         configs.load(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(str(caught.value)) < 1000
+    assert peak < 50e6
+
+
+def test_a_file_is_small(tmp_path):
+    path = tmp_path / "large.toml"
+    path.write_text("# comment\n" * 30_000)
+    with pytest.raises(ConfigError, match=r"large\.toml: cannot be read \(it has 300000 bytes"):
+        configs.load(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.parametrize("kind", ["pipe", "folder", "/dev/null"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    path = Path(kind) if kind.startswith("/") else tmp_path / kind
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    with pytest.raises(ConfigError, match=rf"{kind}: cannot be read \((it is not an ordinary|Is a dir)"):
+        configs.load(path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"type": "x" * 100_000},
+        {"type": "train", "defense": {"type": "x" * 100_000}},
+        {"type": "train", "x" * 100_000: 1},
+        {"type": "train", "\x1b[2J\nError": 1},
+        {"type": "train", "training": {"local": {"augmentation": "x" * 100_000}}},
+        {"type": "train", "data": {"name": "x" * 100_000}},
+        {"type": "train", "data": {"root": "x" * 100_000}},
+        {"type": "attack", "arms": ["x" * 100_000] * 2},
+        {"type": "attack", "arms": ["\x1b[2J"] * 2},
+        {"type": "attack", "arms": list(range(10_000))},
+    ],
+    ids=range(10),
+)
+def test_what_came_never_fills_the_message(values):
+    with pytest.raises(ConfigError) as caught:
+        configs.parse(values, source="here")
+    text = str(caught.value)
+    assert len(text) < 50 * 320
+    assert max(map(len, text.splitlines())) < 400
+    assert all(c.isprintable() or c == "\n" for c in text)
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ({"type": "train", "seed": 2**63}, "seed"),
+        ({"type": "train", "training": {"local": {"batch_size": 10**30}}}, "training.local.batch_size"),
+        ({"type": "attack", "trials": -(10**5000)}, "trials"),
+        ({"type": "train", "defense": {"type": "keylock", "layers": ["a", 2**64]}}, "defense.layers"),
+    ],
+)
+def test_numbers_have_64_bits_as_in_toml(values, place):
+    with pytest.raises(ConfigError, match=f"{place}: expected a number of at most 64 bits"):
+        configs.parse(values, source="here")
+    assert configs.parse({"type": "train", "seed": 2**63 - 1}, source="here").seed == 2**63 - 1
+
+
+def test_what_could_not_be_read_again_is_not_kept():
+    experiment = configs.from_flags("train", file=None, fields={"data.root": "../" * 200})
+    with pytest.raises(ConfigError, match=r"cannot be kept as TOML .*more than 200 dots"):
+        configs.dump(experiment)
+
+
+@pytest.mark.parametrize("text", ["\x00", "\x1b[2J", "\r\n", "\u2028", "\\", "'\"'", "#", "é", "'''", '"""'])
+def test_any_text_survives_its_file(tmp_path, text):
+    test_survives_its_file(TrainConfig(data=DataConfig(name=text, root=f" {text} ")), tmp_path)
 
 
 def test_a_missing_file(tmp_path):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import sys
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from fedkl import data, demo, experiments
 from fedkl.attacks import DLG
 from fedkl.auditing import standard_arms
-from fedkl.config import AttackConfig, DataConfig, ModelConfig, TrainConfig
+from fedkl.config import AttackConfig, CheckpointConfig, DataConfig, ModelConfig, TrainConfig
 from fedkl.defenses import KeyLock, PrivateNorm
 from fedkl.errors import ConfigError, DataError
 from fedkl.federated import FederatedTraining
@@ -86,6 +89,160 @@ def test_a_training_that_was_interrupted_at_its_end_repeats_no_round(tmp_path, m
     assert {**again.summary, "seconds": 0} == {**expected, "seconds": 0}
     assert list(again.results()) == records
     assert [record["event"] for record in records] == ["partition", "round"]
+
+
+SMALL = DataConfig(train_images=60, test_images=40)
+TRAINING = TrainConfig(
+    data=SMALL,
+    training=FederatedTraining(clients=2, rounds=3),
+    checkpoints=CheckpointConfig(seconds=0.0),
+    auxiliary=2,
+)
+ATTACK = TINY.model_copy(update={"data": SMALL, "arms": ("no-norm",)})
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A training that was killed when all its rounds were done, and an attack in the same state."""
+    folder = tmp_path_factory.mktemp("ended")
+    for name, config in (("train", TRAINING), ("attack", ATTACK)):
+        run = experiments.run(config, out=folder / name)
+        (run.path / "summary.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def cut(ended, tmp_path):
+    def copy(name):
+        shutil.copytree(ended / name, tmp_path / name)
+        return tmp_path / name
+
+    return copy
+
+
+def lines_of(run):
+    return (run / "results.jsonl").read_bytes().splitlines(keepends=True)
+
+
+OTHER_LINES = {
+    "a round is missing": lambda lines: [*lines[:2], *lines[3:]],
+    "all are": lambda lines: lines[:1],
+    "one is there twice": lambda lines: [*lines[:3], lines[2], *lines[3:]],
+    "one stands for another": lambda lines: [*lines[:2], lines[1], *lines[3:]],
+    "they are in another order": lambda lines: [lines[0], lines[2], lines[1], lines[3]],
+}
+
+
+@pytest.mark.parametrize("change", OTHER_LINES.values(), ids=OTHER_LINES)
+def test_a_training_goes_on_with_all_its_rounds_or_not_at_all(cut, change):
+    run = cut("train")
+    before = change(lines_of(run))
+    (run / "results.jsonl").write_bytes(b"".join(before))
+    with pytest.raises(ConfigError, match=r"results\.jsonl: expected the 3 rounds .* each once and in order"):
+        experiments.run(TRAINING, out=run)
+    assert lines_of(run) == before
+    assert not (run / "summary.json").exists()
+
+
+def test_records_after_the_checkpoint_are_repeated(cut):
+    run = cut("train")
+    whole = lines_of(run)
+    for kind in ("round-000003.json", "public-000003.safetensors"):
+        (run / "checkpoints" / kind).unlink()
+    experiments.run(TRAINING, out=run)
+    assert len(lines_of(run)) == len(whole)
+    assert lines_of(run)[:3] == whole[:3]
+
+
+NO_RECORDS = {
+    "a high byte": b'{"event": "round", "round": \xff}',
+    "a number": b"3",
+    "a list": b"[]",
+    "no event": b'{"round": 0}',
+    "a round that says too little": b'{"event": "round", "round": 0, "accuracy": 0.5}',
+    "a trial that says too little": b'{"event": "trial", "arm": "no-norm", "trial": 0}',
+}
+
+
+@pytest.mark.parametrize("line", NO_RECORDS.values(), ids=NO_RECORDS)
+@pytest.mark.parametrize("name", ["train", "attack"])
+def test_going_on_refuses_a_line_that_is_no_record(cut, name, line):
+    run = cut(name)
+    before = [line + b"\n", *lines_of(run)]
+    (run / "results.jsonl").write_bytes(b"".join(before))
+    config = TRAINING if name == "train" else ATTACK
+    with pytest.raises(ConfigError, match=r"results\.jsonl: line 1 is damaged"):
+        experiments.run(config, out=run)
+    assert lines_of(run) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"arm": "lock"}, {"arm": "magic"}, {"trial": 2}, {"scores": 2}, {}],
+    ids=["another arm", "no arm", "another trial", "another batch", "twice"],
+)
+def test_an_attack_goes_on_with_its_own_trials_only(cut, changes):
+    run = cut("attack")
+    record = json.loads(lines_of(run)[0])
+    scores = {"scores": record["scores"] * 2, "labels": record["labels"] * 2} if "scores" in changes else {}
+    before = [*lines_of(run), json.dumps(record | changes | scores).encode() + b"\n"]
+    (run / "results.jsonl").write_bytes(b"".join(before))
+    with pytest.raises(ConfigError, match=r"results\.jsonl: expected each trial of this attack at most once"):
+        experiments.run(ATTACK, out=run)
+    assert lines_of(run) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff", b"3"])
+def test_a_damaged_summary_is_no_finished_run(cut, content):
+    run = cut("attack")
+    (run / "summary.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"summary\.json: missing or damaged .* Remove it and run"):
+        experiments.run(ATTACK, out=run)
+    (run / "summary.json").unlink()
+    assert experiments.run(ATTACK, out=run).summary["type"] == "attack"
+
+
+def full_from(monkeypatch, at):
+    """The disk is full from the `at`-th write on; how many there were."""
+    count, fsync = [0], os.fsync
+
+    def full(handle):
+        count[0] += 1
+        if count[0] >= at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    return count
+
+
+@pytest.mark.parametrize("at", range(2, 40, 4))
+def test_a_training_on_a_full_disk_goes_on_as_if_nothing_had_been(ended, tmp_path, monkeypatch, at):
+    with monkeypatch.context() as patch:
+        count = full_from(patch, at)
+        with pytest.raises(ConfigError, match=r"No space left on device.* make room.* same command goes on"):
+            experiments.run(TRAINING, out=tmp_path / "run")
+        assert count[0] >= at
+    run = experiments.run(TRAINING, out=tmp_path / "run")
+    assert (run.path / "global.safetensors").read_bytes() == (
+        ended / "train" / "global.safetensors"
+    ).read_bytes()
+    assert [r["round"] for r in run.results() if r["event"] == "round"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("at", range(2, 17, 3))
+def test_so_does_an_attack(ended, tmp_path, monkeypatch, at):
+    with monkeypatch.context() as patch:
+        full_from(patch, at)
+        with pytest.raises(ConfigError, match=r"No space left on device.* make room.* same command goes on"):
+            experiments.run(ATTACK, out=tmp_path / "run")
+    run = experiments.run(ATTACK, out=tmp_path / "run")
+
+    def figures(path):
+        return [{**json.loads(line), "elapsed": 0} for line in lines_of(path)]
+
+    assert figures(run.path) == figures(ended / "attack")
+    assert len(list((run.path / "reconstructions").iterdir())) == 2
 
 
 def test_curves_for_tensorboard(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -13,17 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from fedkl.attacks import DLG, IDLG, AnyAttack, LocalSteps
 from fedkl.data import AnyPartition
 from fedkl.defenses import AnyDefense, KeyLock, NoDefense
-from fedkl.errors import ConfigError, gathered
+from fedkl.errors import ConfigError, gathered, shown
 from fedkl.federated import Execution, FederatedTraining
+from fedkl.files import read_file
+from fedkl.parsing import parse_toml
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+_MAX_BYTES = 2**18  # of a file; a complete experiment takes two thousand
+_MAX_PARTS = 8  # of a --set place; the deepest field has four
+_MAX_TEXT = 300  # characters of a problem, whatever came
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_max_length=4096)
 
 
 class DataConfig(_Config):
@@ -147,13 +147,45 @@ def parse(values: dict[str, Any], *, source: str) -> TrainConfig | AttackConfig:
 
 
 def _validated(validate: Callable[[Any], Any], values: dict[str, Any], *, subject: str) -> Any:
+    large = [f"{place}: expected a number of at most 64 bits" for place in _large_numbers(values)]
+    if large:
+        raise ConfigError(gathered(subject, large, _REMEDY))
     try:
         return validate(values)
     except ValidationError as error:
-        problems = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
-        raise ConfigError(gathered(subject, problems, _REMEDY)) from error
+        raise ConfigError(gathered(subject, problems_of(error), _REMEDY)) from error
+    except ConfigError as error:  # of fields that do not go together; it may quote what came
+        raise ConfigError("\n".join(map(_printable, str(error).splitlines()[:_MAX_LINES]))) from error
 
 
+def _large_numbers(values: dict[str, Any]) -> list[str]:
+    """Where integers are that TOML does not allow: Python reads them, and PyTorch fails on them later."""
+    left: list[tuple[str, Any]] = [("", values)]
+    found = []
+    while left:  # not by recursion: what came may be nested deeply
+        place, value = left.pop()
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            found.append(_printable(place.removeprefix(".")))
+        elif isinstance(value, dict):
+            left += [(f"{place}.{name}"[: _MAX_TEXT + 1], item) for name, item in value.items()]
+        elif isinstance(value, list | tuple):
+            left += [(place, item) for item in value]
+    return found
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """One line for each field that is not as expected; never long, whatever came."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    return [_printable(f"{'.'.join(map(str, each['loc']))}: {each['msg']}") for each in found]
+
+
+def _printable(text: str) -> str:
+    """Text that may quote what came from elsewhere: cut, control codes escaped."""
+    cut = text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
+
+_MAX_LINES = 60
 _REMEDY = "Compare with the config.toml of a run directory."
 
 
@@ -164,11 +196,11 @@ def load(path: Path) -> TrainConfig | AttackConfig:
         ConfigError: The file cannot be read, is no TOML, or is not a usable experiment.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = parse_toml(read_file(path, limit=_MAX_BYTES).decode())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file ({error}).") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not a TOML file ({_printable(str(error))}).") from error
     return parse(values, source=str(path))
 
 
@@ -225,12 +257,14 @@ def from_flags(
         values["defense"] = _switched(values["defense"], defense)
     for setting in settings:
         _set(values, *_parsed_setting(setting))
-    described = _lock_fields(lock, layers)
-    if described:
-        target = values["lock"] if kind == "attack" else _lock_of(values["defense"])
-        if target is None:
-            raise ConfigError(_NO_LOCK.format(values["defense"]["type"]))
-        target.update(described)
+    experiment, described = parse(values, source="The command line"), _lock_fields(lock, layers)
+    if not described:
+        return experiment
+    values = values_of(experiment)
+    target = values["lock"] if kind == "attack" else _lock_of(values["defense"])
+    if target is None:
+        raise ConfigError(_NO_LOCK.format(values["defense"]["type"]))
+    target.update(described)
     return parse(values, source="The command line")
 
 
@@ -242,22 +276,26 @@ _NO_LOCK = (
 
 def _set(values: dict[str, Any], place: str, value: Any) -> None:
     *path, last = place.split(".")
+    if len(path) >= _MAX_PARTS:
+        raise ConfigError(
+            f"{shown(place)}: expected at most {_MAX_PARTS} parts, got {len(path) + 1}. {_REMEDY}"
+        )
     for name in path:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"{place}: '{name}' is a value, it has no fields. {_REMEDY}")
+            raise ConfigError(f"{shown(place)}: {shown(name)} is a value, it has no fields. {_REMEDY}")
     values[last] = value
 
 
 def _parsed_setting(setting: str) -> tuple[str, Any]:
     place, equals, text = setting.partition("=")
     if not (place.strip() and equals):
-        raise ConfigError(f"--set {setting}: expected PLACE=VALUE, e.g. training.local.proximal=0.01.")
+        raise ConfigError(f"--set {shown(setting)}: expected PLACE=VALUE, e.g. training.local.proximal=0.01.")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a text
-    return place.strip(), value
+        values = parse_toml(f"value = {text}")
+    except ValueError:
+        values = {}
+    return place.strip(), values["value"] if len(values) == 1 else text  # a bare word is a text
 
 
 def partition_of(text: str) -> AnyPartition:
@@ -267,7 +305,9 @@ def partition_of(text: str) -> AnyPartition:
         ConfigError: It names none.
     """
     partition: AnyPartition = _validated(
-        _PARTITION.validate_python, partition_fields(text), subject=f"--partition {text} is not usable."
+        _PARTITION.validate_python,
+        partition_fields(text),
+        subject=f"--partition {shown(text)} is not usable.",
     )
     return partition
 
@@ -289,12 +329,12 @@ def partition_fields(text: str) -> dict[str, Any]:
         return {"type": kind} | ({field[0]: field[1](number)} if field and colon else {})
     except ValueError as error:
         expected = "iid, shards:<number per client> or dirichlet:<alpha>"
-        raise ConfigError(f"--partition {text}: expected {expected}, e.g. dirichlet:0.5.") from error
+        raise ConfigError(f"--partition {shown(text)}: expected {expected}, e.g. dirichlet:0.5.") from error
 
 
 def _lock_fields(lock: str | None, layers: str | None) -> dict[str, Any]:
     if lock is not None and lock not in _LOCKS:
-        raise ConfigError(f"--lock: unknown '{lock}'. Choose one of {', '.join(_LOCKS)}.")
+        raise ConfigError(f"--lock: unknown {shown(lock)}. Choose one of {', '.join(_LOCKS)}.")
     fields: dict[str, Any] = {} if lock is None else dict(_LOCKS[lock])
     return fields if layers is None else fields | {"layers": layers}
 
@@ -314,8 +354,18 @@ def _switched(defense: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def dump(config: TrainConfig | AttackConfig) -> str:
-    """The experiment as TOML, every field included; TOML has no null, so unset fields are left out."""
-    return tomli_w.dumps(values_of(config))
+    """The experiment as TOML, every field included; TOML has no null, so unset fields are left out.
+
+    Raises:
+        ConfigError: It could be written, but not be read again.
+    """
+    text = tomli_w.dumps(values_of(config))
+    try:
+        if len(text.encode()) > _MAX_BYTES or parse_toml(text) != values_of(config):
+            raise ValueError(f"expected at most {_MAX_BYTES} bytes that say the same")
+    except ValueError as error:
+        raise ConfigError(f"This experiment cannot be kept as TOML ({_printable(str(error))}).") from error
+    return text
 
 
 def values_of(config: TrainConfig | AttackConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fedkl.auditing import MAIN_ARMS, Arm, TrialResult, attack_arms, standard_ar
 from fedkl.config import AttackConfig, DataConfig, TrainConfig
 from fedkl.curves import curves
 from fedkl.data import Dataset, Subset
-from fedkl.errors import ConfigError, DataError
+from fedkl.errors import ConfigError, DataError, shown
 from fedkl.federated import Checkpoints, Federation, RoundResult, server_fill_ins
 from fedkl.files import exclusive
 from fedkl.lockfile import default_passphrase
@@ -179,12 +179,7 @@ def _rounds(
     if first is None:
         checkpoints.save(federation, round=0)  # keys are born here: no later attempt may draw others
     first, total = first or 0, config.training.rounds
-    records = [r for r in directory.results() if r.get("event") == "round" and r["round"] < first]
-    if len(records) != first:
-        raise ConfigError(
-            f"{directory.path}/results.jsonl: holds {len(records)} of the {first} rounds that the checkpoint "
-            "has behind it. Restore it, or remove the folder 'checkpoints' to start again."
-        )
+    records = _finished_rounds(directory, first)
     partition = {"event": "partition", "class_counts": federation.class_counts.tolist()}
     directory.restart_from([partition, *records])
     earlier = records[-1]["elapsed"] if records else 0.0
@@ -194,13 +189,32 @@ def _rounds(
             record = {"event": "round", **_round_record(result), "elapsed": earlier + perf_counter() - start}
             directory.append(record)
             records.append(record)
-            plot(record)
+            with directory.writing():
+                plot(record)
             done = result.round + 1
             if done == total or perf_counter() - saved >= config.checkpoints.seconds:
                 checkpoints.save(federation, round=done)
                 saved = perf_counter()
             progress(done, total, _accuracy_note(result.accuracy))
     return records
+
+
+def _finished_rounds(directory: RunDirectory, first: int) -> list[dict[str, Any]]:
+    """The records of all rounds before round `first`, which the checkpoint has behind it.
+
+    Raises:
+        ConfigError: One is missing, there twice or in another place.
+    """
+    if first == 0:
+        return []  # whatever is there will be repeated
+    rounds = [r for r in directory.results(continued=True) if r["event"] == "round" and r["round"] < first]
+    if [record["round"] for record in rounds] != list(range(first)):
+        raise ConfigError(
+            f"{directory.path}/results.jsonl: expected the {first} rounds that the checkpoint has behind it, "
+            f"each once and in order, got {len(rounds)}. Restore it, or remove the folder 'checkpoints' to "
+            "start again."
+        )
+    return rounds
 
 
 def _fill_ins(
@@ -248,7 +262,7 @@ def _train_summary(
         "classes": dataset.spec.classes,
         "accuracy": last["accuracy"],
         "local_accuracy": last["local_accuracy"],
-        "best_accuracy": max(r["accuracy"] for r in rounds if r["accuracy"] is not None),
+        "best_accuracy": max((r["accuracy"] for r in rounds if r["accuracy"] is not None), default=None),
         "accuracies": last["accuracies"],
         "statistics_shared": _statistics_shared(federation),
         "dropped": sum(len(r["dropped"]) for r in rounds),
@@ -292,14 +306,15 @@ def chosen_arms(config: AttackConfig) -> tuple[Arm, ...]:
     arms = {arm.name: arm for arm in known}
     unknown = [name for name in config.arms if name not in arms]
     if unknown:
-        raise ConfigError(f"arms: unknown {', '.join(unknown)}. Choose from {', '.join(arms)}.")
+        named = ", ".join(map(shown, unknown[:10]))
+        raise ConfigError(f"arms: unknown {named}. Choose from {', '.join(arms)}.")
     return tuple(arms[name] for name in config.arms or MAIN_ARMS)
 
 
 def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, progress: Progress) -> None:
     arms = chosen_arms(config)
     trials = trials_of(dataset, trials=config.trials, batch_size=config.batch_size)
-    records = _complete_trials(directory, arms, updates_per_client=config.updates_per_client)
+    records = _complete_trials(directory, arms, config)
     directory.restart_from(records)
     done = {record["trial"] for record in records}
     start = perf_counter()
@@ -307,9 +322,8 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
     total = len(arms) * len(trials)
 
     def keep(result: TrialResult) -> None:
-        place = f"reconstructions/{result.arm}-{result.trial}"
-        truth = trials[result.trial].images
-        directory.save_tensors(place, {"reconstruction": result.reconstruction.images, "truth": truth})
+        images, truth = result.reconstruction.images, trials[result.trial].images
+        directory.save_pictures(result.arm, result.trial, reconstruction=images, truth=truth)
         record = result.to_dict() | {"labels": trials[result.trial].labels.tolist()}
         record |= {"elapsed": earlier + perf_counter() - start}
         directory.append(record)
@@ -356,16 +370,27 @@ def _attack_workers(config: AttackConfig) -> int:
 
 
 def _complete_trials(
-    directory: RunDirectory, arms: Sequence[Arm], *, updates_per_client: int
+    directory: RunDirectory, arms: Sequence[Arm], config: AttackConfig
 ) -> list[dict[str, Any]]:
     """Records of an interrupted run whose client has all its trials, in all arms.
 
     The others are repeated: arms and trials of a client share a victim, whose key and lock layers are gone.
+
+    Raises:
+        ConfigError: A record is none of this experiment's, or there twice.
     """
-    records = [record for record in directory.results() if record["event"] == "trial"]
-    counts = Counter(record["trial"] // updates_per_client for record in records)
-    whole = len(arms) * updates_per_client
-    return [record for record in records if counts[record["trial"] // updates_per_client] == whole]
+    records = [record for record in directory.results(continued=True) if record["event"] == "trial"]
+    places = Counter((record["arm"], record["trial"]) for record in records)
+    own = {(arm.name, trial) for arm in arms for trial in range(config.trials)}
+    sizes = {len(record["scores"]) for record in records} - {config.batch_size}
+    if sizes or not places.keys() <= own or max(places.values(), default=1) > 1:
+        raise ConfigError(
+            f"{directory.path}/results.jsonl: expected each trial of this attack at most once in each arm, "
+            f"with {config.batch_size} scores. Remove the lines that are not its own, or the whole file."
+        )
+    counts = Counter(trial // config.updates_per_client for _, trial in places)
+    whole = len(arms) * config.updates_per_client
+    return [record for record in records if counts[record["trial"] // config.updates_per_client] == whole]
 
 
 def _attack_summary(

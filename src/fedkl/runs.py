@@ -5,24 +5,139 @@ environment.json            versions and machine, in words
 results.jsonl               one JSON object a line
 reconstructions/*.safetensors   images of an attack, one file per (arm, trial)
 summary.json                written last: a run without it was interrupted
+
+A folder may come from anybody: what is read is checked, and what is written stays inside.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from torch import Tensor
 
 from fedkl import config as configs
 from fedkl.errors import ConfigError
-from fedkl.files import remove_parts, write_atomically
+from fedkl.files import read_file, remove_parts, write_atomically
+from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
+
+_MAX_JSON = 2**28  # bytes of a JSON file, and of
+_MAX_TENSORS = 2**32  # a file of tensors
+_OURS = (
+    "config.toml",
+    "environment.json",
+    "results.jsonl",
+    "summary.json",
+    "reconstructions",
+    "checkpoints",
+    "tensorboard",
+    "global.safetensors",
+)
+"""What a run writes in its folder."""
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(ge=0)]
+Word = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+"""Text that may stand in a table or on a terminal: of one line, without control codes."""
+
+
+class Needed(BaseModel):
+    """Fields that are needed of JSON that came from elsewhere, with their kinds; others are let be."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Partition(Needed):
+    event: Literal["partition"]
+    class_counts: Annotated[
+        list[Annotated[list[Count], Field(min_length=1, max_length=10_000)]], Field(min_length=1)
+    ]
+
+    @model_validator(mode="after")
+    def _check(self) -> _Partition:
+        if len({len(row) for row in self.class_counts}) > 1:
+            raise ValueError("class_counts: expected as many classes for every client")
+        return self
+
+
+class _Round(Needed):
+    event: Literal["round"]
+    round: Count
+    accuracy: Share | None
+    local_accuracies: dict[str, Share] = {}
+
+
+class _WholeRound(_Round):
+    """What it takes to go on after a round; a report takes less, which older runs have too."""
+
+    elapsed: Seconds
+    seconds: Seconds
+    local_accuracy: Share | None
+    accuracies: dict[str, Share]
+    dropped: list[str]
+    failed: dict[str, str]
+    aggregated: bool
+    update_bytes: Count
+
+
+class FillIn(Needed):
+    """The server's own completion of a model."""
+
+    arm: Word
+    statistics: Word
+    accuracy: Share
+    auxiliary: Count
+
+
+class _FillInRecord(FillIn):
+    event: Literal["fill-in"]
+
+
+class _Score(Needed):
+    mse: float | None
+    psnr: float | None
+    ssim: float | None
+    correlation: float | None
+    psnr_raw: float | None
+    psnr_affine: float | None
+    ssim_affine: float | None
+    identified: bool
+    candidates: Annotated[Count, Field(ge=1)]
+    label_correct: bool | None
+    failed: bool
+
+
+class _Trial(Needed):
+    event: Literal["trial"]
+    arm: Annotated[str, Field(pattern=r"^[\w-]{1,100}$")]  # names files too
+    trial: Count
+    scaling: Literal["clip", "prior"]
+    scores: Annotated[list[_Score], Field(min_length=1)]
+    evaluations: Count
+    loss: float | None
+    elapsed: Seconds
+    labels: list[Count] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> _Trial:
+        if self.labels is not None and len(self.labels) != len(self.scores):
+            raise ValueError("labels: expected as many as scores")
+        return self
+
+
+_Any = _Partition | _FillInRecord | _Trial
+_READ: TypeAdapter[Any] = TypeAdapter(Annotated[_Any | _Round, Field(discriminator="event")])
+_CONTINUED: TypeAdapter[Any] = TypeAdapter(Annotated[_Any | _WholeRound, Field(discriminator="event")])
 
 
 class RunDirectory:
@@ -42,28 +157,27 @@ class RunDirectory:
         """Makes the folder, or continues one with the same configuration.
 
         Raises:
-            ConfigError: The folder holds another run, or cannot be written.
+            ConfigError: The folder holds another run or a link that would be written through, or cannot be
+                written.
         """
-        text = configs.dump(config)
-        present = path / "config.toml"
-        begun = any((path / name).exists() for name in ("results.jsonl", "checkpoints", "summary.json"))
-        if present.exists() and begun and present.read_text(encoding="utf-8") != text:
-            raise ConfigError(
-                f"{path}: this folder holds a run with another configuration. Choose another --out, or "
-                "remove the folder."
-            )
-        if not present.exists() and path.is_dir() and any(path.iterdir()):
-            raise ConfigError(f"{path}: the folder is not empty and holds no run. Choose another --out.")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_text(present, text)
+        run, data = cls(path), configs.dump(config).encode()
+        with run.writing():
+            run._refuse_links()
+            present = run._bytes("config.toml")
+            begun = any((path / name).exists() for name in ("results.jsonl", "checkpoints", "summary.json"))
+            if present is not None and begun and present != data:
+                raise ConfigError(
+                    f"{path}: this folder holds a run with another configuration. Choose another --out, or "
+                    "remove the folder."
+                )
+            if present is None and path.is_dir() and any(path.iterdir()):
+                raise ConfigError(f"{path}: the folder is not empty and holds no run. Choose another --out.")
+            write_atomically(path / "config.toml", data)
             if not (path / "summary.json").exists():  # a finished run keeps the environment it ran in
                 write_text(path / "environment.json", json.dumps(_environment(version), indent=2) + "\n")
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from error
-        run = cls(path)
-        remove_parts(path)
-        run._drop_half_line()
+            for folder in (path, path / "reconstructions"):
+                remove_parts(folder)
+            run._drop_half_line()
         return run
 
     @classmethod
@@ -73,7 +187,7 @@ class RunDirectory:
         Raises:
             ConfigError: There is no run.
         """
-        if not (path / "config.toml").is_file():
+        if not is_run(path):
             raise ConfigError(
                 f"{path}: not a run directory (no config.toml). Give the folder of a fedkl run."
             )
@@ -86,51 +200,81 @@ class RunDirectory:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Versions and machine."""
-        values: dict[str, Any] = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
-        return values
+        """Versions and machine.
+
+        Raises:
+            ConfigError: The file is missing or damaged.
+        """
+        return self._object("environment.json") or {}
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The summary; None if the run was not finished."""
-        path = self.path / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """The summary; None if the run was not finished.
+
+        Raises:
+            ConfigError: The file is damaged.
+        """
+        return self._object("summary.json") if (self.path / "summary.json").exists() else None
 
     def append(self, record: dict[str, Any]) -> None:
-        """Appends one record to results.jsonl, on disk when this returns."""
-        line = json.dumps(record, allow_nan=False)
-        with (self.path / "results.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        """Appends one record to results.jsonl, on disk when this returns.
+
+        Raises:
+            ConfigError: It cannot be written.
+        """
+        line = json.dumps(record, allow_nan=False) + "\n"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        with self.writing(), os.fdopen(os.open(self.path / "results.jsonl", flags, 0o644), "ab") as file:
+            file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
 
-    def results(self) -> Iterator[dict[str, Any]]:
-        """The records so far; a last line that was cut off is dropped."""
+    def results(self, *, continued: bool = False) -> Iterator[dict[str, Any]]:
+        """The records so far; a last line that was cut off is dropped.
+
+        Args:
+            continued: Whether the run shall go on with them, which takes more than reading them.
+
+        Raises:
+            ConfigError: The file cannot be read, or a line is no record; it is named.
+        """
         path = self.path / "results.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        *lines, rest = (self._bytes(path.name) or b"").split(b"\n")
+        with contextlib.suppress(ValueError):
+            lines += [rest] if parse_json_object(rest) else []
         for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)
+                yield _record(line, continued=continued)
             except ValueError as error:
-                if number < len(lines) or line.endswith("\n"):
-                    raise ConfigError(f"{path}: line {number} is damaged. Remove it to continue.") from error
+                raise ConfigError(
+                    f"{path}: line {number} is damaged ({_reason(error)}). Remove it to continue."
+                ) from error
 
     def _drop_half_line(self) -> None:
         """A run that was killed while writing leaves a line without its end."""
-        path = self.path / "results.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        if text and not text.endswith("\n"):
-            write_text(path, text[: text.rfind("\n") + 1])
+        data = self._bytes("results.jsonl")
+        if data and not data.endswith(b"\n"):
+            write_atomically(self.path / "results.jsonl", data[: data.rfind(b"\n") + 1])
 
     def restart_from(self, records: Sequence[dict[str, Any]]) -> None:
-        """Keeps only these of an interrupted run's records."""
+        """Keeps only these of an interrupted run's records.
+
+        Raises:
+            ConfigError: They cannot be written.
+        """
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
-        write_text(self.path / "results.jsonl", "".join(lines))
+        with self.writing():
+            write_text(self.path / "results.jsonl", "".join(lines))
 
     def save_tensors(self, name: str, tensors: NamedTensors) -> None:
-        """Writes tensors to ``name.safetensors``, atomically."""
+        """Writes tensors to ``name.safetensors``, atomically.
+
+        Raises:
+            ConfigError: They cannot be written.
+        """
         data = safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()})
-        write_atomically(self.path / f"{name}.safetensors", data)
+        with self.writing():
+            write_atomically(self.path / f"{name}.safetensors", data)
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Reads what `save_tensors` wrote.
@@ -140,18 +284,118 @@ class RunDirectory:
         """
         path = self.path / f"{name}.safetensors"
         try:
-            return safetensors.torch.load(path.read_bytes())
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ConfigError(f"{path}: missing or damaged. Run the experiment again.") from error
+            return parse_tensors(read_file(path, limit=_MAX_TENSORS))[0]
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{path}: missing or damaged ({_reason(error)}). Run the experiment again."
+            ) from error
+
+    def save_pictures(self, arm: str, trial: int, *, reconstruction: Tensor, truth: Tensor) -> None:
+        """Writes what an attack found, and what there was to find.
+
+        Raises:
+            ConfigError: They cannot be written.
+        """
+        self.save_tensors(_place(arm, trial), {"reconstruction": reconstruction, "truth": truth})
+
+    def load_pictures(self, arm: str, trial: int) -> tuple[Tensor, Tensor]:
+        """Reads what `save_pictures` wrote: reconstructions, which may not be finite, and true images.
+
+        Raises:
+            ConfigError: The file is missing or damaged, or does not hold two batches of images of one shape,
+                the true ones in [0, 1].
+        """
+        tensors = self.load_tensors(_place(arm, trial))
+        found, truth = tensors.get("reconstruction"), tensors.get("truth")
+        if found is None or truth is None or not _are_pictures(found, truth):
+            raise ConfigError(f"{self.path / _place(arm, trial)}.safetensors: holds no pictures.")
+        return found, truth
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json: the run is complete."""
-        write_text(self.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        """Writes summary.json: the run is complete.
+
+        Raises:
+            ConfigError: It cannot be written.
+        """
+        with self.writing():
+            write_text(self.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Says what is kept where the system refuses to write, e.g. because the disk is full."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: cannot be written ({error.strerror or error}). What was done so far is kept: "
+                "make room, then the same command goes on from there."
+            ) from error
+
+    def _refuse_links(self) -> None:
+        """A link would lead what is written, and what is removed, out of the folder."""
+        for name in _OURS:
+            if (self.path / name).is_symlink():
+                raise ConfigError(
+                    f"{self.path / name}: a symbolic link; nothing is written through it. Put what it leads "
+                    "to in its place, or choose another --out."
+                )
+
+    def _bytes(self, name: str) -> bytes | None:
+        """A file's content; None if there is none."""
+        try:
+            return read_file(self.path / name, limit=_MAX_JSON)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"{self.path / name}: cannot be read ({error.strerror}).") from error
+
+    def _object(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            return parse_json_object(read_file(path, limit=_MAX_JSON))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{path}: missing or damaged ({_reason(error)}). Remove it and run the experiment again."
+            ) from error
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run."""
+    try:
+        return (path / "config.toml").is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     write_atomically(path, text.encode())
+
+
+def _place(arm: str, trial: int) -> str:
+    return f"reconstructions/{arm}-{trial}"
+
+
+def _are_pictures(found: Tensor, truth: Tensor) -> bool:
+    floating = found.is_floating_point() and truth.is_floating_point()
+    if not floating or found.shape != truth.shape or truth.ndim != 4 or truth.numel() == 0:
+        return False
+    values = truth.double()
+    return bool(((values >= -1e-6) & (values <= 1 + 1e-6)).all())
+
+
+def _record(line: bytes, *, continued: bool) -> dict[str, Any]:
+    """A record that is one; ValidationError is a ValueError."""
+    record = parse_json_object(line)
+    (_CONTINUED if continued else _READ).validate_python(record)
+    json.dumps(record, allow_nan=False)  # as it will be written again
+    return record
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(configs.problems_of(error)[:3])
+    return str(error.strerror if isinstance(error, OSError) else error)
 
 
 def _environment(version: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib import resources
 
 import pytest
@@ -19,6 +20,7 @@ from fedkl.attacks.generators import (
 )
 from fedkl.errors import ConfigError
 
+resource = pytest.importorskip("resource")
 INFO = GeneratorInfo(dataset="toy", classes=3, channels=1, latent=4, width=8, seed=7, command="made up")
 
 
@@ -64,10 +66,18 @@ def test_what_fits():
     assert not generator.fits((1, 32, 32), 4)
 
 
+DEEP = b'{"__metadata__":{"generator":"' + b"[" * 100_000 + b'","digest":"x"}}'
+
+
+def raw(header):
+    return len(header).to_bytes(8, "little") + header + bytes(4 if b"F8" in header else 0)
+
+
 def test_damaged_files_are_refused(file):
     data = file.read_bytes()
     damages = {
         "is damaged": [b"", b"pickle", data[:-1], data[:100], safetensors.torch.save({"w": torch.ones(1)})],
+        "is damaged,": [raw(b'{"w":{"dtype":"F8_E8M0","shape":[4],"data_offsets":[0,4]}}'), raw(DEEP)],
         "was altered": [data[:-5] + bytes([data[-5] ^ 1]) + data[-4:], data.replace(b"made up", b"made on")],
     }
     for message, versions in damages.items():
@@ -88,12 +98,40 @@ def test_files_that_do_not_fit_are_refused(file):
         (tensors, fields | {"classes": 0}, "classes: expected 1 to 10000, got 0"),
         (tensors, fields | {"channels": 4}, "channels: expected 1 to 3, got 4"),
         (nan, fields, "'up3.bias' has non-finite values"),
-        (odd, fields, "(?s)'extra' is not expected.*'up1.bias' is missing"),
+        (odd, fields, "(?s)'up1.bias' is missing.*'extra' is unexpected"),
+        (tensors | {"up1.bias": tensors["up1.bias"].double()}, fields, "'up1.bias' has dtype torch.float64"),
+        (tensors | {"\x1b[2J": torch.ones(())}, fields, r"'\\x1b\[2J' is unexpected"),
+        (tensors, fields | {"architecture": ["x" * 10_000]}, "architecture \"?.'xxx"),
+        (tensors, fields | {"dataset": ["mnist"]}, "another version"),
+        (tensors, fields | {"seed": True}, "another version"),
+        (tensors, fields | {"command": None}, "another version"),
+        (tensors, {name: value for name, value in fields.items() if name != "width"}, "another version"),
+        (tensors, fields | {"latent": "4"}, "another version"),
+        (tensors, fields | {"latent": 10**4000}, "latent: expected 1 to 4096, got 1000"),
+        (tensors, [fields], "is damaged, or no generator"),
     ]
     for changed, described, message in cases:
         rewrite(file, changed, described)
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message) as caught:
             load_generator(str(file))
+        assert len(str(caught.value)) < 1000
+
+
+def test_a_small_file_that_claims_to_be_large_takes_no_memory(file):
+    """Of the widest generator one layer alone has a gigabyte."""
+    tensors, fields = contents(file)
+    rewrite(file, tensors, fields | {"latent": 4096, "width": 4096})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigError, match=r"'spread.weight' has shape \(128, 36\), expected \(65536, 4128\)"):
+        load_generator(str(file))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # in KiB
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for source in (tmp_path / "pipe", "/dev/null", "x" * 5000, "a\0b"):
+        with pytest.raises(ConfigError, match="nor a file that can be read"):
+            load_generator(str(source))
 
 
 def test_a_missing_file_names_the_remedy(tmp_path):

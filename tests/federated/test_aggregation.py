@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 
 from fedkl.errors import UpdateError
 from fedkl.federated import RunningAverage, weighted_average
-from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
+from fedkl.update import MAX_SAMPLES, PublicSchema, PublicUpdate, TensorSpec
 
 
 def update(tensors, *, num_samples=1, round=0, kind="weights"):
@@ -98,3 +100,28 @@ def test_averaging_changes_no_update():
     updates = [update({"w": torch.ones(2)}, num_samples=n) for n in (1, 3)]
     weighted_average(updates)
     assert all(torch.equal(u.tensors["w"], torch.ones(2)) for u in updates)
+
+
+def test_the_most_samples_that_an_update_may_have_are_weighed_exactly():
+    """Oracle: rational arithmetic. 9,000 such counts add up to less than float64's last exact integer."""
+    values, counts = [3.0, 5.0, 7.0], [MAX_SAMPLES, MAX_SAMPLES - 1, 1]
+    updates = [update({"w": torch.tensor([v])}, num_samples=n) for v, n in zip(values, counts, strict=True)]
+    exact = sum(Fraction(v) * n for v, n in zip(values, counts, strict=True)) / sum(counts)
+    assert weighted_average(updates)["w"].item() == np.float32(float(exact))
+    assert 9_000 * MAX_SAMPLES < 2**53
+
+
+def test_sums_that_are_not_finite_are_refused_by_name():
+    huge = {"w": torch.full((2,), 1e300, dtype=torch.float64), "v": torch.ones(1)}
+    updates = [update(huge, num_samples=10**9) for _ in range(2)]
+    with pytest.raises(UpdateError, match=r"Aggregation refused\.\n  - 'w' has values too large") as caught:
+        weighted_average(updates)
+    assert "'v'" not in str(caught.value)
+    assert "e+300" not in str(caught.value)
+
+
+def test_integers_that_float64_does_not_hold_are_refused():
+    """Rounded to 2⁶³ they would come back as the most negative integer."""
+    with pytest.raises(UpdateError, match="'n' has values too large to be averaged"):
+        weighted_average([update({"n": torch.tensor(2**63 - 1)})])
+    assert weighted_average([update({"n": torch.tensor(2**53)})])["n"].item() == 2**53

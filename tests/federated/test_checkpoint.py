@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import warnings
+from dataclasses import asdict
 
 import pytest
+import safetensors.torch
 import torch
 
 from fedkl import lockfile
@@ -210,7 +213,8 @@ def test_exactly_so_many_are_kept_and_no_orphan(dataset, tmp_path, keep):
 
 
 def litter(folder):
-    names = (".round-000009.json.k3j2", ".private-000003-0.fedkl.x", "private-000009-0.fedkl", ".public.y")
+    parts = (f".{name}.0123abcd.part" for name in ("round-000009.json", "private-000003-0.fedkl", "public"))
+    names = (*parts, "private-000009-0.fedkl", "public-000009.safetensors", "private-1234567-12.fedkl")
     for name in names:
         (folder / name).write_bytes(b"half")
     return names
@@ -229,6 +233,119 @@ def test_what_killed_writes_have_left_goes(dataset, saved, by):
         store.restore(run)
     assert not {path.name for path in folder.iterdir()}.intersection(names)
     assert checkpoints(folder).restore(build(dataset, **EASY)) == (4 if by == "save" else 3)
+
+
+FOREIGN = (
+    "thesis.tex",
+    ".hidden",
+    ".round-000009.json.k3j2",
+    "round-9.json",
+    "round-0000009.json",
+    "round-000009.json.bak",
+    "round-000009.json\n",
+    "public-000009.safetensors.old",
+    "a-public-000009.safetensors",
+    "private-000009-x.fedkl",
+    "private-000009.fedkl",
+    "private-٠٠٠٠٠٩-0.fedkl",
+)
+LINKS = (
+    "public-000009.safetensors",
+    "private-000009-0.fedkl",
+    "round-000001.json",
+    ".round-000009.json.0123abcd.part",
+)
+
+
+@pytest.mark.parametrize("by", ["restore", "save"])
+def test_other_files_stay_and_links_are_neither_followed_nor_removed(dataset, saved, tmp_path, by):
+    folder, _ = saved
+    run, store = build(dataset, **EASY), checkpoints(folder)
+    if by == "save":
+        store.restore(run)
+    for name in FOREIGN:
+        (folder / name).write_text("precious")
+    for name in LINKS:
+        (tmp_path / f"of {name}").write_text("precious")
+        (folder / name).symlink_to(tmp_path / f"of {name}")
+    (folder / "private-000008-0.fedkl").mkdir()
+    (folder / "private-000008-0.fedkl" / "round-000009.json").write_text("precious")
+    outside = {path for path in tmp_path.iterdir() if path != folder}
+    if by == "save":
+        store.save(run, round=4)
+    else:
+        store.restore(run)
+    assert all((folder / name).read_text() == "precious" for name in (*FOREIGN, *LINKS))
+    assert all((folder / name).is_symlink() for name in LINKS)
+    assert {path for path in tmp_path.iterdir() if path != folder} == outside
+    assert (folder / "private-000008-0.fedkl" / "round-000009.json").exists()
+
+
+def test_a_link_to_a_checkpoint_is_none(dataset, saved, tmp_path):
+    """Nor does it count among those that are kept."""
+    folder, states = saved
+    shutil.move(folder / "round-000003.json", tmp_path / "elsewhere.json")
+    (folder / "round-000003.json").symlink_to(tmp_path / "elsewhere.json")
+    run, store = build(dataset, **EASY), checkpoints(folder, keep=1)
+    with pytest.warns(UserWarning, match=r"round-000003\.json: .*symbolic link.*of round 2, is used"):
+        assert store.restore(run) == 2
+    assert not differences(everything(run), states[2])
+    store.save(run, round=3 if (folder / "round-000003.json").unlink() else 4)
+    assert checkpoints(folder).restore(run) == 4
+
+
+@pytest.mark.parametrize("file", ["public-000003.safetensors", "private-000003-0.fedkl"])
+def test_nor_is_a_link_to_its_files(dataset, saved, tmp_path, file):
+    folder, states = saved
+    shutil.move(folder / file, tmp_path / file)
+    (folder / file).symlink_to(tmp_path / file)
+    run = build(dataset, **EASY)
+    with pytest.warns(UserWarning, match=rf"{file}: .*symbolic link.*of round 2, is used"):
+        assert checkpoints(folder).restore(run) == 2
+    assert not differences(everything(run), states[2])
+    assert (tmp_path / file).exists()
+
+
+@pytest.mark.parametrize("by", ["restore", "save"])
+def test_a_folder_that_is_a_link_is_refused(dataset, saved, tmp_path, by):
+    folder, _ = saved
+    link = tmp_path / "run" / "checkpoints"
+    link.parent.mkdir()
+    link.symlink_to(folder)
+    (folder / "thesis.tex").write_text("precious")
+    (folder / "public-000009.safetensors").write_text("precious")
+    before, run = content(folder), build(dataset, **EASY)
+    store = checkpoints(link)
+    with pytest.raises(ConfigError, match=r"run/checkpoints: expected a folder, got a symbolic link"):
+        store.restore(run) if by == "restore" else store.save(run, round=9)
+    assert content(folder) == before
+
+
+def test_a_file_in_place_of_the_folder_is_named(dataset, tmp_path):
+    (tmp_path / "checkpoints").write_text("precious")
+    with pytest.raises(ConfigError, match="checkpoints: cannot be read"):
+        checkpoints(tmp_path / "checkpoints").restore(build(dataset, **EASY))
+
+
+def test_what_is_planted_later_pushes_no_checkpoint_out(dataset, saved):
+    folder, _ = saved
+    run, store = build(dataset, **EASY), checkpoints(folder)
+    store.restore(run)
+    for round in (900, 901):
+        (folder / f"round-{round:06d}.json").write_text("{}")
+    (folder / "round-000002.json").unlink()
+    (folder / "round-000002.json").mkdir()
+    advanced(run, store, first=3, last=3)
+    assert (folder / "round-000003.json").exists()
+    assert (folder / "round-000004.json").exists()
+
+
+def test_rounds_of_seven_digits_are_newer_than_those_of_six(dataset, tmp_path):
+    run, store = build(dataset, **EASY | {"rounds": 2_000_000}), checkpoints(tmp_path)
+    for round in (999_998, 999_999, 1_000_000):
+        store.save(run, round=round)
+    assert {path.name for path in tmp_path.glob("round-*")} == {"round-999999.json", "round-1000000.json"}
+    assert checkpoints(tmp_path).restore(run) == 1_000_000
 
 
 def flipped(path, *, at=0.5):
@@ -253,9 +370,13 @@ def of_other_files(path):
     path.write_text(path.read_text().replace("private-000003-0", "private-000002-0"))
 
 
+def resealed(path, **changes):
+    """A manifest that says something else, with the right digest."""
+    path.write_bytes(_sealed(asdict(_unsealed(path.read_bytes())) | changes))
+
+
 def of_another_version(path):
-    values = _unsealed(path.read_bytes())
-    path.write_bytes(_sealed(values | {"version": 9}))
+    resealed(path, version=9)
 
 
 def a_list(path):
@@ -295,6 +416,264 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(dataset, saved,
         warnings.simplefilter("error")
         assert not differences(advanced(run, store, first=2, last=2), states[3])
         assert checkpoints(folder).restore(run) == 3
+
+
+CLIENTS = {f"client-{number}": "private-000003-0.fedkl" for number in range(4)}
+DEEP = b'{"version": 1, "clients": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+NO_MANIFESTS = [DEEP, b"[1]", b"3", b"null", b"\xff", b'{"version": NaN}', b'{"version": 1}', b"{}"]
+MANIFESTS = {
+    **{
+        f"public {name}": {"public": name}
+        for name in (
+            "../../precious",
+            "/etc/passwd",
+            "precious",
+            "public-000002.safetensors",
+            "public-000009.safetensors",
+            "round-000003.json",
+        )
+    },
+    **{
+        f"client {name}": {"clients": CLIENTS | {"client-0": name}}
+        for name in (
+            "../../precious",
+            "/etc/passwd",
+            "private-000004-0.fedkl",
+            "private-000003-0.fedkl\n",
+            "private-٠٠٠٠٠٣-0.fedkl",
+            3,
+            None,
+            ["private-000003-0.fedkl"],
+        )
+    },
+    **{f"round {value}": {"round": value} for value in (True, -1, 3.0, "3", None, 10**30, [3])},
+    **{f"workers {value!r}": {"workers": value} for value in ("1", None, 1.0, True)},
+    **{f"threads {value!r}": {"threads": value} for value in ("1", None)},
+    **{f"clients {value!r}": {"clients": value} for value in ([], None, "client-0", ["client-0"])},
+    "digest": {"digest": ["x"]},
+    "version": {"version": [1]},
+    "another field": {"more": 1},
+}
+
+
+@pytest.mark.parametrize("changes", MANIFESTS.values(), ids=MANIFESTS)
+def test_a_manifest_names_our_files_up_to_its_round_and_nothing_else(dataset, saved, changes):
+    folder, states = saved
+    (folder.parent / "precious").write_text("precious")
+    resealed(folder / "round-000003.json", **changes)
+    run = build(dataset, **EASY)
+    with pytest.warns(UserWarning, match=r"round-000003\.json: .*of round 2, is used"):
+        assert checkpoints(folder).restore(run) == 2
+    assert not differences(everything(run), states[2])
+    assert (folder.parent / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("data", NO_MANIFESTS, ids=range(len(NO_MANIFESTS)))
+def test_a_manifest_of_any_other_content_is_damaged(dataset, saved, data):
+    folder, _ = saved
+    (folder / "round-000003.json").write_bytes(data)
+    with pytest.warns(UserWarning, match=r"round-000003\.json: a damaged checkpoint \(.*is used instead"):
+        assert checkpoints(folder).restore(build(dataset, **EASY)) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.parametrize("file", ["round-000003.json", "public-000003.safetensors", "private-000003-0.fedkl"])
+def test_nobody_waits_at_a_pipe(dataset, saved, file):
+    folder, _ = saved
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    with pytest.warns(UserWarning, match=f"{file}: .*not an ordinary file.*is used instead"):
+        assert checkpoints(folder).restore(build(dataset, **EASY)) == 2
+
+
+@pytest.mark.parametrize("file", ["round-000003.json", "public-000003.safetensors"])
+def test_a_file_that_is_far_too_large_is_not_read(dataset, saved, file):
+    folder, _ = saved
+    with (folder / file).open("ab") as handle:
+        handle.truncate(2**40)
+    with pytest.warns(UserWarning, match=f"{file}: .*expected at most.*is used instead"):
+        assert checkpoints(folder).restore(build(dataset, **EASY)) == 2
+
+
+def test_a_checkpoint_after_the_last_round_is_of_another_training(dataset, saved):
+    folder, _ = saved
+    with pytest.warns(UserWarning, match=r"round-000003\.json: later than the last round, 2"):
+        assert checkpoints(folder).restore(build(dataset, **EASY | {"rounds": 2})) == 2
+
+
+def with_public(folder, change):
+    """The newest checkpoint with another content of the server's file, which its manifest vouches for."""
+    path = folder / "public-000003.safetensors"
+    tensors = safetensors.torch.load(path.read_bytes())
+    change(tensors)
+    path.write_bytes(safetensors.torch.save(tensors))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    resealed(folder / "round-000003.json", digest=digest)
+
+
+LAYER, MOMENT = "body.0.weight", "optimizer/momentum_buffer/body.0.weight"
+PUBLIC = {
+    f"{LAYER}' is torch.float32 of shape (1,)": lambda t: t.update({f"state/{LAYER}": torch.ones(1)}),
+    f"{LAYER}' is torch.float64": lambda t: t.update({f"state/{LAYER}": t[f"state/{LAYER}"].double()}),
+    f"'state/{LAYER}' is missing": lambda t: t.pop(f"state/{LAYER}"),
+    "'state/more' is unexpected": lambda t: t.update({"state/more": torch.ones(1)}),
+    "'more' is unexpected": lambda t: t.update({"more": torch.ones(1)}),
+    "momentum_buffer/body.0.weight' is torch.float32 of shape (1,)": lambda t: t.update(
+        {MOMENT: torch.ones(1)}
+    ),
+    "momentum_buffer/body.0.weight' is torch.float64": lambda t: t.update({MOMENT: t[MOMENT].double()}),
+    "'optimizer/momentum_buffer/more' is unexpected": lambda t: t.update(
+        {"optimizer/momentum_buffer/more": torch.ones(1)}
+    ),
+    "'optimizer/exp_avg/body.0.weight' is unexpected": lambda t: t.update(
+        {"optimizer/exp_avg/body.0.weight": torch.ones(1)}
+    ),
+    "'optimizer/step' is unexpected": lambda t: t.update({"optimizer/step": torch.ones(())}),
+}
+
+
+@pytest.mark.parametrize("message", PUBLIC)
+def test_a_public_state_fits_exactly_or_gives_way(dataset, saved, message):
+    folder, states = saved
+    with_public(folder, PUBLIC[message])
+    run = build(dataset, **EASY)
+    with pytest.warns(UserWarning, match=r"(?s)public-000003\.safetensors.*of round 2, is used") as caught:
+        assert checkpoints(folder).restore(run) == 2
+    assert message in str(caught[0].message)
+    assert not differences(everything(run), states[2])
+
+
+def test_tensors_of_a_kind_that_pytorch_does_not_have(dataset, saved):
+    folder, _ = saved
+    header = b'{"w":{"dtype":"F8_E8M0","shape":[4],"data_offsets":[0,4]}}'
+    data = len(header).to_bytes(8, "little") + header + bytes(4)
+    (folder / "public-000003.safetensors").write_bytes(data)
+    resealed(folder / "round-000003.json", digest=hashlib.sha256(data).hexdigest())
+    with pytest.warns(UserWarning, match=r"public-000003\.safetensors: missing or damaged"):
+        assert checkpoints(folder).restore(build(dataset, **EASY)) == 2
+
+
+def with_private(folder, change):
+    """The newest private file with another content, encrypted with the same passphrase."""
+    path = folder / "private-000003-0.fedkl"
+    facts, tensors = lockfile.read(path, kind="checkpoint", passphrase="horse")
+    client = sorted(facts)[-1]
+    change(facts, tensors, client)
+    lockfile.write(path, kind="checkpoint", meta=facts, tensors=tensors, passphrase="horse")
+
+
+def tensor(name, change):
+    """Changes a client's tensor, or takes it away."""
+
+    def apply(facts, tensors, client):
+        value = change(tensors.pop(f"{client}/{name}", torch.ones(1)))
+        tensors |= {} if value is None else {f"{client}/{name}": value}
+
+    return apply
+
+
+def fact(name, value):
+    return lambda facts, tensors, client: facts[client].update({name: value})
+
+
+GAMMA = "private/body.1.parametrizations.weight.original0"
+MOMENTUM = "optimizer/momentum_buffer/body.0.weight"
+KEPT = {
+    f"'{GAMMA}' is torch.float32 of shape (1,)": tensor(GAMMA, lambda t: torch.ones(1)),
+    f"'{GAMMA}' is torch.float64": tensor(GAMMA, lambda t: t.double()),
+    f"'{GAMMA}' is missing": tensor(GAMMA, lambda t: None),
+    "'private/more' is unexpected": tensor("private/more", lambda t: t),
+    "'secret/key' is torch.float64 of shape (5,)": tensor("secret/key", lambda t: t[:5].clone()),
+    "'secret/key' is torch.float32": tensor("secret/key", lambda t: t.float()),
+    "'secret/key' is missing": tensor("secret/key", lambda t: None),
+    "'secret/more' is unexpected": tensor("secret/more", lambda t: t),
+    f"'{MOMENTUM}' is torch.float32 of shape (1,)": tensor(MOMENTUM, lambda t: torch.ones(1)),
+    f"'{MOMENTUM}' is torch.float64": tensor(MOMENTUM, lambda t: t.double()),
+    "'optimizer/momentum_buffer/more' is unexpected": tensor("optimizer/momentum_buffer/more", lambda t: t),
+    "'optimizer/step/body.0.weight' is unexpected": tensor("optimizer/step/body.0.weight", lambda t: t),
+    "'others/more' is unexpected": tensor("others/more", lambda t: t),
+    "'alone' is unexpected": tensor("alone", lambda t: t),
+    "holds no usable key": tensor("secret/key", torch.zeros_like),
+    **{
+        f"has no number of rounds from 0 to 3{end}": fact("rounds", value)
+        for end, value in (("", -1), (".", 4), (". ", True), (". T", "1"), (". Th", 1.0), (". The", None))
+    },
+    "expected a key of distribution 'normal'": fact("distribution", "uniform"),
+    "a key of distribution 'normal'": fact("distribution", ["normal"]),
+    "holds nothing of client-": lambda facts, tensors, client: facts.update({client: ["rounds"]}),
+    "or was once another": fact("file", "private-000002-0.fedkl"),
+    "was once another": lambda facts, tensors, client: facts.pop(client),
+}
+
+
+@pytest.mark.parametrize("message", KEPT)
+def test_a_clients_state_fits_exactly_or_gives_way(dataset, saved, message):
+    folder, states = saved
+    with_private(folder, KEPT[message])
+    run = build(dataset, **EASY)
+    with pytest.warns(UserWarning, match=r"(?s)private-000003-0\.fedkl.*of round 2, is used") as caught:
+        assert checkpoints(folder).restore(run) == 2
+    assert message in str(caught[0].message)
+    assert not differences(everything(run), states[2])
+
+
+def test_a_client_that_never_trained_has_no_optimizer_state(dataset, saved):
+    folder, _ = saved
+    with_private(folder, fact("rounds", 0))
+    with pytest.warns(UserWarning, match=r"(?s)momentum_buffer/\S+ is unexpected.*of round 2, is used"):
+        assert checkpoints(folder).restore(build(dataset, **EASY)) == 2
+
+
+@pytest.mark.parametrize("local", [{"momentum": 0.0}, {"keep_optimizer": False}, {"optimizer": "adam"}])
+def test_an_optimizers_state_is_of_this_optimizer(dataset, saved, local):
+    folder, _ = saved
+    run = build(dataset, **EASY | {"local": local})
+    untouched, before = everything(run), content(folder)
+    with pytest.raises(
+        ConfigError, match=r"(?s)does not fit\..*  - 'optimizer/momentum_buffer/\S+ is unexpected"
+    ):
+        checkpoints(folder).restore(run)
+    assert not differences(untouched, everything(run))
+    assert content(folder) == before
+
+
+def test_adam_keeps_all_of_its_state_or_none(dataset, tmp_path):
+    options = HARD | {"server": ServerSGD(), "cohort": None, "dropout": 0.0}
+    run = build(dataset, **options)
+    advanced(run, checkpoints(tmp_path, keep=1), first=0, last=0)
+    path = tmp_path / "private-000001-0.fedkl"
+    facts, tensors = lockfile.read(path, kind="checkpoint", passphrase="horse")
+    del tensors["client-0/optimizer/step/body.0.weight"]
+    lockfile.write(path, kind="checkpoint", meta=facts, tensors=tensors, passphrase="horse")
+    with pytest.raises(ConfigError, match=r"'optimizer/step/body\.0\.weight' is missing"):
+        checkpoints(tmp_path).restore(build(dataset, **options))
+
+
+def test_a_file_of_another_round_under_this_ones_name_is_refused(dataset, tmp_path):
+    """It opens with the passphrase and holds the same clients; only its own name tells."""
+    options = EASY | {"cohort": None}
+    run, other = (build(dataset, **options) for _ in range(2))
+    store = checkpoints(tmp_path)
+    first = advanced(run, store, first=0, last=0)
+    advanced(run, store, first=1, last=1)
+    shutil.copy(tmp_path / "private-000001-0.fedkl", tmp_path / "private-000002-0.fedkl")
+    with pytest.warns(UserWarning, match=r"private-000002-0\.fedkl: .*was once another.*of round 1, is used"):
+        assert checkpoints(tmp_path).restore(other) == 1
+    assert not differences(everything(other), first)
+
+
+def test_nothing_changes_before_everything_was_found_to_fit(dataset, saved):
+    folder, _ = saved
+    for path in folder.glob("round-*"):
+        resealed(
+            path, clients=dict.fromkeys(CLIENTS, path.name.replace("round", "private")[:-5] + "-9.fedkl")
+        )
+    run = build(dataset, **EASY)
+    untouched, before = everything(run), content(folder)
+    with pytest.raises(FedKLError, match=r"private-000003-9\.fedkl"):
+        checkpoints(folder).restore(run)
+    assert not differences(untouched, everything(run))
+    assert content(folder) == before
 
 
 @pytest.mark.parametrize("byte", range(0, 100, 7))
@@ -437,7 +816,8 @@ def test_a_full_disk_loses_nothing(dataset, saved, monkeypatch, at):
     run.run_round(3)
     with monkeypatch.context() as patch:
         count = failing(patch, at=at)
-        with pytest.raises(ConfigError, match=rf"{folder}.*cannot be written \(No space left on device\)"):
+        said = r"cannot be written \(No space left on device\).*is kept: make room, then the same command"
+        with pytest.raises(ConfigError, match=rf"{folder}.*{said}"):
             store.save(run, round=4)
         assert count[0] == at
     assert not list(folder.glob(".*"))

@@ -296,6 +296,6 @@ def test_a_lost_checkpoint_would_show(nursery, born, whole, tmp_path):
 def test_what_killed_writes_have_left_in_the_run_directory_goes(nursery, born, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(born, run)
-    (run / ".results.jsonl.k3j2h1g0.part").write_bytes(b"half")
+    (run / ".results.jsonl.0123abcd.part").write_bytes(b"half")
     RunDirectory.create(run, config=CONFIG, version="0")
     assert not list(run.glob(".*"))

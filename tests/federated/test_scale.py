@@ -22,6 +22,7 @@ from torch import nn
 from fedkl import data
 from fedkl.defenses import KeyLock
 from fedkl.federated import Checkpoints, FederatedTraining, Federation, LocalTraining
+from fedkl.keys import Key
 
 def memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -60,7 +61,8 @@ _, save = timed(lambda: Checkpoints(folder, passphrase="horse").save(run, round=
 before = [(c.rounds, c.key.reveal(), dict(c.private_state)) for c in run.clients]
 for client in run.clients:
     blank = {name: torch.zeros_like(tensor) for name, tensor in client.private_state.items()}
-    client.restore(key=None, private_state=blank, optimizer_state={}, rounds=-1)
+    other = Key.generate(length=16)
+    client.restore(key=other, private_state=blank, optimizer_state={}, rounds=-1)
 first, restore = timed(lambda: Checkpoints(folder, passphrase="horse").restore(run))
 equal = all(
     c.rounds == rounds

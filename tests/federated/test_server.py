@@ -158,9 +158,9 @@ def test_nothing_given_or_taken_shares_memory(optimizer):
 def test_unknown_tensors_are_refused():
     server = server_of(start(), ServerSGD())
     before = server.snapshot()
-    with pytest.raises(UpdateError, match="unknown tensors: v"):
+    with pytest.raises(UpdateError, match="unknown tensors: 'v'"):
         server.apply_weights({"w": torch.zeros(4, 3), "v": torch.zeros(2)})
-    with pytest.raises(UpdateError, match="unknown tensors: mean, v"):
+    with pytest.raises(UpdateError, match="unknown tensors: 'mean', 'v'"):
         server.apply_gradient({"v": torch.zeros(2), "mean": torch.zeros(3)})
     with pytest.raises(UpdateError, match="not in the state: u, v"):
         Server(start(), trained=["w", "v", "u"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 import torch
 
 from fedkl.config import AttackConfig
@@ -51,3 +54,31 @@ def test_a_failure_keeps_its_place(tmp_path):
 def test_figures_are_png_for_any_number_of_channels(tmp_path):
     for channels in (1, 2, 3, 4):
         assert figures.thumbnail(torch.rand(channels, 4, 4)).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("scaling", ["clip", "prior"])
+@pytest.mark.parametrize("value", [1e300, -1e300, 1e-300, 0.0, float("inf")])
+def test_numbers_of_any_size_make_a_picture_or_a_problem(tmp_path, scaling, value):
+    found = torch.rand(3, 3, 8, 8, dtype=torch.float64) * value
+    grid = pictures.grid(run_of(tmp_path, found=found, truth=torch.rand(3, 3, 8, 8), scaling=scaling))
+    assert len(grid.rows) == 3
+    assert figures.picture_grid(grid).startswith(b"\x89PNG")
+
+
+def test_pictures_of_another_batch_are_a_problem(tmp_path):
+    run = run_of(tmp_path, found=torch.rand(2, 3, 8, 8), truth=torch.rand(2, 3, 8, 8), scaling="clip")
+    grid = pictures.grid(run)
+    assert len(grid.problems) == 1
+    assert "lock, trial 1: expected 3 pictures, got 2" in grid.problems[0]
+    assert all(row.cells[1].image is None for row in grid.rows)
+
+
+def test_no_more_rows_are_made_than_are_shown(tmp_path):
+    """However many trials and images the configuration claims."""
+    run = run_of(tmp_path, found=torch.rand(3, 3, 8, 8), truth=torch.rand(3, 3, 8, 8), scaling="clip")
+    config = run.config.model_copy(update={"trials": 10**12, "batch_size": 10**12})
+    grid = pictures.grid(dataclasses.replace(run, config=config, records=[]))
+    assert len(grid.rows) == 8
+    assert len(grid.problems) == 1
+    config = run.config.model_copy(update={"trials": 10**12})
+    assert len(pictures.grid(dataclasses.replace(run, config=config)).rows) == 8

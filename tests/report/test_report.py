@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import re
+import shutil
 
 import pytest
 
@@ -180,6 +184,216 @@ def test_a_damaged_file_is_an_error_that_names_it(train_run, name):
     (run.path / f"{name}.json").write_text("{", encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"{name}\.json: missing or damaged"):
         report.build(run.path)
+
+
+def summary_with(run, path, value):
+    """The run's summary with something else in one place; None: nothing."""
+    file = run.path / "summary.json"
+    summary = json.loads(file.read_text())
+    *places, last = path
+    inner = summary
+    for place in places:
+        inner = inner[place]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    file.write_text(json.dumps(summary))
+
+
+TRAINED = ("accuracy", "accuracies", "best_accuracy", "clients", "rounds", "fill_ins", "public_parameters",
+           "private_parameters", "update_bytes", "seconds")  # fmt: skip
+OLDER = ("local_accuracy", "test_images", "classes", "statistics_shared", "dropped", "failed",
+         "skipped_rounds")  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [None, "x", -1, [], True, 1e30], ids=repr)
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_whose_summary_says_too_little_is_an_error(tmp_path, train_run, name, value):
+    run = train_run("train", defense=KeyLock(), fill_ins={"neutral": 0.5})
+    if (name, value) in (("fill_ins", []), ("seconds", 1e30)):
+        return
+    summary_with(run, [name], value)
+    with pytest.raises(ConfigError, match=rf"summary\.json: not the summary of this run\.\n  - {name}"):
+        report.build(tmp_path)
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_what_older_summaries_lack_may_lack_but_not_be_something_else(tmp_path, train_run, name):
+    run = train_run("train", defense=KeyLock(), fill_ins={"neutral": 0.5})
+    summary_with(run, [name], ["x"])
+    with pytest.raises(ConfigError, match=name):
+        report.build(tmp_path)
+    summary_with(run, [name], None)
+    report.build(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["arm", "statistics", "accuracy", "auxiliary"])
+def test_so_with_fill_ins(tmp_path, train_run, name):
+    run = train_run("train", defense=KeyLock(), fill_ins={"neutral": 0.5})
+    summary_with(run, ["fill_ins", 0, name], [])
+    with pytest.raises(ConfigError, match=rf"fill_ins\.0\.{name}"):
+        report.build(tmp_path)
+
+
+def test_the_oracle_alone_is_no_completion(tmp_path, train_run):
+    train_run("train", defense=KeyLock(), fill_ins={"mean-affine": 0.5})
+    with pytest.raises(ConfigError, match="expected one that a server can have"):
+        report.build(tmp_path)
+
+
+ARM = ("name", "description", "knows", "scaling", "candidates", "figures", "success", "identified",
+       "label_correct", "evaluations", "loss")  # fmt: skip
+PLACES = [
+    *(([name], None) for name in ("attack", "initialization", "arms", "seconds")),
+    (["arms"], []),
+    (["arms"], [3]),
+    *((["arms", 0, name], value) for name in ARM for value in (None, [], 3.5)),
+    (["arms", 0, "name"], "magic"),
+    (["arms", 0, "name"], "../../x"),
+    (["arms", 0, "description"], "\x1b[2J"),
+    (["arms", 0, "candidates"], 0),
+    (["arms", 0, "ssim_success"], 3),
+    *((["arms", 0, "figures", name], None) for name in ("psnr", "ssim", "psnr_affine")),
+    *((["arms", 0, "figures", "psnr", name], "x") for name in ("n", "failures", "mean", "std", "median")),
+    *((["arms", 0, "figures", "psnr", name], None) for name in ("median_low", "median_high")),
+    *((["arms", 0, "success", name], "x") for name in ("rate", "low", "high", "n")),
+    (["arms", 0, "success", "rate"], 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), PLACES, ids=lambda x: ".".join(map(str, x)) if x and type(x) is list else repr(x)
+)
+def test_an_attack_whose_summary_says_too_little_is_an_error(attack_run, path, value):
+    run = attack_run({"no-norm": [40.0], "lock": [6.0]})
+    summary_with(run, path, value)
+    with pytest.raises(ConfigError, match=r"summary\.json: not the summary of this run\.\n  - \w") as caught:
+        report.build(run.path)
+    assert len(str(caught.value)) < 1000
+    assert "\x1b" not in str(caught.value)
+
+
+def test_an_arm_is_there_once(attack_run):
+    run = attack_run({"no-norm": [40.0], "lock": [6.0]})
+    summary_with(run, ["arms", 1, "name"], "no-norm")
+    with pytest.raises(ConfigError, match="arms: one is there twice"):
+        report.build(run.path)
+
+
+def test_older_attacks_have_no_rate_of_similar_images(attack_run):
+    run = attack_run({"no-norm": [40.0], "lock": [6.0]})
+    summary_with(run, ["arms", 0, "ssim_success"], None)
+    assert "Attack: attack" in page(run.path)
+
+
+@pytest.mark.parametrize("content", [b"3\n", b"[1]\n", b"\xff\n", b'{"round": 1}\n', b'{"event": "trial"}\n'])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_line_that_is_no_record_is_an_error_that_names_it(tmp_path, attack_run, content, finished):
+    run = attack_run({"lock": [6.0]}, finished=finished)
+    with (run.path / "results.jsonl").open("ab") as file:
+        file.write(content)
+    with pytest.raises(ConfigError, match=r"results\.jsonl: line 2 is damaged"):
+        report.build(tmp_path)
+
+
+@pytest.mark.parametrize("scores", [0, 2])
+def test_a_trial_has_a_score_for_each_image(attack_run, scores):
+    run = attack_run({"lock": [6.0]})
+    record = json.loads((run.path / "results.jsonl").read_text())
+    record["scores"] *= scores
+    (run.path / "results.jsonl").write_text(json.dumps(record) + "\n")
+    said = "line 1 is damaged" if scores == 0 else r"expected 1 scores in each trial, got 2 in trial 0"
+    with pytest.raises(ConfigError, match=rf"results\.jsonl: {said}"):
+        report.build(run.path)
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"3", b"\xff", b"null"])
+@pytest.mark.parametrize("name", ["summary", "environment"])
+def test_json_that_is_no_object_is_an_error(train_run, name, content):
+    run = train_run("train")
+    (run.path / f"{name}.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{name}\.json: missing or damaged"):
+        report.build(run.path)
+
+
+def test_a_config_that_is_none_is_an_error(train_run):
+    run = train_run("train")
+    (run.path / "config.toml").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"config\.toml: not a TOML file"):
+        report.build(run.path)
+
+
+def test_links_to_folders_are_not_followed(tmp_path, train_run):
+    """Not in circles, nor out of the folder."""
+    train_run("outside", accuracy=0.1)
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "train").mkdir()
+    shutil.copytree(tmp_path / "outside", inside / "run")
+    (inside / "run" / "loop").symlink_to(inside)
+    (inside / "circle").symlink_to(inside)
+    (inside / "other").symlink_to(tmp_path / "outside")
+    (inside / "nowhere").symlink_to(inside / "nowhere")
+    html = page(inside)
+    assert "<td>run</td>" in html or ">run<" in html
+    assert "circle" not in html
+    assert "other/" not in html
+    assert not list((tmp_path / "outside").rglob("report*"))
+
+
+def test_figures_are_not_written_through_a_link(tmp_path, train_run):
+    run = train_run("train")
+    (tmp_path / "outside").mkdir()
+    (run.path / "figures").symlink_to(tmp_path / "outside")
+    with pytest.raises(ConfigError, match="figures: a symbolic link; no figure is written through it"):
+        report.build(run.path)
+    assert not list((tmp_path / "outside").iterdir())
+
+
+def test_a_report_replaces_links_and_leaves_what_they_lead_to(tmp_path, train_run):
+    run = train_run("train")
+    (tmp_path / "precious").write_text("precious")
+    for name in ("report.html", "report.md"):
+        (run.path / name).symlink_to(tmp_path / "precious")
+    report.build(run.path)
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert "<html" in (run.path / "report.html").read_text()
+
+
+def test_folders_may_have_any_name(tmp_path, train_run):
+    """Bytes that are no text, control codes: the page and the terminal show them as such."""
+    run = train_run("train")
+    for name in (b"not \xff text", b"\x1b[2J", "é ß".encode()):
+        shutil.copytree(run.path, tmp_path / os.fsdecode(name))
+    built = report.build(tmp_path)
+    html = built.html.read_text(encoding="utf-8")
+    for text in ("not \ufffd text", "\ufffd[2J", "é ß"):
+        assert text in html
+    assert "\x1b" not in html
+    shown = str(built.tables)
+    assert "\\x1b" not in shown
+    assert "\\udcff" not in shown
+
+
+def test_a_full_disk_says_that_the_runs_are_kept(tmp_path, train_run, monkeypatch):
+    run = train_run("train")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ConfigError, match=r"\(No space left on device\)\. The runs are kept: make room"):
+            report.build(run.path)
+    report.build(run.path)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 5000, "file", "nowhere/at/all"])
+def test_what_is_no_folder_is_an_error(tmp_path, name):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="no run directory here or below"):
+        report.build(tmp_path / name)
 
 
 def test_at_most_eight_rows_of_pictures(attack_run):

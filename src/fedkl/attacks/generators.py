@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedkl.attacks.biggan import BigGANDeep
-from fedkl.attacks.biggan_files import load_biggan, mismatches
-from fedkl.errors import AttackError, ConfigError, gathered
-from fedkl.files import write_atomically
+from fedkl.attacks.biggan_files import load_biggan
+from fedkl.errors import AttackError, ConfigError, gathered, shown
+from fedkl.files import read_file, write_atomically
+from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import ImageBatch, Labels, NamedTensors
+from fedkl.update import TensorSpec, check_tensors
 
 SHIPPED = ("mnist", "cifar10")
 """Generators that travel inside the package; see docs/generators.md."""
@@ -31,6 +32,7 @@ _ARCHITECTURE = "deconvolution-32"
 _EMBEDDING = 32
 _CHANNELS = (64, 32)
 _REMEDY = "Train one: `fedkl generator train --data NAME --out FILE`."
+_MAX_BYTES = 2**30  # of a file; the widest generator takes half
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class GeneratorInfo:
         limits = {"classes": 10_000, "channels": 3, "latent": 4096, "width": 4096}
         values = asdict(self)
         problems = [
-            f"{name}: expected 1 to {most}, got {values[name]!r}"
+            f"{name}: expected 1 to {most}, got {values[name]!r:.50}"
             for name, most in limits.items()
             if type(values[name]) is not int or not 1 <= values[name] <= most
         ]
@@ -162,10 +164,10 @@ def load_generator(source: str, *, truncation: float = 1.0) -> ImageGenerator:
     >>> load_generator("mnist").classes
     10
     """
-    if source not in SHIPPED and Path(source).is_dir():
+    if source not in SHIPPED and os.path.isdir(source):  # noqa: PTH112 (of any text, also of a name too long)
         return load_biggan(Path(source), truncation=truncation)
     if truncation != 1:
-        raise ConfigError(f"generator: '{source}' has no truncation, got {truncation}. Leave it at 1.")
+        raise ConfigError(f"generator: {source!r} has no truncation, got {truncation}. Leave it at 1.")
     return _load_own(source)
 
 
@@ -190,7 +192,7 @@ def generator_for(
         generator = load_generator(source, truncation=truncation)
         if not generator.fits(image_shape, classes):
             raise AttackError(
-                f"GGL: the generator '{source}' draws images of shape {generator.shape} in "
+                f"GGL: the generator {source!r} draws images of shape {generator.shape} in "
                 f"{generator.classes} classes, expected {wanted}. {remedy}"
             )
         return generator
@@ -206,47 +208,61 @@ def generator_for(
 
 
 def _load_own(source: str) -> ConditionalGenerator:
-    file = resources.files("fedkl.attacks") / "weights" / f"{source}.safetensors"
-    place = file if source in SHIPPED else Path(source)
-    try:
-        data = place.read_bytes()
-    except OSError as error:
-        names = ", ".join(SHIPPED)
-        raise ConfigError(
-            f"generator: '{source}' is neither one of {names} nor a file that can be read "
-            f"({error.strerror}). {_REMEDY}"
-        ) from error
-    info, tensors = _parse(source, data)
-    generator = ConditionalGenerator(info)
-    problems = mismatches(generator.state_dict(), tensors)
-    if problems:
-        raise ConfigError(gathered(f"generator: {source} does not fit itself.", sorted(problems), _REMEDY))
-    generator.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    info, tensors = _parse(source, _read(source))
+    with torch.device("meta"):  # a small file may claim to be a large generator
+        generator = ConditionalGenerator(info)
+    shapes = {name: tuple(tensor.shape) for name, tensor in generator.state_dict().items()}
+    specs = {name: TensorSpec(shape=shape, dtype=torch.float16) for name, shape in shapes.items()}
+    subject = f"generator: {source!r} does not fit itself."
+    check_tensors(tensors, specs, subject=subject, remedy=_REMEDY, error=ConfigError)
+    generator.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return generator.eval().requires_grad_(False)
+
+
+def _read(source: str) -> bytes:
+    if source in SHIPPED:
+        return (resources.files("fedkl.attacks") / "weights" / f"{source}.safetensors").read_bytes()
+    try:
+        return read_file(Path(source), limit=_MAX_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"generator: {source!r} is neither one of {', '.join(SHIPPED)} nor a file that can be read "
+            f"({reason}). {_REMEDY}"
+        ) from error
 
 
 def _parse(source: str, data: bytes) -> tuple[GeneratorInfo, dict[str, Tensor]]:
     try:
-        tensors = safetensors.torch.load(data)
-        size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
-        text, digest = metadata["generator"], metadata["digest"]
-        fields: dict[str, Any] = json.loads(text)
+        tensors, beside = parse_tensors(data)
+        text, digest = beside["generator"], beside["digest"]
+        fields = parse_json_object(text)
         architecture = fields.pop("architecture")
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         raise ConfigError(
-            f"generator: {source} is damaged, or no generator that fedkl wrote. {_REMEDY}"
+            f"generator: {source!r} is damaged, or no generator that fedkl wrote. {_REMEDY}"
         ) from error
     if digest != _digest(text, tensors):
-        raise ConfigError(f"generator: {source} was altered after it was written. {_REMEDY}")
+        raise ConfigError(f"generator: {source!r} was altered after it was written. {_REMEDY}")
     if architecture != _ARCHITECTURE:
         raise ConfigError(
-            f"generator: {source} is of architecture '{architecture}', expected '{_ARCHITECTURE}'. {_REMEDY}"
+            f"generator: {source!r} is of architecture {shown(architecture)}, expected "
+            f"'{_ARCHITECTURE}'. {_REMEDY}"
         )
-    try:
-        return GeneratorInfo(**fields), tensors
-    except TypeError as error:
-        raise ConfigError(f"generator: {source} is of another version of fedkl. {_REMEDY}") from error
+    if {name: type(value) for name, value in fields.items()} != _KINDS:
+        raise ConfigError(f"generator: {source!r} is of another version of fedkl. {_REMEDY}")
+    return GeneratorInfo(**fields), tensors
+
+
+_KINDS = {
+    "dataset": str,
+    "classes": int,
+    "channels": int,
+    "latent": int,
+    "width": int,
+    "seed": int,
+    "command": str,
+}
 
 
 def _digest(text: str, tensors: NamedTensors) -> str:
@@ -254,5 +270,5 @@ def _digest(text: str, tensors: NamedTensors) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

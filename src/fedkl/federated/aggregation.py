@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedkl.errors import UpdateError
+from fedkl.errors import UpdateError, gathered
 from fedkl.update import PublicUpdate
 
 
@@ -54,12 +54,15 @@ class RunningAverage:
         """The average by name, in each tensor's own dtype; that of integers (counts of batches) is rounded.
 
         Raises:
-            UpdateError: There is no update.
+            UpdateError: There is no update, or a sum is too large for float64, in which averages are formed.
         """
-        average = {}
+        average, problems = {}, []
         for name, tensor in self._any().tensors.items():
             mean = self._sums[name] / self._samples
             average[name] = (mean if tensor.is_floating_point() else mean.round()).to(tensor.dtype)
+            problems += [] if _holds(mean, tensor) else [f"'{name}' has values too large to be averaged"]
+        if problems:
+            raise UpdateError(gathered("Aggregation refused.", problems, "Lower the clients' learning rate."))
         return average
 
     def _any(self) -> PublicUpdate:
@@ -78,6 +81,15 @@ def weighted_average(updates: Iterable[PublicUpdate]) -> dict[str, Tensor]:
     for update in updates:
         average.add(update)
     return average.result()
+
+
+_EXACT = 2**53  # the integers up to here are all float64's own
+
+
+def _holds(mean: Tensor, tensor: Tensor) -> bool:
+    """Whether a mean in float64 is what the values of a tensor gave."""
+    usable = mean.isfinite() if tensor.is_floating_point() else mean.abs() <= _EXACT
+    return bool(usable.all())
 
 
 def _check_belongs(first: PublicUpdate, update: PublicUpdate) -> None:

@@ -6,6 +6,8 @@ private-000012-0.fedkl      clients that have changed since the checkpoint befor
 
 A client's state lies in the newest file that holds it, so a checkpoint of 10,000 clients, of whom ten have
 trained, writes ten.
+
+Other files in the folder are neither read nor removed, and links are not followed.
 """
 
 from __future__ import annotations
@@ -14,25 +16,43 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
+import torch
 from torch import Tensor
 
 from fedkl import lockfile
-from fedkl.errors import ConfigError, FedKLError, KeyFileError, warn
+from fedkl.errors import ConfigError, FedKLError, KeyFileError, gathered, shown, warn
 from fedkl.federated.client import Client
-from fedkl.federated.optimizer_state import OptimizerState, flattened, unflattened
+from fedkl.federated.optimizer_state import (
+    OptimizerState,
+    flattened,
+    misfits,
+    slots_of,
+    state_specs,
+    unflattened,
+)
 from fedkl.federated.simulation import Federation
-from fedkl.files import write_atomically
+from fedkl.files import read_file, remove_parts, write_atomically
 from fedkl.keys import Key
+from fedkl.parsing import parse_json_object, parse_tensors
+from fedkl.update import TensorSpec
 
 _VERSION = 1
 _GROUP_BYTES = 64 * 2**20  # of private tensors in one file: bounds the memory that writing takes
+_MAX_MANIFEST = 2**28  # bytes; a million clients take a quarter
+_MAX_HEADER = 2**27  # bytes; safetensors allows for 10⁸
+_ROUND = r"([0-9]{6}|[1-9][0-9]{6,17})"
+_MANIFEST = re.compile(rf"round-{_ROUND}\.json")
+_PUBLIC = re.compile(rf"public-{_ROUND}\.safetensors")
+_PRIVATE = re.compile(rf"private-{_ROUND}-[0-9]{{1,9}}\.fedkl")
+_REMEDY = "Choose another --out, or remove the folder 'checkpoints' to start again."
+_KEPT = "The last complete checkpoint is kept: make room, then the same command goes on from it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +76,17 @@ class _Manifest:
     clients: dict[str, str]
     workers: int
     threads: int
+
+
+_KINDS = {
+    "version": int,
+    "round": int,
+    "public": str,
+    "digest": str,
+    "clients": dict,
+    "workers": int,
+    "threads": int,
+}
 
 
 class Checkpoints:
@@ -83,15 +114,16 @@ class Checkpoints:
             round: The round that comes next.
 
         Raises:
-            ConfigError: The folder cannot be written.
+            ConfigError: The folder cannot be written, or is a link.
         """
-        try:
+        self._check_folder()
+        with self._writing():
             places = self._places | self._write_changed(federation.clients, round)
             data = safetensors.torch.save(federation.server.snapshot())
             manifest = _Manifest(
                 version=_VERSION,
                 round=round,
-                public=f"public-{round:06d}.safetensors",
+                public=_public_name(round),
                 digest=hashlib.sha256(data).hexdigest(),
                 clients=places,
                 workers=federation.workers,
@@ -100,11 +132,7 @@ class Checkpoints:
             write_atomically(self._folder / manifest.public, data)
             write_atomically(self._folder / _manifest_name(round), _sealed(asdict(manifest)))
             self._remember(federation.clients, places)
-            self._collect(self._manifests()[: self._keep])
-        except OSError as error:
-            raise ConfigError(f"{self._folder}: cannot be written ({error.strerror}).") from error
-        except KeyFileError as error:
-            raise ConfigError(str(error)) from error
+            self._collect(self._until(round)[: self._keep])
 
     def restore(self, federation: Federation) -> int | None:
         """Puts the newest sound checkpoint into a federation of the same configuration.
@@ -115,14 +143,18 @@ class Checkpoints:
             The round that comes next; None if there is no checkpoint.
 
         Raises:
-            FedKLError: There are checkpoints, but none that can be read, e.g. with this passphrase.
+            FedKLError: There are checkpoints, but none that fits and can be read, e.g. with this passphrase;
+                or the folder is a link. The federation is as it was.
         """
+        self._check_folder()
         failures: list[FedKLError] = []
         manifests = self._manifests()
         for number, path in enumerate(manifests):
             try:
                 manifest = self._read_manifest(path)
-                public = self._read_public(manifest)
+                if manifest.round > federation.training.rounds:
+                    raise ConfigError(f"{path}: later than the last round, {federation.training.rounds}.")
+                public = self._read_public(manifest, federation)
                 private = self._read_private(manifest, federation)
             except FedKLError as error:
                 failures.append(error)
@@ -130,7 +162,8 @@ class Checkpoints:
             for failure in failures:
                 warn(f"{failure} The checkpoint before it, of round {manifest.round}, is used instead.")
             self._apply(federation, manifest, public, private)
-            self._collect(manifests[number : number + self._keep])
+            with self._writing():
+                self._collect(manifests[number : number + self._keep])
             return manifest.round
         if failures:
             raise failures[0]
@@ -159,42 +192,75 @@ class Checkpoints:
         self._places = dict(places)
         self._saved = {client.name: client.rounds for client in clients}
 
+    def _check_folder(self) -> None:
+        if self._folder.is_symlink():
+            raise ConfigError(f"{self._folder}: expected a folder, got a symbolic link. {_REMEDY}")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"{self._folder}: cannot be written ({error.strerror}). {_KEPT}") from error
+        except KeyFileError as error:
+            raise ConfigError(f"{error} {_KEPT}") from error
+
     def _manifests(self) -> list[Path]:
-        """The newest first."""
-        return sorted(self._folder.glob("round-*.json"), reverse=True)
+        """The newest first; a link or a folder can have such a name too, and is refused when it is read."""
+        try:
+            names = [path.name for path in self._folder.iterdir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise ConfigError(f"{self._folder}: cannot be read ({error.strerror}). {_REMEDY}") from error
+        rounds = [int(match[1]) for name in names if (match := _MANIFEST.fullmatch(name))]
+        return [self._folder / _manifest_name(round) for round in sorted(rounds, reverse=True)]
+
+    def _until(self, round: int) -> list[Path]:
+        """The manifests up to a round that are files: nothing else must push one out."""
+        found = [path for path in self._manifests() if path.is_file() and not path.is_symlink()]
+        return [path for path in found if _round_of(path) <= round]
 
     def _collect(self, kept: Sequence[Path]) -> None:
-        """Removes all files that none of these manifests names, what killed writes have left included."""
+        """Removes our files that none of these manifests names, and what killed writes have left."""
         used = {path.name for path in kept}
         for path in kept:
             with contextlib.suppress(FedKLError):  # a damaged one holds nothing back
                 manifest = self._read_manifest(path)
                 used |= {manifest.public, *manifest.clients.values()}
-        for path in self._folder.iterdir():
-            if path.name not in used and path.is_file():
-                path.unlink()
+        with os.scandir(self._folder) as entries:
+            found = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+        for name in found:
+            if name not in used and any(p.fullmatch(name) for p in (_MANIFEST, _PUBLIC, _PRIVATE)):
+                (self._folder / name).unlink()
+        remove_parts(self._folder)
 
     def _read_manifest(self, path: Path) -> _Manifest:
         try:
-            values = _unsealed(path.read_bytes())
-            if values["version"] != _VERSION:
-                raise ConfigError(f"{path}: a checkpoint of another version of fedkl.")
-            manifest = _Manifest(**values)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path}: a damaged checkpoint.") from error
+            manifest = _unsealed(read_file(path, limit=_MAX_MANIFEST, follow=False))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
+        except ValueError as error:
+            raise ConfigError(f"{path}: a damaged checkpoint ({error}).") from error
         if path.name != _manifest_name(manifest.round):
             raise ConfigError(f"{path}: the checkpoint of another round, {manifest.round}.")
         return manifest
 
-    def _read_public(self, manifest: _Manifest) -> dict[str, Tensor]:
-        path = self._folder / manifest.public
+    def _read_public(self, manifest: _Manifest, federation: Federation) -> dict[str, Tensor]:
+        path, server = self._folder / manifest.public, federation.server
+        limit = 4 * server.state_bytes + _MAX_HEADER  # an optimizer keeps at most two tensors for each
         try:
-            data = path.read_bytes()
-            tensors = safetensors.torch.load(data)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{path}: missing or damaged.") from error
-        if hashlib.sha256(data).hexdigest() != manifest.digest:
-            raise ConfigError(f"{path}: not the file that its checkpoint was written with.")
+            data = read_file(path, limit=limit, follow=False)
+            if hashlib.sha256(data).hexdigest() != manifest.digest:
+                raise ConfigError(f"{path}: not the file that its checkpoint was written with.")
+            tensors, _ = parse_tensors(data)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"{path}: missing or damaged ({reason}).") from error
+        try:
+            server.check(tensors)
+        except FedKLError as error:
+            raise ConfigError(f"{path}: the checkpoint of another model or defense. {error}") from error
         return tensors
 
     def _write_changed(self, clients: Sequence[Client], round: int) -> dict[str, str]:
@@ -234,18 +300,17 @@ class Checkpoints:
             raise ConfigError(
                 f"{self._folder}: a checkpoint of {len(manifest.clients)} clients, expected {len(names)}."
             )
-        states: dict[str, _ClientState] = {}
+        parameters = federation.split.public_parameters() | federation.split.private_parameters()
+        trained = {name: TensorSpec.of(parameter) for name, parameter in parameters.items()}
+        local, states = federation.training.local, {}
+        slots = slots_of(local.optimizer, momentum=local.momentum) if local.keep_optimizer else ()
         for file in sorted(set(manifest.clients.values())):
-            wanted = {name for name, place in manifest.clients.items() if place == file}
-            path = self._folder / file
-            states |= _client_states(
-                path, wanted, *lockfile.read(path, kind="checkpoint", passphrase=self._passphrase)
-            )
-        for client in federation.clients:
-            if states[client.name].private_state.keys() != client.private_names:
-                raise ConfigError(
-                    f"{self._folder}: the checkpoint of another model or defense: it keeps other tensors."
-                )
+            held = _Held.read(self._folder / file, passphrase=self._passphrase)
+            for client in federation.clients:
+                if manifest.clients[client.name] == file:
+                    states[client.name] = held.state_of(
+                        client, last=manifest.round, trained=trained, slots=slots
+                    )
         return states
 
 
@@ -259,30 +324,90 @@ class _ClientState:
     rounds: int
 
 
-def _client_states(
-    path: Path, wanted: set[str], meta: dict[str, Any], tensors: dict[str, Tensor]
-) -> dict[str, _ClientState]:
-    parts: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in wanted}
-    for place, tensor in tensors.items():
-        client, part, name = place.split("/", 2)
-        if client in wanted:
-            parts[client].setdefault(part, {})[name] = tensor
-    missing = sorted(name for name in wanted if meta.get(name, {}).get("file") != path.name)
-    if missing:
-        raise KeyFileError(f"{path}: holds nothing of {', '.join(missing[:3])}, or was once another.")
-    return {
-        name: _ClientState(
-            key=lockfile.key_of(path, meta[name], found["secret"]) if "secret" in found else None,
-            private_state=found.get("private", {}),
-            optimizer_state=unflattened(found.get("optimizer", {})),
-            rounds=meta[name]["rounds"],
+@dataclass(frozen=True, kw_only=True, repr=False)
+class _Held:
+    """What a private file holds: facts and tensors by client, the tensors as ``<part>/<name>``."""
+
+    path: Path
+    facts: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+    @classmethod
+    def read(cls, path: Path, *, passphrase: str) -> _Held:
+        if path.is_symlink():
+            raise ConfigError(f"{path}: expected a file, got a symbolic link.")
+        facts, tensors = lockfile.read(path, kind="checkpoint", passphrase=passphrase)
+        by_client: dict[str, dict[str, Tensor]] = {}
+        for place, tensor in tensors.items():
+            client, _, name = place.partition("/")
+            by_client.setdefault(client, {})[name] = tensor
+        return cls(path=path, facts=facts, tensors=by_client)
+
+    def state_of(
+        self, client: Client, *, last: int, trained: Mapping[str, TensorSpec], slots: Sequence[str]
+    ) -> _ClientState:
+        """A client's state, which fits it exactly.
+
+        Args:
+            client: Whose.
+            last: The most rounds that it can have trained in.
+            trained: What its optimizer may have stepped.
+            slots: What the optimizer keeps for each of them.
+
+        Raises:
+            FedKLError: The file holds nothing of this client, or what does not fit.
+        """
+        facts, tensors = self.facts.get(client.name), self.tensors.get(client.name, {})
+        if not isinstance(facts, dict) or facts.get("file") != self.path.name:
+            raise KeyFileError(f"{self.path}: holds nothing of {client.name}, or was once another.")
+        rounds = facts.get("rounds")
+        if type(rounds) is not int or not 0 <= rounds <= last:
+            raise KeyFileError(f"{self.path}: {client.name} has no number of rounds from 0 to {last}.")
+        problems = misfits(tensors, _specs(client, tensors, trained, slots if rounds else ()))
+        if client.key is not None and facts.get("distribution") != client.key.distribution:
+            problems.append(f"expected a key of distribution {client.key.distribution!r}")
+        if problems:
+            subject = f"{self.path}: the checkpoint of another model or defense; {client.name} does not fit."
+            raise ConfigError(gathered(subject, problems, _REMEDY))
+        secret = _part("secret", tensors)
+        return _ClientState(
+            key=lockfile.key_of(self.path, facts, secret) if secret else None,
+            private_state=_part("private", tensors),
+            optimizer_state=unflattened(_part("optimizer", tensors)),
+            rounds=rounds,
         )
-        for name, found in parts.items()
+
+
+def _part(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        place.removeprefix(f"{part}/"): tensor
+        for place, tensor in tensors.items()
+        if place.startswith(f"{part}/")
     }
+
+
+def _specs(
+    client: Client, tensors: Mapping[str, Tensor], trained: Mapping[str, TensorSpec], slots: Sequence[str]
+) -> dict[str, TensorSpec]:
+    """What a client's tensors in a file must be."""
+    moments = state_specs(_part("optimizer", tensors), trained, slots=slots)
+    specs = {f"private/{name}": spec for name, spec in client.private_specs.items()}
+    specs |= {f"optimizer/{place}": spec for place, spec in moments.items()}
+    if client.key is not None:
+        specs["secret/key"] = TensorSpec(shape=(client.key.length,), dtype=torch.float64)
+    return specs
 
 
 def _manifest_name(round: int) -> str:
     return f"round-{round:06d}.json"
+
+
+def _round_of(manifest: Path) -> int:
+    return int(manifest.stem.removeprefix("round-"))
+
+
+def _public_name(round: int) -> str:
+    return f"public-{round:06d}.safetensors"
 
 
 def _sealed(values: dict[str, Any]) -> bytes:
@@ -290,11 +415,35 @@ def _sealed(values: dict[str, Any]) -> bytes:
     return json.dumps({"sha256": _digest(values), **values}).encode()
 
 
-def _unsealed(data: bytes) -> dict[str, Any]:
-    values: dict[str, Any] = dict(json.loads(data))
-    if values.pop("sha256") != _digest(values):
-        raise ValueError
-    return values
+def _unsealed(data: bytes) -> _Manifest:
+    """What `_sealed` was given.
+
+    Raises:
+        ValueError: It is damaged, or not what `Checkpoints` writes.
+    """
+    values = parse_json_object(data)
+    digest = values.pop("sha256", None)
+    if values.get("version") != _VERSION:
+        raise ValueError(f"of version {shown(values.get('version'))}, expected {_VERSION}")
+    _check_manifest(values)
+    if digest != _digest(values):
+        raise ValueError("it was altered")
+    return _Manifest(**values)
+
+
+def _check_manifest(values: dict[str, Any]) -> None:
+    """Raises ValueError for files but our own, or of a later round: no others are ever opened or removed."""
+    if values.keys() != _KINDS.keys() or any(type(values[n]) is not kind for n, kind in _KINDS.items()):
+        raise ValueError(f"expected the fields {', '.join(_KINDS)}")
+    round = values["round"]
+    if not 0 <= round < 10**18:
+        raise ValueError("expected a round from 0 to 10¹⁸")
+    if values["public"] != _public_name(round):
+        raise ValueError(f"round {round} cannot have the file {shown(values['public'])}")
+    for name in values["clients"].values():
+        match = _PRIVATE.fullmatch(name) if isinstance(name, str) else None
+        if match is None or int(match[1]) > round:
+            raise ValueError(f"round {round} cannot have the file {shown(name)}")
 
 
 def _digest(values: dict[str, Any]) -> str:

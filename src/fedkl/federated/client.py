@@ -12,6 +12,7 @@ from fedkl.federated.optimizer_state import OptimizerState
 from fedkl.keys import Key
 from fedkl.locking import Lock, Split
 from fedkl.types import NamedTensors
+from fedkl.update import TensorSpec
 
 
 class Client:
@@ -80,9 +81,9 @@ class Client:
         return {name: tensor.clone() for name, tensor in self._private_state.items()}
 
     @property
-    def private_names(self) -> frozenset[str]:
-        """Names of the tensors in its private state."""
-        return frozenset(self._private_state)
+    def private_specs(self) -> dict[str, TensorSpec]:
+        """What its private state consists of."""
+        return {name: TensorSpec.of(tensor) for name, tensor in self._private_state.items()}
 
     @property
     def optimizer_state(self) -> OptimizerState:
@@ -105,7 +106,7 @@ class Client:
     def restore(
         self, *, key: Key | None, private_state: NamedTensors, optimizer_state: OptimizerState, rounds: int
     ) -> None:
-        """Takes over what a checkpoint kept."""
+        """Takes over what a checkpoint kept, which must have been found to fit."""
         self._key = key
         self._write(private_state)
         self._optimizer_state = optimizer_state

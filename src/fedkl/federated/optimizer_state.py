@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fedkl.errors import shown
 from fedkl.types import NamedTensors
+from fedkl.update import TensorSpec
 
 OptimizerState = Mapping[str, NamedTensors]
 """By parameter name, then by slot, e.g. ``momentum_buffer``."""
@@ -61,3 +64,46 @@ def unflattened(tensors: NamedTensors) -> dict[str, dict[str, Tensor]]:
         slot, _, name = place.partition("/")
         state.setdefault(name, {})[slot] = value
     return state
+
+
+def slots_of(optimizer: Literal["sgd", "adam"], *, momentum: float = 0.0) -> tuple[str, ...]:
+    """What PyTorch's optimizer keeps for each parameter that it has stepped."""
+    if optimizer == "adam":
+        return ("step", "exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if momentum else ()
+
+
+def state_specs(
+    places: Iterable[str], named: Mapping[str, TensorSpec], *, slots: Sequence[str]
+) -> dict[str, TensorSpec]:
+    """What a flattened state must be: a parameter has all slots, or none if it was never stepped.
+
+    Args:
+        places: The names that came.
+        named: The optimizer's parameters.
+        slots: See `slots_of`.
+    """
+    stepped = {place.partition("/")[2] for place in places}
+    return {
+        f"{slot}/{name}": _step_spec() if slot == "step" else spec
+        for name, spec in named.items()
+        if name in stepped
+        for slot in slots
+    }
+
+
+def _step_spec() -> TensorSpec:
+    double = torch.get_default_dtype() == torch.float64  # as PyTorch's optimizers choose it
+    return TensorSpec(shape=(), dtype=torch.float64 if double else torch.float32)
+
+
+def misfits(tensors: NamedTensors, specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Every name, shape and dtype that is not exactly what was expected; empty if all are."""
+    problems = [f"'{name}' is missing" for name in specs if name not in tensors]
+    problems += [f"{shown(name)} is unexpected" for name in tensors if name not in specs]
+    for name, spec in specs.items():
+        came = TensorSpec.of(tensors[name]) if name in tensors else spec
+        if came != spec:
+            expected = f"expected {spec.dtype} of shape {spec.shape}"
+            problems.append(f"'{name}' is {came.dtype} of shape {came.shape}, {expected}")
+    return problems

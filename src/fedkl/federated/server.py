@@ -10,9 +10,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import ConfigError, UpdateError
-from fedkl.federated.optimizer_state import flattened, put_state, take_state, unflattened
+from fedkl.errors import ConfigError, UpdateError, gathered, shown
+from fedkl.federated.optimizer_state import (
+    flattened,
+    misfits,
+    put_state,
+    slots_of,
+    state_specs,
+    take_state,
+    unflattened,
+)
 from fedkl.types import NamedTensors
+from fedkl.update import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +84,9 @@ class ServerAdam:
             )
 
 
+_OPTIMIZER = "optimizer/"  # before the names of the optimizer's tensors in a snapshot
+_SNAPSHOT_REMEDY = "Restore what a server of the same model, defense and optimizer gave."
+
 AnyServerOptimizer = Averaging | ServerSGD | ServerAdam
 
 
@@ -103,6 +115,7 @@ class Server:
         self._state = {name: _copied(tensor) for name, tensor in state.items()}
         self._trained = {name: nn.Parameter(self._state[name]) for name in trained}  # share memory
         self._optimizer = _built(optimizer or Averaging(), self._trained)
+        self._slots = _slots(optimizer or Averaging())
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -149,7 +162,8 @@ class Server:
     def _check_known(self, average: NamedTensors, known: Collection[str]) -> None:
         unknown = sorted(set(average) - set(known))
         if unknown:
-            raise UpdateError(f"Server: the update holds unknown tensors: {', '.join(unknown)}.")
+            names = ", ".join(map(shown, unknown[:10]))
+            raise UpdateError(f"Server: the update holds unknown tensors: {names}.")
 
     def snapshot(self) -> dict[str, Tensor]:
         """Everything that a checkpoint needs: the public state and the optimizer's, nothing private."""
@@ -157,16 +171,42 @@ class Server:
         if self._optimizer is not None:
             moments = take_state(self._optimizer, self._trained)
             put_state(self._optimizer, self._trained, moments)
-            tensors |= {f"optimizer/{place}": value for place, value in flattened(moments).items()}
+            tensors |= {f"{_OPTIMIZER}{place}": value for place, value in flattened(moments).items()}
         return {place: _copied(tensor) for place, tensor in tensors.items()}
 
+    @property
+    def state_bytes(self) -> int:
+        """Size of the public state."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._state.values())
+
+    def check(self, snapshot: NamedTensors) -> None:
+        """Checks that a snapshot is one of a server like this: exactly its names, shapes and dtypes.
+
+        Raises:
+            UpdateError: It is not.
+        """
+        state = {name: TensorSpec.of(tensor) for name, tensor in self._state.items()}
+        trained = {name: state[name] for name in self._trained}
+        places = (place.removeprefix(_OPTIMIZER) for place in snapshot if place.startswith(_OPTIMIZER))
+        moments = state_specs(places, trained, slots=self._slots)
+        specs = {f"state/{name}": spec for name, spec in state.items()}
+        specs |= {f"{_OPTIMIZER}{place}": spec for place, spec in moments.items()}
+        problems = misfits(snapshot, specs)
+        if problems:
+            raise UpdateError(gathered("Server: a snapshot of another server.", problems, _SNAPSHOT_REMEDY))
+
     def restore(self, snapshot: NamedTensors) -> None:
-        """Takes over what `snapshot` gave."""
+        """Takes over what `snapshot` gave.
+
+        Raises:
+            UpdateError: It does not fit; nothing was changed.
+        """
+        self.check(snapshot)
         for name, tensor in self._state.items():
             tensor.copy_(snapshot[f"state/{name}"])
         if self._optimizer is not None:
-            prefix = "optimizer/"
-            moments = {p.removeprefix(prefix): t for p, t in snapshot.items() if p.startswith(prefix)}
+            places = [place for place in snapshot if place.startswith(_OPTIMIZER)]
+            moments = {place.removeprefix(_OPTIMIZER): snapshot[place] for place in places}
             put_state(self._optimizer, self._trained, unflattened(moments))
 
 
@@ -190,3 +230,13 @@ def _built(options: AnyServerOptimizer, trained: dict[str, nn.Parameter]) -> tor
         case ServerAdam():
             betas = (options.beta1, options.beta2)
             return torch.optim.Adam(parameters, lr=options.lr, betas=betas, eps=options.epsilon)
+
+
+def _slots(options: AnyServerOptimizer) -> tuple[str, ...]:
+    match options:
+        case Averaging():
+            return ()
+        case ServerSGD():
+            return slots_of("sgd", momentum=options.momentum)
+        case ServerAdam():
+            return slots_of("adam")

@@ -39,13 +39,15 @@ def build(path: Path) -> Built:
     page = _page(collected)
     files = {f"figures/{name}": image for name, image in page.figures.items()}
     files |= {"report.md": markdown.render(page).encode(), "report.html": html.render(page).encode()}
+    if (path / "figures").is_symlink():
+        raise ConfigError(f"{path / 'figures'}: a symbolic link; no figure is written through it. Remove it.")
     try:
         for name, content in files.items():
             write_atomically(path / name, content)
     except OSError as error:
         raise ConfigError(
-            f"{path}: the report cannot be written here ({error.strerror}). Make the folder writable, or "
-            "copy the runs to one that is."
+            f"{path}: the report cannot be written here ({error.strerror}). The runs are kept: make room or "
+            "the folder writable, or copy them to one that is, then `fedkl report FOLDER`."
         ) from error
     shown = [table.essential() for table in page.tables()]
     return Built(path / "report.html", shown)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from fedkl.errors import ConfigError
+from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import Scaling, match
 from fedkl.report import wording
 from fedkl.report.collect import AttackRun
@@ -54,7 +54,7 @@ def grid(run: AttackRun) -> Grid:
     records = {(r["arm"], r["trial"]): r for r in run.records if r["event"] == "trial"}
     problems: list[str] = []
     rows: list[Row] = []
-    for trial in range(run.config.trials):
+    for trial in range(min(run.config.trials, MAX_ROWS)):
         if len(rows) < MAX_ROWS:
             rows += _trial_rows(run, trial, records, problems)
     total = run.config.trials * run.config.batch_size
@@ -65,18 +65,19 @@ def _trial_rows(
     run: AttackRun, trial: int, records: dict[tuple[str, int], dict[str, Any]], problems: list[str]
 ) -> list[Row]:
     size = run.config.batch_size
+    count = min(size, MAX_ROWS)
     truth: Tensor | None = None
     columns: list[list[Picture]] = []
     for arm in run.arms:
         record = records.get((arm, trial))
-        found: list[Tensor | None] = [None] * size
+        found: list[Tensor | None] = [None] * count
         try:
             truth, found = _shown(run, arm, trial, "clip" if record is None else record["scaling"])
-        except ConfigError as error:
+        except (AttackError, ConfigError) as error:
             problems.append(str(error))
-        scores = [None] * size if record is None else record["scores"]
+        scores = [None] * count if record is None else record["scores"][:count]
         columns.append([_picture(arm, trial, x, s) for x, s in zip(found, scores, strict=True)])
-    names = [f"{trial + 1}" if size == 1 else f"{trial + 1}.{image + 1}" for image in range(size)]
+    names = [f"{trial + 1}" if size == 1 else f"{trial + 1}.{image + 1}" for image in range(count)]
     true = [
         Picture(None if truth is None else truth[image], "", f"Image {name}: the true image")
         for image, name in enumerate(names)
@@ -85,14 +86,16 @@ def _trial_rows(
 
 
 def _shown(run: AttackRun, arm: str, trial: int, scaling: Scaling) -> tuple[Tensor, list[Tensor | None]]:
-    """The truth, and the scaled reconstructions in its order; None for one that is not finite."""
-    place = f"reconstructions/{arm}-{trial}"
-    tensors = run.directory.load_tensors(place)
-    if not {"reconstruction", "truth"} <= tensors.keys():
-        raise ConfigError(f"{run.directory.path / place}.safetensors: holds no pictures.")
-    found = match(tensors["reconstruction"], tensors["truth"], scaling=scaling)
+    """The first true images, and their scaled reconstructions; None for one that is not finite."""
+    reconstruction, truth = run.directory.load_pictures(arm, trial)
+    if len(truth) != run.config.batch_size:
+        raise ConfigError(
+            f"{run.directory.path}: {arm}, trial {trial + 1}: expected {run.config.batch_size} pictures, got "
+            f"{len(truth)}."
+        )
+    found = match(reconstruction, truth, scaling=scaling)
     shown = [None if lost else image for image, lost in zip(found.scaled, found.failed, strict=True)]
-    return tensors["truth"], shown
+    return truth[:MAX_ROWS], shown[:MAX_ROWS]
 
 
 def _picture(arm: str, trial: int, image: Tensor | None, score: dict[str, Any] | None) -> Picture:

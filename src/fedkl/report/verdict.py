@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 from fedkl.defenses import KeyLock, NoDefense, PublicNorm
 from fedkl.metrics import paper_psnr_to_true
 from fedkl.report import wording
-from fedkl.report.collect import AttackRun, Collected, TrainRun
+from fedkl.report.collect import ORACLE, AttackRun, Collected, TrainRun
 
 CONTROL_RATE = 0.9
 FEW_POINTS = 0.05
 CONTROL = "public-norm"
 PLAIN = "no-norm"
 OPEN_ARMS = (PLAIN, CONTROL, "lock-known-both")  # nothing is secret: they test the attack, not a defense
-ORACLE = "mean-affine"
 _DLG_PRINTED = (32.71, 26.64)  # arXiv 2305.04095, Table 6, DLG, LeNet, MNIST: without and with the lock
 
 

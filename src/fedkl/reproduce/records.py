@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter
 
 from fedkl.attacks import DLG, IDLG
 from fedkl.config import AttackConfig
 from fedkl.errors import ConfigError
 from fedkl.experiments import SSIM_SUCCESS, SUCCESS_DB, arm_figures
-from fedkl.files import write_atomically
+from fedkl.files import read_file, write_atomically
 from fedkl.metrics import match, paper_psnr_to_true
 from fedkl.metrics.perceptual import LPIPS
+from fedkl.parsing import parse_json_object
 from fedkl.report import wording
+from fedkl.report.collect import summary_of
 from fedkl.runs import RunDirectory
 
 Record = dict[str, Any]
@@ -58,7 +62,7 @@ def records_of(
     Raises:
         ConfigError: The run is not a finished attack, or no image is alone.
     """
-    config, summary = run.config, run.summary
+    config, summary = run.config, summary_of(run)
     if not isinstance(config, AttackConfig) or summary is None:
         raise ConfigError(f"{run.path}: not a finished attack. Run the table again.")
     trials = [record for record in run.results() if record["event"] == "trial"]
@@ -104,6 +108,8 @@ def _figures(
 ) -> Record:
     own = [trial for trial in trials if trial["arm"] == arm["name"]]
     scores = [s for trial in own for s in trial["scores"]]
+    if not scores:
+        raise ConfigError(f"{arm['name']}: results.jsonl holds no image of this arm. Run the table again.")
     found = arm_figures(own, updates_per_client=config.updates_per_client)
     kept = ("scaling", "candidates", "success", "ssim_success", "identified", "label_correct")
     return {
@@ -150,13 +156,12 @@ def perceptual_distances(
     if not measures:
         return {}
     if path.is_file():
-        kept: dict[str, dict[str, list[float | None]]] = json.loads(path.read_text(encoding="utf-8"))
-        return kept
+        return _kept_distances(path)
     found: dict[str, dict[str, list[float | None]]] = {}
     for trial in (record for record in run.results() if record["event"] == "trial"):
-        kept_images = run.load_tensors(f"reconstructions/{trial['arm']}-{trial['trial']}")
-        truth = kept_images["truth"].double()
-        matched = match(kept_images["reconstruction"], truth, scaling=trial["scaling"])
+        reconstruction, true = run.load_pictures(trial["arm"], trial["trial"])
+        truth = true.double()
+        matched = match(reconstruction, truth, scaling=trial["scaling"])
         for measure in measures:
             values = measure(matched.scaled, truth.clamp(0, 1))
             values = torch.where(matched.failed, torch.nan, values)
@@ -164,6 +169,18 @@ def perceptual_distances(
             row += [None if value != value else value for value in values.tolist()]
     write_atomically(path, (json.dumps(found, allow_nan=False) + "\n").encode())
     return found
+
+
+_DISTANCES = TypeAdapter(
+    dict[str, dict[str, list[Annotated[float, Field(strict=True, allow_inf_nan=False)] | None]]]
+)
+
+
+def _kept_distances(path: Path) -> dict[str, dict[str, list[float | None]]]:
+    try:
+        return _DISTANCES.validate_python(parse_json_object(read_file(path)))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: damaged. Remove it; it will be measured again.") from error
 
 
 def markdown(records: Sequence[Record], *, refused: Mapping[str, str], described: bool = False) -> str:
