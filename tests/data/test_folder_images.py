@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedkl.data import FolderImages, prefetched
+from fedkl.data import FolderImages, image_folder, prefetched
 from fedkl.errors import DataError
 
 
@@ -70,7 +70,7 @@ def _broken(path, how):
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp"])
+@pytest.mark.parametrize("suffix", sorted(image_folder._SUFFIXES))
 @pytest.mark.parametrize("how", ["truncated", "empty", "text", "header only", "missing", "folder", "16 bits"])
 def test_a_file_that_cannot_be_decoded_is_named(image_files, tmp_path, how, suffix):
     bad = _broken(tmp_path / f"bad{suffix}", how)
@@ -78,13 +78,6 @@ def test_a_file_that_cannot_be_decoded_is_named(image_files, tmp_path, how, suff
     assert grays(images[:5]) == [0, 10, 20, 30, 40]
     with pytest.raises(DataError, match=f"{bad.name}: expected a readable image, got .*Replace or remove"):
         images[torch.tensor([0, 5, 1])]
-
-
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    Image.new("1", (300, 300)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(DataError, match=r"bomb\.png: .*DecompressionBomb"):
-        FolderImages([tmp_path / "bomb.png"], size=4)[:]
 
 
 @pytest.mark.parametrize("options", [{"size": 0}, {"size": 4, "workers": 0}])

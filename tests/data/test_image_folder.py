@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pytest
@@ -100,7 +101,27 @@ def _file_for_folder(folder):
     (folder / "val").touch()
 
 
+def _pipe(folder):
+    os.mkfifo(folder / "train" / "cat" / "x.png")
+
+
+def _loop(folder):
+    (folder / "train" / "cat" / "x.png").symlink_to("x.png")
+
+
+def _loop_of_folders(folder):
+    (folder / "train" / "emu").symlink_to("emu")
+
+
+def _forged_line(folder):
+    (folder / "train" / "cat" / "a\n  - \x1b[31mall is lost.txt").touch()
+
+
 PROBLEMS = {
+    _pipe: r"/train/cat/x\.png: expected an image file \(.*\), got another kind of file",
+    _loop: r"/train/cat/x\.png: expected an image file \(.*\), got another kind of file",
+    _loop_of_folders: r"/train/emu: expected only a folder for each class in .*/train, got 1 files",
+    _forged_line: r"/train/cat/a\\n  - \\x1b\[31mall is lost\.txt: expected an image file",
     _remove_train: r"/train: expected a folder with a folder for each class, found none",
     _remove_val: r"/val: expected a folder with a folder for each class, found none",
     _file_for_folder: r"/val: expected a folder with a folder for each class, found none",
@@ -120,6 +141,14 @@ def test_each_problem_names_the_file_or_folder(root, damage):
         load("imagefolder", root=root)
     assert f"Arrange the images as {root / 'imagefolder'}/train/<class>/<image>" in str(caught.value)
     assert "LOC_val_solution.csv" in str(caught.value)
+
+
+def test_ten_thousand_strange_files_are_counted_not_listed(root):
+    for number in range(10_000):
+        (root / "imagefolder" / "train" / "cat" / f"{number}.txt").touch()
+    with pytest.raises(DataError, match="and 9990 more") as caught:
+        load("imagefolder", root=root)
+    assert len(str(caught.value)) < 5000
 
 
 def test_many_problems_are_counted_not_listed(root):

@@ -156,11 +156,29 @@ def test_damage_in_several_files_comes_in_one_message(files, put):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_forged_count_does_not_allocate_what_it_announces(files, put, packed):
-    root = put(files | {IMAGES: header(2051, 2**32 - 1, 28, 28) + b"\0" * 784}, packed=packed)
+@pytest.mark.parametrize(
+    ("count", "message"), [(2**19, "it is truncated"), (2**32 - 1, "at most 524288 items")]
+)
+def test_a_forged_count_does_not_allocate_what_it_announces(files, put, packed, count, message):
+    root = put(files | {IMAGES: header(2051, count, 28, 28) + b"\0" * 784}, packed=packed)
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match="it is truncated"):
+        with pytest.raises(DataError, match=message):
+            load_mnist(root)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2_000_000
+
+
+def test_a_gzip_bomb_is_not_unpacked(files, put):
+    root = put(files)
+    (root / "mnist" / IMAGES).unlink()
+    bomb = gzip.compress(header(2051, 2**32 - 1, 28, 28) + bytes(50_000_000))
+    (root / "mnist" / f"{IMAGES}.gz").write_bytes(bomb)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="expected at most 524288 items, got a header that announces"):
             load_mnist(root)
         peak = tracemalloc.get_traced_memory()[1]
     finally:

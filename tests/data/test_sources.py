@@ -190,7 +190,7 @@ def test_an_archive_with_something_else_is_refused(npm_with, folder, info, messa
         ("sys.exit('npm error 404\\nnpm error not found')", r"exit code 1: npm error 404 \| npm error not"),
         ("pass", "expected one .tgz archive, got 0"),
         ("pathlib.Path('a.tgz').write_bytes(b''), pathlib.Path('b.tgz').touch()", "archive, got 2"),
-        ("pathlib.Path('a.tgz').write_bytes(b'no gzip')", "a.tgz: ReadError"),
+        ("pathlib.Path('a.tgz').write_bytes(b'no gzip')", "a.tgz: BadGzipFile"),
     ],
 )
 def test_a_failing_client_is_a_data_error(npm, folder, code, message):
@@ -262,7 +262,7 @@ def test_a_tar_file_is_read_as_a_stream_and_only_what_was_asked_for(archive_at, 
         (tar_bytes(member("unpacked/one", kind=tarfile.SYMTYPE, link="/etc/passwd")), "a regular file"),
         (tar_bytes(member("unpacked/one", CONTENT + b"more")), "expected 1000 bytes, got more"),
         (tar_bytes(member("unpacked/one", CONTENT))[:60], "ReadError|EOFError"),
-        (b"<html>log in first</html>", "ReadError"),
+        (b"<html>log in first</html>", "BadGzipFile"),
         (b"", "ReadError"),
     ],
     ids=["elsewhere", "link", "too long", "cut off", "not gzip", "empty"],
@@ -271,6 +271,57 @@ def test_a_tar_file_with_something_else_is_refused(archive_at, folder, content, 
     archive_at(content)
     with pytest.raises(DataError, match=message):
         deliver(TAR, folder)
+
+
+def header(name, *, kind, size):
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def forged_number():
+    """A PAX header that says that the member has "x" bytes, holes included."""
+    info, _ = member("unpacked/one", CONTENT)
+    info.pax_headers = {"GNU.sparse.size": "x"}
+    return gzip.compress(info.tobuf(tarfile.PAX_FORMAT) + bytes(2048))
+
+
+FORGED = {
+    "skipped": (
+        gzip.compress(header("x", kind=tarfile.REGTYPE, size=5000) + bytes(9000)),
+        "at most 4096 bytes",
+    ),
+    "read": (gzip.compress(header("x", kind=tarfile.XHDTYPE, size=5000) + bytes(9000)), "at most 4096 bytes"),
+    "announced": (
+        gzip.compress(header("x", kind=tarfile.XHDTYPE, size=2**60)),
+        "ReadError|at most 4096 bytes",
+    ),
+    "number": (forged_number(), "ValueError: invalid literal"),
+    "headers of headers": (
+        gzip.compress((header("x", kind=tarfile.XHDTYPE, size=9) + b"9 a=bcdef".ljust(512, b"\0")) * 2000),
+        "RecursionError",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_archive_is_refused_before_it_is_unpacked(archive_at, npm, folder, monkeypatch, case):
+    content, message = FORGED[case]
+    if "4096" in message:
+        monkeypatch.setattr(packages, "_MOST_UNPACKED", 4096)
+    archive_at(content)
+    with pytest.raises(DataError, match=message):
+        deliver(TAR, folder)
+    npm(f"pathlib.Path('a.tgz').write_bytes({content!r})")
+    with pytest.raises(DataError, match=message):
+        deliver(NPM, folder)
+
+
+def test_what_a_client_says_is_shortened_and_escaped(npm, folder):
+    npm("sys.exit('\x1b[31m' + 'no ' * 500)")
+    with pytest.raises(DataError, match=r"exit code 1: \\x1b\[31mno no .*…$") as caught:
+        deliver(NPM, folder)
+    assert len(str(caught.value)) < 400
 
 
 def test_a_tar_file_is_had_over_https_only():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
@@ -14,13 +15,24 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from fedkl.data.images import TensorImages, in_unit_range
+from fedkl.data.messages import place, told
 from fedkl.errors import DataError, gathered
 from fedkl.types import Images
 
 
 def default_root() -> Path:
-    """Returns the data root: `$FEDKL_DATA`, or `~/.cache/fedkl/data` where that is unset or empty."""
-    return Path(os.environ.get("FEDKL_DATA") or "~/.cache/fedkl/data").expanduser()
+    """Returns the data root: `$FEDKL_DATA`, or `~/.cache/fedkl/data` where that is unset or empty.
+
+    Raises:
+        DataError: It begins with the home folder of a user who is not known.
+    """
+    root = Path(os.environ.get("FEDKL_DATA") or "~/.cache/fedkl/data")
+    try:
+        return root.expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"FEDKL_DATA: expected a folder, got {place(root)}, whose home is not known. Give its path."
+        ) from error
 
 
 def folder_with(root: Path, *, name: str, files: Iterable[str], unpacked: str = "") -> Path:
@@ -35,18 +47,42 @@ def folder_with(root: Path, *, name: str, files: Iterable[str], unpacked: str = 
     Returns:
         The first of `<root>/<name>`, `<root>/<name>/<unpacked>`, `<root>/<unpacked>` and `<root>` that has
         such a file; `<root>/<name>` where none has.
+
+    Raises:
+        DataError: The system does not let us look there.
     """
     names = [each for file in files for each in (file, f"{file}.gz")]
-    places = [root / name, root / name / unpacked, root / unpacked, root]
-    return next((place for place in places if any((place / each).is_file() for each in names)), places[0])
+    folders = [root / name, root / name / unpacked, root / unpacked, root]
+    with readable(root):
+        return next(
+            (folder for folder in folders if any((folder / each).is_file() for each in names)), folders[0]
+        )
+
+
+@contextlib.contextmanager
+def readable(root: Path) -> Iterator[None]:
+    """For looking around in the data root, or in a part of it.
+
+    Raises:
+        DataError: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{place(root)}: expected a readable folder, got {told(error)}. Correct its permissions, or give "
+            "another data root."
+        ) from error
 
 
 def fetch_remedy(root: Path, *, name: str) -> str:
     """How to get sound files of a dataset, for messages."""
     command = f"fedkl data fetch {name}"
-    if root != default_root():
-        command = f"FEDKL_DATA={shlex.quote(str(root))} {command}"
-    return f"`{command}` puts sound files into {root / name}."
+    with contextlib.suppress(DataError):
+        if root == default_root():
+            return f"`{command}` puts sound files into {place(root / name)}."
+    command = f"FEDKL_DATA={shlex.quote(place(root))} {command}"
+    return f"`{command}` puts sound files into {place(root / name)}."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from fedkl.data.base import Dataset, DataSpec
+from fedkl.data.base import Dataset, DataSpec, readable
 from fedkl.data.images import TensorImages
+from fedkl.data.messages import place, told
 from fedkl.errors import DataError, gathered
 
 _SHAPE = (3, 32, 32)
@@ -79,8 +80,9 @@ def dataset_from_binary(folder: Path, layout: Layout, *, size: int, channels: in
             f"channels={channels}. Its images are in color."
         )
     problems: list[str] = []
-    train = _read_all(folder, layout.train, classes=layout.classes, problems=problems)
-    test = _read_all(folder, layout.test, classes=layout.classes, problems=problems)
+    with readable(folder):
+        train = _read_all(folder, layout.train, classes=layout.classes, problems=problems)
+        test = _read_all(folder, layout.test, classes=layout.classes, problems=problems)
     if problems:
         raise DataError(gathered(f"Cannot load the dataset {layout.name!r}.", problems, remedy))
     mean, std = _statistics(train[0])
@@ -120,7 +122,7 @@ def _read_all(
 def _read_records(path: Path, *, count: int, classes: tuple[int, ...]) -> UInt8[Tensor, "records bytes"]:
     packed = path.with_name(f"{path.name}.gz")
     if not path.is_file() and not packed.is_file():
-        raise DataError(f"{path.name} (or {packed.name}) is missing: looked for it in {path.parent}")
+        raise DataError(f"{path.name} (or {packed.name}) is missing: looked for it in {place(path.parent)}")
     path = path if path.is_file() else packed
     length = len(classes) + _PIXELS
     try:
@@ -128,15 +130,15 @@ def _read_records(path: Path, *, count: int, classes: tuple[int, ...]) -> UInt8[
             content = bytearray(file.read(count * length + 1))
     except (OSError, EOFError, zlib.error) as error:
         kind = "a readable gzip file" if path is packed else "a readable file"
-        raise DataError(f"{path}: expected {kind}, got {type(error).__name__}: {error}") from error
+        raise DataError(f"{place(path)}: expected {kind}, got {told(error)}") from error
     if len(content) != count * length:
         came = "more" if len(content) > count * length else f"{len(content)}, it is truncated"
-        raise DataError(f"{path}: expected {count * length} bytes ({count} images), got {came}")
+        raise DataError(f"{place(path)}: expected {count * length} bytes ({count} images), got {came}")
     rows = torch.frombuffer(content, dtype=torch.uint8).view(count, length)
     for byte, allowed in enumerate(classes):
         if outside := int((rows[:, byte] >= allowed).sum()):
             kind = "labels" if byte == len(classes) - 1 else "coarse labels"
-            raise DataError(f"{path}: expected {kind} in 0..{allowed - 1}, got {outside} outside it")
+            raise DataError(f"{place(path)}: expected {kind} in 0..{allowed - 1}, got {outside} outside it")
     return rows
 
 

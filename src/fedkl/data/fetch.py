@@ -5,14 +5,15 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
-import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedkl.data.base import default_root
+from fedkl.data.messages import place, told
 from fedkl.data.registry import entry_of
 from fedkl.data.sources import FileRecord, Progress, Source
+from fedkl.data.staging import remove_left, staging
 from fedkl.errors import DataError, gathered
 
 
@@ -26,7 +27,8 @@ def fetch(
     """Makes sure that the files of a dataset are on disk.
 
     A file that is there (plain or gzipped) with the right MD5 is kept, any other replaced. Files wait in a
-    temporary folder in `root` until all are sound: a failure or interrupt before that changes nothing.
+    temporary folder in `root` until all are sound: a failure or interrupt before that changes nothing. What
+    fetches that were killed have left in `root` is removed (POSIX).
 
     Args:
         name: One of `DATASETS`.
@@ -46,12 +48,14 @@ def fetch(
             f"fetch: expected a dataset with files to fetch, got {name!r}, which {entry.unfetched}"
         )
     folder = (default_root() if root is None else Path(root)) / name
+    if "\0" in str(folder):
+        raise DataError("fetch: expected a data root, got a name with a null character. Give another root.")
     sources = entry.sources if sources is None else sources
     try:
         _install(entry.files, folder, sources, progress=progress or _silent)
     except OSError as error:
         raise DataError(
-            f"fetch: expected to read and write below {folder.parent}, got {type(error).__name__}: {error}. "
+            f"fetch: expected to read and write below {place(folder.parent)}, got {told(error)}. "
             "Give another root or set FEDKL_DATA."
         ) from error
     return folder
@@ -60,12 +64,13 @@ def fetch(
 def _install(
     files: Mapping[str, FileRecord], folder: Path, sources: Sequence[Source], *, progress: Progress
 ) -> None:
+    remove_left(folder.parent)
     wanted = {file: record for file, record in files.items() if not _present(folder / file, record)}
     if not wanted:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as staging:
-        ready = _collect(wanted, Path(staging), sources, progress=progress, folder=folder)
+    with staging(folder.parent) as temporary:
+        ready = _collect(wanted, temporary, sources, progress=progress, folder=folder)
         folder.mkdir(exist_ok=True)
         for file in wanted:
             (ready / file).replace(folder / file)
@@ -73,19 +78,19 @@ def _install(
 
 def _collect(
     wanted: Mapping[str, FileRecord],
-    staging: Path,
+    temporary: Path,
     sources: Sequence[Source],
     *,
     progress: Progress,
     folder: Path,
 ) -> Path:
-    """Returns the folder inside `staging` that holds all `wanted` files, checked."""
-    ready = staging / "ready"
+    """Returns the folder inside `temporary` that holds all `wanted` files, checked."""
+    ready = temporary / "ready"
     ready.mkdir()
     missing = dict(wanted)
     problems: list[str] = []
     for index, source in enumerate(sources):
-        arrived = staging / str(index)
+        arrived = temporary / str(index)
         arrived.mkdir()
         failure = _deliver(source, missing, arrived, progress=progress)
         flaws = {file: _flaw(arrived / file, record) for file, record in missing.items()}
@@ -97,7 +102,9 @@ def _collect(
         reasons = [failure] if failure else [flaw for flaw in flaws.values() if flaw]
         problems += [f"{source.name}: {reason}" for reason in reasons]
     summary = f"Could not fetch {', '.join(missing)}: no source has it (tried {len(sources)})."
-    remedy = f"Check the network and try again, or put the files, plain or as .gz, into {folder} by hand."
+    remedy = (
+        f"Check the network and try again, or put the files, plain or as .gz, into {place(folder)} by hand."
+    )
     raise DataError(gathered(summary, problems, remedy))
 
 
@@ -108,7 +115,7 @@ def _deliver(
     try:
         source.deliver(dict(files), folder=folder, progress=progress)
     except (DataError, OSError) as error:
-        return f"{error}" if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        return f"{error}" if isinstance(error, DataError) else told(error)
     return None
 
 
@@ -123,7 +130,7 @@ def _present(path: Path, record: FileRecord) -> bool:
     """Whether what the loaders would read, the plain file or else the gzipped one, is sound."""
     packed = path.with_name(f"{path.name}.gz")
     if path.is_file() or not packed.is_file():
-        return path.is_file() and _md5(path) == record.md5
+        return path.is_file() and path.stat().st_size == record.size and _md5(path) == record.md5
     try:
         with gzip.open(packed) as file:
             content = file.read(record.size + 1)

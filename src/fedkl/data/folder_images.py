@@ -7,16 +7,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
-from PIL import Image
+from jaxtyping import Float32
 from torch import Tensor
 
+from fedkl.data.decoding import PixelBudget, decoded
 from fedkl.data.images import Index, checked_index
 from fedkl.errors import DataError
-
-_EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
 
 
 class FolderImages:
@@ -24,8 +21,15 @@ class FolderImages:
 
     The largest square in the middle is cut out and resized to `size` (bilinear, antialiased as Pillow does),
     which is what resizing the shorter side and cropping the center gives, and becomes RGB; transparency and
-    the orientation in EXIF data are ignored. Files are read only when they are asked for, so a damaged one
-    shows then.
+    the orientation in EXIF data are ignored (but not TIFF's, which Pillow applies). Files are read only when
+    they are asked for, so a damaged one shows then. They are BMP, GIF, JPEG, PNG, PPM, TIFF or WebP, whatever
+    their names; of several frames the first counts.
+
+    An image has at most 89,478,485 pixels, which Pillow takes without a warning (fewer where
+    `PIL.Image.MAX_IMAGE_PIXELS` is lower), and its file at most four bytes for each of them. However many
+    threads there are, the images that they have in work have no more pixels than that together: large ones
+    wait. A pixel takes 4 bytes of memory, 6 in progressive JPEGs, at most 16 (WebP, TIFF in one strip), so
+    decoding a batch takes 0.5 GB, at most 1.5 GB, and what Pillow reads whole: files (WebP) and texts (PNG).
 
     Args:
         files: Paths, in the order of the images.
@@ -85,10 +89,11 @@ class FolderImages:
         numbers = range(len(self._files))[places] if isinstance(places, slice) else places.tolist()
         pixels = torch.empty(len(numbers), self._side, self._side, 3, dtype=torch.uint8)
         files = [self._files[number] for number in numbers]
+        decode = partial(decoded, size=self._side, budget=PixelBudget())
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="fedkl-decode")
         try:
-            for row, decoded in enumerate(pool.map(partial(_decoded, size=self._side), files)):
-                pixels[row] = decoded
+            for row, square in enumerate(pool.map(decode, files)):
+                pixels[row] = square
         finally:
             pool.shutdown(cancel_futures=True)
         images = (
@@ -100,27 +105,3 @@ class FolderImages:
 
     def __repr__(self) -> str:
         return f"FolderImages(shape={self.shape}, device={self._device})"
-
-
-def _decoded(path: str | os.PathLike[str], *, size: int) -> UInt8[Tensor, "{size} {size} 3"]:
-    try:
-        with Image.open(path) as image:
-            if image.mode not in _EIGHT_BITS:
-                raise ValueError(f"pixels of mode {image.mode}, not 8 bits per channel")
-            # JPEG only: decodes at a fraction of the size where that is still twice what is needed.
-            image.draft(None, (2 * size, 2 * size))
-            side = min(image.size)
-            left, upper = (image.width - side) / 2, (image.height - side) / 2
-            square = (left, upper, left + side, upper + side)
-            rgb = _rgb(image).resize((size, size), Image.Resampling.BILINEAR, box=square)
-    except Exception as error:  # decoders raise whatever they please on damaged files
-        raise DataError(
-            f"{os.fspath(path)}: expected a readable image, got {type(error).__name__}: {error}. Replace or "
-            "remove this file."
-        ) from error
-    return torch.from_numpy(np.array(rgb))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    # By way of RGBA, because Pillow warns where a palette has transparent entries.
-    return (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")

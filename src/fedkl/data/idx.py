@@ -6,6 +6,7 @@ Source: the MNIST page (LeCun, Cortes, Burges), section "File formats for the MN
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import struct
 import zlib
@@ -15,8 +16,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fedkl.data.base import Dataset, DataSpec
+from fedkl.data.base import Dataset, DataSpec, readable
 from fedkl.data.images import resized
+from fedkl.data.messages import place, told
 from fedkl.errors import DataError, gathered
 
 TRAIN_IMAGES = "train-images-idx3-ubyte"
@@ -33,7 +35,8 @@ _ITEM_SHAPES: dict[str, tuple[int, ...]] = {
     TEST_LABELS: (),
 }
 _UNSIGNED_BYTE = 0x08
-_DEFLATE_RATIO = 1032  # the most that deflate can compress
+_MOST_ITEMS = 1 << 19  # MNIST has 60,000, QMNIST 402,953
+_BLOCK = 1 << 20
 
 
 def dataset_from_idx(folder: Path, *, name: str, size: int, channels: int, remedy: str) -> Dataset:
@@ -57,7 +60,8 @@ def dataset_from_idx(folder: Path, *, name: str, size: int, channels: int, remed
         DataError: `size` or `channels` is below 1, or files (all are listed) are missing or damaged.
     """
     _check_arguments(name=name, size=size, channels=channels)
-    raw = _read_all(folder, name=name, remedy=remedy)
+    with readable(folder):
+        raw = _read_all(folder, name=name, remedy=remedy)
     train = _resized(raw[TRAIN_IMAGES], size=size)
     test = _resized(raw[TEST_IMAGES], size=size)
     std, mean = torch.std_mean(train, correction=0)
@@ -91,7 +95,7 @@ def _read_all(folder: Path, *, name: str, remedy: str) -> dict[str, Tensor]:
         path = folder / file
         packed = folder / f"{file}.gz"
         if not path.is_file() and not packed.is_file():
-            problems.append(f"{file} (or {file}.gz) is missing: looked for it in {folder}")
+            problems.append(f"{file} (or {file}.gz) is missing: looked for it in {place(folder)}")
             continue
         try:
             raw[file] = _read_idx(path if path.is_file() else packed, item_shape=item_shape)
@@ -100,8 +104,8 @@ def _read_all(folder: Path, *, name: str, remedy: str) -> dict[str, Tensor]:
     for images, labels in ((TRAIN_IMAGES, TRAIN_LABELS), (TEST_IMAGES, TEST_LABELS)):
         if images in raw and labels in raw and len(raw[images]) != len(raw[labels]):
             problems.append(
-                f"{folder / labels}: expected {len(raw[images])} labels, as many as {images} has images, "
-                f"got {len(raw[labels])}"
+                f"{place(folder / labels)}: expected {len(raw[images])} labels, as many as {images} has "
+                f"images, got {len(raw[labels])}"
             )
     if problems:
         raise DataError(gathered(f"Cannot load the dataset {name!r}.", problems, remedy))
@@ -110,40 +114,51 @@ def _read_all(folder: Path, *, name: str, remedy: str) -> dict[str, Tensor]:
 
 def _read_idx(path: Path, *, item_shape: tuple[int, ...]) -> UInt8[Tensor, "items ..."]:
     """Reads one file of unsigned bytes; `item_shape` is () for labels, which must be in 0 .. 9."""
-    header, body = _header_and_body(path, ndim=1 + len(item_shape))
-    magic, *dims = header
-    expected_magic = (_UNSIGNED_BYTE << 8) + 1 + len(item_shape)
-    if magic != expected_magic:
-        raise DataError(f"{path}: expected the magic number {expected_magic:#010x}, got {magic:#010x}")
-    if tuple(dims[1:]) != item_shape:
-        raise DataError(f"{path}: expected items of shape {item_shape}, got {tuple(dims[1:])}")
-    if dims[0] == 0:
-        raise DataError(f"{path}: expected at least one item, got a file with none")
-    if len(body) != math.prod(dims):
-        came = "more" if len(body) > math.prod(dims) else f"{len(body)}, it is truncated"
-        raise DataError(f"{path}: expected {math.prod(dims)} bytes after the header, got {came}")
-    items = torch.frombuffer(body, dtype=torch.uint8).view(dims)
+    packed = path.suffix == ".gz"
+    try:
+        with gzip.open(path) if packed else path.open("rb") as file:
+            count = _item_count(file, item_shape=item_shape)
+            body = _body(file, length=count * math.prod(item_shape))
+    except (OSError, EOFError, zlib.error) as error:
+        kind = "a readable gzip file" if packed else "a readable file"
+        raise DataError(f"{place(path)}: expected {kind}, got {told(error)}") from error
+    except DataError as error:
+        raise DataError(f"{place(path)}: {error}") from error
+    items = torch.frombuffer(body, dtype=torch.uint8).view(count, *item_shape)
     if not item_shape and (outside := int((items >= _CLASSES).sum())):
-        raise DataError(f"{path}: expected labels in 0..{_CLASSES - 1}, got {outside} outside it")
+        raise DataError(f"{place(path)}: expected labels in 0..{_CLASSES - 1}, got {outside} outside it")
     return items
 
 
-def _header_and_body(path: Path, *, ndim: int) -> tuple[tuple[int, ...], bytearray]:
-    """Returns magic number and dimensions, and at most one byte more than these announce."""
-    packed = path.suffix == ".gz"
-    length = 4 * (1 + ndim)
-    try:
-        largest = path.stat().st_size * (_DEFLATE_RATIO if packed else 1)
-        with gzip.open(path) if packed else path.open("rb") as file:
-            head = file.read(length)
-            if len(head) < length:
-                raise DataError(f"{path}: expected a header of {length} bytes, got {len(head)}")
-            header = struct.unpack(f">{1 + ndim}I", head)
-            # A forged header must not make us allocate more than the file can hold.
-            return header, bytearray(file.read(min(math.prod(header[1:]), largest) + 1))
-    except (OSError, EOFError, zlib.error) as error:
-        kind = "a readable gzip file" if packed else "a readable file"
-        raise DataError(f"{path}: expected {kind}, got {type(error).__name__}: {error}") from error
+def _item_count(file: io.BufferedIOBase, *, item_shape: tuple[int, ...]) -> int:
+    """Reads the header."""
+    length = 8 + 4 * len(item_shape)
+    head = file.read(length)
+    if len(head) < length:
+        raise DataError(f"expected a header of {length} bytes, got {len(head)}")
+    numbers: tuple[int, ...] = struct.unpack(f">{2 + len(item_shape)}I", head)
+    magic, count, *shape = numbers
+    expected_magic = (_UNSIGNED_BYTE << 8) + 1 + len(item_shape)
+    if magic != expected_magic:
+        raise DataError(f"expected the magic number {expected_magic:#010x}, got {magic:#010x}")
+    if tuple(shape) != item_shape:
+        raise DataError(f"expected items of shape {item_shape}, got {tuple(shape)}")
+    if count == 0:
+        raise DataError("expected at least one item, got a file with none")
+    if count > _MOST_ITEMS:
+        raise DataError(f"expected at most {_MOST_ITEMS} items, got a header that announces {count}")
+    return count
+
+
+def _body(file: io.BufferedIOBase, *, length: int) -> bytearray:
+    """Reads in blocks: a forged header must not make us allocate what it announces."""
+    body = bytearray()
+    while block := file.read(min(_BLOCK, length + 1 - len(body))):
+        body += block
+    if len(body) != length:
+        came = "more" if len(body) > length else f"{len(body)}, it is truncated"
+        raise DataError(f"expected {length} bytes after the header, got {came}")
+    return body
 
 
 def _resized(

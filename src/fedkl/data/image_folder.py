@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from fedkl.data.base import Dataset, DataSpec
+from fedkl.data.base import Dataset, DataSpec, readable
 from fedkl.data.folder_images import FolderImages
+from fedkl.data.messages import place, told
 from fedkl.data.sources import Entry
 from fedkl.errors import DataError, gathered
 
@@ -43,13 +44,18 @@ def load_image_folder(root: str | os.PathLike[str], *, size: int = 224, channels
             "Its images are delivered in color."
         )
     root = Path(root)
-    itself = (root / "train").is_dir() and not (root / _NAME).is_dir()
-    folder = root if itself else root / _NAME
     problems: list[str] = []
-    train = _files_by_class(folder / "train", problems)
-    held_out = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), folder / "val")
-    test = _files_by_class(held_out, problems)
-    problems += [f"{held_out / name}: expected a class that train has" for name in test if name not in train]
+    with readable(root):
+        itself = (root / "train").is_dir() and not (root / _NAME).is_dir()
+        folder = root if itself else root / _NAME
+        held_out = next(
+            (folder / part for part in ("val", "test") if (folder / part).is_dir()), folder / "val"
+        )
+        train = _files_by_class(folder / "train", problems)
+        test = _files_by_class(held_out, problems)
+    problems += [
+        f"{place(held_out / name)}: expected a class that train has" for name in test if name not in train
+    ]
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise DataError(
@@ -69,30 +75,33 @@ def load_image_folder(root: str | os.PathLike[str], *, size: int = 224, channels
 def _files_by_class(folder: Path, problems: list[str]) -> dict[str, list[str]]:
     """Paths of the image files of each class, both sorted; what is wrong goes to `problems`."""
     if not folder.is_dir():
-        problems.append(f"{folder}: expected a folder with a folder for each class, found none")
+        problems.append(f"{place(folder)}: expected a folder with a folder for each class, found none")
         return {}
     entries = _entries(folder)
-    loose = [entry.path for entry in entries if not entry.is_dir()]
+    loose = [entry.path for entry in entries if _kind(entry) != "a folder"]
     if loose:
         problems.append(
-            f"{loose[0]}: expected only a folder for each class in {folder}, got {len(loose)} files"
+            f"{place(loose[0])}: expected only a folder for each class in {place(folder)}, got {len(loose)} "
+            "files"
         )
-    classes = {entry.name: _image_files(entry.path, problems) for entry in entries if entry.is_dir()}
+    classes = {
+        entry.name: _image_files(entry.path, problems) for entry in entries if _kind(entry) == "a folder"
+    }
     if not classes and not loose:
-        problems.append(f"{folder}: expected a folder for each class, got an empty folder")
+        problems.append(f"{place(folder)}: expected a folder for each class, got an empty folder")
     return classes
 
 
 def _image_files(folder: str, problems: list[str]) -> list[str]:
     entries = _entries(folder)
     problems += [
-        f"{entry.path}: expected an image file ({', '.join(sorted(_SUFFIXES))}), got "
-        f"{'a folder' if entry.is_dir() else 'another kind of file'}"
+        f"{place(entry.path)}: expected an image file ({', '.join(sorted(_SUFFIXES))}), got "
+        f"{'a folder' if _kind(entry) == 'a folder' else 'another kind of file'}"
         for entry in entries
-        if not entry.is_file() or Path(entry.name).suffix.lower() not in _SUFFIXES
+        if _kind(entry) != "a file" or Path(entry.name).suffix.lower() not in _SUFFIXES
     ]
     if not entries:
-        problems.append(f"{folder}: expected images of this class, got an empty folder")
+        problems.append(f"{place(folder)}: expected images of this class, got an empty folder")
     return [entry.path for entry in entries]
 
 
@@ -102,14 +111,22 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
             visible = [entry for entry in found if not entry.name.startswith(".")]
     except OSError as error:
         raise DataError(
-            f"{folder}: expected a readable folder, got {type(error).__name__}: {error}."
+            f"{place(folder)}: expected a readable folder, got {told(error)}. Correct its permissions."
         ) from error
     return sorted(visible, key=lambda entry: entry.name)
 
 
+def _kind(entry: os.DirEntry[str]) -> str:
+    try:
+        return "a folder" if entry.is_dir() else "a file" if entry.is_file() else "something else"
+    except OSError:  # e.g. a link that leads back to itself
+        return "something else"
+
+
 def _remedy(folder: Path) -> str:
+    root = place(folder)
     return (
-        f"Arrange the images as {folder}/train/<class>/<image> and {folder}/val/<class>/<image>. The "
+        f"Arrange the images as {root}/train/<class>/<image> and {root}/val/<class>/<image>. The "
         "validation images of ILSVRC2012 come without class folders: move each into that of its WordNet "
         "id, which is in LOC_val_solution.csv (Kaggle) or in the development kit."
     )

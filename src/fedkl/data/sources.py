@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from fedkl.data.base import Dataset
+from fedkl.data.messages import told
 from fedkl.errors import DataError
 
 Progress = Callable[[str, int, int | None], None]
@@ -164,4 +165,4 @@ class UrlSource:
                 ):
                     save(unpacked, folder / file, record=record, progress=progress)
             except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
-                raise DataError(f"{file}.gz: {type(error).__name__}: {error}") from error
+                raise DataError(f"{file}.gz: {told(error)}") from error
