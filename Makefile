@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint types imports unit bench clean
+.PHONY: demo test lint types imports unit bench fuzz mutants clean
+
+FUZZ_SECONDS ?= 3600
 
 demo: $(READY)
 	$(BIN)/fedkl demo --out runs/demo
@@ -27,6 +29,15 @@ unit: $(READY)
 
 bench: $(READY)
 	$(RUN) $(BIN)/python benchmarks/lock_overhead.py
+
+# Goes on where the last one stopped; findings are in .fuzz. Coverage-guided where atheris installs.
+fuzz: $(READY)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: "$$(grep '^atheris==' constraints.txt)"
+	$(RUN) $(BIN)/python -m tests.fuzzing --seconds $(FUZZ_SECONDS)
+
+# Takes protections out of a copy, one by one: the tests must fail each time.
+mutants: $(READY)
+	$(RUN) $(BIN)/python -m tests.mutants
 
 # torch first and pinned: a bare `torch` may bring gigabytes of CUDA libraries.
 $(READY): pyproject.toml constraints.txt
