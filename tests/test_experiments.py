@@ -183,9 +183,12 @@ def test_going_on_refuses_a_line_that_is_no_record(cut, name, line):
 )
 def test_an_attack_goes_on_with_its_own_trials_only(cut, changes):
     run = cut("attack")
-    record = json.loads(lines_of(run)[0])
-    scores = {"scores": record["scores"] * 2, "labels": record["labels"] * 2} if "scores" in changes else {}
-    before = [*lines_of(run), json.dumps(record | changes | scores).encode() + b"\n"]
+    first, *others = lines_of(run)
+    record = json.loads(first)
+    if "scores" in changes:  # in its own place, which is wrong by nothing else
+        changes = {name: record[name] * changes["scores"] for name in ("scores", "labels")}
+        first = b""
+    before = [json.dumps(record | changes).encode() + b"\n", *filter(None, [first]), *others]
     (run / "results.jsonl").write_bytes(b"".join(before))
     with pytest.raises(ConfigError, match=r"results\.jsonl: expected each trial of this attack at most once"):
         experiments.run(ATTACK, out=run)

@@ -216,14 +216,14 @@ def test_pictures_are_two_batches_of_one_shape(tmp_path, tensors):
     run = create(tmp_path / "run")
     run.save_tensors("reconstructions/lock-0", tensors)
     with pytest.raises(ConfigError, match=r"lock-0\.safetensors: holds no pictures"):
-        run.load_pictures("lock", 0)
+        run.load_pictures("lock", trial=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30, 0.5])
 def test_what_an_attack_found_may_be_anything(tmp_path, value):
     run = create(tmp_path / "run")
-    run.save_pictures("lock", 0, reconstruction=torch.full_like(TRUTH, value), truth=TRUTH)
-    found, truth = run.load_pictures("lock", 0)
+    run.save_pictures("lock", trial=0, reconstruction=torch.full_like(TRUTH, value), truth=TRUTH)
+    found, truth = run.load_pictures("lock", trial=0)
     assert torch.equal(truth, TRUTH)
     assert torch.equal(found, torch.full_like(TRUTH, value)) or value != value
 
@@ -327,7 +327,7 @@ WRITES = {
     "append": lambda run: run.append(ROUND),
     "restart_from": lambda run: run.restart_from([ROUND]),
     "save_tensors": lambda run: run.save_tensors("global", {"x": torch.ones(1)}),
-    "save_pictures": lambda run: run.save_pictures("lock", 0, reconstruction=-TRUTH, truth=TRUTH),
+    "save_pictures": lambda run: run.save_pictures("lock", trial=0, reconstruction=-TRUTH, truth=TRUTH),
     "finish": lambda run: run.finish({"accuracy": 0.5}),
     "create": lambda run: create(run.path),
 }

@@ -198,7 +198,7 @@ OURS = {"format": "fedkl-update-1", "update": '{"kind": "weights", "num_samples"
     "header",
     [
         *({"w": TENSOR | {"dtype": name, "shape": [4]}, "__metadata__": OURS} for name in ("F8_E8M0", "F99")),
-        *({"w": TENSOR, "__metadata__": other} for other in ([], 3, "text")),
+        *({"w": TENSOR, "__metadata__": other} for other in ([], 3, "text", None)),
         *({"w": TENSOR, "__metadata__": OURS | {"update": other}} for other in ({}, 3, None, ["x"])),
         {"w": TENSOR, "__metadata__": {"format": "fedkl-update-1", "update": '{"round": NaN}'}},
         {"w": 3, "__metadata__": OURS},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -103,7 +104,7 @@ class AttackConfig(_Config):
 
     @model_validator(mode="after")
     def _check(self) -> AttackConfig:
-        repeated = sorted({name for name in self.arms if self.arms.count(name) > 1})
+        repeated = sorted(name for name, count in Counter(self.arms).items() if count > 1)
         if repeated:
             raise ConfigError(f"arms: expected each at most once, got {', '.join(repeated)} more than once.")
         if self.updates_per_client > 1 and (self.networks == "each" or self.trials % self.updates_per_client):

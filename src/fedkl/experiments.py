@@ -323,7 +323,7 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
 
     def keep(result: TrialResult) -> None:
         images, truth = result.reconstruction.images, trials[result.trial].images
-        directory.save_pictures(result.arm, result.trial, reconstruction=images, truth=truth)
+        directory.save_pictures(result.arm, trial=result.trial, reconstruction=images, truth=truth)
         record = result.to_dict() | {"labels": trials[result.trial].labels.tolist()}
         record |= {"elapsed": earlier + perf_counter() - start}
         directory.append(record)

@@ -135,9 +135,9 @@ class _Trial(Needed):
         return self
 
 
-_Any = _Partition | _FillInRecord | _Trial
-_READ: TypeAdapter[Any] = TypeAdapter(Annotated[_Any | _Round, Field(discriminator="event")])
-_CONTINUED: TypeAdapter[Any] = TypeAdapter(Annotated[_Any | _WholeRound, Field(discriminator="event")])
+_Others = _Partition | _FillInRecord | _Trial
+_READ: TypeAdapter[Any] = TypeAdapter(Annotated[_Others | _Round, Field(discriminator="event")])
+_CONTINUED: TypeAdapter[Any] = TypeAdapter(Annotated[_Others | _WholeRound, Field(discriminator="event")])
 
 
 class RunDirectory:
@@ -290,7 +290,7 @@ class RunDirectory:
                 f"{path}: missing or damaged ({_reason(error)}). Run the experiment again."
             ) from error
 
-    def save_pictures(self, arm: str, trial: int, *, reconstruction: Tensor, truth: Tensor) -> None:
+    def save_pictures(self, arm: str, *, trial: int, reconstruction: Tensor, truth: Tensor) -> None:
         """Writes what an attack found, and what there was to find.
 
         Raises:
@@ -298,7 +298,7 @@ class RunDirectory:
         """
         self.save_tensors(_place(arm, trial), {"reconstruction": reconstruction, "truth": truth})
 
-    def load_pictures(self, arm: str, trial: int) -> tuple[Tensor, Tensor]:
+    def load_pictures(self, arm: str, *, trial: int) -> tuple[Tensor, Tensor]:
         """Reads what `save_pictures` wrote: reconstructions, which may not be finite, and true images.
 
         Raises:

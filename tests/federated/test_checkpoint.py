@@ -333,11 +333,23 @@ def test_what_is_planted_later_pushes_no_checkpoint_out(dataset, saved):
     store.restore(run)
     for round in (900, 901):
         (folder / f"round-{round:06d}.json").write_text("{}")
-    (folder / "round-000002.json").unlink()
-    (folder / "round-000002.json").mkdir()
     advanced(run, store, first=3, last=3)
-    assert (folder / "round-000003.json").exists()
-    assert (folder / "round-000004.json").exists()
+    assert {path.name for path in folder.glob("round-*")} == {"round-000003.json", "round-000004.json"}
+
+
+@pytest.mark.parametrize("by", ["a folder", "a link"])
+def test_what_is_no_file_takes_no_checkpoints_place(dataset, saved, tmp_path, by):
+    folder, states = saved
+    run, store = build(dataset, **EASY), checkpoints(folder)
+    store.restore(run)
+    place = folder / "round-000003.json"
+    shutil.move(place, tmp_path / "elsewhere.json")
+    place.mkdir() if by == "a folder" else place.symlink_to(tmp_path / "elsewhere.json")
+    advanced(run, store, first=3, last=3)
+    (folder / "round-000004.json").unlink()
+    with pytest.warns(UserWarning, match="of round 2, is used instead"):
+        assert checkpoints(folder).restore(run) == 2
+    assert not differences(everything(run), states[2])
 
 
 def test_rounds_of_seven_digits_are_newer_than_those_of_six(dataset, tmp_path):

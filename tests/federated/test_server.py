@@ -138,6 +138,27 @@ def test_the_optimizers_state_matters(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
+@pytest.mark.parametrize("how", ["shape", "dtype", "missing", "more"])
+def test_a_snapshot_of_another_server_is_refused_and_changes_nothing(optimizer, how):
+    server = server_of(start(), optimizer)
+    server.apply_weights(start())
+    before = server.snapshot()
+    for place, value in before.items():
+        if how == "missing" and "momentum" in place:
+            continue  # of a parameter that was never stepped there is none
+        others = {name: tensor for name, tensor in before.items() if name != place}
+        changed = {
+            "shape": {place: torch.ones(1, 1, dtype=value.dtype)},
+            "dtype": {place: value.double() if value.is_floating_point() else value.float()},
+            "missing": {},
+            "more": {place: value, f"{place}x": value},
+        }[how]
+        with pytest.raises(UpdateError, match=f"Server: a snapshot of another server(?s:.*){place}"):
+            server.restore(others | changed)
+        assert not differences(before, server.snapshot())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
 def test_nothing_given_or_taken_shares_memory(optimizer):
     given, (average,) = start(), averages(1)
     copies = [{name: t.clone() for name, t in tensors.items()} for tensors in (given, average)]

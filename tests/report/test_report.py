@@ -207,12 +207,13 @@ OLDER = ("local_accuracy", "test_images", "classes", "statistics_shared", "dropp
          "skipped_rounds")  # fmt: skip
 
 
-@pytest.mark.parametrize("value", [None, "x", -1, [], True, 1e30], ids=repr)
-@pytest.mark.parametrize("name", TRAINED)
+FINE = (("fill_ins", "[]"), ("seconds", "1e+30"))
+WRONG = [(n, v) for n in TRAINED for v in (None, "x", -1, [], True, 1e30) if (n, repr(v)) not in FINE]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=repr)
 def test_a_training_whose_summary_says_too_little_is_an_error(tmp_path, train_run, name, value):
     run = train_run("train", defense=KeyLock(), fill_ins={"neutral": 0.5})
-    if (name, value) in (("fill_ins", []), ("seconds", 1e30)):
-        return
     summary_with(run, [name], value)
     with pytest.raises(ConfigError, match=rf"summary\.json: not the summary of this run\.\n  - {name}"):
         report.build(tmp_path)

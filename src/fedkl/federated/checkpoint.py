@@ -390,7 +390,7 @@ def _specs(
     client: Client, tensors: Mapping[str, Tensor], trained: Mapping[str, TensorSpec], slots: Sequence[str]
 ) -> dict[str, TensorSpec]:
     """What a client's tensors in a file must be."""
-    moments = state_specs(_part("optimizer", tensors), trained, slots=slots)
+    moments = state_specs(_part("optimizer", tensors), named=trained, slots=slots)
     specs = {f"private/{name}": spec for name, spec in client.private_specs.items()}
     specs |= {f"optimizer/{place}": spec for place, spec in moments.items()}
     if client.key is not None:

@@ -74,7 +74,7 @@ def slots_of(optimizer: Literal["sgd", "adam"], *, momentum: float = 0.0) -> tup
 
 
 def state_specs(
-    places: Iterable[str], named: Mapping[str, TensorSpec], *, slots: Sequence[str]
+    places: Iterable[str], *, named: Mapping[str, TensorSpec], slots: Sequence[str]
 ) -> dict[str, TensorSpec]:
     """What a flattened state must be: a parameter has all slots, or none if it was never stepped.
 

@@ -188,7 +188,7 @@ class Server:
         state = {name: TensorSpec.of(tensor) for name, tensor in self._state.items()}
         trained = {name: state[name] for name in self._trained}
         places = (place.removeprefix(_OPTIMIZER) for place in snapshot if place.startswith(_OPTIMIZER))
-        moments = state_specs(places, trained, slots=self._slots)
+        moments = state_specs(places, named=trained, slots=self._slots)
         specs = {f"state/{name}": spec for name, spec in state.items()}
         specs |= {f"{_OPTIMIZER}{place}": spec for place, spec in moments.items()}
         problems = misfits(snapshot, specs)

@@ -87,7 +87,7 @@ def _trial_rows(
 
 def _shown(run: AttackRun, arm: str, trial: int, scaling: Scaling) -> tuple[Tensor, list[Tensor | None]]:
     """The first true images, and their scaled reconstructions; None for one that is not finite."""
-    reconstruction, truth = run.directory.load_pictures(arm, trial)
+    reconstruction, truth = run.directory.load_pictures(arm, trial=trial)
     if len(truth) != run.config.batch_size:
         raise ConfigError(
             f"{run.directory.path}: {arm}, trial {trial + 1}: expected {run.config.batch_size} pictures, got "

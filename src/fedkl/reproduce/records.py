@@ -159,7 +159,7 @@ def perceptual_distances(
         return _kept_distances(path)
     found: dict[str, dict[str, list[float | None]]] = {}
     for trial in (record for record in run.results() if record["event"] == "trial"):
-        reconstruction, true = run.load_pictures(trial["arm"], trial["trial"])
+        reconstruction, true = run.load_pictures(trial["arm"], trial=trial["trial"])
         truth = true.double()
         matched = match(reconstruction, truth, scaling=trial["scaling"])
         for measure in measures:
