@@ -79,8 +79,16 @@ def mutated(data: bytes, form: str, rng: random.Random, other: bytes = b"") -> b
         elif draw < 0.13 and other:
             data = spliced(data, other, rng)
         else:
-            data = FORMS[form](data, rng)
+            data = _changed(data, form, rng)
     return data[:LONGEST]
+
+
+def _changed(data: bytes, form: str, rng: random.Random) -> bytes:
+    """A change of the format's own; as bytes where numbers have grown beyond what Python computes with."""
+    try:
+        return FORMS[form](data, rng)
+    except (ArithmeticError, ValueError):
+        return mutated_bytes(data, rng)
 
 
 def mutated_files(

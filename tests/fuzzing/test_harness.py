@@ -64,6 +64,13 @@ def test_anything_can_be_changed(name):
             pool.append(data)
 
 
+@pytest.mark.parametrize("form", ["json", "toml"])
+def test_numbers_that_no_float_holds_are_changed_too(form):
+    data = b'{"n": 1' + b"0" * 400 + b"}" if form != "toml" else b"n = 1" + b"0" * 400
+    rng = random.Random(0)
+    assert all(isinstance(mutation.mutated(data, form, rng), bytes) for _ in range(300))
+
+
 @pytest.mark.parametrize("form", mutation.FORMS)
 def test_any_bytes_are_changed_in_any_form(form):
     rng = random.Random(1)
