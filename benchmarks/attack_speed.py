@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fedkl.attacks.dlg
+import fedkl.attacks.matching.dlg
 from fedkl import data, models
 from fedkl.attacks import DLG, Attack, Observation
-from fedkl.attacks.grnn import GRNN
-from fedkl.attacks.inverting import InvertingGradients
-from fedkl.attacks.objectives import GradientMatching
-from fedkl.auditing import full_gradient
+from fedkl.attacks.matching.grnn import GRNN
+from fedkl.attacks.matching.inverting import InvertingGradients
+from fedkl.attacks.matching.objectives import GradientMatching
+from fedkl.audit import full_gradient
 from fedkl.metrics import psnr
 
 SUCCESS = 30.0  # dB
@@ -309,12 +309,12 @@ def dlg_ours(attack: DLG, found: list[Case], workers: int) -> list[Seen]:
             seen.extend(Seen(self._trials[i], now, images[r]) for r, i in enumerate(index.tolist()))
             return found
 
-    fedkl.attacks.dlg.GradientMatching = Recorded  # type: ignore[misc]
+    fedkl.attacks.matching.dlg.GradientMatching = Recorded  # type: ignore[misc]
     try:
         generators = [torch.Generator().manual_seed(i) for i in range(len(found))]
         attack.reconstruct_many([c.observation for c in found], generators=generators, workers=workers)
     finally:
-        fedkl.attacks.dlg.GradientMatching = GradientMatching  # type: ignore[misc]
+        fedkl.attacks.matching.dlg.GradientMatching = GradientMatching  # type: ignore[misc]
     return seen
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from fedkl import data, models, rng
 from fedkl.attacks import ClosedForm, Knowledge
-from fedkl.attacks.adaptive import ClosedFormReconstruction
-from fedkl.auditing import CANDIDATES, Arm, Trial, observe, trials_of
+from fedkl.attacks.algebraic.closed_form import ClosedFormReconstruction
+from fedkl.audit import CANDIDATES, Arm, Trial, observe, trials_of
 from fedkl.defenses import Defense, KeyLock, NoDefense, PrivateNorm
 from fedkl.defenses.base import plain_copy
 from fedkl.locking import Split

@@ -34,7 +34,7 @@ from fedkl.attacks import (
     Reconstruction,
     Wiener,
 )
-from fedkl.auditing import CANDIDATES, Arm, SimulatedClients, Trial, observe, trials_of
+from fedkl.audit import CANDIDATES, Arm, SimulatedClients, Trial, observe, trials_of
 from fedkl.defenses import PrivateLayers
 from fedkl.keys import Key
 from fedkl.locking import Split, withhold, withhold_statistics

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from fedkl import data, models
 from fedkl.attacks import GGL, Observation
-from fedkl.attacks.generators import load_generator
-from fedkl.attacks.ggl import _Candidates, _Drawing
-from fedkl.auditing import full_gradient
+from fedkl.attacks.generators.files import load_generator
+from fedkl.attacks.matching.ggl import _Candidates, _Drawing
+from fedkl.audit import full_gradient
 
 POPULATION = 50
 ROUNDS = 5

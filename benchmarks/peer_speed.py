@@ -49,7 +49,7 @@ from attack_speed import Case, cases
 from torch import Tensor, nn
 
 from fedkl.attacks import DLG, Attack
-from fedkl.attacks.inverting import InvertingGradients
+from fedkl.attacks.matching.inverting import InvertingGradients
 from fedkl.metrics import psnr
 
 UNITS = ("ms per evaluation", "CPU ms per evaluation", "seconds")

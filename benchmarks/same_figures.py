@@ -40,7 +40,7 @@ CELLS: dict[str, str] = {
     "learned": "--attack learned --arms no-norm,lock,lock-shared-statistics --trials 6 --networks one "
     "--auxiliary 400 --updates-per-client 2 --set attack.simulations=200 --local-steps 3",
     "feature-inversion": "--attack feature-inversion --arms no-norm,lock --trials 2 --networks one "
-    "--auxiliary 200 --set attack.simulations=40 --set attack.components=100 --set attack.iterations=20 "
+    "--auxiliary 200 --set attack.simulations=100 --set attack.components=100 --set attack.iterations=20 "
     "--model resnet20",
     "gauss-newton": "--attack gauss-newton --arms no-norm,lock --trials 2 --networks one --auxiliary 400 "
     "--set attack.components=32 --set attack.iterations=8 --set attack.draws=4",

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from fedkl import data, demo, experiments
+from fedkl import training as trainings
 from fedkl.attacks import DLG
-from fedkl.auditing import standard_arms
+from fedkl.audit import standard_arms
+from fedkl.audit.results import arm_summary
 from fedkl.config import AttackConfig, CheckpointConfig, DataConfig, ModelConfig, TrainConfig
 from fedkl.defenses import KeyLock, PrivateNorm
 from fedkl.errors import ConfigError, DataError
@@ -310,7 +312,7 @@ def test_failures_are_counted_not_dropped():
         {"scores": [score], "scaling": "prior", "evaluations": 5, "loss": loss}
         for score, loss in ((good, 0.1), (failed, None))
     ]
-    summary = experiments.arm_summary(arm, records)
+    summary = arm_summary(arm, records)
     assert summary["figures"]["psnr"]["n"] == 2
     assert summary["figures"]["psnr"]["failures"] == 1
     assert summary["success"]["rate"] == 0.5
@@ -366,7 +368,7 @@ def test_the_servers_own_images_are_of_all_classes_where_test_images_are_sorted(
         seen.update(given)
         return []
 
-    monkeypatch.setattr(experiments, "server_fill_ins", note)
+    monkeypatch.setattr(trainings, "server_fill_ins", note)
     experiments.run(
         TrainConfig(defense=KeyLock(), training=FederatedTraining(rounds=1)), out=tmp_path / "run"
     )

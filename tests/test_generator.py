@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fedkl import cli, data, generator
+from fedkl import cli, data
+from fedkl import generator_training as generator
 from fedkl.errors import ConfigError
 
 OPTIONS = generator.GeneratorTraining(data="mnist-sample", epochs=1, latent=4, width=16, batch_size=32)

@@ -25,8 +25,8 @@ from rich.table import Table
 
 import fedkl
 from fedkl import config as configs
-from fedkl import data, demo, experiments, lockfile, report, reproduce
-from fedkl import generator as generators
+from fedkl import data, demo, experiments, lockfile, report, reproduce, study
+from fedkl import generator_training as generators
 from fedkl.errors import ConfigError, FedKLError
 from fedkl.lockfile import PASSPHRASE_VARIABLE
 from fedkl.runs import RunDirectory
@@ -78,7 +78,7 @@ PlainOption = Annotated[bool, typer.Option("--unencrypted", help="Leave the file
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[experiments.Progress]:
+def _progress(title: str) -> Iterator[study.Progress]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fedkl import experiments
+from fedkl import experiments, study
 from fedkl.attacks import DLG
 from fedkl.config import AttackConfig, ModelConfig, TrainConfig
 from fedkl.defenses import AnyDefense, KeyLock, NoDefense
@@ -33,7 +33,7 @@ EXPERIMENTS: dict[str, TrainConfig | AttackConfig] = {
 }
 
 
-def run(out: Path, *, progress: Callable[[str], AbstractContextManager[experiments.Progress]]) -> None:
+def run(out: Path, *, progress: Callable[[str], AbstractContextManager[study.Progress]]) -> None:
     """Runs all experiments of the demo into sub-folders of `out`; finished ones are not repeated.
 
     Args:

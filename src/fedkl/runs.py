@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from torch import Tensor
 
 from fedkl import config as configs
-from fedkl.errors import ConfigError
+from fedkl.errors import ConfigError, gathered
 from fedkl.files import read_file, remove_parts, write_atomically
 from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
@@ -409,3 +409,9 @@ def _environment(version: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
     }
+
+
+def damaged_summary(directory: RunDirectory, problems: Sequence[str]) -> ConfigError:
+    """What to raise where a summary is not what its run leaves."""
+    place = f"{directory.path / 'summary.json'}: not the summary of this run."
+    return ConfigError(gathered(place, problems, "Remove it and run the experiment again."))

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedkl.attacks import GGL, Observation
-from fedkl.attacks.biggan import BigGANConfig
-from fedkl.attacks.generators import load_generator
-from fedkl.auditing import full_gradient
+from fedkl.attacks.generators.biggan import BigGANConfig
+from fedkl.attacks.generators.files import load_generator
+from fedkl.audit import full_gradient
 from fedkl.errors import AttackError, ConfigError
-from fedkl.generator import write_samples
+from fedkl.generator_training import write_samples
 
 TINY = Path(__file__).parent / "biggan-tiny"
 WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"

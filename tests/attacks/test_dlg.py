@@ -9,7 +9,7 @@ import torch
 
 from fedkl import lock, models
 from fedkl.attacks import DLG, IDLG, LocalSteps, infer_label, infer_labels, known_labels
-from fedkl.attacks.objectives import GradientMatching
+from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.attacks.priors import outside_box
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import score

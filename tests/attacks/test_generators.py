@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from fedkl.attacks import generators
-from fedkl.attacks.generators import (
+from fedkl.attacks.generators import files as generators
+from fedkl.attacks.generators.files import (
     SHIPPED,
     ConditionalGenerator,
     GeneratorInfo,

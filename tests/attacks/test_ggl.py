@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fedkl.attacks import GGL, Observation
-from fedkl.attacks.generators import ConditionalGenerator, GeneratorInfo, load_generator, save_generator
-from fedkl.attacks.ggl import _Candidates, _Drawing
+from fedkl.attacks.generators.files import ConditionalGenerator, GeneratorInfo, load_generator, save_generator
+from fedkl.attacks.matching.ggl import _Candidates, _Drawing
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import score
 

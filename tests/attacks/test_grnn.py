@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from fedkl import lock, models
 from fedkl.attacks import GRNN
-from fedkl.attacks.grnn import GeneratorStack, _mean_variation, _up
-from fedkl.attacks.objectives import GradientMatching
+from fedkl.attacks.matching.grnn import GeneratorStack, _mean_variation, _up
+from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import psnr, score
 

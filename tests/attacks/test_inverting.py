@@ -7,7 +7,7 @@ import torch
 
 from fedkl import lock, models
 from fedkl.attacks import InvertingGradients
-from fedkl.attacks.inverting import median_filtered
+from fedkl.attacks.matching.inverting import median_filtered
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import psnr, score
 
@@ -104,7 +104,7 @@ def test_the_median_filter_is_applied_as_often_as_asked(observe_plain, monkeypat
         calls.append(images.shape)
         return images
 
-    monkeypatch.setattr("fedkl.attacks.inverting.median_filtered", counted)
+    monkeypatch.setattr("fedkl.attacks.matching.inverting.median_filtered", counted)
     observation, _, _ = observe_plain()
     InvertingGradients(iterations=7, median_every=3).reconstruct(observation, generator=seeded())
     assert calls == [(1, 3, 32, 32)] * 2

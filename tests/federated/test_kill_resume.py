@@ -21,7 +21,6 @@ from fedkl import config as configs
 from fedkl import data
 from fedkl.config import CheckpointConfig, TrainConfig
 from fedkl.defenses import KeyLock
-from fedkl.experiments import _builder
 from fedkl.federated import (
     Checkpoints,
     Execution,
@@ -31,6 +30,7 @@ from fedkl.federated import (
     ServerSGD,
 )
 from fedkl.runs import RunDirectory
+from fedkl.subject import networks_of
 from tests.federated.setting import differences, everything
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
@@ -63,8 +63,8 @@ import fedkl.cli, fedkl.experiments, fedkl.lockfile
 # What takes long, but does not matter here: reports, strong passphrases, fitting the server's own model.
 fedkl.cli._finish = lambda run: None
 fedkl.lockfile._SCRYPT["n"] = 16
-fill_ins = fedkl.experiments.server_fill_ins
-fedkl.experiments.server_fill_ins = functools.partial(fill_ins, refit_steps=2)
+fill_ins = fedkl.training.server_fill_ins
+fedkl.training.server_fill_ins = functools.partial(fill_ins, refit_steps=2)
 
 def die_at(last):
     count = 0
@@ -196,7 +196,7 @@ def restored(run):
     """All that server and clients keep, from the last checkpoint."""
     dataset = data.load(CONFIG.data.name)
     federation = Federation(
-        _builder(CONFIG, dataset)(0),
+        networks_of(CONFIG, dataset)(0),
         defense=CONFIG.defense,
         dataset=dataset,
         training=CONFIG.training,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedkl.auditing import Arm
+from fedkl.audit import Arm
+from fedkl.audit.results import arm_summary
+from fedkl.audit.views import chosen_arms
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.defenses import NoDefense
-from fedkl.experiments import arm_summary, chosen_arms
 from fedkl.federated import FederatedTraining
 from fedkl.runs import RunDirectory
 

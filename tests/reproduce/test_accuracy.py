@@ -9,13 +9,13 @@ from statistics import mean, stdev
 
 import pytest
 
-from fedkl import data, experiments, report, reproduce
+from fedkl import data, report, reproduce, training
 from fedkl.data import AUGMENTATIONS, DATASETS, IID, Shards
 from fedkl.errors import ConfigError
-from fedkl.experiments import Progress
 from fedkl.models import MODELS
 from fedkl.reproduce import Row, Table1, table1, table1_rows
 from fedkl.runs import RunDirectory
+from fedkl.study import Progress
 
 # arXiv 2305.04095, Table 1, in its own order of columns: centralized, centralized with lock, FedAvg, FedKL.
 PRINTED = {
@@ -61,7 +61,7 @@ def tiny(monkeypatch):
         test_images=whole.test_images[:150],
         test_labels=whole.test_labels[:150],
     )
-    monkeypatch.setattr(experiments, "server_fill_ins", lambda **_: [])
+    monkeypatch.setattr(training, "server_fill_ins", lambda **_: [])
     monkeypatch.setattr(data, "load", lambda *_, **__: few)
     monkeypatch.setattr(reproduce.accuracy, "table1_rows", lambda: {TINY.name: TINY})
     return Table1(rows=(TINY.name,), arms=ARMS, seeds=2, rounds=1)

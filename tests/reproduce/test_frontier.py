@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+from fedkl.audit.matrix import ROWS
+from fedkl.audit.verdict import SAYS_NOTHING
 from fedkl.errors import ConfigError
 from fedkl.reproduce import RUNGS, Frontier, Matrix, frontier
-from fedkl.reproduce.adaptive import ROWS
 from fedkl.reproduce.frontier import markdown, points
-from fedkl.reproduce.verdicts import SAYS_NOTHING
 
 
 def no_progress(name):

@@ -8,16 +8,16 @@ from contextlib import nullcontext
 import pytest
 
 from fedkl import config as configs
-from fedkl.attacks.generators import load_generator
+from fedkl.attacks.generators.files import load_generator
+from fedkl.audit.records import _paper, perceptual_distances
+from fedkl.audit.results import SSIM_SUCCESS, SUCCESS_DB
 from fedkl.config import PUBLISHED_LOCK
 from fedkl.data import DATASETS
 from fedkl.errors import ConfigError, DataError
-from fedkl.experiments import SSIM_SUCCESS, SUCCESS_DB
 from fedkl.metrics.perceptual import LPIPS
 from fedkl.models import MODELS
 from fedkl.reproduce import LeakageTable, all_arms, gallery, grid_arms, leakage, leakage_rows, rows_of
 from fedkl.reproduce.leakage import LeakageRow
-from fedkl.reproduce.records import _paper, perceptual_distances
 from fedkl.runs import RunDirectory
 
 # arXiv 2305.04095, Table 6: true PSNR without and with the lock, as others have converted it.

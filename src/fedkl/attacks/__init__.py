@@ -3,35 +3,32 @@
 Attacks know nothing of clients, keys, data or defenses beyond the `Observation`. A new attack is a new file
 with a frozen dataclass, added to the union `AnyAttack`.
 
-    base.py        Knowledge, Observation, Reconstruction, and the base class
-    objectives.py  gradient matching, for many problems at once
-    priors.py      what an attacker knows about images
-    batched.py     L-BFGS over a batch of independent problems
-    parallel.py    problems shared out among threads
-    labels.py      label inference
-    generators.py  the generators that GGL searches; their weights: weights/
-    descent.py     what attacks that descend share
-    dlg.py idlg.py … one attack a file, named after its paper
-    adaptive/      attackers who know how the defense works
+    base.py      Reconstruction, and the base class
+    matching/    images are sought whose update is the observed one
+    algebraic/   images are computed, layer by layer
+    learned/     images are guessed by what was learned from the server's own
+    generators/  what GGL searches
+    priors.py smoothness.py gaussian.py  what an attacker knows about images
+    labels.py    label inference
+    parallel.py  problems shared out among threads
 """
 
-from fedkl.attacks.adaptive import (
-    AdaptiveMatching,
-    ClosedForm,
-    FeatureInversion,
-    GaussNewton,
-    LearnedInversion,
-    MeanMap,
-    PriorOnly,
-    Wiener,
-)
-from fedkl.attacks.base import Attack, Auxiliary, Knowledge, LocalSteps, Observation, Reconstruction
-from fedkl.attacks.dlg import DLG
-from fedkl.attacks.ggl import GGL
-from fedkl.attacks.grnn import GRNN
-from fedkl.attacks.idlg import IDLG
-from fedkl.attacks.inverting import InvertingGradients
+from fedkl.attacks.algebraic.closed_form import ClosedForm
+from fedkl.attacks.algebraic.feature_inversion import FeatureInversion
+from fedkl.attacks.algebraic.mean_map import MeanMap
+from fedkl.attacks.algebraic.wiener import Wiener
+from fedkl.attacks.base import Attack, Reconstruction
 from fedkl.attacks.labels import infer_label, infer_labels, known_labels
+from fedkl.attacks.learned.inversion import LearnedInversion
+from fedkl.attacks.learned.prior_only import PriorOnly
+from fedkl.attacks.matching.dlg import DLG
+from fedkl.attacks.matching.gauss_newton import GaussNewton
+from fedkl.attacks.matching.ggl import GGL
+from fedkl.attacks.matching.grnn import GRNN
+from fedkl.attacks.matching.idlg import IDLG
+from fedkl.attacks.matching.inverting import InvertingGradients
+from fedkl.attacks.matching.structured import AdaptiveMatching
+from fedkl.protocol import Auxiliary, Knowledge, LocalSteps, Observation
 
 AnyAttack = (
     DLG

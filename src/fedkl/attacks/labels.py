@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedkl.attacks.base import Observation
 from fedkl.errors import AttackError
+from fedkl.protocol import Observation
 from fedkl.types import Labels
 
 _PROBES = 64

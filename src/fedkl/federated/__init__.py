@@ -11,7 +11,7 @@ checkpoint.py   rounds on disk, private states encrypted
 fill_in.py      what the server's own model is worth without any client's lock
 """
 
-from fedkl.federated.aggregation import RunningAverage, weighted_average
+from fedkl.aggregation.plain import RunningAverage, weighted_average
 from fedkl.federated.checkpoint import Checkpoints
 from fedkl.federated.client import Client
 from fedkl.federated.fill_in import FillIn, server_fill_ins

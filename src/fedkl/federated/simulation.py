@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fedkl import rng
+from fedkl.aggregation.plain import RunningAverage
 from fedkl.data import Dataset, class_counts
 from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, TrainingError, UpdateError
-from fedkl.federated.aggregation import RunningAverage
 from fedkl.federated.client import Client
 from fedkl.federated.options import Execution, FederatedTraining
 from fedkl.federated.server import AnyServerOptimizer, Averaging, Server, ServerSGD

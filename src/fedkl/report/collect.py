@@ -7,18 +7,15 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, ValidationError
+from typing import Any
 
 from fedkl import config as configs
+from fedkl.audit.results import attack_summary
+from fedkl.audit.views import chosen_arms
 from fedkl.config import AttackConfig, TrainConfig
-from fedkl.errors import ConfigError, gathered, shown
-from fedkl.experiments import chosen_arms
-from fedkl.runs import Count, FillIn, Needed, RunDirectory, Seconds, Share, Word, is_run
-
-ORACLE = "mean-affine"
-"""The completion that no server can have."""
+from fedkl.errors import ConfigError
+from fedkl.runs import RunDirectory, is_run
+from fedkl.training import training_summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +104,7 @@ def collect(path: Path) -> Collected:
     for name, directory in _directories(path):
         config = directory.config
         records = list(directory.results())
-        summary = summary_of(directory)
+        summary = _summary_of(directory)
         if summary is None:
             unfinished.append(f"{name}: {_progress(config, records)}")
             continue
@@ -120,6 +117,12 @@ def collect(path: Path) -> Collected:
                 AttackRun(name=name, directory=directory, config=config, summary=summary, records=records)
             )
     return Collected(trains=trains, attacks=attacks, unfinished=unfinished)
+
+
+def _summary_of(directory: RunDirectory) -> dict[str, Any] | None:
+    """A run's summary, which has all that the report takes from it; None if the run was not finished."""
+    training = isinstance(directory.config, TrainConfig)
+    return training_summary(directory) if training else attack_summary(directory)
 
 
 def _check_scores(directory: RunDirectory, config: AttackConfig, records: list[dict[str, Any]]) -> None:
@@ -149,115 +152,6 @@ def _directories(path: Path) -> Iterator[tuple[str, RunDirectory]]:
 def _readable(text: str) -> str:
     """The name of a folder, which can be any bytes, as it may stand in a page or on a terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-class _Rate(Needed):
-    rate: Share
-    low: float
-    high: float
-    n: Count
-
-
-class _Middle(Needed):
-    median: float | None
-
-
-class _Spread(_Middle):
-    n: Count
-    failures: Count
-    mean: float | None
-    std: float | None
-    median_low: float | None
-    median_high: float | None
-
-
-class _Figures(Needed):
-    psnr: _Spread
-    ssim: _Middle
-    psnr_affine: _Middle
-
-
-class _Arm(Needed):
-    name: Word
-    description: Word
-    knows: Word
-    scaling: Literal["clip", "prior"]
-    candidates: Annotated[Count, Field(ge=1)]
-    figures: _Figures
-    success: _Rate
-    ssim_success: _Rate | None = None
-    identified: _Rate
-    label_correct: _Rate
-    evaluations: _Middle
-    loss: _Middle
-
-
-class _AttackSummary(Needed):
-    """What the report takes from an attack's summary."""
-
-    attack: Word
-    initialization: Word
-    arms: Annotated[list[_Arm], Field(min_length=1)]
-    seconds: Seconds
-
-
-class _TrainSummary(Needed):
-    """What the report takes from a training's summary; older runs lack what has a value here."""
-
-    clients: Count
-    rounds: Count
-    accuracy: Share
-    best_accuracy: Share
-    accuracies: dict[str, Share]
-    local_accuracy: Share | None = None
-    fill_ins: list[FillIn]
-    public_parameters: Count
-    private_parameters: Count
-    update_bytes: Count
-    seconds: Seconds
-    test_images: Count = 0
-    classes: Count = 0
-    statistics_shared: bool | None = None
-    dropped: Count = 0
-    failed: Count = 0
-    skipped_rounds: Count = 0
-
-
-def summary_of(directory: RunDirectory) -> dict[str, Any] | None:
-    """A run's summary, which has all that the report takes from it; None if the run was not finished.
-
-    Raises:
-        ConfigError: It is damaged, or of another experiment.
-    """
-    config, summary = directory.config, directory.summary
-    if summary is None:
-        return None
-    try:
-        if isinstance(config, TrainConfig):
-            _TrainSummary.model_validate(summary)
-            problems = _fill_in_problems(summary)
-        else:
-            _AttackSummary.model_validate(summary)
-            problems = _arm_problems(summary, config)
-    except ValidationError as error:
-        problems = configs.problems_of(error)
-    if problems:
-        place = f"{directory.path / 'summary.json'}: not the summary of this run."
-        raise ConfigError(gathered(place, problems, "Remove it and run the experiment again."))
-    return summary
-
-
-def _arm_problems(summary: dict[str, Any], config: AttackConfig) -> list[str]:
-    known = [arm.name for arm in chosen_arms(config)]
-    names = [arm["name"] for arm in summary["arms"]]
-    problems = [f"arms: {shown(name)} is none of this attack's" for name in names if name not in known]
-    return problems + (["arms: one is there twice"] if len(set(names)) < len(names) else [])
-
-
-def _fill_in_problems(summary: dict[str, Any]) -> list[str]:
-    """A server can have all completions but the oracle; where there are any, it has one of its own."""
-    arms = {fill_in["arm"] for fill_in in summary["fill_ins"]}
-    return ["fill_ins: expected one that a server can have"] if arms == {ORACLE} else []
 
 
 def _progress(config: TrainConfig | AttackConfig, records: list[dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from fedkl.report import wording
+from fedkl import wording
 from fedkl.report.collect import TrainRun
 from fedkl.report.partitions import Counts
 from fedkl.report.pictures import Grid, Picture

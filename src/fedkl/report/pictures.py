@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from fedkl import wording
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import Scaling, match
-from fedkl.report import wording
 from fedkl.report.collect import AttackRun
 
 MAX_ROWS = 8

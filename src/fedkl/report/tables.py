@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fedkl import wording
 from fedkl.attacks import IDLG
+from fedkl.audit.results import SSIM_SUCCESS, SUCCESS_DB
+from fedkl.audit.views import chosen_arms
 from fedkl.data import IID
 from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PrivateNorm, PublicNorm
-from fedkl.experiments import SSIM_SUCCESS, SUCCESS_DB, chosen_arms
-from fedkl.report import verdict, wording
+from fedkl.report import verdict
 from fedkl.report.collect import AttackRun, TrainRun
 from fedkl.report.page import Table
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from fedkl import wording
 from fedkl.defenses import KeyLock, NoDefense, PublicNorm
 from fedkl.metrics import paper_psnr_to_true
-from fedkl.report import wording
-from fedkl.report.collect import ORACLE, AttackRun, Collected, TrainRun
+from fedkl.report.collect import AttackRun, Collected, TrainRun
+from fedkl.training import ORACLE
 
 CONTROL_RATE = 0.9
 FEW_POINTS = 0.05

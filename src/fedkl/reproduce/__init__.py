@@ -2,13 +2,14 @@
 
 accuracy.py  Table 1
 leakage.py   Tables 4, 5 and 6 and the threat grid: which rows, run how
-records.py   their figures beside the paper's
 gallery.py   their pictures
-adaptive.py  the worst-rung matrix; arrangements.py: of what; ladder.py: the rungs; verdicts.py: what it says
-frontier.py  the same beside what each arrangement costs in accuracy
-cells.py     what the tables share
+frontier.py  the audit's matrix beside what each arrangement costs in accuracy
+published.py the paper's settings and figures
 """
 
+from fedkl.audit.arrangements import ARRANGEMENTS
+from fedkl.audit.attackers import RUNGS
+from fedkl.audit.matrix import ROWS, Matrix, adaptive
 from fedkl.reproduce.accuracy import (
     ARMS,
     Cell,
@@ -20,12 +21,8 @@ from fedkl.reproduce.accuracy import (
     table1,
     table1_rows,
 )
-from fedkl.reproduce.adaptive import ROWS, Matrix, adaptive
-from fedkl.reproduce.arrangements import ARRANGEMENTS
-from fedkl.reproduce.cells import Budget
 from fedkl.reproduce.frontier import Frontier, frontier
 from fedkl.reproduce.gallery import gallery
-from fedkl.reproduce.ladder import RUNGS
 from fedkl.reproduce.leakage import (
     DEFAULT_ARMS,
     LeakageRow,
@@ -36,6 +33,7 @@ from fedkl.reproduce.leakage import (
     leakage_rows,
     rows_of,
 )
+from fedkl.reproduce.published import Budget
 
 __all__ = [
     "ARMS",

@@ -14,16 +14,9 @@ from fedkl.data import IID, AnyPartition
 from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError
 from fedkl.federated import Execution, FederatedTraining, LocalTraining
-from fedkl.reproduce.cells import (
-    Budget,
-    OpenProgress,
-    check_names,
-    holds_other,
-    published,
-    refuse_others,
-    write_table,
-)
+from fedkl.reproduce.published import Budget, published
 from fedkl.runs import RunDirectory
+from fedkl.study import OpenProgress, check_names, holds_other, refuse_others, write_table
 
 Pairs = Literal["matched", "published"]
 

@@ -8,20 +8,20 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from fedkl import experiments
+from fedkl import experiments, wording
+from fedkl.audit.arrangements import ARRANGEMENTS, CONTROL
+from fedkl.audit.matrix import ROWS, Matrix, adaptive
+from fedkl.audit.records import Record
+from fedkl.audit.verdict import SAYS_NOTHING, Judgment, judgments, name_of
 from fedkl.config import DataConfig, ModelConfig, TrainConfig
 from fedkl.defenses import NoDefense
 from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining, LocalTraining
 from fedkl.files import write_atomically
-from fedkl.report import figures, wording
+from fedkl.report import figures
 from fedkl.report.figures import Tradeoff
 from fedkl.report.verdict import best_fill_in
-from fedkl.reproduce.adaptive import ROWS, Matrix, adaptive
-from fedkl.reproduce.arrangements import ARRANGEMENTS, CONTROL
-from fedkl.reproduce.cells import OpenProgress, refuse_others, write_table
-from fedkl.reproduce.records import Record
-from fedkl.reproduce.verdicts import SAYS_NOTHING, Judgment, judgments, name_of
+from fedkl.study import OpenProgress, refuse_others, write_table
 
 FIGURE = "frontier.png"
 

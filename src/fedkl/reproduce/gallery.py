@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fedkl.audit.records import Record
 from fedkl.errors import ConfigError
 from fedkl.files import write_atomically
 from fedkl.report import figures, pictures
 from fedkl.report.collect import AttackRun, collect
-from fedkl.reproduce.cells import OpenProgress
 from fedkl.reproduce.leakage import LeakageTable, leakage, leakage_rows
-from fedkl.reproduce.records import Record
+from fedkl.study import OpenProgress
 
 _SCALE = (
     "Pictures as the attacker would show them: clipped to [0, 1], or, behind a norm, which leaves the scale "

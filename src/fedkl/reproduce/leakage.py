@@ -9,14 +9,15 @@ from typing import Any, Literal
 
 from fedkl import config as configs
 from fedkl import experiments
-from fedkl.auditing import standard_arms
+from fedkl.audit import standard_arms
+from fedkl.audit.records import Record, markdown, perceptual_distances, records_of
 from fedkl.config import PUBLISHED_LOCK, AttackConfig
 from fedkl.errors import AttackError, ConfigError, DataError, gathered
 from fedkl.locking import Activation
 from fedkl.metrics.perceptual import LPIPS
-from fedkl.reproduce.cells import Budget, OpenProgress, check_names, published, refuse_others, write_table
-from fedkl.reproduce.records import Record, markdown, perceptual_distances, records_of
+from fedkl.reproduce.published import Budget, published
 from fedkl.runs import RunDirectory
+from fedkl.study import OpenProgress, check_names, refuse_others, write_table
 
 DEFAULT_ARMS = ("no-norm", "public-norm", "lock", "lock-known-both")
 """The paper's two arms, and the controls: the same norms in public, and an attacker who lacks nothing."""

@@ -13,11 +13,12 @@ from unittest import mock
 import torch
 
 from fedkl import experiments, report
+from fedkl.audit.results import arm_summary
+from fedkl.audit.views import chosen_arms
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.data import Dataset, DataSpec, Shards
 from fedkl.defenses import KeyLock, NoDefense
 from fedkl.errors import FedKLError
-from fedkl.experiments import arm_summary, chosen_arms
 from fedkl.federated import FederatedTraining
 from fedkl.report import figures
 from fedkl.runs import RunDirectory
@@ -87,7 +88,9 @@ class RunDirectories(ArchiveSurface):
     def _continue(self, place: Path) -> None:
         """Goes on with the run, up to where its work would begin, then as another experiment."""
         config = RunDirectory.open(place).config
-        with mock.patch.multiple(experiments, **_STUBS):
+        with ExitStack() as stack:
+            for module, stubs in _STUBS.items():
+                stack.enter_context(mock.patch.multiple(module, **stubs))
             self.attempt(lambda: experiments.run(config, out=place))
         list(RunDirectory.create(place, config=config, version="0").results())
         RunDirectory.create(place, config=TrainConfig(seed=99), version="0")
@@ -127,13 +130,17 @@ def _dataset(*arguments: object, **options: object) -> Dataset:
 
 
 # What takes long when an experiment is run; the run's folder is read and written as ever.
-_STUBS: dict[str, Any] = {
-    "attack_arms": _stop,
-    "Federation": _Federation,
-    "Checkpoints": _Checkpoints,
-    "default_passphrase": lambda: "horse",
-    "data": SimpleNamespace(load=_dataset),
-    "models": SimpleNamespace(build_model=lambda *arguments, **options: torch.nn.Identity()),
+_STUBS: dict[str, dict[str, Any]] = {
+    "fedkl.audit.run": {"attack_arms": _stop},
+    "fedkl.training": {
+        "Federation": _Federation,
+        "Checkpoints": _Checkpoints,
+        "default_passphrase": lambda: "horse",
+    },
+    "fedkl.subject": {
+        "data": SimpleNamespace(load=_dataset),
+        "models": SimpleNamespace(build_model=lambda *arguments, **options: torch.nn.Identity()),
+    },
 }
 
 

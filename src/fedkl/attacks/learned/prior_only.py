@@ -1,0 +1,71 @@
+"""The floor of the ladder: what the server guesses from data of its own and the label, without the update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fedkl.attacks.base import Attack, Reconstruction
+from fedkl.attacks.labels import known_labels
+from fedkl.attacks.parallel import Progress
+from fedkl.protocol import Observation
+from fedkl.types import ImageBatch, Labels
+
+Guess = Literal["class-mean", "mean", "class-image"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorOnly(Attack):
+    """Looks at nothing but the label: an attack that does no better has read nothing out of the update.
+
+    Attributes:
+        guess: ``"class-mean"``: the mean of the auxiliary images of the label; ``"mean"``: of all;
+            ``"class-image"``: one of the label's at random. A class without auxiliary images has all of them.
+
+    Source:
+        Rung 0 of this package's ladder.
+    """
+
+    type: Literal["prior-only"] = "prior-only"
+    guess: Guess = "class-mean"
+
+    @property
+    def reads_sums(self) -> bool:
+        """It looks at no update at all."""
+        return True
+
+    def _check(self, observation: Observation) -> None:
+        observation.own_data("PriorOnly", least=1)
+
+    def _run(
+        self,
+        observations: list[Observation],
+        generators: list[torch.Generator],
+        on_evaluation: Progress,
+    ) -> list[Reconstruction]:
+        labels = known_labels(observations)
+        return [
+            Reconstruction(
+                images=self._guessed(observation, own, generator),
+                labels=own,
+                scaling="clip",
+                loss=1.0,
+                evaluations=0,
+                start=0,
+            )
+            for observation, own, generator in zip(observations, labels, generators, strict=True)
+        ]
+
+    def _guessed(self, observation: Observation, labels: Labels, generator: torch.Generator) -> ImageBatch:
+        own = observation.own_data("PriorOnly", least=1)
+        guesses = []
+        for label in labels:
+            of_class = own.images[own.labels == label] if self.guess != "mean" else own.images
+            among = of_class if len(of_class) else own.images
+            if self.guess == "class-image":
+                guesses.append(among[int(torch.randint(len(among), (), generator=generator))])
+            else:
+                guesses.append(among.mean(0))
+        return torch.stack(guesses)

@@ -1,0 +1,248 @@
+"""Gradient matching: how far the gradient of a dummy batch is from the observed one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, grad, grad_and_value, stack_module_state, vmap
+from torch.nn import functional as F
+
+from fedkl.attacks.priors import Prior
+from fedkl.protocol import Observation
+
+Weighting = Literal["none", "sqrt", "full"]
+Distance = Literal["relative", "cosine", "grnn"]
+_Tensors = dict[str, Tensor]
+
+_EXPONENT: dict[Weighting, float] = {"none": 0.0, "sqrt": 0.5, "full": 1.0}
+# Gradients below this fraction of the whole (e.g. of a bias before a norm) are float32 rounding noise.
+_NOISE = 1e-10
+
+
+class GradientMatching:
+    """The distance between gradients, for many observations of one kind at once.
+
+    A point is an image batch; where labels are to be found too, then label logits; then the tensors that the
+    observation leaves free (`Observation.free`), each flattened. Problem i depends on row i only.
+
+    Args:
+        observations: What the server has, one per problem, all of one kind.
+        labels: Class indexes per observation; None: every point carries logits, through a softmax.
+        distance: Between the dummy gradient d and the observed g, over their layers l.
+            ``"relative"``: Σ w_l ‖d_l − g_l‖² / Σ w_l ‖g_l‖², 1 for a dummy gradient of zero (DLG).
+            ``"cosine"``: 1 − Σ w_l ⟨d_l, g_l⟩ / √(Σ w_l ‖d_l‖² · Σ w_l ‖g_l‖²) (Inverting Gradients).
+            ``"grnn"``: Δ + √Δ with Δ = Σ ‖d_l − g_l‖², not divided by anything.
+        weighting: w_l = ‖g_l‖^(−2·exponent) with exponent 0 (``"none"``, the original), 0.5 (``"sqrt"``) or
+            1 (``"full"``). Deep sigmoid networks in PyTorch's default initialization have gradients of such
+            different sizes that the early layers, which hold the image, hardly count without it.
+        largest: Only this many layers, those with the largest gradients, count; None: all.
+        prior: Added to the distance, a function of the image batch; see priors.py.
+        dtype: Of the computation. L-BFGS needs float64; first-order methods do with float32.
+    """
+
+    def __init__(
+        self,
+        observations: Sequence[Observation],
+        *,
+        labels: Sequence[Tensor] | None,
+        distance: Distance = "relative",
+        weighting: Weighting = "none",
+        largest: int | None = None,
+        prior: Prior | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        first = observations[0]
+        self._first = first
+        self._trained = first.trained
+        self._prior = prior
+        self._distance = _DISTANCES[distance]
+        self.shape = (first.batch_size, *first.image_shape)
+        self.classes = first.classes
+        self.dtype = dtype
+        models = [differentiable(observation, dtype) for observation in observations]
+        self._model = models[0]
+        parameters, buffers = stack_module_state(models)
+        generated = set(first.generated)
+        self._known = {name: p.detach() for name, p in parameters.items() if name not in generated}
+        self._known |= {
+            name: _stacked([o.secrets[name] for o in observations], dtype) for name in first.secrets
+        }
+        self._buffers = dict(buffers)
+        self._observed = {
+            name: _stacked([o.gradient[name] for o in observations], dtype) for name in sorted(first.gradient)
+        }
+        self._weights = _weights(self._observed, _EXPONENT[weighting], largest)
+        if distance == "relative":
+            self._weights = _normalized(self._weights, self._observed)
+        self._aside: _Tensors = {}  # of each problem, for the terms of subclasses
+        self._labels = None if labels is None else torch.stack(list(labels)).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where points must be."""
+        return next(iter(self._observed.values())).device
+
+    @property
+    def dimension(self) -> int:
+        """Length of a point."""
+        return sum(self._lengths())
+
+    def starts(self, generators: Sequence[torch.Generator]) -> Float[Tensor, "problems d"]:
+        """Random points, one per generator: N(0, 1) images and logits, the server's guess for the rest."""
+        pixels, logits, *_ = self._lengths()
+        noise = [torch.randn(pixels + logits, generator=g, dtype=self.dtype) for g in generators]
+        guesses = [self._known[name].flatten(1) for name in self._first.free]
+        return torch.cat([torch.stack(noise).to(self.device), *guesses], 1)
+
+    def images(self, points: Float[Tensor, "problems d"]) -> Float[Tensor, "problems b c h w"]:
+        """The image part of points."""
+        return points[:, : self._lengths()[0]].reshape(-1, *self.shape)
+
+    def logits(self, points: Float[Tensor, "problems d"]) -> Float[Tensor, "problems b k"]:
+        """The label part of points."""
+        pixels, logits, *_ = self._lengths()
+        return points[:, pixels : pixels + logits].reshape(-1, self.shape[0], self.classes)
+
+    def __call__(self, points: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and gradients at points, for the problems of these indexes; a problem may come twice."""
+        known, buffers, observed, weights, aside = (
+            {name: tensor[index] for name, tensor in tensors.items()}
+            for tensors in (self._known, self._buffers, self._observed, self._weights, self._aside)
+        )
+        # Where the point's own logits serve, a placeholder.
+        targets = points.new_zeros(len(points)) if self._labels is None else self._labels[index]
+        gradients, values = vmap(grad_and_value(self._value))(
+            points, known, buffers, observed, weights, aside, targets
+        )
+        return values.detach(), gradients.detach()
+
+    def _lengths(self) -> tuple[int, ...]:
+        """Numbers in a point: pixels, logits, and each free tensor."""
+        logits = 0 if self._labels is not None else self.shape[0] * self.classes
+        free = [self._known[name][0].numel() for name in self._first.free]
+        return torch.Size(self.shape).numel(), logits, *free
+
+    def _value(
+        self,
+        point: Tensor,
+        known: _Tensors,
+        buffers: _Tensors,
+        observed: _Tensors,
+        weights: _Tensors,
+        aside: _Tensors,
+        target: Tensor,
+    ) -> Tensor:
+        pixels, logits, *free = torch.split(point, list(self._lengths()))
+        images = pixels.reshape(self.shape)
+        if self._labels is None:
+            target = logits.reshape(self.shape[0], self.classes).softmax(1)
+        tensors = known | {
+            name: part.reshape(known[name].shape) for name, part in zip(self._first.free, free, strict=True)
+        }
+        dummy = self._update(images, target, tensors, buffers)
+        if self._first.transform is not None:
+            dummy = dict(self._first.transform(dummy))
+        value = self._distance(dummy, observed, weights)
+        if aside:
+            value = value + self._forward_terms(images, tensors, buffers, aside)
+        return value if self._prior is None else value + self._prior(images)
+
+    def _forward_terms(self, images: Tensor, tensors: _Tensors, buffers: _Tensors, aside: _Tensors) -> Tensor:
+        """What a subclass that fills `_aside` adds to the distance, from the way forward."""
+        raise NotImplementedError
+
+    def _update(self, images: Tensor, target: Tensor, tensors: _Tensors, buffers: _Tensors) -> _Tensors:
+        """What a client with these images sends: the sum of its steps' gradients, of what is observed."""
+        local, names = self._first.local, sorted(self._first.gradient)
+        if local.steps == 1:
+            part = {name: tensors[name] for name in names}
+            return self._gradient(part, images, target, tensors, buffers)
+        trained = {name: tensors[name] for name in self._trained}
+        total = {name: torch.zeros_like(tensors[name]) for name in names}
+        for step in range(local.steps):
+            batch = local.batch(step, len(images))
+            gradient = self._gradient(trained, images[batch], target[batch], tensors, buffers)
+            total = {name: total[name] + gradient[name] for name in names}
+            trained = {name: tensor - local.lr * gradient[name] for name, tensor in trained.items()}
+        return total
+
+    def _gradient(
+        self, of: _Tensors, images: Tensor, target: Tensor, tensors: _Tensors, buffers: _Tensors
+    ) -> _Tensors:
+        def loss(part: _Tensors) -> Tensor:
+            state = tensors | part
+            generated = self._first.generate(state) if self._first.generate is not None else {}
+            own = {name: tensor for name, tensor in state.items() if name not in self._first.secrets}
+            return F.cross_entropy(
+                functional_call(self._model, {**own, **generated, **buffers}, (images,)), target
+            )
+
+        gradient: _Tensors = grad(loss)(of)
+        return gradient
+
+
+def _relative(dummy: _Tensors, observed: _Tensors, weights: _Tensors) -> Tensor:
+    terms = [weights[name] * (dummy[name] - observed[name]).square().sum() for name in observed]
+    return torch.stack(terms).sum()  # the weights are divided already
+
+
+def _cosine(dummy: _Tensors, observed: _Tensors, weights: _Tensors) -> Tensor:
+    """1 − cos as ½‖d/‖d‖ − g/‖g‖‖², which near 0 does not lose its digits to a difference from 1."""
+
+    def size(tensors: _Tensors) -> Tensor:
+        return torch.stack([weights[name] * tensors[name].square().sum() for name in observed]).sum().sqrt()
+
+    d, g = size(dummy), size(observed)
+    terms = [weights[name] * (dummy[name] / d - observed[name] / g).square().sum() for name in observed]
+    return torch.stack(terms).sum() / 2
+
+
+def _grnn(dummy: _Tensors, observed: _Tensors, weights: _Tensors) -> Tensor:
+    terms = [weights[name] * (dummy[name] - observed[name]).square().sum() for name in observed]
+    squared = torch.stack(terms).sum()
+    # The derivative of a root is infinite at zero: where the gradient fits exactly, there is nothing to gain.
+    return squared + (squared + torch.finfo(squared.dtype).tiny).sqrt()
+
+
+_DISTANCES: dict[Distance, Callable[[_Tensors, _Tensors, _Tensors], Tensor]] = {
+    "relative": _relative,
+    "cosine": _cosine,
+    "grnn": _grnn,
+}
+
+
+def _stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.stack([tensor.detach().to(dtype) for tensor in tensors])
+
+
+def _weights(observed: _Tensors, exponent: float, largest: int | None) -> _Tensors:
+    names = list(observed)
+    sizes = torch.stack([observed[name].flatten(1).square().sum(1) for name in names], 1)
+    raw = torch.maximum(sizes, _NOISE * sizes.sum(1, keepdim=True)) ** -exponent
+    if largest is not None and largest < len(names):
+        chosen = sizes.topk(largest, dim=1).indices
+        raw = raw * torch.zeros_like(raw).scatter(1, chosen, 1.0)
+    return {name: raw[:, column] for column, name in enumerate(names)}
+
+
+def _normalized(weights: _Tensors, observed: _Tensors) -> _Tensors:
+    """Weights with which the observed gradient has size 1."""
+    size = torch.stack([weights[name] * observed[name].flatten(1).square().sum(1) for name in observed]).sum(
+        0
+    )
+    return {name: weight / size for name, weight in weights.items()}
+
+
+def differentiable(observation: Observation, dtype: torch.dtype) -> nn.Module:
+    """A copy in the client's mode; train-mode norms lose their statistics: vmap cannot write them."""
+    model = copy.deepcopy(observation.model).to(dtype).train(observation.train_mode)
+    for module in model.modules():
+        if observation.train_mode and isinstance(module, nn.modules.batchnorm._NormBase):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return model

@@ -1,0 +1,33 @@
+"""What a server could reconstruct: arms × trials, attacked and scored.
+
+views.py      what a client does, and what the server knows of it
+updates.py    what a client computes
+observing.py  what the server has after an update
+simulating.py clients that the server plays itself
+grid.py       every trial in every arm
+run.py        the same into a run directory; results.py: what it comes to
+matrix.py     many attacks against many arrangements; arrangements.py: of what; attackers.py: which
+records.py    their figures; verdict.py: what they say
+"""
+
+from fedkl.audit.grid import CANDIDATES, TrialResult, attack_arms
+from fedkl.audit.observing import Trial, observe, trials_of
+from fedkl.audit.simulating import SimulatedClients
+from fedkl.audit.updates import full_gradient, local_update, sent_statistics
+from fedkl.audit.views import MAIN_ARMS, Arm, standard_arms
+
+__all__ = [
+    "CANDIDATES",
+    "MAIN_ARMS",
+    "Arm",
+    "SimulatedClients",
+    "Trial",
+    "TrialResult",
+    "attack_arms",
+    "full_gradient",
+    "local_update",
+    "observe",
+    "sent_statistics",
+    "standard_arms",
+    "trials_of",
+]

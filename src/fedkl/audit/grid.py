@@ -1,0 +1,240 @@
+"""What a server could reconstruct: arms (defense × what the server knows) × trials, scored per image."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedkl import rng
+from fedkl.attacks import Attack, Auxiliary, LocalSteps, Observation, Reconstruction
+from fedkl.audit.observing import Trial, observe
+from fedkl.audit.simulating import SimulatedClients
+from fedkl.audit.views import Arm
+from fedkl.data import Dataset
+from fedkl.defenses import Defense
+from fedkl.errors import DataError
+from fedkl.locking import Split
+from fedkl.metrics import Score, score
+
+CANDIDATES = 100
+"""Test images among which a reconstruction must identify its own; more where more are attacked."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrialResult:
+    """One trial of one arm.
+
+    Attributes:
+        arm: The arm's name.
+        trial: The trial's number.
+        scores: One per image.
+        reconstruction: What the attack found.
+    """
+
+    arm: str
+    trial: int
+    scores: tuple[Score, ...]
+    reconstruction: Reconstruction
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without images."""
+        return {
+            "event": "trial",
+            "arm": self.arm,
+            "trial": self.trial,
+            "loss": self.reconstruction.loss if math.isfinite(self.reconstruction.loss) else None,
+            "evaluations": self.reconstruction.evaluations,
+            "scaling": self.reconstruction.scaling,
+            "scores": [score.to_dict() for score in self.scores],
+        }
+
+
+def attack_arms(
+    arms: Sequence[Arm],
+    *,
+    attack: Attack,
+    build: Callable[[int], nn.Module],
+    dataset: Dataset,
+    trials: Sequence[Trial],
+    seed: int,
+    train_mode: bool = True,
+    local: LocalSteps | None = None,
+    skip: Collection[int] = (),
+    chunk: int = 20,
+    updates_per_client: int = 1,
+    cohort: int = 1,
+    workers: int = 1,
+    on_result: Callable[[TrialResult], None],
+    on_evaluation: Callable[[int, int], None] | None = None,
+) -> None:
+    """Attacks every trial in every arm.
+
+    Arms with the same defense attack the same victim (same weights, same γ and β) in a trial; every arm uses
+    the same images, model seeds and attack seeds. Observations of one kind are attacked as one batch, across
+    arms. Trials of a chunk that share a network share γ and β where these are public, and what is learned of
+    the server's own data.
+
+    Args:
+        arms: The arms.
+        attack: The attack.
+        build: The plain model of a trial by the trial's number, the same object for the same network; it
+            decides the device.
+        dataset: Its test images are the candidates of the identification; of its training images the server
+            has as many as an arm grants.
+        trials: The trials, from the dataset's test images.
+        seed: Of the attack's randomness. Keys and lock layers come from the operating system.
+        train_mode: Whether the client's norms use the batch's statistics.
+        local: The client's local steps; one if None.
+        skip: Numbers of trials that are not attacked, e.g. those of an earlier, interrupted run.
+        chunk: Trials attacked at once; all of them where one serves the others (`Attack.divisible`). Rounded
+            up to whole clients.
+        updates_per_client: So many trials in a row are updates of one client, with the same secrets; the
+            server knows which. They must share a network.
+        cohort: So many clients share a trial's batch; the server sees the mean of their updates.
+        workers: Threads that share a chunk out; see `Attack.reconstruct_many`.
+        on_result: Called with each result.
+        on_evaluation: Called with (evaluations so far, problems still running) of the present batch.
+    """
+    candidates = dataset.test_images[: max(CANDIDATES, sum(len(trial.images) for trial in trials))]
+    due = [trial for trial in trials if trial.index not in skip]
+    chunk = -(-chunk // updates_per_client) * updates_per_client if attack.divisible else len(due)
+    for first in range(0, len(due), max(chunk, 1)):
+        group = due[first : first + chunk]
+        seen = _observed(
+            arms,
+            group,
+            build=build,
+            dataset=dataset,
+            seed=seed,
+            train_mode=train_mode,
+            local=local,
+            updates_per_client=updates_per_client,
+            cohort=cohort,
+        )
+        batches: dict[Hashable, list[_Seen]] = {}
+        for one in seen:
+            batches.setdefault(one.observation.kind, []).append(one)
+        for batch in batches.values():
+            found = attack.reconstruct_many(
+                [one.observation for one in batch],
+                generators=[rng.generator(seed, "attack", one.trial.index) for one in batch],
+                on_evaluation=on_evaluation,
+                workers=workers,
+            )
+            for one, reconstruction in zip(batch, found, strict=True):
+                on_result(_scored(one.arm, one.trial, reconstruction, candidates))
+
+
+class _Seen(NamedTuple):
+    """What the server has of one trial in one arm."""
+
+    arm: Arm
+    trial: Trial
+    observation: Observation
+
+
+def _observed(
+    arms: Sequence[Arm],
+    group: Sequence[Trial],
+    *,
+    build: Callable[[int], nn.Module],
+    dataset: Dataset,
+    seed: int,
+    train_mode: bool,
+    local: LocalSteps | None,
+    updates_per_client: int,
+    cohort: int,
+) -> list[_Seen]:
+    """Observes every trial of a chunk in every arm; arms with the same defense share a trial's victims."""
+    models = {trial.index: build(trial.index) for trial in group}
+    first_with = {id(models[trial.index]): trial.index for trial in reversed(group)}
+    own = _OwnData(dataset, seed=seed, train_mode=train_mode, local=local or LocalSteps(), cohort=cohort)
+    victims: dict[tuple[Defense, int], list[Split]] = {}
+    seen = []
+    for arm, trial in itertools.product(arms, group):
+        model = models[trial.index]
+        public = arm.knowledge.affine_gradient  # γ and β belong to the network then, not to a client
+        client = trial.index // updates_per_client
+        members = victims.setdefault((arm.defense, first_with[id(model)] if public else client), [])
+        while len(members) < (1 if public else cohort):  # an arm with public γ and β may have drawn the first
+            members.append(arm.defense.prepare(model))
+        victim, *others = members[:1] * cohort if public else members
+        observation = observe(
+            victim,
+            arm=arm,
+            model=model,
+            trial=trial.to(next(model.parameters()).device),
+            classes=dataset.spec.classes,
+            train_mode=train_mode,
+            local=local,
+            auxiliary=own.of(arm, victim, model),
+            client=client if updates_per_client > 1 else None,
+            others=others,
+        )
+        seen.append(_Seen(arm, trial, observation))
+    return seen
+
+
+class _OwnData:
+    """The server's own data, and clients to learn from: one `Auxiliary` for all that it holds for."""
+
+    def __init__(
+        self, dataset: Dataset, *, seed: int, train_mode: bool, local: LocalSteps, cohort: int
+    ) -> None:
+        self._dataset = dataset
+        order = torch.randperm(len(dataset.train_images), generator=rng.generator(seed, "auxiliary"))
+        self._order, self._seed = order, seed
+        self._simulated = partial(SimulatedClients.of, train_mode=train_mode, local=local, cohort=cohort)
+        self._made: dict[Hashable, Auxiliary] = {}
+
+    def of(self, arm: Arm, victim: Split, model: nn.Module) -> Auxiliary | None:
+        """What an arm grants; None where that is nothing.
+
+        Raises:
+            DataError: The dataset has fewer training images.
+        """
+        granted = arm.knowledge
+        if not granted.auxiliary:
+            return None
+        if granted.auxiliary > len(self._order):
+            raise DataError(
+                f"auxiliary: expected at most {len(self._order)}, the training images of "
+                f"{self._dataset.spec.name}, got {granted.auxiliary}."
+            )
+        secret = granted.key or granted.lock_layers or granted.affine
+        place = (arm.defense, granted, id(model), id(victim) if secret else None)
+        if place not in self._made:
+            self._made[place] = self._auxiliary(arm, victim, model)
+        return self._made[place]
+
+    def _auxiliary(self, arm: Arm, victim: Split, model: nn.Module) -> Auxiliary:
+        index = self._order[: arm.knowledge.auxiliary]
+        device = next(model.parameters()).device
+        clients = self._simulated(arm, victim, model)
+        return Auxiliary(
+            images=self._dataset.train_images[index].to(device),
+            labels=self._dataset.train_labels[index].to(device),
+            simulate=clients,
+            seed=rng.generator(self._seed, "learned").initial_seed(),
+            draw=clients.draw,
+        )
+
+
+def _scored(arm: Arm, trial: Trial, reconstruction: Reconstruction, candidates: Tensor) -> TrialResult:
+    scores = score(
+        reconstruction.images,
+        trial.images,
+        candidates=candidates,
+        candidate_index=trial.places,
+        labels_true=trial.labels,
+        labels_found=reconstruction.labels,
+        scaling=reconstruction.scaling,
+    )
+    return TrialResult(arm=arm.name, trial=trial.index, scores=tuple(scores), reconstruction=reconstruction)

@@ -1,0 +1,162 @@
+"""What the server has after a client's update, seen from the experiment, which knows the truth too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fedkl.attacks import Auxiliary, LocalSteps, Observation
+from fedkl.audit.updates import local_update, mean_of, sent_statistics
+from fedkl.audit.views import Arm
+from fedkl.data import Dataset
+from fedkl.defenses.base import ServerView, plain_copy
+from fedkl.defenses.completion import Completion
+from fedkl.errors import DataError
+from fedkl.locking import KEY, Split
+from fedkl.types import ImageBatch, Labels
+
+_FIT_STEPS = 200
+_FIT_IMAGES = 100
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trial:
+    """One attacked image batch with its truth, for the scoring only.
+
+    Attributes:
+        index: The trial's number.
+        places: Where its images are among the test images.
+        images: Shape ``(batch, channels, height, width)``.
+        labels: Shape ``(batch,)``.
+    """
+
+    index: int
+    places: tuple[int, ...]
+    images: ImageBatch
+    labels: Labels
+
+    def to(self, device: torch.device) -> Trial:
+        """The same trial with its tensors on a device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+def trials_of(dataset: Dataset, *, trials: int, batch_size: int = 1) -> list[Trial]:
+    """The first test images, in batches.
+
+    Raises:
+        DataError: The dataset has too few test images.
+    """
+    needed = trials * batch_size
+    if trials < 1 or batch_size < 1 or needed > len(dataset.test_images):
+        raise DataError(
+            f"Expected trials ≥ 1 and batch_size ≥ 1 with at most {len(dataset.test_images)} test images in "
+            f"all, got {trials} × {batch_size}."
+        )
+    batches = torch.split(torch.arange(needed), batch_size)
+    return [
+        Trial(
+            index=index,
+            places=tuple(batch.tolist()),
+            images=dataset.test_images[batch].contiguous(),
+            labels=dataset.test_labels[batch],
+        )
+        for index, batch in enumerate(batches)
+    ]
+
+
+def observe(
+    victim: Split,
+    *,
+    arm: Arm,
+    model: nn.Module,
+    trial: Trial,
+    classes: int,
+    train_mode: bool = True,
+    local: LocalSteps | None = None,
+    auxiliary: Auxiliary | None = None,
+    client: int | None = None,
+    others: Sequence[Split] = (),
+) -> Observation:
+    """What the server has after one update of the victim: the update as it is sent.
+
+    Where γ and β are known or found as numbers and there are several local steps, the server simulates their
+    change as that of ordinary parameters: it cannot know how the lock layers trained.
+
+    Args:
+        victim: The client's split, by the arm's defense; not changed.
+        arm: What the server knows, guesses and looks for.
+        model: The plain architecture, which the server knows.
+        trial: The client's batch.
+        classes: Number of classes.
+        train_mode: Whether the client's norms use the batch's statistics.
+        local: The client's local steps; one if None.
+        auxiliary: The server's own data, if the arm grants any.
+        client: The victim's number, where the server has more of its updates.
+        others: The rest of a cohort that shares the batch evenly; the server sees the mean of all updates.
+
+    Raises:
+        DataError: The arm fits γ and β to auxiliary images, and there are none.
+    """
+    local, knowledge = local or LocalSteps(), arm.knowledge
+    cohort = (victim, *others)
+    shares = zip(cohort, trial.images.chunk(len(cohort)), trial.labels.chunk(len(cohort)), strict=True)
+    single_step = train_mode and local.steps == 1 and not others
+    gradient = mean_of([_seen_of(one, arm, x, y, train_mode=train_mode, local=local) for one, x, y in shares])
+    channels, height, width = trial.images.shape[1:]
+    view = _completed(victim, arm, model, auxiliary)
+    # What generates γ and β only matters where it is looked at or trains along: otherwise their values do.
+    drawn = arm.filled_in == "drawn" and arm.regress != "affine"
+    simulated = knowledge.lock_gradient or arm.regress == "key" or (local.steps > 1 and drawn)
+    return Observation(
+        model=view.model,
+        gradient=gradient,
+        image_shape=(channels, height, width),
+        classes=classes,
+        batch_size=len(trial.images),
+        train_mode=train_mode,
+        labels=trial.labels if knowledge.labels else None,
+        local=local,
+        secrets=view.secrets if simulated else {},
+        generate=view.generate if simulated else None,
+        free={"nothing": (), "key": (KEY,), "affine": view.private}[arm.regress],
+        transform=arm.defense.public_transform,
+        auxiliary=auxiliary,
+        client=client,
+        cohort=len(cohort),
+        statistics=sent_statistics(victim, trial.images) if single_step else {},
+    )
+
+
+def _seen_of(
+    client: Split, arm: Arm, images: ImageBatch, labels: Labels, *, train_mode: bool, local: LocalSteps
+) -> dict[str, Tensor]:
+    """One client's update as it is sent, and what else of it the server was granted."""
+    knowledge = arm.knowledge
+    # Public γ and β are trained as such, not through the lock.
+    trained = plain_copy(client) if knowledge.affine_gradient else client.model
+    update = local_update(trained, images, labels, train_mode=train_mode, local=local)
+    public = {name: update[name] for name in client.public_parameters()}
+    sent = client.public_update(public, kind="gradient", num_samples=len(images), round=0, search=False)
+    seen = dict(arm.defense.transform(sent).tensors)
+    if knowledge.affine_gradient:
+        seen = update | seen
+    if knowledge.lock_gradient:
+        seen |= {name: update[name] for name in client.private_parameters()}
+    return seen
+
+
+def _completed(victim: Split, arm: Arm, model: nn.Module, auxiliary: Auxiliary | None) -> ServerView:
+    """The server's model, with what it puts in place of γ and β."""
+    view = arm.defense.server_view(victim, model, granted=arm.knowledge)
+    if arm.filled_in == "drawn":
+        return view
+    completion = Completion(view.model, victim).neutral()
+    if arm.filled_in == "calibrated":
+        if auxiliary is None:
+            raise DataError(f"{arm.name}: expected auxiliary images to fit γ and β to. Add --auxiliary 100.")
+        images, labels = auxiliary.images[:_FIT_IMAGES], auxiliary.labels[:_FIT_IMAGES]
+        completion = completion.refitted(images, labels, steps=_FIT_STEPS)
+    return replace(view, model=completion.model)

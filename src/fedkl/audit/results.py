@@ -1,0 +1,142 @@
+"""What the trials of an attack come to: figures over all images of an arm."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from fedkl.audit.views import Arm, chosen_arms
+from fedkl.config import AttackConfig, problems_of
+from fedkl.errors import ConfigError, shown
+from fedkl.metrics import success_rate, summarize
+from fedkl.runs import Count, Needed, RunDirectory, Seconds, Share, Word, damaged_summary
+
+SUCCESS_DB = 30.0
+"""PSNR from which an image counts as recovered."""
+
+SSIM_SUCCESS = 0.6
+"""SSIM from which an attack counts as successful, for the attack success rate."""
+
+
+def arm_summary(arm: Arm, records: list[dict[str, Any]], *, updates_per_client: int = 1) -> dict[str, Any]:
+    """What an arm is, and its figures over all its images."""
+    about = {"name": arm.name, "description": arm.description, "knows": arm.knowledge.describe()}
+    return about | arm_figures(records, updates_per_client=updates_per_client)
+
+
+def arm_figures(records: list[dict[str, Any]], *, updates_per_client: int = 1) -> dict[str, Any]:
+    """Figures over all images of some trials: failures count as images that were not recovered.
+
+    Where clients send several updates, intervals of shares are by client: its images share its secrets.
+    """
+    scores = [score for record in records for score in record["scores"]]
+    clients = None
+    if updates_per_client > 1:
+        clients = [record["trial"] // updates_per_client for record in records for _ in record["scores"]]
+    rate = partial(success_rate, groups=clients)
+
+    def values(name: str) -> list[float | None]:
+        return [score[name] for score in scores]
+
+    def flags(name: str) -> list[float | None]:
+        return [None if score[name] is None else float(score[name]) for score in scores]
+
+    figures: dict[str, Any] = {
+        name: summarize(values(name)).to_dict()
+        for name in ("psnr", "ssim", "mse", "correlation", "psnr_raw", "psnr_affine", "ssim_affine")
+    }
+    success = rate(values("psnr"), threshold=SUCCESS_DB)
+    similar = rate(values("ssim"), threshold=SSIM_SUCCESS)
+    identified = rate(flags("identified"), threshold=1.0)
+    found = rate(flags("label_correct"), threshold=1.0)
+    return {
+        "scaling": records[0]["scaling"],
+        "candidates": scores[0]["candidates"],
+        "figures": figures,
+        "success": success._asdict(),
+        "ssim_success": similar._asdict(),
+        "identified": identified._asdict(),
+        "label_correct": found._asdict(),
+        "evaluations": summarize([float(r["evaluations"]) for r in records]).to_dict(),
+        "loss": summarize([r["loss"] for r in records]).to_dict(),
+    }
+
+
+class _Rate(Needed):
+    rate: Share
+    low: float
+    high: float
+    n: Count
+
+
+class _Middle(Needed):
+    median: float | None
+
+
+class _Spread(_Middle):
+    n: Count
+    failures: Count
+    mean: float | None
+    std: float | None
+    median_low: float | None
+    median_high: float | None
+
+
+class _Figures(Needed):
+    psnr: _Spread
+    ssim: _Middle
+    psnr_affine: _Middle
+
+
+class _Arm(Needed):
+    name: Word
+    description: Word
+    knows: Word
+    scaling: Literal["clip", "prior"]
+    candidates: Annotated[Count, Field(ge=1)]
+    figures: _Figures
+    success: _Rate
+    ssim_success: _Rate | None = None
+    identified: _Rate
+    label_correct: _Rate
+    evaluations: _Middle
+    loss: _Middle
+
+
+class _AttackSummary(Needed):
+    """What the report takes from an attack's summary."""
+
+    attack: Word
+    initialization: Word
+    arms: Annotated[list[_Arm], Field(min_length=1)]
+    seconds: Seconds
+
+
+def attack_summary(directory: RunDirectory) -> dict[str, Any] | None:
+    """An attack's summary, which has all that a report takes from it; None if the run was not finished.
+
+    Raises:
+        ConfigError: It is damaged, or of another experiment.
+    """
+    config, summary = directory.config, directory.summary
+    if not isinstance(config, AttackConfig):
+        raise ConfigError(f"{directory.path}: not an attack.")
+    if summary is None:
+        return None
+    try:
+        _AttackSummary.model_validate(summary)
+        problems = _arm_problems(summary, config)
+    except ValidationError as error:
+        problems = problems_of(error)
+    if problems:
+        raise damaged_summary(directory, problems)
+    return summary
+
+
+def _arm_problems(summary: dict[str, Any], config: AttackConfig) -> list[str]:
+    known = [arm.name for arm in chosen_arms(config)]
+    names = [arm["name"] for arm in summary["arms"]]
+    problems = [f"arms: {shown(name)} is none of this attack's" for name in names if name not in known]
+    return problems + (["arms: one is there twice"] if len(set(names)) < len(names) else [])

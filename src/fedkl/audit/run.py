@@ -1,0 +1,149 @@
+"""An attack, into a run directory."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from torch import nn
+
+from fedkl.audit.grid import TrialResult, attack_arms
+from fedkl.audit.observing import trials_of
+from fedkl.audit.results import arm_summary
+from fedkl.audit.views import Arm, chosen_arms
+from fedkl.config import AttackConfig
+from fedkl.data import Dataset
+from fedkl.errors import ConfigError
+from fedkl.runs import RunDirectory
+from fedkl.study import Progress, begun, silent
+from fedkl.subject import dataset_of, networks_of
+
+
+def attack(config: AttackConfig, *, out: Path, progress: Progress = silent) -> RunDirectory:
+    """Runs an attack; a finished one is left as it is, an interrupted one is continued.
+
+    Args:
+        config: The attack.
+        out: The run directory.
+        progress: Called after each step.
+
+    Raises:
+        FedKLError: The configuration, the data or the folder is not usable.
+    """
+    with begun(config, out=out) as directory:
+        if directory.summary is None:
+            dataset = dataset_of(config.data)
+            locked = config.lock.for_images(dataset.spec.shape)
+            _attack(config.model_copy(update={"lock": locked}), directory, dataset, progress)
+    return directory
+
+
+def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, progress: Progress) -> None:
+    arms = chosen_arms(config)
+    trials = trials_of(dataset, trials=config.trials, batch_size=config.batch_size)
+    records = _complete_trials(directory, arms, config)
+    directory.restart_from(records)
+    done = {record["trial"] for record in records}
+    start = perf_counter()
+    earlier = max((record["elapsed"] for record in records), default=0.0)
+    total = len(arms) * len(trials)
+
+    def keep(result: TrialResult) -> None:
+        images, truth = result.reconstruction.images, trials[result.trial].images
+        directory.save_pictures(result.arm, trial=result.trial, reconstruction=images, truth=truth)
+        record = result.to_dict() | {"labels": trials[result.trial].labels.tolist()}
+        record |= {"elapsed": earlier + perf_counter() - start}
+        directory.append(record)
+        records.append(record)
+        progress(len(records), total, result.arm)
+
+    def show(evaluations: int, running: int) -> None:
+        if evaluations % 20 == 0:
+            progress(len(records), total, f"evaluation {evaluations}, {running} running")
+
+    attack_arms(
+        arms,
+        attack=config.attack,
+        build=_networks(config, dataset),
+        dataset=dataset,
+        trials=trials,
+        skip=done,
+        seed=config.seed,
+        train_mode=config.norm_mode == "train",
+        local=config.local,
+        chunk=config.chunk,
+        updates_per_client=config.updates_per_client,
+        cohort=config.cohort,
+        workers=_attack_workers(config),
+        on_result=keep,
+        on_evaluation=show,
+    )
+    directory.finish(_attack_summary(config, arms, records))
+
+
+def _networks(config: AttackConfig, dataset: Dataset) -> Callable[[int], nn.Module]:
+    """The network of each trial, or one for all of them."""
+    build = networks_of(config, dataset)
+    if config.networks == "each":
+        return build
+    model = build(0)
+    return lambda trial: model
+
+
+def _attack_workers(config: AttackConfig) -> int:
+    if config.device == "cuda":
+        return 1
+    return config.workers or os.cpu_count() or 1
+
+
+def _complete_trials(
+    directory: RunDirectory, arms: Sequence[Arm], config: AttackConfig
+) -> list[dict[str, Any]]:
+    """Records of an interrupted run whose client has all its trials, in all arms.
+
+    The others are repeated: arms and trials of a client share a victim, whose key and lock layers are gone.
+
+    Raises:
+        ConfigError: A record is none of this experiment's, or there twice.
+    """
+    records = [record for record in directory.results(continued=True) if record["event"] == "trial"]
+    places = Counter((record["arm"], record["trial"]) for record in records)
+    own = {(arm.name, trial) for arm in arms for trial in range(config.trials)}
+    sizes = {len(record["scores"]) for record in records} - {config.batch_size}
+    if sizes or not places.keys() <= own or max(places.values(), default=1) > 1:
+        raise ConfigError(
+            f"{directory.path}/results.jsonl: expected each trial of this attack at most once in each arm, "
+            f"with {config.batch_size} scores. Remove the lines that are not its own, or the whole file."
+        )
+    counts = Counter(trial // config.updates_per_client for _, trial in places)
+    whole = len(arms) * config.updates_per_client
+    return [record for record in records if counts[record["trial"] // config.updates_per_client] == whole]
+
+
+def _attack_summary(
+    config: AttackConfig, arms: tuple[Arm, ...], records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "type": "attack",
+        "attack": config.attack.type,
+        "trials": config.trials,
+        "batch_size": config.batch_size,
+        "model": config.model.name,
+        "dataset": config.data.name,
+        "norm_mode": config.norm_mode,
+        "local_steps": config.local.steps,
+        "initialization": config.model.initialization,
+        "arms": [
+            arm_summary(
+                arm,
+                [r for r in records if r["arm"] == arm.name],
+                updates_per_client=config.updates_per_client,
+            )
+            for arm in arms
+        ],
+        "seconds": max(record["elapsed"] for record in records),
+    }

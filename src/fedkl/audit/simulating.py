@@ -1,0 +1,126 @@
+"""Clients that the server plays itself, with secrets of its own draw."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fedkl.attacks import LocalSteps
+from fedkl.audit.updates import gradients, mean_of, stacked, updated
+from fedkl.audit.views import Arm
+from fedkl.defenses import Defense
+from fedkl.defenses.base import Known, plain_copy
+from fedkl.locking import Split
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SimulatedClients:
+    """`Auxiliary.simulate`: clients with fresh secrets, but for what the server was granted.
+
+    Nothing of the victim is in here that was not granted.
+
+    Attributes:
+        defense: What clients do.
+        model: The plain architecture.
+        known: What the server has of the victim, the first of a cohort.
+        baked: The victim's network with γ and β as numbers, where they are known; None: they are drawn.
+        common: Whether γ and β are public, and so those of every client.
+        names: The tensors that are observed.
+        private: The plain network's parameters that clients do not send.
+        train_mode: Of the clients' norms.
+        local: The clients' local steps.
+        cohort: So many clients share each batch; what is seen is their mean.
+    """
+
+    defense: Defense
+    model: nn.Module = field(repr=False)
+    known: Known = field(repr=False)
+    baked: nn.Module | None = field(repr=False)
+    common: bool
+    names: tuple[str, ...]
+    private: tuple[str, ...]
+    train_mode: bool
+    local: LocalSteps
+    cohort: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        arm: Arm,
+        victim: Split,
+        model: nn.Module,
+        *,
+        train_mode: bool = True,
+        local: LocalSteps,
+        cohort: int = 1,
+    ) -> SimulatedClients:
+        """The clients of an arm.
+
+        Args:
+            arm: What the server knows.
+            victim: Only what is public or granted is taken.
+            model: The plain architecture.
+            train_mode: Of the clients' norms.
+            local: The clients' local steps.
+            cohort: So many clients share each batch.
+        """
+        granted = arm.knowledge
+        plain = plain_copy(victim)
+        baked = plain if granted.affine else None
+        names = set(victim.public_parameters())
+        parameters = {name for name, _ in plain.named_parameters()}
+        private = parameters - names
+        if granted.affine_gradient and baked is not None:
+            names = parameters
+        if granted.lock_gradient:
+            names |= set(victim.private_parameters())
+        return cls(
+            defense=arm.defense,
+            model=model,
+            known=arm.defense.known(victim, granted=granted),
+            baked=baked,
+            common=granted.affine_gradient,
+            names=tuple(sorted(names)),
+            private=tuple(sorted(private)),
+            train_mode=train_mode,
+            local=local,
+            cohort=cohort,
+        )
+
+    def draw(self) -> dict[str, Tensor]:
+        """The private parameters of one client; see `Auxiliary`."""
+        plain = self.baked
+        if plain is None:
+            plain = plain_copy(self.defense.imitated(self.model, known=self.known))
+        return {name: plain.get_parameter(name).detach().clone() for name in self.private}
+
+    def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Updates of one client or cohort, stacked; see `Auxiliary`."""
+        members = [self._client(granted=self.common or not member) for member in range(self.cohort)]
+        shares = zip(members, images.chunk(self.cohort, 1), labels.chunk(self.cohort, 1), strict=True)
+        sent = [self._sent(*share) for share in shares]
+        return mean_of(sent)
+
+    def _client(self, *, granted: bool) -> nn.Module:
+        """The victim's network, as far as the server was granted its secrets, or another client's."""
+        if granted and self.baked is not None:
+            return copy.deepcopy(self.baked)
+        known = self.known if granted else replace(self.known, key=None, private={})
+        split = self.defense.imitated(self.model, known=known)
+        # In one step it is all the same whether γ and β are generated or numbers, but to the lock's gradient.
+        alike = self.local.steps == 1 and not set(self.names).intersection(split.private_parameters())
+        return plain_copy(split) if alike else split.model
+
+    def _sent(self, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What it sends for each batch, stacked."""
+        if self.local.steps == 1:
+            updates = gradients(network, images, labels, names=self.names, train_mode=self.train_mode)
+        else:
+            update = partial(updated, network, train_mode=self.train_mode, local=self.local)
+            updates = stacked([update(x, y) for x, y in zip(images, labels, strict=True)], self.names)
+        transform = self.defense.public_transform
+        return updates if transform is None else dict(torch.vmap(transform)(updates))

@@ -1,0 +1,83 @@
+"""Experiments as run directories: begun, found again, told apart; and tables of several of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import fedkl
+from fedkl import config as configs
+from fedkl.config import AttackConfig, TrainConfig
+from fedkl.errors import ConfigError
+from fedkl.files import exclusive, write_atomically
+from fedkl.runs import RunDirectory
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """Where an experiment reports its progress."""
+
+    def __call__(self, done: int, total: int, note: str, /) -> None:
+        """`done` of `total` steps, and a short note on the last one."""
+
+
+def silent(done: int, total: int, note: str, /) -> None:
+    """Reports nothing."""
+
+
+OpenProgress = Callable[[str], AbstractContextManager[Progress]]
+"""Opens a progress display for a cell's name."""
+
+
+@contextmanager
+def begun(config: TrainConfig | AttackConfig, *, out: Path) -> Iterator[RunDirectory]:
+    """The run directory of an experiment, for this process alone; a finished one has its summary.
+
+    Args:
+        config: The experiment.
+        out: The run directory.
+
+    Raises:
+        ConfigError: The folder is not usable, or holds another experiment.
+    """
+    with exclusive(out):
+        yield RunDirectory.create(out, config=config, version=fedkl.__version__)
+
+
+def check_names(given: Sequence[str], known: Collection[str], *, place: str) -> None:
+    """Raises ConfigError where a name is not known or comes twice, or there is none."""
+    twice = [one for one, count in Counter(given).items() if count > 1]
+    if twice:
+        raise ConfigError(f"reproduce {place}: {', '.join(twice)} given more than once. Name each once.")
+    unknown = [repr(one) for one in given if one not in known]
+    if unknown or not given:
+        raise ConfigError(
+            f"reproduce {place}: got {', '.join(unknown) or 'none'}. Choose from {', '.join(known)}."
+        )
+
+
+def holds_other(folder: Path, experiment: TrainConfig | AttackConfig) -> bool:
+    """Whether a folder holds a run with other settings; one that never began is in nobody's way."""
+    path = folder / "config.toml"
+    begun = any((folder / name).exists() for name in ("results.jsonl", "checkpoints", "summary.json"))
+    return begun and path.is_file() and path.read_text(encoding="utf-8") != configs.dump(experiment)
+
+
+def refuse_others(cells: Mapping[Path, TrainConfig | AttackConfig]) -> None:
+    """Raises ConfigError where a cell's folder holds a run with other settings than the cell's."""
+    for folder, experiment in cells.items():
+        if holds_other(folder, experiment):
+            raise ConfigError(
+                f"{folder}: holds a run with other settings than the table's. Choose another --out, or "
+                "remove the folder."
+            )
+
+
+def write_table(out: Path, records: Sequence[Mapping[str, Any]], markdown: str) -> None:
+    """Writes table.json and table.md."""
+    write_atomically(out / "table.json", (json.dumps(records, indent=2) + "\n").encode())
+    write_atomically(out / "table.md", markdown.encode())

@@ -1,0 +1,266 @@
+"""A federated training, into a run directory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from fedkl import rng
+from fedkl.config import TrainConfig, problems_of
+from fedkl.curves import curves
+from fedkl.data import Dataset, Subset
+from fedkl.errors import ConfigError
+from fedkl.federated import Checkpoints, Federation, RoundResult, server_fill_ins
+from fedkl.lockfile import default_passphrase
+from fedkl.locking.norms import statistics_names
+from fedkl.runs import Count, FillIn, Needed, RunDirectory, Seconds, Share, damaged_summary
+from fedkl.study import Progress, begun, silent
+from fedkl.subject import dataset_of, networks_of
+
+
+def train(
+    config: TrainConfig, *, out: Path, progress: Progress = silent, tensorboard: bool = False
+) -> RunDirectory:
+    """Runs a training; a finished one is left as it is, an interrupted one is continued.
+
+    Args:
+        config: The training.
+        out: The run directory.
+        progress: Called after each round.
+        tensorboard: Whether its curves are written as TensorBoard events too.
+
+    Raises:
+        FedKLError: The configuration, the data or the folder is not usable.
+    """
+    with begun(config, out=out) as directory:
+        if directory.summary is None:
+            dataset = dataset_of(config.data)
+            defense = config.defense.for_images(dataset.spec.shape)
+            own = config.model_copy(update={"defense": defense})
+            _train(own, directory, dataset, progress, tensorboard=tensorboard)
+    return directory
+
+
+def _train(
+    config: TrainConfig,
+    directory: RunDirectory,
+    dataset: Dataset,
+    progress: Progress,
+    *,
+    tensorboard: bool,
+) -> None:
+    if config.auxiliary >= len(dataset.test_images):
+        raise ConfigError(
+            f"auxiliary: expected fewer than {len(dataset.test_images)}, got {config.auxiliary}."
+        )
+    model = networks_of(config, dataset)(0)
+    federation = Federation(
+        model,
+        defense=config.defense,
+        dataset=dataset,
+        training=config.training,
+        seed=config.seed,
+        execution=config.execution,
+    )
+    records = _rounds(config, directory, federation, progress, tensorboard=tensorboard)
+    directory.save_tensors("global", federation.server.state)
+    start = perf_counter()
+    fill_ins = _fill_ins(config, federation, model, dataset)
+    for record in fill_ins:
+        directory.append({"event": "fill-in", **record})
+    seconds = records[-1]["elapsed"] + perf_counter() - start
+    directory.finish(_train_summary(config, federation, dataset, records, fill_ins, seconds))
+
+
+def _rounds(
+    config: TrainConfig,
+    directory: RunDirectory,
+    federation: Federation,
+    progress: Progress,
+    *,
+    tensorboard: bool,
+) -> list[dict[str, Any]]:
+    """Trains what is left to train; returns the records of all rounds.
+
+    A round is in the results before it is in a checkpoint, so what the checkpoint lacks is repeated.
+    """
+    checkpoints = Checkpoints(
+        directory.path / "checkpoints", passphrase=default_passphrase(), keep=config.checkpoints.keep
+    )
+    first = checkpoints.restore(federation)
+    if first is None:
+        checkpoints.save(federation, round=0)  # keys are born here: no later attempt may draw others
+    first, total = first or 0, config.training.rounds
+    records = _finished_rounds(directory, first)
+    partition = {"event": "partition", "class_counts": federation.class_counts.tolist()}
+    directory.restart_from([partition, *records])
+    earlier = records[-1]["elapsed"] if records else 0.0
+    start = saved = perf_counter()
+    with curves(directory.path / "tensorboard", first=first, enabled=tensorboard) as plot:
+        for result in federation.run(start=first):
+            record = {"event": "round", **_round_record(result), "elapsed": earlier + perf_counter() - start}
+            directory.append(record)
+            records.append(record)
+            with directory.writing():
+                plot(record)
+            done = result.round + 1
+            if done == total or perf_counter() - saved >= config.checkpoints.seconds:
+                checkpoints.save(federation, round=done)
+                saved = perf_counter()
+            progress(done, total, _accuracy_note(result.accuracy))
+    return records
+
+
+def _finished_rounds(directory: RunDirectory, first: int) -> list[dict[str, Any]]:
+    """The records of all rounds before round `first`, which the checkpoint has behind it.
+
+    Raises:
+        ConfigError: One is missing, there twice or in another place.
+    """
+    if first == 0:
+        return []  # whatever is there will be repeated
+    rounds = [r for r in directory.results(continued=True) if r["event"] == "round" and r["round"] < first]
+    if [record["round"] for record in rounds] != list(range(first)):
+        raise ConfigError(
+            f"{directory.path}/results.jsonl: expected the {first} rounds that the checkpoint has behind it, "
+            f"each once and in order, got {len(rounds)}. Restore it, or remove the folder 'checkpoints' to "
+            "start again."
+        )
+    return rounds
+
+
+def _fill_ins(
+    config: TrainConfig, federation: Federation, model: nn.Module, dataset: Dataset
+) -> list[dict[str, Any]]:
+    """The server's own model; the auxiliary images are drawn from the test images, and not tested on."""
+    if not federation.split.private_names:
+        return []
+    images, labels = dataset.test_images, dataset.test_labels
+    order = torch.randperm(len(labels), generator=rng.generator(config.seed, "auxiliary"))
+    auxiliary, test = order[: config.auxiliary], order[config.auxiliary :].sort().values
+    results = server_fill_ins(
+        defense=config.defense,
+        model=model,
+        state=federation.server.state,
+        split=federation.split,
+        clients=federation.evaluated_clients(),
+        auxiliary=(images[auxiliary].contiguous(), labels[auxiliary]),
+        test=(Subset(images, test), labels[test]),
+    )
+    return [
+        {"arm": r.arm, "statistics": r.statistics, "accuracy": r.accuracy, "auxiliary": r.auxiliary}
+        for r in results
+    ]
+
+
+def _train_summary(
+    config: TrainConfig,
+    federation: Federation,
+    dataset: Dataset,
+    rounds: list[dict[str, Any]],
+    fill_ins: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    last = rounds[-1]
+    return {
+        "type": "train",
+        "defense": config.defense.type,
+        "model": config.model.name,
+        "dataset": config.data.name,
+        "clients": config.training.clients,
+        "rounds": len(rounds),
+        "workers": federation.workers,
+        "test_images": len(dataset.test_images),
+        "classes": dataset.spec.classes,
+        "accuracy": last["accuracy"],
+        "local_accuracy": last["local_accuracy"],
+        "best_accuracy": max((r["accuracy"] for r in rounds if r["accuracy"] is not None), default=None),
+        "accuracies": last["accuracies"],
+        "statistics_shared": _statistics_shared(federation),
+        "dropped": sum(len(r["dropped"]) for r in rounds),
+        "failed": sum(len(r["failed"]) for r in rounds),
+        "skipped_rounds": sum(not r["aggregated"] for r in rounds),
+        "fill_ins": fill_ins,
+        "public_parameters": sum(p.numel() for p in federation.split.public_parameters().values()),
+        "private_parameters": sum(p.numel() for p in federation.split.private_parameters().values()),
+        "update_bytes": max(r["update_bytes"] for r in rounds),
+        "seconds": seconds,
+        "round_seconds": median(r["seconds"] for r in rounds),
+    }
+
+
+def _statistics_shared(federation: Federation) -> bool | None:
+    """Whether norm statistics are sent; None where there are none."""
+    split = federation.split
+    names = {
+        f"{name}.{statistic}"
+        for name, module in split.model.named_modules()
+        for statistic in statistics_names(module)
+    }
+    return bool(names & set(split.public_state())) if names else None
+
+
+def _round_record(result: RoundResult) -> dict[str, Any]:
+    return asdict(result) | {"accuracy": result.accuracy, "local_accuracy": result.local_accuracy}
+
+
+def _accuracy_note(accuracy: float | None) -> str:
+    return "" if accuracy is None else f"accuracy {100 * accuracy:.2f} %"
+
+
+ORACLE = "mean-affine"
+"""The completion that no server can have."""
+
+
+class _TrainSummary(Needed):
+    """What the report takes from a training's summary; older runs lack what has a value here."""
+
+    clients: Count
+    rounds: Count
+    accuracy: Share
+    best_accuracy: Share
+    accuracies: dict[str, Share]
+    local_accuracy: Share | None = None
+    fill_ins: list[FillIn]
+    public_parameters: Count
+    private_parameters: Count
+    update_bytes: Count
+    seconds: Seconds
+    test_images: Count = 0
+    classes: Count = 0
+    statistics_shared: bool | None = None
+    dropped: Count = 0
+    failed: Count = 0
+    skipped_rounds: Count = 0
+
+
+def training_summary(directory: RunDirectory) -> dict[str, Any] | None:
+    """A training's summary, which has all that a report takes from it; None if the run was not finished.
+
+    Raises:
+        ConfigError: It is damaged, or of another experiment.
+    """
+    summary = directory.summary
+    if summary is None:
+        return None
+    try:
+        _TrainSummary.model_validate(summary)
+        problems = _fill_in_problems(summary)
+    except ValidationError as error:
+        problems = problems_of(error)
+    if problems:
+        raise damaged_summary(directory, problems)
+    return summary
+
+
+def _fill_in_problems(summary: dict[str, Any]) -> list[str]:
+    """A server can have all completions but the oracle; where there are any, it has one of its own."""
+    arms = {fill_in["arm"] for fill_in in summary["fill_ins"]}
+    return ["fill_ins: expected one that a server can have"] if arms == {ORACLE} else []
