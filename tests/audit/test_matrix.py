@@ -9,9 +9,8 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from fedkl.audit import matrix as adaptive
 from fedkl.audit.attackers import RUNGS
-from fedkl.audit.matrix import ROWS
+from fedkl.audit.matrix import ROWS, adaptive
 from fedkl.audit.verdict import markdown, verdict
 from fedkl.cli import app
 from fedkl.errors import ConfigError
