@@ -8,6 +8,7 @@ was.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ _MAX_DOTS = 200  # of a line: a key of n parts takes memory in n²
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Strict JSON: UTF-8, finite numbers, of a depth that Python can read.
+    """Strict JSON: UTF-8, finite numbers, text that can be written again, of a depth that Python can read.
 
     Raises:
         ValueError: It is none.
@@ -34,11 +35,25 @@ def parse_json(data: bytes | str) -> Any:
     >>> parse_json("[NaN]")
     Traceback (most recent call last):
     ValueError: NaN is not JSON
+    >>> parse_json('"\\\\ud83d\\\\ude00"'), len(parse_json('"\\\\ud83d\\\\ude00"'))
+    ('😀', 1)
+    >>> parse_json('"\\\\ud83d"')
+    Traceback (most recent call last):
+    ValueError: text that is no Unicode
     """
     try:
-        return json.loads(data.decode() if isinstance(data, bytes) else data, parse_constant=_refuse_constant)
+        text = data.decode() if isinstance(data, bytes) else data
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if _HALF.search(text):  # JSON can escape half of a character, which no file or terminal takes
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("text that is no Unicode") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    return value
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -106,4 +106,13 @@ def misfits(tensors: NamedTensors, specs: Mapping[str, TensorSpec]) -> list[str]
         if came != spec:
             expected = f"expected {spec.dtype} of shape {spec.shape}"
             problems.append(f"'{name}' is {came.dtype} of shape {came.shape}, {expected}")
+        elif name in tensors and _counts_steps(name) and not 0 <= float(tensors[name]) <= _MOST_STEPS:
+            problems.append(f"'{name}' is no number of steps")
     return problems
+
+
+_MOST_STEPS = 2.0**53  # of which Adam takes powers
+
+
+def _counts_steps(place: str) -> bool:
+    return place.removeprefix("optimizer/").startswith("step/")
