@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from fedkl import data, models, rng
 from fedkl.attacks import ClosedForm, Knowledge
 from fedkl.attacks.algebraic.closed_form import ClosedFormReconstruction
-from fedkl.audit import CANDIDATES, Arm, Trial, observe, trials_of
-from fedkl.defenses import Defense, KeyLock, NoDefense, PrivateNorm
-from fedkl.defenses.base import plain_copy
+from fedkl.audit import CANDIDATES, Trial, observe, trials_of
+from fedkl.defenses import Arm, Defense, KeyLock, NoDefense, PrivateNorm
 from fedkl.locking import Split
 from fedkl.metrics import score
 
@@ -52,7 +51,7 @@ def options() -> argparse.Namespace:
 
 def affine_errors(found: ClosedFormReconstruction, victim: Split) -> tuple[float, float]:
     """The largest error of γ, relative to the largest γ of its norm, and of β; NaN where there is no norm."""
-    true = {name: p.detach() for name, p in plain_copy(victim).named_parameters()}
+    true = {name: p.detach() for name, p in victim.bake().named_parameters()}
 
     def worst(values: Any, *, relative: bool) -> float:
         return max(

@@ -34,8 +34,8 @@ from fedkl.attacks import (
     Reconstruction,
     Wiener,
 )
-from fedkl.audit import CANDIDATES, Arm, SimulatedClients, Trial, observe, trials_of
-from fedkl.defenses import PrivateLayers
+from fedkl.audit import CANDIDATES, SimulatedClients, Trial, observe, trials_of
+from fedkl.defenses import Arm, PrivateLayers
 from fedkl.keys import Key
 from fedkl.locking import Split, withhold, withhold_statistics
 from fedkl.metrics import score

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from fedkl import data, models, rng
 from fedkl.defenses import Defense, NoDefense
-from fedkl.defenses.base import plain_copy
 from fedkl.defenses.completion import Completion
 from fedkl.federated import Execution, FederatedTraining, Federation, LocalTraining
 from fedkl.keys import Key
@@ -173,7 +172,7 @@ def _server(
     test = dataset.test_images[rest], dataset.test_labels[rest]
     server = replace(defense, shared="own").prepare(model)  # γ = 1, β = 0, and nothing fresh
     server.load_public_state(federation.server.state)
-    filled = Completion(plain_copy(server).requires_grad_(True), server)
+    filled = Completion(server.bake().requires_grad_(True), server)
     accuracies = {"γ = 1, β = 0": evaluate(filled.with_statistics(images)[-1][1], *test)}
     for count in LABELS:
         refit = filled.refitted(images[:count], labels[:count], steps=200)

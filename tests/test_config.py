@@ -169,11 +169,11 @@ def test_a_lock_is_not_described_in_vain(tmp_path, before, flags):
 
 def test_flags_of_an_attack(tmp_path):
     attack = IDLG(evaluations=9, restarts=2)
-    file = file_of(tmp_path, AttackConfig(lock=LOCK, attack=attack, labels_known=True))
+    file = file_of(tmp_path, AttackConfig(defense=LOCK, attack=attack, labels_known=True))
     fields = {"labels_known": False, "attack.restarts": 3, "attack.type": None, "trials": None}
     experiment = configs.from_flags("attack", file=file, fields=fields, lock="published")
     changed = dataclasses.replace(attack, restarts=3)
-    assert experiment == AttackConfig(lock=PUBLISHED_77, attack=changed, labels_known=False)
+    assert experiment == AttackConfig(defense=PUBLISHED_77, attack=changed, labels_known=False)
 
 
 @pytest.mark.parametrize(

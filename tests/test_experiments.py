@@ -14,10 +14,9 @@ import torch
 from fedkl import data, demo, experiments
 from fedkl import training as trainings
 from fedkl.attacks import DLG
-from fedkl.audit import standard_arms
 from fedkl.audit.results import arm_summary
 from fedkl.config import AttackConfig, CheckpointConfig, DataConfig, ModelConfig, TrainConfig
-from fedkl.defenses import KeyLock, PrivateNorm
+from fedkl.defenses import KeyLock, PrivateNorm, arms_of
 from fedkl.errors import ConfigError, DataError
 from fedkl.federated import FederatedTraining
 
@@ -40,14 +39,18 @@ def test_an_interrupted_attack_equals_an_uninterrupted_one(tmp_path):
     assert figures(again) == figures(whole)
 
 
+def trials_in(run):
+    return [record for record in run.results() if record["event"] == "trial"]
+
+
 def test_a_trial_that_lacks_an_arm_is_repeated_in_all_arms(tmp_path):
     """Its arms must attack one and the same victim, whose secrets died with the process."""
     run = experiments.run(TINY, out=tmp_path / "run")
-    records = list(run.results())
+    records = trials_in(run)
     kept = [r for r in records if (r["arm"], r["trial"]) != ("lock", 1)]
     run.restart_from(kept)
     (run.path / "summary.json").unlink()
-    again = list(experiments.run(TINY, out=tmp_path / "run").results())
+    again = trials_in(experiments.run(TINY, out=tmp_path / "run"))
     assert sorted((r["arm"], r["trial"]) for r in again) == sorted((r["arm"], r["trial"]) for r in records)
     assert again[:2] == [r for r in records if r["trial"] == 0]
 
@@ -55,10 +58,10 @@ def test_a_trial_that_lacks_an_arm_is_repeated_in_all_arms(tmp_path):
 def test_a_client_that_lacks_an_update_is_attacked_again(tmp_path):
     config = TINY.model_copy(update={"trials": 4, "updates_per_client": 2, "networks": "one"})
     run = experiments.run(config, out=tmp_path / "run")
-    records = list(run.results())
+    records = trials_in(run)
     run.restart_from([r for r in records if (r["arm"], r["trial"]) != ("lock", 3)])
     (run.path / "summary.json").unlink()
-    again = list(experiments.run(config, out=tmp_path / "run").results())
+    again = trials_in(experiments.run(config, out=tmp_path / "run"))
     assert again[:4] == [r for r in records if r["trial"] < 2]
     assert len(again) == len(records) == 8
 
@@ -295,14 +298,14 @@ def test_a_lock_per_element_takes_its_shape_from_the_data(tmp_path, defense):
 
 def test_every_arm_of_a_lock_with_all_variants(tmp_path):
     lock = KeyLock(granularity="element", activation="tanh", private=("head",), key_length=16)
-    arms = tuple(arm.name for arm in standard_arms(lock) if arm.name != "lock-calibrated")
-    config = TINY.model_copy(update={"lock": lock, "arms": arms, "trials": 1})
+    arms = tuple(arm.name for arm in arms_of(lock).values() if arm.name != "lock-calibrated")
+    config = TINY.model_copy(update={"defense": lock, "arms": arms, "trials": 1})
     run = experiments.run(config, out=tmp_path / "run")
-    assert {record["arm"] for record in run.results()} == set(arms)
+    assert {record["arm"] for record in trials_in(run)} == set(arms)
 
 
 def test_failures_are_counted_not_dropped():
-    (arm,) = (a for a in standard_arms() if a.name == "lock")
+    arm = arms_of(KeyLock())["lock"]
     good = {
         "mse": 0.1, "psnr": 35.0, "ssim": 0.6, "correlation": 0.9, "psnr_raw": 9.0, "psnr_affine": 11.0,
         "ssim_affine": 0.6, "identified": True, "rank": 1, "candidates": 100, "label_correct": True,

@@ -27,6 +27,7 @@ import fedkl
 from fedkl import config as configs
 from fedkl import data, demo, experiments, lockfile, report, reproduce, study
 from fedkl import generator_training as generators
+from fedkl.attacks import ATTACKS
 from fedkl.errors import ConfigError, FedKLError
 from fedkl.lockfile import PASSPHRASE_VARIABLE
 from fedkl.runs import RunDirectory
@@ -210,7 +211,7 @@ def _resumed(out: Path, flags: dict[str, object]) -> configs.TrainConfig:
 def attack(
     out: OutOption,
     config: ConfigOption = None,
-    kind: Annotated[str | None, typer.Option("--attack", help=f"{', '.join(configs.ATTACKS)}.")] = None,
+    kind: Annotated[str | None, typer.Option("--attack", help=f"{', '.join(ATTACKS.names())}.")] = None,
     arms: Annotated[
         str | None, typer.Option(help="Comma-separated arms; the lock and its controls if not given.")
     ] = None,

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from fedkl.attacks import DLG, IDLG, AnyAttack, LocalSteps
+from fedkl.attacks import ATTACKS, DLG, IDLG, Attack
 from fedkl.data import AnyPartition
-from fedkl.defenses import AnyDefense, KeyLock, NoDefense
+from fedkl.defenses import DEFENSES, LOCK_SETTINGS, Defense, KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError, gathered, shown
 from fedkl.federated import Execution, FederatedTraining
 from fedkl.files import read_file
 from fedkl.parsing import parse_toml
+from fedkl.protocol import LocalSteps
 
 _MAX_BYTES = 2**18  # of a file; a complete experiment takes two thousand
 _MAX_PARTS = 8  # of a --set place; the deepest field has four
@@ -63,7 +64,7 @@ class TrainConfig(_Config):
     seed: int = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    defense: Annotated[AnyDefense, Field(discriminator="type")] = NoDefense()
+    defense: Annotated[Defense, DEFENSES] = NoDefense()
     training: FederatedTraining = FederatedTraining()
     execution: Execution = Execution()
     checkpoints: CheckpointConfig = CheckpointConfig()
@@ -71,23 +72,23 @@ class TrainConfig(_Config):
 
 
 class AttackConfig(_Config):
-    """One attack against the key-lock and its controls, on untrained networks.
+    """One attack against a defense and its controls, on untrained networks.
 
-    Without `arms`, the lock and its controls are attacked. `norm_mode` is the client's, and known. The server
-    has `auxiliary` labeled images of its own. Trials have one network each, or all the same one, as the
-    clients of a round have. Every trial has a key of its own, or `updates_per_client` in a row have the same
-    one, and the server knows which: rounds of one client, which gets the same network in each. The images of
-    a batch are one client's, or a `cohort` shares them evenly and the server sees the mean of its updates. A
-    `chunk` of trials is attacked at once, shared out among `workers` threads (0: one for each core; on a GPU,
-    one).
+    Without `arms`, the defense and its controls are attacked. `norm_mode` is the client's, and known. The
+    server has `auxiliary` labeled images of its own. Trials have one network each, or all the same one,
+    as the clients of a round have. Every trial has a key of its own, or `updates_per_client` in a row
+    have the same one, and the server knows which: rounds of one client, which gets the same network in
+    each. The images of a batch are one client's, or a `cohort` shares them evenly and the server sees the
+    mean of its updates. A `chunk` of trials is attacked at once, shared out among `workers` threads (0:
+    one for each core; on a GPU, one).
     """
 
     type: Literal["attack"] = "attack"
     seed: int = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    attack: Annotated[AnyAttack, Field(discriminator="type")] = DLG()
-    lock: KeyLock = KeyLock()
+    attack: Annotated[Attack, ATTACKS] = DLG()
+    defense: Annotated[Defense, DEFENSES] = KeyLock()
     arms: tuple[str, ...] = ()
     labels_known: bool = True
     auxiliary: Annotated[int, Field(ge=0)] = 0
@@ -101,6 +102,15 @@ class AttackConfig(_Config):
     device: Literal["cpu", "cuda"] = "cpu"
     workers: Annotated[int, Field(ge=0)] = 0
     chunk: Annotated[int, Field(ge=1)] = 20
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older(cls, values: Any) -> Any:
+        """Configurations of before 0.2 have a table `lock`: the defense that is attacked."""
+        if not isinstance(values, dict) or not isinstance(values.get("lock"), dict) or "defense" in values:
+            return values
+        others = {name: value for name, value in values.items() if name != "lock"}
+        return others | {"defense": {"type": "keylock"} | values["lock"]}
 
     @model_validator(mode="after")
     def _check(self) -> AttackConfig:
@@ -205,20 +215,6 @@ def load(path: Path) -> TrainConfig | AttackConfig:
     return parse(values, source=str(path))
 
 
-ATTACKS = tuple(attack.type for attack in get_args(AnyAttack))
-"""Types of the attacks."""
-
-PUBLISHED_LOCK = KeyLock(key_distribution="uniform", activation="relu", initialization="published")
-"""The lock of arXiv 2305.04095."""
-# Settings of the lock by name: the fields that differ between them.
-_DIFFERENT = ("key_distribution", "activation", "initialization")
-_LOCKS = {
-    name: {field: getattr(lock, field) for field in _DIFFERENT}
-    for name, lock in (("default", KeyLock()), ("published", PUBLISHED_LOCK))
-}
-_CONTROLS = tuple(d.type for d in get_args(AnyDefense) if "like" in d.__dataclass_fields__)
-
-
 def from_flags(
     kind: Literal["train", "attack"],
     *,
@@ -236,7 +232,7 @@ def from_flags(
         kind: What the file must hold.
         file: A TOML file; the defaults if None.
         fields: Values by dotted field; None: not given.
-        defense: Type of the defense of a training. Another type than before starts from its own defaults, but
+        defense: Type of the defense. Another type than before starts from its own defaults, but
             where both have a lock, the lock stays.
         attack: Type of the attack. Another type than before starts from its own defaults.
         lock: Setting of the lock, "default" or "published"; its other fields stay.
@@ -254,25 +250,28 @@ def from_flags(
     for place, value in fields.items():
         if value is not None:
             _set(values, place, value)
-    if kind == "train" and defense is not None:
+    if defense is not None:
         values["defense"] = _switched(values["defense"], defense)
     for setting in settings:
-        _set(values, *_parsed_setting(setting))
+        place, value = _parsed_setting(setting)
+        if kind == "attack" and place.startswith("lock."):  # its name before 0.2
+            place = f"defense.{place.removeprefix('lock.')}"
+        _set(values, place, value)
     experiment, described = parse(values, source="The command line"), _lock_fields(lock, layers)
     if not described:
         return experiment
     values = values_of(experiment)
-    target = values["lock"] if kind == "attack" else _lock_of(values["defense"])
+    target = _lock_of(values["defense"])
     if target is None:
-        raise ConfigError(_NO_LOCK.format(values["defense"]["type"]))
+        raise ConfigError(
+            f"--lock, --layers: the defense '{values['defense']['type']}' has no lock. Leave them out, or "
+            f"add --defense with one of {', '.join(_LOCKED)}."
+        )
     target.update(described)
     return parse(values, source="The command line")
 
 
-_NO_LOCK = (
-    "--lock, --layers: the defense '{}' has no lock. Leave them out, or add --defense with one of "
-    f"{', '.join(['keylock', *_CONTROLS])}."
-)
+_LOCKED = tuple(kind.type for kind in (KeyLock, PublicNorm, PrivateNorm))
 
 
 def _set(values: dict[str, Any], place: str, value: Any) -> None:
@@ -334,24 +333,25 @@ def partition_fields(text: str) -> dict[str, Any]:
 
 
 def _lock_fields(lock: str | None, layers: str | None) -> dict[str, Any]:
-    if lock is not None and lock not in _LOCKS:
-        raise ConfigError(f"--lock: unknown {shown(lock)}. Choose one of {', '.join(_LOCKS)}.")
-    fields: dict[str, Any] = {} if lock is None else dict(_LOCKS[lock])
+    if lock is not None and lock not in LOCK_SETTINGS:
+        raise ConfigError(f"--lock: unknown {shown(lock)}. Choose one of {', '.join(LOCK_SETTINGS)}.")
+    fields: dict[str, Any] = {} if lock is None else dict(LOCK_SETTINGS[lock])
     return fields if layers is None else fields | {"layers": layers}
 
 
 def _lock_of(defense: dict[str, Any]) -> dict[str, Any] | None:
-    """The fields of a defense's lock: its own, or those of the lock that a control is like."""
-    return defense if defense["type"] == "keylock" else defense.get("like")
+    """The lock's fields in a defense: its own, or those of the lock that a control is like."""
+    found: dict[str, Any] = defense.get("like", defense)
+    return found if found["type"] == KeyLock.type else None
 
 
 def _switched(defense: dict[str, Any], kind: str) -> dict[str, Any]:
     if kind == defense["type"]:
         return defense
-    lock = _lock_of(defense) or {"type": "keylock"}
-    if kind == "keylock":
+    lock = _lock_of(defense) or {"type": KeyLock.type}
+    if kind == KeyLock.type:
         return lock
-    return {"type": kind, "like": lock} if kind in _CONTROLS else {"type": kind}
+    return {"type": kind, "like": lock} if kind in _LOCKED else {"type": kind}
 
 
 def dump(config: TrainConfig | AttackConfig) -> str:

@@ -11,13 +11,13 @@ import torch
 from fedkl import experiments, study
 from fedkl.attacks import DLG
 from fedkl.config import AttackConfig, ModelConfig, TrainConfig
-from fedkl.defenses import AnyDefense, KeyLock, NoDefense
+from fedkl.defenses import Defense, KeyLock, NoDefense
 from fedkl.federated import FederatedTraining, LocalTraining
 
 TRAINING = FederatedTraining(rounds=15, local=LocalTraining(batch_size=16))
 
 
-def _train(defense: AnyDefense) -> TrainConfig:
+def _train(defense: Defense) -> TrainConfig:
     return TrainConfig(defense=defense, training=TRAINING)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
-from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 from pydantic_core import PydanticCustomError, core_schema
 
 from fedkl.errors import ConfigError, shown
@@ -30,7 +32,7 @@ class Kinds(Generic[_Kind]):
         self._noun = noun
         self._base = base
         self._classes: dict[str, type[_Kind]] = {}
-        self._adapters: dict[str, TypeAdapter[Any]] = {}
+        self._adapters: dict[str, Any] = {}
 
     def register(self, kind: type[_Kind]) -> type[_Kind]:
         """Adds a class; a decorator, to be put above `dataclass`.
@@ -57,6 +59,11 @@ class Kinds(Generic[_Kind]):
         self._classes[name] = kind
         self._adapters.pop(name, None)
         return kind
+
+    def forget(self, name: str) -> None:
+        """Takes a class out again, as a test does that added one; nothing where there is none."""
+        self._classes.pop(name, None)
+        self._adapters.pop(name, None)
 
     def _name_of(self, kind: type[Any]) -> str:
         problem = None
@@ -89,9 +96,7 @@ class Kinds(Generic[_Kind]):
     def _unknown(self, name: object) -> str:
         return f"unknown type {shown(str(name))}. Choose from {', '.join(self._classes)}, or register yours."
 
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> core_schema.CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """How pydantic reads and writes a field of this kind."""
         return core_schema.no_info_plain_validator_function(
             self._read,
@@ -109,13 +114,24 @@ class Kinds(Generic[_Kind]):
             raise PydanticCustomError("kind", text)
         return self._adapter(name).validate_python(value)
 
-    def _written(self, value: Any, info: core_schema.SerializationInfo) -> Any:
+    def _written(self, value: Any, info: Any) -> Any:
         return self._adapter(value.type).dump_python(value, mode="json" if info.mode == "json" else "python")
 
-    def _adapter(self, name: str) -> TypeAdapter[Any]:
+    def _adapter(self, name: str) -> Any:
         if name not in self._adapters:
             self._adapters[name] = TypeAdapter(self._classes[name])
         return self._adapters[name]
+
+
+def import_all(package: str) -> None:
+    """Imports every module of a package, whose classes register themselves.
+
+    Args:
+        package: Its name.
+    """
+    folder = importlib.import_module(package).__path__
+    for module in sorted(each.name for each in pkgutil.iter_modules(folder)):
+        importlib.import_module(f"{package}.{module}")
 
 
 def _place(kind: type[Any]) -> tuple[str, str]:

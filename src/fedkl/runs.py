@@ -135,7 +135,22 @@ class _Trial(Needed):
         return self
 
 
-_Others = _Partition | _FillInRecord | _Trial
+class _NotRun(Needed):
+    event: Literal["not-run"]
+    arm: Annotated[str, Field(pattern=r"^[\w-]{1,100}$")]
+    trial: Count
+    kind: Literal["does not apply", "too large", "broke"]
+    reason: Word
+
+
+class _Floor(Needed):
+    event: Literal["floor"]
+    trial: Count
+    scores: Annotated[list[_Score], Field(min_length=1)]
+    labels: list[Count]
+
+
+_Others = _Partition | _FillInRecord | _Trial | _NotRun | _Floor
 _READ: TypeAdapter[Any] = TypeAdapter(Annotated[_Others | _Round, Field(discriminator="event")])
 _CONTINUED: TypeAdapter[Any] = TypeAdapter(Annotated[_Others | _WholeRound, Field(discriminator="event")])
 
@@ -263,6 +278,8 @@ class RunDirectory:
             ConfigError: They cannot be written.
         """
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        if not lines and not (self.path / "results.jsonl").exists():
+            return  # nothing begun: the folder is in nobody's way
         with self.writing():
             write_text(self.path / "results.jsonl", "".join(lines))
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from fedkl import data, models
 from fedkl.attacks import Knowledge, Observation
-from fedkl.audit import Arm, full_gradient, observe, trials_of
-from fedkl.defenses import NoDefense
+from fedkl.audit import full_gradient, observe, trials_of
+from fedkl.defenses import Arm, NoDefense
 
 
 @pytest.fixture(scope="session")

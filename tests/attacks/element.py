@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fedkl.attacks import Auxiliary, Knowledge, LocalSteps
-from fedkl.audit import Arm, SimulatedClients, observe, trials_of
-from fedkl.defenses import PrivateLayers
+from fedkl.audit import SimulatedClients, observe, trials_of
+from fedkl.defenses import Arm, PrivateLayers
 from fedkl.locking import Split, withhold
 
 

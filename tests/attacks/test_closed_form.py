@@ -15,7 +15,6 @@ from fedkl.attacks.algebraic import way_down as descent
 from fedkl.attacks.algebraic.chain import Layer
 from fedkl.attacks.algebraic.convolution import ConvolutionSystem
 from fedkl.defenses import KeyLock, PrivateLayers, PrivateNorm
-from fedkl.defenses.base import plain_copy
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import score
 
@@ -42,7 +41,7 @@ def quality(found, trial, candidates):
 
 def affine_error(found, victim):
     """Of γ and β, relative to the largest of each norm's γ."""
-    true = {name: p.detach() for name, p in plain_copy(victim).named_parameters()}
+    true = {name: p.detach() for name, p in victim.bake().named_parameters()}
     errors = []
     for gamma, beta in zip(found.gammas, found.betas, strict=True):
         size = true[gamma].abs().max()
@@ -75,7 +74,7 @@ def test_the_first_lock_is_read_off(observed, images, activation):
 
 def test_the_published_lock_is_read_off_despite_dead_channels(observed, images):
     seen, victim, trial = observed(PUBLISHED, model=None, index=2)
-    gamma = plain_copy(victim).get_parameter("0.norm.weight")
+    gamma = victim.bake().get_parameter("0.norm.weight")
     found = run(seen, chroma=1000.0)
     assert 3 <= int((gamma > 0).sum()) < len(gamma)
     assert found.layers[-1].live == int((gamma > 0).sum())

@@ -14,8 +14,8 @@ from fedkl.attacks.algebraic.feature_inversion import _agreeing, _World
 from fedkl.attacks.algebraic.features import read_features, readable_convolutions
 from fedkl.attacks.algebraic.structure import read_structure
 from fedkl.attacks.algebraic.subspace import blind_inputs
-from fedkl.audit import Arm, attack_arms, observe, trials_of
-from fedkl.defenses import KeyLock, NoDefense
+from fedkl.audit import attack_arms, observe, trials_of
+from fedkl.defenses import Arm, KeyLock, NoDefense
 from fedkl.errors import AttackError, ConfigError
 
 QUICK = FeatureInversion(simulations=800, components=200, iterations=100)

@@ -16,7 +16,6 @@ from fedkl.attacks.algebraic.structure import read_structure
 from fedkl.attacks.matching import gauss_newton
 from fedkl.attacks.matching.annealing import Fit, anneal
 from fedkl.defenses import KeyLock, NoDefense, PrivateLayers
-from fedkl.defenses.base import plain_copy
 from fedkl.errors import AttackError, ConfigError
 from tests.attacks.element import correlations, seen_of
 
@@ -70,7 +69,7 @@ def test_the_secret_comes_out_too(images, small, activation):
     lock = Remembering(layers="all", activation=activation)
     model = small(act=nn.ReLU) if activation == "tanh" else small()
     seen, _ = seen_of(lock, model, images, trials=1)
-    true = dict(plain_copy(Remembering.victims[0]).named_parameters())
+    true = dict(Remembering.victims[0].bake().named_parameters())
     (found,) = run(QUICK, seen)
     assert set(found.private) == set(true) - set(seen[0].gradient)
     if activation == "tanh":

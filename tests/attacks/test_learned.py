@@ -16,8 +16,8 @@ from fedkl.attacks import Knowledge, LearnedInversion, LocalSteps, PriorOnly
 from fedkl.attacks.learned import inversion as learned
 from fedkl.attacks.learned import kernels
 from fedkl.attacks.learned.kernels import Views, best_regression
-from fedkl.audit import Arm, SimulatedClients, attack_arms, trials_of
-from fedkl.defenses import KeyLock, NoDefense
+from fedkl.audit import SimulatedClients, attack_arms, trials_of
+from fedkl.defenses import Arm, KeyLock, NoDefense
 from fedkl.errors import AttackError, ConfigError, DataError
 
 SMALL = LearnedInversion(simulations=400)

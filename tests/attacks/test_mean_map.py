@@ -9,8 +9,8 @@ import torch
 
 from fedkl.attacks import Knowledge, LocalSteps, MeanMap, PriorOnly
 from fedkl.attacks.algebraic.access import open_above_first
-from fedkl.audit import Arm, observe, trials_of
-from fedkl.defenses import NoDefense, PrivateLayers
+from fedkl.audit import observe, trials_of
+from fedkl.defenses import Arm, NoDefense, PrivateLayers
 from fedkl.errors import AttackError, ConfigError
 from tests.attacks.element import ElementLock, correlations, seen_of
 

@@ -11,9 +11,7 @@ from torch import nn
 from fedkl import models
 from fedkl.attacks import LocalSteps
 from fedkl.attacks.algebraic.structure import read_structure
-from fedkl.config import PUBLISHED_LOCK
-from fedkl.defenses import PrivateLayers
-from fedkl.defenses.base import plain_copy
+from fedkl.defenses import PUBLISHED_LOCK, PrivateLayers
 from tests.attacks.conftest import Small
 
 ALL = replace(PUBLISHED_LOCK, layers="all")
@@ -27,7 +25,7 @@ def network(name):
 
 
 def true_head_input(victim, images):
-    baked, seen = plain_copy(victim).train(), []
+    baked, seen = victim.bake().train(), []
     head = [module for module in baked.modules() if isinstance(module, nn.Linear)][-1]
     head.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].detach()))
     baked(images)
@@ -38,7 +36,7 @@ def true_head_input(victim, images):
 def test_the_support_of_a_relu_keys_gammas_is_public(observed, name):
     seen, victim, trial = observed(ALL, model=network(name))
     structure = read_structure(seen)
-    true = dict(plain_copy(victim).named_parameters())
+    true = dict(victim.bake().named_parameters())
     scales = [scale for scale in true if scale.endswith("weight") and ("norm" in scale or "bn" in scale)]
     assert set(structure.support) == set(scales)
     # The last channels of a ResNet may be cut off above, by the ReLU behind a shortcut.
@@ -72,7 +70,7 @@ def test_a_batch_hides_the_heads_input_not_the_support(observed):
     structure = read_structure(seen)
     assert structure.label is None
     assert structure.head_input is None
-    true = dict(plain_copy(victim).named_parameters())
+    true = dict(victim.bake().named_parameters())
     assert structure.support
     assert all(torch.equal(each, true[name] > 0) for name, each in structure.support.items())
 

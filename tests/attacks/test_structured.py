@@ -11,10 +11,8 @@ from torch import nn
 from fedkl.attacks import AdaptiveMatching, Attack, InvertingGradients
 from fedkl.attacks.algebraic.structure import read_structure
 from fedkl.attacks.matching.structured import _Matching
-from fedkl.audit import observe, standard_arms
-from fedkl.config import PUBLISHED_LOCK
-from fedkl.defenses import KeyLock, PrivateLayers
-from fedkl.defenses.base import plain_copy
+from fedkl.audit import observe
+from fedkl.defenses import PUBLISHED_LOCK, KeyLock, PrivateLayers, arms_of
 from fedkl.errors import ConfigError
 
 PLAIN = {"support": False, "features": 0.0, "statistics": 0.0}
@@ -28,7 +26,7 @@ def seeded():
 @pytest.fixture
 def regressed(observed):
     seen, victim, trial = observed(PUBLISHED_LOCK)
-    arm = next(a for a in standard_arms(PUBLISHED_LOCK) if a.name == "lock-regressed-affine")
+    arm = arms_of(PUBLISHED_LOCK)["lock-regressed-affine"]
     return observe(victim, arm=arm, model=seen.model, trial=trial, classes=10), victim, trial
 
 
@@ -53,7 +51,7 @@ def test_without_its_parts_it_is_inverting_gradients(observed):
 
 def test_gammas_support_is_the_gradients(regressed):
     seen, victim, _ = regressed
-    true = dict(plain_copy(victim).named_parameters())["0.norm.weight"]
+    true = dict(victim.bake().named_parameters())["0.norm.weight"]
     attack = AdaptiveMatching()
     for neutral in (True, False):
         started = attack._started(seen, read_structure(seen), neutral=neutral)
@@ -67,7 +65,7 @@ def test_gammas_support_is_the_gradients(regressed):
 
 def test_gammas_of_dead_channels_do_not_move(regressed):
     seen, victim, trial = regressed
-    true = dict(plain_copy(victim).named_parameters())["0.norm.weight"]
+    true = dict(victim.bake().named_parameters())["0.norm.weight"]
     _, found = matching(seen)
     _, gradient = found(point(found, trial.images + 0.1), torch.tensor([0]))
     gamma = gradient[0, trial.images.numel() :][: len(true)]
@@ -78,7 +76,7 @@ def test_gammas_of_dead_channels_do_not_move(regressed):
 @pytest.mark.parametrize("term", ["features", "statistics"])
 def test_terms_vanish_at_the_truth_only(observed, term):
     seen, victim, trial = observed(KeyLock(share_statistics=True))
-    known = replace(seen, model=plain_copy(victim), labels=trial.labels)
+    known = replace(seen, model=victim.bake(), labels=trial.labels)
     values = []
     for weight in (0.0, 1.0):
         _, found = matching(known, **PLAIN | {term: weight})
@@ -141,7 +139,7 @@ def test_a_head_that_gets_nothing_is_no_target(observed, small):
 def test_what_was_granted_stays_as_it_is(observed):
     """Signed γ that the server knows: neither a start nor the support may touch them."""
     seen, victim, _ = observed(KeyLock(activation="tanh"), affine=True)
-    true = plain_copy(victim).get_parameter("0.norm.weight")
+    true = victim.bake().get_parameter("0.norm.weight")
     assert bool((true < 0).any())
     started = AdaptiveMatching()._started(seen, read_structure(seen), neutral=True)
     assert torch.equal(started.model.get_parameter("0.norm.weight"), true)

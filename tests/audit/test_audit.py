@@ -11,18 +11,8 @@ from torch import nn
 from fedkl import PublicUpdate, data, models
 from fedkl.attacks import DLG, Auxiliary, Knowledge, LocalSteps, PriorOnly
 from fedkl.attacks.matching.objectives import GradientMatching
-from fedkl.audit import (
-    Arm,
-    SimulatedClients,
-    attack_arms,
-    full_gradient,
-    grid,
-    observe,
-    standard_arms,
-    trials_of,
-)
-from fedkl.defenses import KeyLock
-from fedkl.defenses.base import plain_copy
+from fedkl.audit import SimulatedClients, attack_arms, full_gradient, grid, observe, trials_of
+from fedkl.defenses import Arm, KeyLock, arms_of
 from fedkl.errors import AttackError, DataError
 
 
@@ -43,7 +33,7 @@ def views(dataset, lock):
     model, (trial,) = build(0), trials_of(dataset, trials=1)
     victims = {}
     result = {}
-    for arm in standard_arms(lock):
+    for arm in arms_of(lock).values():
         victim = victims.setdefault(arm.defense, arm.defense.prepare(model))
         observation = observe(
             victim, arm=arm, model=model, trial=trial, classes=10, auxiliary=own_data(dataset)
@@ -64,7 +54,7 @@ def test_what_each_arm_knows(dataset, lock):
     def gamma(name):
         return arms[name][1].model.get_parameter("conv1.norm.weight")
 
-    truth = plain_copy(arms["lock"][0]).get_parameter("conv1.norm.weight")
+    truth = arms["lock"][0].bake().get_parameter("conv1.norm.weight")
     for name in ("public-norm", "lock-known-both"):
         torch.testing.assert_close(gamma(name), truth)
     for name in ("lock", "lock-known-key", "lock-known-layers"):
@@ -105,7 +95,7 @@ def test_batches_of_trials(dataset):
 def attack(dataset, names, *, trials=2, evaluations=2, **options):
     results = []
     attack_arms(
-        [arm for arm in standard_arms() if arm.name in names],
+        [arm for arm in arms_of(KeyLock()).values() if arm.name in names],
         attack=DLG(evaluations=evaluations),
         build=build,
         dataset=dataset,
@@ -189,7 +179,7 @@ GUESSES = ("lock", "lock-known-key", "lock-known-layers", "lock-seen-gradient", 
 @pytest.mark.parametrize("lock", [KeyLock(), KeyLock(layers="all", chained=True)], ids=["first", "all"])
 def test_the_objective_knows_what_the_client_does(dataset, lock, local):
     """Oracle: at the true images the simulated update is the client's, also one of several steps."""
-    for arm in standard_arms(lock):
+    for arm in arms_of(lock).values():
         value, _, _ = loss_at_the_truth(arm, dataset, local=local, batch_size=3)
         if arm.name in EXACT:
             assert value < 1e-10, arm.name
@@ -198,7 +188,7 @@ def test_the_objective_knows_what_the_client_does(dataset, lock, local):
 
 
 def test_the_gradient_of_the_lock_layers_is_compared_too(dataset):
-    arms = {arm.name: arm for arm in standard_arms()}
+    arms = arms_of(KeyLock())
     both = replace(
         arms["lock-known-both"], knowledge=Knowledge(key=True, lock_layers=True, lock_gradient=True)
     )
@@ -210,7 +200,7 @@ def test_the_gradient_of_the_lock_layers_is_compared_too(dataset):
 def test_the_gradient_of_the_lock_layers_gives_the_key_away(dataset):
     """Of γ = act(W k + b), ∂L/∂W = δ kᵀ and ∂L/∂b = δ: their ratio is the key. No attack is needed."""
     model, (trial,) = build(0), trials_of(dataset, trials=1)
-    arm = next(arm for arm in standard_arms() if arm.name == "lock-seen-gradient")
+    arm = arms_of(KeyLock())["lock-seen-gradient"]
     victim = arm.defense.prepare(model)
     seen = observe(victim, arm=arm, model=model, trial=trial, classes=10)
     weight, bias = (f"conv1.norm.parametrizations.weight.original{i}" for i in (0, 1))
@@ -221,7 +211,7 @@ def test_the_gradient_of_the_lock_layers_gives_the_key_away(dataset):
 
 @pytest.mark.parametrize(("name", "numbers"), [("lock-regressed-key", 1024), ("lock-regressed-affine", 24)])
 def test_what_is_regressed_is_a_part_of_the_point(dataset, name, numbers):
-    arm = next(arm for arm in standard_arms() if arm.name == name)
+    arm = arms_of(KeyLock())[name]
     _, gradient, matching = loss_at_the_truth(arm, dataset)
     assert matching.dimension == 3 * 32 * 32 + numbers
     assert gradient[0, -numbers:].any()
@@ -229,7 +219,7 @@ def test_what_is_regressed_is_a_part_of_the_point(dataset, name, numbers):
 
 def test_the_regressed_tensors_minimize_the_objective_where_they_are_true(dataset):
     """With the true γ and β as the guess, the objective is zero and flat in them."""
-    arm = next(arm for arm in standard_arms() if arm.name == "lock-known-affine")
+    arm = arms_of(KeyLock())["lock-known-affine"]
     free = ("conv1.norm.weight", "conv1.norm.bias")
     value, gradient, _ = loss_at_the_truth(arm, dataset, free=free)
     assert value < 1e-8
@@ -237,7 +227,7 @@ def test_the_regressed_tensors_minimize_the_objective_where_they_are_true(datase
 
 
 def test_eval_mode_uses_the_running_statistics(dataset):
-    arms = {arm.name: arm for arm in standard_arms(KeyLock(share_statistics=True))}
+    arms = arms_of(KeyLock(share_statistics=True))
     for name in ("public-norm", "lock-known-both"):
         assert loss_at_the_truth(arms[name], dataset, train_mode=False)[0] < 1e-8
 
@@ -246,7 +236,7 @@ def test_a_public_transform_is_applied_by_the_attacker_too(dataset):
     def halved(tensors):
         return {name: tensor / 2 for name, tensor in tensors.items()}
 
-    arm = standard_arms()[0]
+    arm = arms_of(KeyLock())["no-norm"]
     plain, transformed = (
         loss_at_the_truth(arm, dataset, transform=transform)[0] for transform in (None, halved)
     )
@@ -266,7 +256,7 @@ def test_several_workers_find_the_same(dataset):
 def simulation(dataset, name, **changes):
     """Simulated clients of an arm, its victim, and two updates of one simulated client for real images."""
     model = build(0)
-    arm = next(arm for arm in standard_arms(auxiliary=8) if arm.name == name)
+    arm = arms_of(KeyLock(), auxiliary=8)[name]
     victim = arm.defense.prepare(model)
     clients = SimulatedClients.of(arm, victim, model, **({"local": LocalSteps()} | changes))
     return arm, victim, model, clients
@@ -274,7 +264,7 @@ def simulation(dataset, name, **changes):
 
 def test_the_server_sees_the_mean_of_a_cohort(dataset):
     """Each member trains on its own images, with γ and β of its own."""
-    arm = next(arm for arm in standard_arms() if arm.name == "lock")
+    arm = arms_of(KeyLock())["lock"]
     model = build(0)
     clients = [arm.defense.prepare(model) for _ in range(2)]
     (trial,) = trials_of(dataset, trials=1, batch_size=4)
@@ -310,7 +300,7 @@ def test_members_of_a_cohort_have_keys_of_their_own(dataset, monkeypatch, name, 
     )
     found, model = [], build(0)
     attack_arms(
-        [next(arm for arm in standard_arms(auxiliary=400) if arm.name == name)],
+        [arms_of(KeyLock(), auxiliary=400)[name]],
         attack=PriorOnly(), build=lambda trial: model, dataset=dataset,
         trials=trials_of(dataset, trials=2, batch_size=4), seed=0, cohort=2, on_result=found.append,
     )  # fmt: skip
@@ -327,7 +317,7 @@ def test_clients_that_torch_func_cannot_trace_are_simulated_one_by_one(dataset):
         def forward(self, x):
             return self.net(x) if float(x.detach().mean()) < 2 else 2 * self.net(x)
 
-    (arm,) = (arm for arm in standard_arms(auxiliary=8) if arm.name == "no-norm")
+    arm = arms_of(KeyLock(), auxiliary=8)["no-norm"]
     images, labels = dataset.test_images[:3][:, None], dataset.test_labels[:3][:, None]
     found = []
     for model in (Doubtful(), build(0)):
@@ -348,7 +338,7 @@ def test_arms_that_share_victims_do_not_mix_their_cohorts(dataset, monkeypatch, 
         return observe(victim, arm=arm, trial=trial, others=others, **rest)
 
     monkeypatch.setattr(grid, "observe", noted)
-    arms, model = {arm.name: arm for arm in standard_arms(auxiliary=400)}, build(0)
+    arms, model = arms_of(KeyLock(), auxiliary=400), build(0)
     attack_arms(
         [arms[name] for name in names],
         attack=PriorOnly(), build=lambda trial: model, dataset=dataset,
@@ -413,7 +403,7 @@ def test_better_guesses_of_gamma_and_beta(dataset):
 
 
 def test_calibrating_needs_images(dataset):
-    arm = next(arm for arm in standard_arms() if arm.name == "lock-calibrated")
+    arm = arms_of(KeyLock())["lock-calibrated"]
     model, (trial,) = build(0), trials_of(dataset, trials=1)
     with pytest.raises(DataError, match=r"lock-calibrated: expected auxiliary images .* --auxiliary 100"):
         observe(arm.defense.prepare(model), arm=arm, model=model, trial=trial, classes=10)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fedkl.audit.attackers import RUNGS
 from fedkl.audit.matrix import ROWS, adaptive
-from fedkl.audit.verdict import markdown, verdict
+from fedkl.audit.matrix_table import markdown, verdict
 from fedkl.cli import app
 from fedkl.errors import ConfigError
 from fedkl.reproduce import Matrix
@@ -151,7 +151,8 @@ def test_only_images_with_a_label_of_their_own_count(tmp_path):
     matrix = Matrix(**SMALL | changes, rungs=("floor",))
     [record] = adaptive(matrix, out=tmp_path, progress=no_progress)
     path = next(tmp_path.rglob("results.jsonl"))
-    trials = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    trials = [record for record in records if record["event"] == "trial"]
     alone = [
         score["identified"]
         for trial in trials
@@ -194,7 +195,7 @@ def test_unknown_names_and_numbers(changes):
         Matrix(**SMALL | changes)
 
 
-@pytest.mark.parametrize("setting", ["batch_size=8", "lock.layers=all", "local.steps=5", "data.name=cifar10"])
+@pytest.mark.parametrize("setting", ["batch_size=8", "defense.layers=all", "local.steps=5", "data.name=cifar10"])
 def test_settings_do_not_contradict_the_table(setting):
     with pytest.raises(ConfigError, match=rf"--set {setting.split('=')[0].split('.')[0]}.*sets that itself"):
         Matrix(**SMALL, settings=(setting,)).cells()

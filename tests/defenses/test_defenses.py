@@ -11,7 +11,6 @@ from torch import nn
 from fedkl import Key
 from fedkl.attacks import Knowledge
 from fedkl.defenses import KeyLock, NoDefense, PrivateLayers, PrivateNorm, PublicNorm
-from fedkl.defenses.base import plain_copy
 from fedkl.defenses.completion import Completion
 from fedkl.errors import LockError
 
@@ -104,7 +103,7 @@ def test_a_lock_per_element_takes_the_shape_of_the_images(model):
 def test_the_servers_view_of_every_variant(model, defense):
     victim = defense.prepare(model)
     view = defense.server_view(victim, model, granted=Knowledge())
-    truth = dict(plain_copy(victim).named_parameters())
+    truth = dict(victim.bake().named_parameters())
     own = dict(view.model.named_parameters())
     public = victim.public_parameters()
     assert set(view.private) == own.keys() - public.keys()
@@ -121,7 +120,7 @@ def test_the_servers_view_of_every_variant(model, defense):
 @pytest.mark.parametrize("defense", VARIANTS, ids=repr)
 def test_the_server_fills_in_every_variant(model, defense):
     server = defense.prepare(model)
-    filled = Completion(plain_copy(server), server)
+    filled = Completion(server.bake(), server)
     neutral = filled.neutral().model
     for name in defense.prepare(model).layers:
         assert torch.equal(
@@ -165,7 +164,7 @@ def test_the_servers_view_of_a_lock(model, granted, exact):
     victim = defense.prepare(model, key=Key.generate())
     with torch.no_grad():
         victim.public_parameters()["0.weight"].mul_(2)  # the server must see the current public tensors
-    view, truth = defense.server_view(victim, model, granted=granted).model, plain_copy(victim)
+    view, truth = defense.server_view(victim, model, granted=granted).model, victim.bake()
     assert torch.equal(view[0].weight, truth[0].weight)
     same = torch.allclose(view[1].weight, truth[1].weight) and torch.allclose(view[1].bias, truth[1].bias)
     assert same == exact

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fedkl.defenses import KeyLock, PublicNorm
-from fedkl.defenses.base import plain_copy
 from fedkl.defenses.completion import Completion
 from fedkl.federated import server_fill_ins
 from fedkl.federated.fill_in import _baked
@@ -17,7 +16,7 @@ def filled_in(dataset, defense):
     run = trained(federation(dataset, defense, model=TwoNorms()))
     server = defense.prepare(TwoNorms())
     server.load_public_state(run.server.state)
-    return run, Completion(plain_copy(server), server)
+    return run, Completion(server.bake(), server)
 
 
 def test_fill_ins_of_an_untrained_federation(dataset):
@@ -88,7 +87,7 @@ def test_the_mean_oracle_of_one_client_is_its_own_model(dataset):
     server = run.defense.prepare(lenet())
     server.load_public_state(run.server.state)
     baked = _baked(run.clients[0], run.split, run.server.state)
-    mean = Completion(plain_copy(server), server).averaged([baked]).model
+    mean = Completion(server.bake(), server).averaged([baked]).model
     for name, parameter in baked.named_parameters():
         torch.testing.assert_close(mean.get_parameter(name), parameter)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fedkl.audit import Arm
 from fedkl.audit.results import arm_summary
 from fedkl.audit.views import chosen_arms
 from fedkl.config import AttackConfig, TrainConfig
-from fedkl.defenses import NoDefense
+from fedkl.defenses import Arm, NoDefense
 from fedkl.federated import FederatedTraining
 from fedkl.runs import RunDirectory
 
@@ -52,6 +53,8 @@ def attack_run(tmp_path):
         finished: bool = True,
         description: str | None = None,
         pictures: bool = True,
+        floor: dict | None = None,
+        not_run: list[dict] | None = None,
         **options,
     ) -> RunDirectory:
         trials = len(next(iter(psnr.values())))
@@ -74,6 +77,8 @@ def attack_run(tmp_path):
                 "attack": config.attack.type,
                 "initialization": "uniform",
                 "arms": summaries,
+                "floor": floor,
+                "not_run": not_run or [],
             }
             run.finish({**summary, "trials": trials, "batch_size": 1, "seconds": 1.0})
         return run
@@ -83,7 +88,7 @@ def attack_run(tmp_path):
 
 def _described(arm: Arm, description: str | None) -> Arm:
     text = description or arm.description
-    return Arm(name=arm.name, description=text, defense=arm.defense, knowledge=arm.knowledge)
+    return replace(arm, description=text)
 
 
 def _save_pictures(run: RunDirectory, entry: dict) -> None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 
 from fedkl.audit.matrix import ROWS
-from fedkl.audit.verdict import SAYS_NOTHING
 from fedkl.errors import ConfigError
 from fedkl.reproduce import RUNGS, Frontier, Matrix, frontier
 from fedkl.reproduce.frontier import markdown, points
@@ -57,7 +56,7 @@ def test_the_figure_leaves_out_what_says_nothing():
     record |= {"accuracy": 0.9, "cost": 0.0}
     read = {"rate": 0.5, "low": 0.25, "high": 0.75, "n": 4}
     other = record | {"arrangement": "first", "accuracy": 0.88, "cost": 0.02, "identified": read}
-    silent = other | {"arrangement": "all", "verdict": SAYS_NOTHING}
+    silent = other | {"arrangement": "all", "verdict": "says nothing"}
     (point,) = points([record, other, silent])
     assert point == ("lenet/mnist", "first", pytest.approx(2.0), 0.0, 50.0, 25.0, 75.0)
     assert "| 88.0 | 2.0 | – | – | 2 of 4" in markdown([record, other], batch=1, steps=1, cohort=1)

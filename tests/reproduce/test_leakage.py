@@ -11,8 +11,8 @@ from fedkl import config as configs
 from fedkl.attacks.generators.files import load_generator
 from fedkl.audit.records import _paper, perceptual_distances
 from fedkl.audit.results import SSIM_SUCCESS, SUCCESS_DB
-from fedkl.config import PUBLISHED_LOCK
 from fedkl.data import DATASETS
+from fedkl.defenses import PUBLISHED_LOCK
 from fedkl.errors import ConfigError, DataError
 from fedkl.metrics.perceptual import LPIPS
 from fedkl.models import MODELS
@@ -213,8 +213,8 @@ def test_settings_of_a_row(name, budget):
     assert experiment.attack.type == attack
     assert experiment.model.name in MODELS
     assert experiment.data.name in DATASETS
-    assert experiment.lock.activation == ("relu" if network == "lenet" else "sigmoid")
-    assert experiment.lock.key_distribution == PUBLISHED_LOCK.key_distribution == "uniform"
+    assert experiment.defense.activation == ("relu" if network == "lenet" else "sigmoid")
+    assert experiment.defense.key_distribution == PUBLISHED_LOCK.key_distribution == "uniform"
     assert experiment.labels_known == (attack != "ggl")
     assert experiment.norm_mode == ("eval" if attack == "ggl" or name == "ig/resnet20/cifar10" else "train")
     if attack == "ggl" and dataset != "ilsvrc":

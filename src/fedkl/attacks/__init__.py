@@ -1,7 +1,7 @@
 """Attacks: what an honest-but-curious server reconstructs from what it observed.
 
 Attacks know nothing of clients, keys, data or defenses beyond the `Observation`. A new attack is a new file
-with a frozen dataclass, added to the union `AnyAttack`.
+with a frozen dataclass under `register_attack`: in one of the folders below, or in a package of your own.
 
     base.py      Reconstruction, and the base class
     matching/    images are sought whose update is the observed one
@@ -17,7 +17,7 @@ from fedkl.attacks.algebraic.closed_form import ClosedForm
 from fedkl.attacks.algebraic.feature_inversion import FeatureInversion
 from fedkl.attacks.algebraic.mean_map import MeanMap
 from fedkl.attacks.algebraic.wiener import Wiener
-from fedkl.attacks.base import Attack, Reconstruction
+from fedkl.attacks.base import ATTACKS, Attack, Needs, Reason, Reconstruction, Refusal, register_attack
 from fedkl.attacks.labels import infer_label, infer_labels, known_labels
 from fedkl.attacks.learned.inversion import LearnedInversion
 from fedkl.attacks.learned.prior_only import PriorOnly
@@ -29,30 +29,15 @@ from fedkl.attacks.matching.idlg import IDLG
 from fedkl.attacks.matching.inverting import InvertingGradients
 from fedkl.attacks.matching.structured import AdaptiveMatching
 from fedkl.protocol import Auxiliary, Knowledge, LocalSteps, Observation
-
-AnyAttack = (
-    DLG
-    | IDLG
-    | GGL
-    | InvertingGradients
-    | AdaptiveMatching
-    | GRNN
-    | ClosedForm
-    | Wiener
-    | MeanMap
-    | LearnedInversion
-    | FeatureInversion
-    | GaussNewton
-    | PriorOnly
-)
+from fedkl.registration import import_all
 
 __all__ = [
+    "ATTACKS",
     "DLG",
     "GGL",
     "GRNN",
     "IDLG",
     "AdaptiveMatching",
-    "AnyAttack",
     "Attack",
     "Auxiliary",
     "ClosedForm",
@@ -63,11 +48,18 @@ __all__ = [
     "LearnedInversion",
     "LocalSteps",
     "MeanMap",
+    "Needs",
     "Observation",
     "PriorOnly",
+    "Reason",
     "Reconstruction",
+    "Refusal",
     "Wiener",
     "infer_label",
     "infer_labels",
     "known_labels",
+    "register_attack",
 ]
+
+for _folder in ("matching", "algebraic", "learned"):
+    import_all(f"{__name__}.{_folder}")

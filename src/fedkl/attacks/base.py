@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 
-from fedkl.attacks.parallel import Progress, shared_out
+from fedkl.attacks.parallel import Progress, available_memory, shared_out
 from fedkl.errors import AttackError
 from fedkl.metrics import Scaling
 from fedkl.protocol import Observation
+from fedkl.registration import Kinds
 from fedkl.types import ImageBatch, Labels
 
 
@@ -38,9 +40,73 @@ class Reconstruction:
     start: int
 
 
+Reason = Literal["does not apply", "too large", "broke"]
+"""Why an attack came to no reconstruction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why an attack does not begin with an observation.
+
+    Attributes:
+        kind: ``"does not apply"``: it is not made for such a one. ``"too large"``: it would not fit into
+            memory.
+        reason: In one sentence, with the size if it is that.
+    """
+
+    kind: Reason
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What an attack needs, said before any work.
+
+    Attributes:
+        batch: Images behind an update at most; None: any number.
+        steps: Local steps at most; None: any number.
+        sums: Whether it can read the mean over a cohort.
+        own_images: Labeled images of the server's own, at least.
+    """
+
+    batch: int | None = None
+    steps: int | None = None
+    sums: bool = False
+    own_images: int = 0
+
+    def missing(self, observation: Observation) -> str | None:
+        """What an observation lacks, as a phrase; None if nothing."""
+        own = 0 if observation.auxiliary is None else len(observation.auxiliary.images)
+        limits = {
+            f"at most {self.batch} images behind an update, got {observation.batch_size}": (
+                self.batch is not None and observation.batch_size > self.batch
+            ),
+            f"at most {self.steps} local steps, got {observation.local.steps}": (
+                self.steps is not None and observation.local.steps > self.steps
+            ),
+            f"the update of one client, got the mean over {observation.cohort}": (
+                observation.cohort > 1 and not self.sums
+            ),
+            f"at least {self.own_images} auxiliary images of the server's own, got {own}": (
+                own < self.own_images
+            ),
+        }
+        return next((text for text, lacks in limits.items() if lacks), None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """Base of all attacks. An author writes `_run`; checks are made here."""
+    """Base of all attacks. An author writes `_run`; checks are made here.
+
+    An attack of your own derives from it, is a frozen dataclass with a field `type`, and is registered with
+    `register_attack`.
+    """
+
+    title: ClassVar[str] = ""  # its name as in the literature; empty: its type
+    type: str = "unnamed"
 
     @property
     def divisible(self) -> bool:
@@ -48,9 +114,32 @@ class Attack:
         return True
 
     @property
-    def reads_sums(self) -> bool:
-        """Whether it can read the mean over a cohort, which no single network has computed."""
-        return False
+    def needs(self) -> Needs:
+        """What it cannot do without, as far as that can be said of any network."""
+        return Needs()
+
+    def memory(self, observation: Observation) -> int:
+        """Bytes that its largest arrays take; 0 where they are no larger than the network's own work."""
+        return 0
+
+    def refusal(self, observation: Observation) -> Refusal | None:
+        """Why it does not begin with observations of this kind; None where it does.
+
+        Args:
+            observation: What the server has.
+        """
+        lacking = self.needs.missing(observation)
+        if lacking is not None:
+            return Refusal(kind="does not apply", reason=f"{type(self).__name__}: expected {lacking}.")
+        try:
+            self._check(observation)
+        except AttackError as error:
+            return Refusal(kind="does not apply", reason=str(error))
+        wanted, there = self.memory(observation), available_memory()
+        if wanted > there:
+            sizes = f"{wanted / 2**30:,.0f} GiB of memory, there are {there / 2**30:,.0f}"
+            return Refusal(kind="too large", reason=f"{type(self).__name__}: needs {sizes}.")
+        return None
 
     def reconstruct(self, observation: Observation, *, generator: torch.Generator) -> Reconstruction:
         """Attacks one observation.
@@ -93,12 +182,9 @@ class Attack:
             raise AttackError(
                 f"{type(self).__name__}: expected observations of one kind, got {len(kinds)} kinds."
             )
-        if observations[0].cohort > 1 and not self.reads_sums:
-            raise AttackError(
-                f"{type(self).__name__}: expected the update of one client, got the mean over "
-                f"{observations[0].cohort}. Use the attack learned, or cohort = 1."
-            )
-        self._check(observations[0])
+        refusal = self.refusal(observations[0])
+        if refusal is not None:
+            raise AttackError(refusal.reason)
         pairs = list(zip(observations, generators, strict=True))
 
         def run(share: list[tuple[Observation, torch.Generator]], progress: Progress) -> list[Reconstruction]:
@@ -120,3 +206,9 @@ class Attack:
         on_evaluation: Progress,
     ) -> list[Reconstruction]:
         raise NotImplementedError
+
+
+ATTACKS: Kinds[Attack] = Kinds("attack", Attack)
+"""All attacks, by the `type` that configurations name."""
+
+register_attack = ATTACKS.register

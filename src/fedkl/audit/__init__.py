@@ -14,20 +14,18 @@ from fedkl.audit.grid import CANDIDATES, TrialResult, attack_arms
 from fedkl.audit.observing import Trial, observe, trials_of
 from fedkl.audit.simulating import SimulatedClients
 from fedkl.audit.updates import full_gradient, local_update, sent_statistics
-from fedkl.audit.views import MAIN_ARMS, Arm, standard_arms
+from fedkl.audit.views import chosen_arms
 
 __all__ = [
     "CANDIDATES",
-    "MAIN_ARMS",
-    "Arm",
     "SimulatedClients",
     "Trial",
     "TrialResult",
     "attack_arms",
+    "chosen_arms",
     "full_gradient",
     "local_update",
     "observe",
     "sent_statistics",
-    "standard_arms",
     "trials_of",
 ]

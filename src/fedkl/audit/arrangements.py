@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from fedkl.config import PUBLISHED_LOCK
-from fedkl.defenses import KeyLock, PrivateLayers
+from fedkl.defenses import PUBLISHED_LOCK, KeyLock, PrivateLayers, plain_arm
 
 # A short key keeps the lock layers small: γ and β have thousands of entries, and the same distribution.
 _PER_ELEMENT = KeyLock(granularity="element", key_length=128)
@@ -26,10 +25,10 @@ ARRANGEMENTS: Mapping[str, KeyLock | PrivateLayers] = {
 """By name: the published lock and ours, in the first layer and in all; ours per element, with signs, in front
 of the classifier, and with signs and a private classifier; whole layers without a lock."""
 
-CONTROL = "no-norm"
+CONTROL = plain_arm().name
 """The plain network: on it a rung must succeed before it says anything about private layers."""
 
-LOCK_CONTROL = "public-norm"
+LOCK_CONTROL = PUBLISHED_LOCK.control().name
 """The same for a lock: its network, inserted norms included, with public γ and β."""
 
 

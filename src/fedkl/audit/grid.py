@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedkl import rng
-from fedkl.attacks import Attack, Auxiliary, LocalSteps, Observation, Reconstruction
+from fedkl.attacks import Attack, Reason, Reconstruction
 from fedkl.audit.observing import Trial, observe
 from fedkl.audit.simulating import SimulatedClients
-from fedkl.audit.views import Arm
 from fedkl.data import Dataset
-from fedkl.defenses import Defense
-from fedkl.errors import DataError
+from fedkl.defenses import Arm, Defense
+from fedkl.errors import AttackError, DataError
 from fedkl.locking import Split
-from fedkl.metrics import Score, score
+from fedkl.metrics import Candidates, Score, score
+from fedkl.protocol import Auxiliary, LocalSteps, Observation
+
+OWN_IMAGES = 1000
+"""Images of the server's own behind the guess from the labels alone, where an arm grants it none."""
 
 CANDIDATES = 100
 """Test images among which a reconstruction must identify its own; more where more are attacked."""
@@ -56,6 +59,28 @@ class TrialResult:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class NotRun:
+    """One trial of one arm that came to no reconstruction.
+
+    Attributes:
+        arm: The arm's name.
+        trial: The trial's number.
+        kind: ``"does not apply"``: the attack is not made for such an observation. ``"too large"``: it would
+            need more memory than there is. ``"broke"``: it began, and failed halfway.
+        reason: In one sentence.
+    """
+
+    arm: str
+    trial: int
+    kind: Reason
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"event": "not-run"} | asdict(self)
+
+
 def attack_arms(
     arms: Sequence[Arm],
     *,
@@ -72,9 +97,13 @@ def attack_arms(
     cohort: int = 1,
     workers: int = 1,
     on_result: Callable[[TrialResult], None],
+    on_refusal: Callable[[NotRun], None] | None = None,
     on_evaluation: Callable[[int, int], None] | None = None,
 ) -> None:
     """Attacks every trial in every arm.
+
+    An arm that the attack does not apply to, and a trial on which it breaks, end neither the others nor the
+    run.
 
     Arms with the same defense attack the same victim (same weights, same γ and β) in a trial; every arm uses
     the same images, model seeds and attack seeds. Observations of one kind are attacked as one batch, across
@@ -100,9 +129,13 @@ def attack_arms(
         cohort: So many clients share a trial's batch; the server sees the mean of their updates.
         workers: Threads that share a chunk out; see `Attack.reconstruct_many`.
         on_result: Called with each result.
+        on_refusal: Called with each trial of an arm that came to none; None: the first one ends the run.
         on_evaluation: Called with (evaluations so far, problems still running) of the present batch.
+
+    Raises:
+        AttackError: A trial came to no reconstruction, and nobody is there to be told.
     """
-    candidates = dataset.test_images[: max(CANDIDATES, sum(len(trial.images) for trial in trials))]
+    candidates = candidates_of(dataset, trials)
     due = [trial for trial in trials if trial.index not in skip]
     chunk = -(-chunk // updates_per_client) * updates_per_client if attack.divisible else len(due)
     for first in range(0, len(due), max(chunk, 1)):
@@ -121,15 +154,91 @@ def attack_arms(
         batches: dict[Hashable, list[_Seen]] = {}
         for one in seen:
             batches.setdefault(one.observation.kind, []).append(one)
-        for batch in batches.values():
-            found = attack.reconstruct_many(
-                [one.observation for one in batch],
-                generators=[rng.generator(seed, "attack", one.trial.index) for one in batch],
-                on_evaluation=on_evaluation,
-                workers=workers,
-            )
-            for one, reconstruction in zip(batch, found, strict=True):
-                on_result(_scored(one.arm, one.trial, reconstruction, candidates))
+        refusals = {kind: attack.refusal(batch[0].observation) for kind, batch in batches.items()}
+        for kind, batch in batches.items():
+            refusal = refusals[kind]
+            if refusal is not None:
+                for one in batch:
+                    _tell(on_refusal, one, refusal.kind, refusal.reason)
+                continue
+            for one, found in _attacked(batch, attack, seed=seed, workers=workers, progress=on_evaluation):
+                if isinstance(found, Reconstruction):
+                    on_result(_scored(one.arm, one.trial, found, candidates))
+                else:
+                    _tell(on_refusal, one, "broke", _said(found))
+
+
+def _tell(told: Callable[[NotRun], None] | None, one: _Seen, kind: Reason, reason: str) -> None:
+    if told is None:
+        raise AttackError(f"{one.arm.name}, trial {one.trial.index + 1}: {reason}")
+    told(NotRun(arm=one.arm.name, trial=one.trial.index, kind=kind, reason=reason))
+
+
+def _attacked(
+    batch: Sequence[_Seen],
+    attack: Attack,
+    *,
+    seed: int,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[_Seen, Reconstruction | Exception]]:
+    """Attacks a batch; where that breaks, each observation alone, so that one of them breaks alone."""
+    try:
+        found = attack.reconstruct_many(
+            [one.observation for one in batch],
+            generators=[rng.generator(seed, "attack", one.trial.index) for one in batch],
+            on_evaluation=progress,
+            workers=workers,
+        )
+    except _BREAKS as error:
+        if len(batch) == 1 or not attack.divisible:
+            yield from ((one, error) for one in batch)
+            return
+    else:
+        yield from zip(batch, found, strict=True)
+        return
+    for one in batch:
+        yield from _attacked([one], attack, seed=seed, workers=1, progress=progress)
+
+
+_BREAKS = (AttackError, ArithmeticError, MemoryError, RuntimeError, ValueError, IndexError)
+"""What an attack raises that fails halfway: its own refusals, linear algebra, memory, shapes."""
+
+
+def _said(error: Exception) -> str:
+    """The first line of what an attack said when it broke."""
+    text = " ".join((str(error) or "no reason given").splitlines()[0].split())
+    return f"{type(error).__name__}: {text:.200}" if not isinstance(error, AttackError) else f"{text:.300}"
+
+
+def candidates_of(dataset: Dataset, trials: Sequence[Trial]) -> Candidates:
+    """The images among which a reconstruction must identify its own: at least `CANDIDATES`."""
+    return Candidates(dataset.test_images[: max(CANDIDATES, sum(len(trial.images) for trial in trials))])
+
+
+def floor(
+    dataset: Dataset, trials: Sequence[Trial], *, seed: int, auxiliary: int = 0
+) -> Iterator[tuple[Trial, list[Score]]]:
+    """What a server scores that looks at no update: the mean of its own images of each label.
+
+    Args:
+        dataset: Its training images are the server's own, its test images the candidates.
+        trials: Whose labels are guessed from; the server is taken to know them.
+        seed: Of which images the server has.
+        auxiliary: How many; `OWN_IMAGES` if 0.
+    """
+    candidates = candidates_of(dataset, trials)
+    order = torch.randperm(len(dataset.train_images), generator=rng.generator(seed, "auxiliary"))
+    own = order[: auxiliary or OWN_IMAGES]
+    images, labels = dataset.train_images[own], dataset.train_labels[own]
+    means = {label: images[labels == label].mean(0) for label in set(labels.tolist())}
+    overall = images.mean(0)
+    for trial in trials:
+        guess = torch.stack([means.get(label, overall) for label in trial.labels.tolist()])
+        yield (
+            trial,
+            score(guess, trial.images, candidates=candidates, candidate_index=trial.places, scaling="clip"),
+        )
 
 
 class _Seen(NamedTuple):
@@ -217,7 +326,9 @@ class _OwnData:
     def _auxiliary(self, arm: Arm, victim: Split, model: nn.Module) -> Auxiliary:
         index = self._order[: arm.knowledge.auxiliary]
         device = next(model.parameters()).device
-        clients = self._simulated(arm, victim, model)
+        clients = self._simulated(
+            arm, victim, model, generator=rng.generator(self._seed, "imitated", arm.name)
+        )
         return Auxiliary(
             images=self._dataset.train_images[index].to(device),
             labels=self._dataset.train_labels[index].to(device),
@@ -227,7 +338,7 @@ class _OwnData:
         )
 
 
-def _scored(arm: Arm, trial: Trial, reconstruction: Reconstruction, candidates: Tensor) -> TrialResult:
+def _scored(arm: Arm, trial: Trial, reconstruction: Reconstruction, candidates: Candidates) -> TrialResult:
     scores = score(
         reconstruction.images,
         trial.images,

@@ -13,9 +13,9 @@ from typing import Any
 from fedkl import config as configs
 from fedkl.audit.arrangements import ARRANGEMENTS, CONTROL, LOCK_CONTROL, control_of, is_lock
 from fedkl.audit.attackers import RUNGS, Rung
+from fedkl.audit.matrix_table import markdown
 from fedkl.audit.records import Record, records_of
 from fedkl.audit.run import attack
-from fedkl.audit.verdict import markdown
 from fedkl.config import AttackConfig
 from fedkl.defenses import KeyLock
 from fedkl.errors import AttackError, ConfigError
@@ -39,7 +39,7 @@ _SPARE = 1.15  # so that hardly any cell has fewer images than asked for
 
 
 _FIXED = (
-    *("seed", "data.name", "model.name", "lock", "arms", "auxiliary", "networks", "trials"),
+    *("seed", "data.name", "model.name", "defense", "arms", "auxiliary", "networks", "trials"),
     *("updates_per_client", "batch_size", "cohort", "local.steps", "norm_mode"),
 )
 
@@ -138,7 +138,7 @@ class Matrix:
             "model.name": model,
             "model.initialization": "default",
             "attack": dict(rung.attack),
-            "lock": asdict(lock),
+            "defense": asdict(lock),
             "arms": self._arms(rung, victim),
             "labels_known": True,
             "auxiliary": self.auxiliary,

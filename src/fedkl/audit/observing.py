@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fedkl.attacks import Auxiliary, LocalSteps, Observation
 from fedkl.audit.updates import local_update, mean_of, sent_statistics
-from fedkl.audit.views import Arm
 from fedkl.data import Dataset
-from fedkl.defenses.base import ServerView, plain_copy
+from fedkl.defenses import Arm
+from fedkl.defenses.base import ServerView
 from fedkl.defenses.completion import Completion
 from fedkl.errors import DataError
 from fedkl.locking import KEY, Split
@@ -136,7 +136,7 @@ def _seen_of(
     """One client's update as it is sent, and what else of it the server was granted."""
     knowledge = arm.knowledge
     # Public γ and β are trained as such, not through the lock.
-    trained = plain_copy(client) if knowledge.affine_gradient else client.model
+    trained = client.bake() if knowledge.affine_gradient else client.model
     update = local_update(trained, images, labels, train_mode=train_mode, local=local)
     public = {name: update[name] for name in client.public_parameters()}
     sent = client.public_update(public, kind="gradient", num_samples=len(images), round=0, search=False)

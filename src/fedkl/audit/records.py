@@ -95,7 +95,7 @@ def _setting(config: AttackConfig) -> Record:
         "initialization": config.model.initialization,
         "data": config.data.name,
         "norm_mode": config.norm_mode,
-        "lock": {"activation": config.lock.activation, "layers": config.lock.layers},
+        "defense": config.defense.describe(),
         "labels": _labels(config),
     }
 

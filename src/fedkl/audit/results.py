@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from fedkl.audit.views import Arm, chosen_arms
+from fedkl.attacks import Reason
+from fedkl.audit.grid import NotRun
+from fedkl.audit.views import chosen_arms
 from fedkl.config import AttackConfig, problems_of
+from fedkl.defenses import Arm
 from fedkl.errors import ConfigError, shown
 from fedkl.metrics import success_rate, summarize
 from fedkl.runs import Count, Needed, RunDirectory, Seconds, Share, Word, damaged_summary
@@ -20,9 +25,19 @@ SSIM_SUCCESS = 0.6
 """SSIM from which an attack counts as successful, for the attack success rate."""
 
 
+VERSION = 2
+"""Of what an attack leaves in results.jsonl and summary.json; runs of version 1 have no floor."""
+
+
 def arm_summary(arm: Arm, records: list[dict[str, Any]], *, updates_per_client: int = 1) -> dict[str, Any]:
     """What an arm is, and its figures over all its images."""
-    about = {"name": arm.name, "description": arm.description, "knows": arm.knowledge.describe()}
+    about = {
+        "name": arm.name,
+        "description": arm.description,
+        "knows": arm.knowledge.describe(),
+        "open": arm.open,
+        "control": arm.control,
+    }
     return about | arm_figures(records, updates_per_client=updates_per_client)
 
 
@@ -47,21 +62,43 @@ def arm_figures(records: list[dict[str, Any]], *, updates_per_client: int = 1) -
         name: summarize(values(name)).to_dict()
         for name in ("psnr", "ssim", "mse", "correlation", "psnr_raw", "psnr_affine", "ssim_affine")
     }
-    success = rate(values("psnr"), threshold=SUCCESS_DB)
     similar = rate(values("ssim"), threshold=SSIM_SUCCESS)
-    identified = rate(flags("identified"), threshold=1.0)
     found = rate(flags("label_correct"), threshold=1.0)
     return {
         "scaling": records[0]["scaling"],
         "candidates": scores[0]["candidates"],
         "figures": figures,
-        "success": success._asdict(),
+        **shares(records, groups=clients),
         "ssim_success": similar._asdict(),
-        "identified": identified._asdict(),
         "label_correct": found._asdict(),
         "evaluations": summarize([float(r["evaluations"]) for r in records]).to_dict(),
         "loss": summarize([r["loss"] for r in records]).to_dict(),
     }
+
+
+def shares(records: Sequence[Mapping[str, Any]], *, groups: Sequence[int] | None = None) -> dict[str, Any]:
+    """Which shares of the images were recovered and identified, with intervals: what a verdict rests on.
+
+    Args:
+        records: Of trials, or of the floor.
+        groups: Which images belong together, for the intervals; None: each is alone.
+    """
+    scores = [score for record in records for score in record["scores"]]
+    rate = partial(success_rate, groups=groups)
+    identified = [float(score["identified"]) for score in scores]
+    return {
+        "success": rate([score["psnr"] for score in scores], threshold=SUCCESS_DB)._asdict(),
+        "identified": rate(identified, threshold=1.0)._asdict(),
+    }
+
+
+def not_run(left_out: Sequence[NotRun]) -> list[dict[str, Any]]:
+    """What came to no reconstruction: by arm, kind and reason, how many trials."""
+    count = Counter((each.arm, each.kind, each.reason) for each in left_out)
+    return [
+        {"arm": arm, "kind": kind, "reason": reason, "trials": trials}
+        for (arm, kind, reason), trials in count.items()
+    ]
 
 
 class _Rate(Needed):
@@ -100,9 +137,23 @@ class _Arm(Needed):
     success: _Rate
     ssim_success: _Rate | None = None
     identified: _Rate
+    open: bool | None = None
+    control: Word | None = None
     label_correct: _Rate
     evaluations: _Middle
     loss: _Middle
+
+
+class _Shares(Needed):
+    success: _Rate
+    identified: _Rate
+
+
+class _NotRun(Needed):
+    arm: Word
+    kind: Reason
+    reason: Word
+    trials: Count
 
 
 class _AttackSummary(Needed):
@@ -112,6 +163,9 @@ class _AttackSummary(Needed):
     initialization: Word
     arms: Annotated[list[_Arm], Field(min_length=1)]
     seconds: Seconds
+    version: Literal[1, 2] = 1
+    floor: _Shares | None = None
+    not_run: Annotated[list[_NotRun], Field(default_factory=list)]
 
 
 def attack_summary(directory: RunDirectory) -> dict[str, Any] | None:

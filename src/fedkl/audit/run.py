@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from fedkl.audit.grid import TrialResult, attack_arms
-from fedkl.audit.observing import trials_of
-from fedkl.audit.results import arm_summary
-from fedkl.audit.views import Arm, chosen_arms
+from fedkl.audit.grid import NotRun, TrialResult, attack_arms, floor
+from fedkl.audit.observing import Trial, trials_of
+from fedkl.audit.results import VERSION, arm_summary, not_run, shares
+from fedkl.audit.views import chosen_arms
 from fedkl.config import AttackConfig
 from fedkl.data import Dataset
-from fedkl.errors import ConfigError
+from fedkl.defenses import Arm
+from fedkl.errors import AttackError, ConfigError
 from fedkl.runs import RunDirectory
 from fedkl.study import Progress, begun, silent
 from fedkl.subject import dataset_of, networks_of
@@ -37,17 +38,17 @@ def attack(config: AttackConfig, *, out: Path, progress: Progress = silent) -> R
     with begun(config, out=out) as directory:
         if directory.summary is None:
             dataset = dataset_of(config.data)
-            locked = config.lock.for_images(dataset.spec.shape)
-            _attack(config.model_copy(update={"lock": locked}), directory, dataset, progress)
+            defense = config.defense.for_images(dataset.spec.shape)
+            _attack(config.model_copy(update={"defense": defense}), directory, dataset, progress)
     return directory
 
 
 def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, progress: Progress) -> None:
     arms = chosen_arms(config)
     trials = trials_of(dataset, trials=config.trials, batch_size=config.batch_size)
-    records = _complete_trials(directory, arms, config)
-    directory.restart_from(records)
-    done = {record["trial"] for record in records}
+    records, left_out = _complete_trials(directory, arms, config)
+    directory.restart_from([*records, *(refused.to_dict() for refused in left_out)])
+    done = {record["trial"] for record in records} | {refused.trial for refused in left_out}
     start = perf_counter()
     earlier = max((record["elapsed"] for record in records), default=0.0)
     total = len(arms) * len(trials)
@@ -60,6 +61,11 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
         directory.append(record)
         records.append(record)
         progress(len(records), total, result.arm)
+
+    def note(refused: NotRun) -> None:
+        left_out.append(refused)
+        if records or refused.kind == "broke":
+            directory.append(refused.to_dict())
 
     def show(evaluations: int, running: int) -> None:
         if evaluations % 20 == 0:
@@ -80,9 +86,31 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
         cohort=config.cohort,
         workers=_attack_workers(config),
         on_result=keep,
+        on_refusal=note,
         on_evaluation=show,
     )
-    directory.finish(_attack_summary(config, arms, records))
+    if not records:
+        reasons = dict.fromkeys(refused.reason for refused in left_out)
+        raise AttackError(" ".join(reasons))
+    guesses = _floor_records(config, directory, dataset, trials)
+    directory.finish(_attack_summary(config, arms, records, left_out, guesses))
+
+
+def _floor_records(
+    config: AttackConfig, directory: RunDirectory, dataset: Dataset, trials: Sequence[Trial]
+) -> list[dict[str, Any]]:
+    """What a server scores on the same images that looks at no update; kept with the results."""
+    found = []
+    for trial, scores in floor(dataset, trials, seed=config.seed, auxiliary=config.auxiliary):
+        record = {
+            "event": "floor",
+            "trial": trial.index,
+            "scores": [each.to_dict() for each in scores],
+            "labels": trial.labels.tolist(),
+        }
+        directory.append(record)
+        found.append(record)
+    return found
 
 
 def _networks(config: AttackConfig, dataset: Dataset) -> Callable[[int], nn.Module]:
@@ -102,18 +130,18 @@ def _attack_workers(config: AttackConfig) -> int:
 
 def _complete_trials(
     directory: RunDirectory, arms: Sequence[Arm], config: AttackConfig
-) -> list[dict[str, Any]]:
-    """Records of an interrupted run whose client has all its trials, in all arms.
+) -> tuple[list[dict[str, Any]], list[NotRun]]:
+    """Records of an interrupted run whose client has all its trials, in all arms; what came to none apart.
 
     The others are repeated: arms and trials of a client share a victim, whose key and lock layers are gone.
 
     Raises:
         ConfigError: A record is none of this experiment's, or there twice.
     """
-    records = [record for record in directory.results(continued=True) if record["event"] == "trial"]
-    places = Counter((record["arm"], record["trial"]) for record in records)
+    kept = [r for r in directory.results(continued=True) if r["event"] in ("trial", "not-run")]
+    places = Counter((record["arm"], record["trial"]) for record in kept)
     own = {(arm.name, trial) for arm in arms for trial in range(config.trials)}
-    sizes = {len(record["scores"]) for record in records} - {config.batch_size}
+    sizes = {len(record["scores"]) for record in kept if "scores" in record} - {config.batch_size}
     if sizes or not places.keys() <= own or max(places.values(), default=1) > 1:
         raise ConfigError(
             f"{directory.path}/results.jsonl: expected each trial of this attack at most once in each arm, "
@@ -121,14 +149,29 @@ def _complete_trials(
         )
     counts = Counter(trial // config.updates_per_client for _, trial in places)
     whole = len(arms) * config.updates_per_client
-    return [record for record in records if counts[record["trial"] // config.updates_per_client] == whole]
+    complete = [record for record in kept if counts[record["trial"] // config.updates_per_client] == whole]
+    return (
+        [record for record in complete if record["event"] == "trial"],
+        [
+            NotRun(arm=r["arm"], trial=r["trial"], kind=r["kind"], reason=r["reason"])
+            for r in complete
+            if r["event"] == "not-run"
+        ],
+    )
 
 
 def _attack_summary(
-    config: AttackConfig, arms: tuple[Arm, ...], records: list[dict[str, Any]]
+    config: AttackConfig,
+    arms: tuple[Arm, ...],
+    records: list[dict[str, Any]],
+    left_out: Sequence[NotRun],
+    guesses: list[dict[str, Any]],
 ) -> dict[str, Any]:
+    together = config.updates_per_client
+    attacked = {record["arm"] for record in records}
     return {
         "type": "attack",
+        "version": VERSION,
         "attack": config.attack.type,
         "trials": config.trials,
         "batch_size": config.batch_size,
@@ -138,12 +181,11 @@ def _attack_summary(
         "local_steps": config.local.steps,
         "initialization": config.model.initialization,
         "arms": [
-            arm_summary(
-                arm,
-                [r for r in records if r["arm"] == arm.name],
-                updates_per_client=config.updates_per_client,
-            )
+            arm_summary(arm, [r for r in records if r["arm"] == arm.name], updates_per_client=together)
             for arm in arms
+            if arm.name in attacked
         ],
+        "floor": shares(guesses),
+        "not_run": not_run(left_out),
         "seconds": max(record["elapsed"] for record in records),
     }

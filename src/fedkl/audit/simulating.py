@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from fedkl.attacks import LocalSteps
 from fedkl.audit.updates import gradients, mean_of, stacked, updated
-from fedkl.audit.views import Arm
-from fedkl.defenses import Defense
-from fedkl.defenses.base import Known, plain_copy
+from fedkl.defenses import Arm, Defense
+from fedkl.defenses.base import Known
 from fedkl.locking import Split
 
 
@@ -34,6 +33,7 @@ class SimulatedClients:
         train_mode: Of the clients' norms.
         local: The clients' local steps.
         cohort: So many clients share each batch; what is seen is their mean.
+        generator: The attacker's, of what these clients draw.
     """
 
     defense: Defense
@@ -46,6 +46,7 @@ class SimulatedClients:
     train_mode: bool
     local: LocalSteps
     cohort: int = 1
+    generator: torch.Generator = field(default_factory=torch.Generator, repr=False)
 
     @classmethod
     def of(
@@ -57,6 +58,7 @@ class SimulatedClients:
         train_mode: bool = True,
         local: LocalSteps,
         cohort: int = 1,
+        generator: torch.Generator | None = None,
     ) -> SimulatedClients:
         """The clients of an arm.
 
@@ -67,9 +69,10 @@ class SimulatedClients:
             train_mode: Of the clients' norms.
             local: The clients' local steps.
             cohort: So many clients share each batch.
+            generator: The attacker's, of what these clients draw; a fresh one if None.
         """
         granted = arm.knowledge
-        plain = plain_copy(victim)
+        plain = victim.bake()
         baked = plain if granted.affine else None
         names = set(victim.public_parameters())
         parameters = {name for name, _ in plain.named_parameters()}
@@ -89,13 +92,14 @@ class SimulatedClients:
             train_mode=train_mode,
             local=local,
             cohort=cohort,
+            generator=generator or torch.Generator(),
         )
 
     def draw(self) -> dict[str, Tensor]:
         """The private parameters of one client; see `Auxiliary`."""
         plain = self.baked
         if plain is None:
-            plain = plain_copy(self.defense.imitated(self.model, known=self.known))
+            plain = self.defense.imitated(self.model, known=self.known).bake()
         return {name: plain.get_parameter(name).detach().clone() for name in self.private}
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -113,7 +117,7 @@ class SimulatedClients:
         split = self.defense.imitated(self.model, known=known)
         # In one step it is all the same whether γ and β are generated or numbers, but to the lock's gradient.
         alike = self.local.steps == 1 and not set(self.names).intersection(split.private_parameters())
-        return plain_copy(split) if alike else split.model
+        return split.bake() if alike else split.model
 
     def _sent(self, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """What it sends for each batch, stacked."""
@@ -122,5 +126,4 @@ class SimulatedClients:
         else:
             update = partial(updated, network, train_mode=self.train_mode, local=self.local)
             updates = stacked([update(x, y) for x, y in zip(images, labels, strict=True)], self.names)
-        transform = self.defense.public_transform
-        return updates if transform is None else dict(torch.vmap(transform)(updates))
+        return dict(self.defense.imitate_transform(updates, generator=self.generator))

@@ -1,187 +1,109 @@
-"""What the worst-rung matrix says: per arrangement the rung that reads most, its control and the floor."""
+"""The one rule for what figures say: a leak, nothing above the floor, or nothing at all."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 from fedkl import wording
-from fedkl.audit.attackers import CEILING, FLOOR, RUNGS
-from fedkl.audit.records import Record
+
+Kind = Literal["leaks", "at the floor", "says nothing", "control"]
 
 CONTROL_SHARE = 0.9
-"""Share of the control's images that a rung must identify before it says anything about a lock."""
-
-_CELL = ("row", "batch", "steps", "cohort")
-_HEADER = ("network/data", "batch", "steps", "cohort", "private")
-SAYS_NOTHING = "says nothing"
-"""The verdict where no attack was shown to succeed without the defense, or there are too few images."""
+"""Share of the control's images that an attack must recover or identify before its failure says anything."""
 
 SAFE_FROM = 100
-"""Images below which no cell is said to be at the floor."""
-
-_NOTES = (
-    "Worst rung: the attack that identified most images among the candidates (then: the higher median SSIM); "
-    "rungs are not combined. Intervals: 95 %, after Wilson, over images, given the network where all images "
-    "share one; where clients send several updates, widened by how much clients differ. n counts images; in "
-    "batches and cohorts only those whose label no other image of the update has: several of one class come "
-    "out as a mixture, with a defense and without.",
-    "Control: the same attack on the same network with public γ and β (for a lock) or without a private "
-    "layer. Leaks: the interval of some rung lies above the floor's. At the floor: of none does, and one of "
-    f"them identified at least {CONTROL_SHARE:.0%} of its control's images, with at least {SAFE_FROM} images "
-    "each; a claim about these attacks, not of safety. Says nothing: neither.",
-    "The floor looks at the label only: the mean of the auxiliary images of its class. In a batch the "
-    "matching with the truth lifts identification, there too.",
-    "Not a rung: matching with γ and β known, the ceiling of the matching rungs.",
-)
+"""Images below which no figures are said to be at the floor."""
 
 
-def markdown(records: Sequence[Record], *, refused: Sequence[tuple[Mapping[str, Any], str]]) -> str:
-    """The matrix, all rungs behind it, and those that could not work.
-
-    Args:
-        records: One per cell and arm, with row, batch, steps, rung, arm, arrangement (what is private) and
-            the name of its control.
-        refused: Cells that an attack cannot do, and why.
-    """
-    judged = [_row(cell) for cell in judgments(records)]
-    header = (*_HEADER, "worst rung", "n", "identified [95 %]", "SSIM", "its control", "floor", "verdict")
-    lines = _table(header, judged)
-    left_out = [name for name in RUNGS if name not in {r["rung"] for r in records}]
-    missing = [f"Rungs not run: {', '.join(left_out)}."] if left_out else []
-    reasons = dict.fromkeys(f"Not run: {given['rung']}, {_where(given)}. {why}" for given, why in refused)
-    return "\n\n".join([lines, *missing, *_NOTES, "All rungs:", _all_rungs(records), *reasons]) + "\n"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judgment:
-    """One arrangement in one cell.
+class Verdict(NamedTuple):
+    """What the figures of one attack against one client say.
 
     Attributes:
-        row: Network and data.
-        batch: Images behind an update.
-        steps: Local steps behind an update.
-        cohort: Clients over whose updates the server sees the mean.
-        arrangement: What is private.
-        worst: The record of the rung that read most.
-        compared: The same attack on the control; None if it was not run.
-        floor: The floor's record; None if it was not run.
-        verdict: See the notes below the table.
+        kind: ``"leaks"``: more is found than a guess from the labels finds. ``"at the floor"``: no more, by
+            an attack that succeeds on the same client with nothing hidden. ``"says nothing"``: neither can be
+            said. ``"control"``: nothing was hidden; such figures test the attack.
+        reason: Why, with the numbers.
     """
 
-    row: str
-    batch: int
-    steps: int
-    cohort: int
-    arrangement: str
-    worst: Record
-    compared: Record | None
-    floor: Record | None
-    verdict: str
+    kind: Kind
+    reason: str
+
+    @property
+    def text(self) -> str:
+        """Both in one phrase."""
+        return f"{self.kind}: {self.reason}"
 
 
-def judgments(records: Sequence[Record]) -> list[Judgment]:
-    """Every arrangement of every cell by its worst rung; controls are no arrangements.
+def judge(
+    found: Mapping[str, Any],
+    *,
+    floor: Mapping[str, Any] | None,
+    control: Mapping[str, Any] | None,
+    chance: float = 1.0,
+    open: bool = False,
+) -> Verdict:
+    """The verdict on the figures of one attack.
+
+    A leak that is seen counts in any case. That none is seen counts only where the same attack succeeds on
+    the control, and with enough images.
 
     Args:
-        records: See `markdown`.
+        found: Its figures: the shares ``identified`` and, if measured, ``success`` (recovered), each with
+            rate, low, high and n.
+        floor: The same of the guess from the labels alone, on the same images; None: not known.
+        control: The same of this attack on the same client with nothing hidden; None: not run.
+        chance: Share that random pictures identify at most; it takes the floor's place in runs without one.
+        open: Whether nothing was hidden here either.
     """
-    kept = [r for r in records if r["control"] is not None]
-    places = dict.fromkeys((*(r[name] for name in _CELL), r["arrangement"]) for r in kept)
-    found = [_judged(place, records) for place in places]
-    return [each for each in found if each is not None]
+    if open:
+        return Verdict("control", f"attack {'succeeds' if succeeds(found) else 'too weak'}")
+    leak = _leak(found, floor, chance)
+    if leak is not None:
+        return Verdict("leaks", leak)
+    missing = _missing(found, floor, control)
+    if missing is not None:
+        return Verdict("says nothing", missing)
+    return Verdict("at the floor", "resists this attack")
 
 
-def _judged(place: tuple[Any, ...], records: Sequence[Record]) -> Judgment | None:
-    *cell, arrangement = place
-    here = [r for r in records if [r[name] for name in _CELL] == cell]
-    own = [r for r in here if r["arrangement"] == arrangement]
-    rungs = [r for r in own if r["rung"] != FLOOR and r["arm"] != CEILING]
-    if not rungs:
-        return None
-    controls = {r["rung"]: r for r in here if r["arrangement"] == own[0]["control"]}
-    worst = max(rungs, key=lambda r: (_rate(r), _middle(r["ssim"])))
-    floor = next((r for r in own if r["rung"] == FLOOR), None)
-    return Judgment(
-        **dict(zip(_CELL, cell, strict=True)),
-        arrangement=arrangement,
-        worst=worst,
-        compared=controls.get(worst["rung"]),
-        floor=floor,
-        verdict=verdict(rungs, controls=controls, floor=floor),
-    )
+def _leak(found: Mapping[str, Any], floor: Mapping[str, Any] | None, chance: float) -> str | None:
+    """What lies above the floor, in words."""
+    recovered = found.get("success")
+    guessed = floor.get("success") if floor else None
+    if recovered and wording.hits(recovered) and not (guessed and wording.hits(guessed)):
+        return f"{wording.count(recovered)} images recovered"
+    if found["identified"]["low"] > (floor["identified"]["high"] if floor else chance):
+        return f"{wording.count(found['identified'])} images identified"
+    return None
 
 
-def _row(cell: Judgment) -> list[str]:
-    return [
-        *(str(part) for part in (cell.row, cell.batch, cell.steps, cell.cohort, cell.arrangement)),
-        name_of(cell.worst),
-        str(cell.worst["n"]),
-        wording.count_interval(cell.worst["identified"]),
-        _ssim(cell.worst),
-        wording.NONE if cell.compared is None else wording.count(cell.compared["identified"]),
-        wording.NONE if cell.floor is None else wording.count(cell.floor["identified"]),
-        cell.verdict,
-    ]
-
-
-def verdict(rungs: Sequence[Record], *, controls: Mapping[str, Record], floor: Record | None) -> str:
-    """What a cell says; see the notes below the table.
-
-    Args:
-        rungs: All that were run against the arrangement.
-        controls: The same attacks' records on their control, by rung.
-        floor: The floor's record, if it was run.
-    """
+def _missing(
+    found: Mapping[str, Any], floor: Mapping[str, Any] | None, control: Mapping[str, Any] | None
+) -> str | None:
+    """What it would take to say that there is no leak."""
     if floor is None:
-        return SAYS_NOTHING
-    if any(r["identified"]["low"] > floor["identified"]["high"] for r in rungs):
-        return "leaks"
-    told = [r for r in rungs if _rate(controls.get(r["rung"])) >= CONTROL_SHARE and r["n"] >= SAFE_FROM]
-    return "at the floor" if told and floor["n"] >= SAFE_FROM else SAYS_NOTHING
+        return "what the labels alone give away is not known"
+    if control is None:
+        return "its control was not attacked"
+    if not succeeds(control):
+        return f"the attack finds only {wording.count(_best(control))} of its control"
+    images = min(found["identified"]["n"], floor["identified"]["n"])
+    if images < SAFE_FROM:
+        return f"{images} images are too few ({SAFE_FROM} are needed)"
+    return None
 
 
-def _all_rungs(records: Sequence[Record]) -> str:
-    header = (*_HEADER, "rung", "n", "identified", "SSIM", "PSNR (dB)")
-    rows = [
-        [
-            *(str(r[name]) for name in _CELL),
-            r["arrangement"],
-            name_of(r),
-            str(r["n"]),
-            wording.count(r["identified"]),
-            _ssim(r),
-            wording.NONE if r["psnr"] is None else wording.number(r["psnr"]["median"], digits=1),
-        ]
-        for r in records
-    ]
-    return _table(header, rows)
+def succeeds(found: Mapping[str, Any]) -> bool:
+    """Whether an attack recovers or identifies enough of the images for it to serve as a control.
+
+    Some attacks find an image without its contrast, or one that is only like it: they identify what they do
+    not recover.
+    """
+    return float(_best(found)["rate"]) >= CONTROL_SHARE
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _where(given: Mapping[str, Any]) -> str:
-    cohort = f", cohort of {given['cohort']}" if given["cohort"] > 1 else ""
-    return f"{given['row']}, batch {given['batch']}, {given['steps']} local steps{cohort}"
-
-
-def name_of(record: Record) -> str:
-    """A rung and, where it has several, its guess of γ and β."""
-    plain = not record["arm"].startswith("lock-")
-    return record["rung"] if plain else f"{record['rung']}, {record['arm'].removeprefix('lock-')}"
-
-
-def _rate(record: Record | None) -> float:
-    return 0.0 if record is None else float(record["identified"]["rate"])
-
-
-def _middle(figure: Mapping[str, float] | None) -> float:
-    return -1.0 if figure is None else figure["median"]
-
-
-def _ssim(record: Record) -> str:
-    return wording.NONE if record["ssim"] is None else wording.number(record["ssim"]["median"], digits=2)
+def _best(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    shares = [found[name] for name in ("success", "identified") if found.get(name)]
+    best: Mapping[str, Any] = max(shares, key=lambda share: float(share["rate"]))
+    return best

@@ -1,24 +1,45 @@
 """Defenses: what a client does to its model and update so that the server learns less.
 
-A new defense is a new file with a frozen dataclass, added to the union `AnyDefense`.
+A new defense is a new file with a frozen dataclass under `register_defense`: here, or in a package of your
+own. Its file says all that is known of it: what the client does, how a server imitates its clients, what its
+control is, and what a server that knows it would try.
 """
 
-from fedkl.defenses.base import Defense, Granted, ServerView
-from fedkl.defenses.keylock import KeyLock
-from fedkl.defenses.none import NoDefense
-from fedkl.defenses.norms import PrivateNorm, PublicNorm
+from fedkl.defenses.base import (
+    DEFENSES,
+    Arm,
+    Defense,
+    FilledIn,
+    NoDefense,
+    Regressed,
+    ServerView,
+    arms_of,
+    own_arms,
+    plain_arm,
+    register_defense,
+)
+from fedkl.defenses.keylock import LOCK_SETTINGS, PUBLISHED_LOCK, KeyLock, PrivateNorm, PublicNorm
 from fedkl.defenses.private_layers import PrivateLayers
-
-AnyDefense = NoDefense | KeyLock | PublicNorm | PrivateNorm | PrivateLayers
+from fedkl.registration import import_all
 
 __all__ = [
-    "AnyDefense",
+    "DEFENSES",
+    "LOCK_SETTINGS",
+    "PUBLISHED_LOCK",
+    "Arm",
     "Defense",
-    "Granted",
+    "FilledIn",
     "KeyLock",
     "NoDefense",
     "PrivateLayers",
     "PrivateNorm",
     "PublicNorm",
+    "Regressed",
     "ServerView",
+    "arms_of",
+    "own_arms",
+    "plain_arm",
+    "register_defense",
 ]
+
+import_all(__name__)

@@ -1,36 +1,25 @@
-"""What every defense does. Defenses know nothing of attacks."""
+"""What every defense does, and what a server that knows it would try."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fedkl.keys import Key
-from fedkl.locking import Generation, Lock, Split
+from fedkl.locking import Generation, Split
+from fedkl.protocol import Knowledge, Transform
+from fedkl.registration import Kinds
 from fedkl.types import NamedTensors
 from fedkl.update import PublicUpdate
 
+Regressed = Literal["nothing", "key", "affine"]
 
-@runtime_checkable
-class Granted(Protocol):
-    """Which secrets an experiment grants to the server, besides what is public."""
-
-    @property
-    def key(self) -> bool:
-        """The client's key."""
-
-    @property
-    def lock_layers(self) -> bool:
-        """The weights of the lock layers, and the values of other private parameters."""
-
-    @property
-    def affine(self) -> bool:
-        """The values of γ and β, the norm statistics, and the values of private layers."""
+FilledIn = Literal["drawn", "neutral", "calibrated"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,9 +27,9 @@ class ServerView:
     """What the server can build: the public tensors, what it was granted, and its own guess of the rest.
 
     Attributes:
-        model: The plain model, γ and β as ordinary parameters.
+        model: The plain model, private parameters as ordinary ones.
         private: Names of its parameters that the client does not send.
-        secrets: What generates those of a key-lock: a key and lock layers, by name.
+        secrets: What generates some of them, by name: a key and lock layers.
         generate: Maps `secrets` to parameters of `model`; None where nothing is generated.
     """
 
@@ -67,7 +56,14 @@ class Known:
 
 @dataclass(frozen=True, kw_only=True)
 class Defense:
-    """Base of all defenses: an undefended client."""
+    """Base of all defenses: an undefended client.
+
+    A defense of your own derives from it, is a frozen dataclass with a field `type`, and is registered with
+    `register_defense`. It overrides what differs from an undefended client; the rest follows: it can be
+    trained with, attacked by every attack, and compared with its control.
+    """
+
+    type: str = "undefended"
 
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
         """Splits a copy of the model into private and public tensors.
@@ -91,15 +87,28 @@ class Defense:
         return update
 
     @property
-    def public_transform(self) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None:
+    def public_transform(self) -> Transform | None:
         """What `transform` does to the tensors, for an attacker who does the same to its own gradients.
 
-        Differentiable, without secrets; None where nothing is done. A defense that overrides `transform` says
-        it here too: the attacker knows the defense.
+        Differentiable, without secrets and without chance, works under `torch.vmap`; None where nothing is
+        done, or where what is done is drawn by chance (see `imitate_transform`). A defense that overrides
+        `transform` overrides this or `imitate_transform`: the attacker knows the defense.
         """
         return None
 
-    def server_view(self, victim: Split, model: nn.Module, *, granted: Granted) -> ServerView:
+    def imitate_transform(
+        self, updates: Mapping[str, Tensor], *, generator: torch.Generator
+    ) -> Mapping[str, Tensor]:
+        """What `transform` does to the updates of clients that the server plays itself.
+
+        Args:
+            updates: By name, several stacked: shape ``(updates, …)`` each.
+            generator: The attacker's, for what `transform` draws.
+        """
+        public = self.public_transform
+        return updates if public is None else dict(torch.vmap(public)(dict(updates)))
+
+    def server_view(self, victim: Split, model: nn.Module, *, granted: Knowledge) -> ServerView:
         """What the server can build, with one fill-in for what it was not granted.
 
         The server knows the architecture and the defense: it prepares the model as a client would, with
@@ -111,25 +120,26 @@ class Defense:
             granted: The secrets that the server knows.
         """
         if granted.affine:
-            return ServerView(model=plain_copy(victim))
+            return ServerView(model=victim.bake())
         view = self.imitated(model, known=self.known(victim, granted=granted))
         private = tuple(view.private_parameters())
-        if not isinstance(view, Lock):
-            return ServerView(model=plain_copy(view), private=private)
-        generate, secrets = view.generation(), view.reveal_secrets()
+        generate = view.generation()
+        if generate is None:
+            return ServerView(model=view.bake(), private=private)
+        secrets = view.reveal_secrets()
         layers = (name for name in private if name not in secrets)
         return ServerView(
-            model=plain_copy(view),
+            model=view.bake(),
             private=(*(link.tensor for link in generate.links), *layers),
             secrets=secrets,
             generate=generate,
         )
 
-    def known(self, victim: Split, *, granted: Granted) -> Known:
+    def known(self, victim: Split, *, granted: Knowledge) -> Known:
         """What the server has of a client: what is public, and the key and lock layers if granted."""
         return Known(
             public=victim.public_state(),
-            key=victim.key if isinstance(victim, Lock) and granted.key else None,
+            key=victim.key if granted.key else None,
             private=victim.private_parameters() if granted.lock_layers else {},
         )
 
@@ -148,7 +158,106 @@ class Defense:
                     parameter.copy_(known.private[name])
         return split
 
+    def control(self) -> Arm:
+        """The same client with nothing hidden: an attack that fails here says nothing about the defense."""
+        return plain_arm()
 
-def plain_copy(split: Split) -> nn.Module:
-    """A plain model with all tensors, private ones included, as ordinary parameters and buffers."""
-    return split.bake() if isinstance(split, Lock) else copy.deepcopy(split.model)
+    def guesses(self) -> tuple[Arm, ...]:
+        """What a server that knows this defense would try, the plainest first."""
+        return (Arm(name=self.type, description=self.describe(), defense=self, control=self.control().name),)
+
+    def baselines(self) -> tuple[tuple[Defense, str], ...]:
+        """What a training with it is compared with, the closest first, and what differs, in words."""
+        return ((plain_arm().defense, "plain network"),)
+
+    @classmethod
+    def variants(cls) -> tuple[Defense, ...]:
+        """With which options it is offered where another defense is attacked."""
+        return (cls(),)
+
+    def describe(self) -> str:
+        """Its name and options in one line, for tables."""
+        return self.type
+
+
+DEFENSES: Kinds[Defense] = Kinds("defense", Defense)
+"""All defenses, by the `type` that configurations name."""
+
+register_defense = DEFENSES.register
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One column of a comparison: a defense, and a server that knows so much of it and guesses so.
+
+    Attributes:
+        name: Short name.
+        description: What stands behind it, in one line.
+        defense: What the client does.
+        knowledge: What the server is granted.
+        regress: What the attack finds together with the images, instead of relying on the server's guess:
+            the key, or the private parameters themselves.
+        filled_in: What the server puts where it knows neither: what secrets of its own generate, γ = 1 and
+            β = 0, or what fits its auxiliary images and labels best.
+        open: Whether nothing is hidden from the server: such an arm tests the attack, not a defense.
+        control: Name of the arm that it is compared with; None for one that is a control itself.
+        main: Whether it is run where no arms are named.
+    """
+
+    name: str
+    description: str
+    defense: Defense
+    knowledge: Knowledge = field(default_factory=Knowledge)
+    regress: Regressed = "nothing"
+    filled_in: FilledIn = "drawn"
+    open: bool = False
+    control: str | None = None
+    main: bool = True
+
+
+@register_defense
+@dataclass(frozen=True, kw_only=True)
+class NoDefense(Defense):
+    """Plain federated learning: everything is public, norm statistics included."""
+
+    type: Literal["none"] = "none"
+
+    def guesses(self) -> tuple[Arm, ...]:
+        """None: there is nothing to guess."""
+        return ()
+
+    def baselines(self) -> tuple[tuple[Defense, str], ...]:
+        """None: it is the baseline."""
+        return ()
+
+
+def plain_arm() -> Arm:
+    """The plain network without any defense."""
+    return Arm(
+        name="no-norm", description="plain network, no lock", defense=NoDefense(), open=True, control=None
+    )
+
+
+def own_arms(defense: Defense) -> dict[str, Arm]:
+    """The plain network, the defense's control, and what a server that knows the defense would try."""
+    return {arm.name: arm for arm in (plain_arm(), defense.control(), *defense.guesses())}
+
+
+def arms_of(defense: Defense, *, labels: bool = True, auxiliary: int = 0) -> dict[str, Arm]:
+    """Every arm that can be attacked beside a defense, by name.
+
+    Its own come first, then those of all other registered defenses with their usual options.
+
+    Args:
+        defense: The one whose options count.
+        labels: Whether the server is granted the true labels, in every arm.
+        auxiliary: How many labeled images of its own it has, in every arm.
+    """
+    arms = own_arms(defense)
+    for kind in DEFENSES:
+        for other in kind.variants():
+            arms |= {name: arm for name, arm in own_arms(other).items() if name not in arms}
+    return {
+        name: replace(arm, knowledge=replace(arm.knowledge, labels=labels, auxiliary=auxiliary))
+        for name, arm in arms.items()
+    }

@@ -8,12 +8,13 @@ from typing import Literal
 
 from torch import nn
 
-from fedkl.defenses.base import Defense
+from fedkl.defenses.base import Arm, Defense, register_defense
 from fedkl.errors import LockError, gathered
 from fedkl.keys import Key
 from fedkl.locking import OwnLayers, OwnSplit, Split, find_layers
 
 
+@register_defense
 @dataclass(frozen=True, kw_only=True)
 class PrivateLayers(Defense):
     """Clients keep whole layers to themselves, each with a start of its own; there is no lock.
@@ -48,3 +49,27 @@ class PrivateLayers(Defense):
         split = OwnSplit(own, OwnLayers(own, chosen))
         split.redraw()
         return split
+
+    def guesses(self) -> tuple[Arm, ...]:
+        """Layers of the server's own draw."""
+        what = {"head": "the classifier", "stem": "the first layer"}
+        layers = self.layers if isinstance(self.layers, str) else ", ".join(self.layers)
+        known = isinstance(self.layers, str) and self.layers in what
+        return (
+            Arm(
+                name=f"private-{layers}" if known else self.type,
+                description=f"no lock, {what.get(layers, layers)} stays private",
+                defense=self,
+                control=self.control().name,
+            ),
+        )
+
+    @classmethod
+    def variants(cls) -> tuple[Defense, ...]:
+        """A private classifier, and a private first layer."""
+        return (cls(layers="head"), cls(layers="stem"))
+
+    def describe(self) -> str:
+        """Which layers."""
+        layers = self.layers if isinstance(self.layers, str) else ", ".join(self.layers)
+        return f"{self.type} (layers {layers})"

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedkl.errors import DataError, SecretError
 from fedkl.federated.optimizer_state import OptimizerState
 from fedkl.keys import Key
-from fedkl.locking import Lock, Split
+from fedkl.locking import Split
 from fedkl.types import NamedTensors
 from fedkl.update import TensorSpec
 
@@ -42,7 +42,7 @@ class Client:
             raise DataError(f"Client '{name}': expected at least one training sample, got none.")
         self.name = name
         self.samples = samples
-        self._key: Key | None = split.key if isinstance(split, Lock) else None
+        self._key = split.key
         state = split.private_state()
         self._private_state = state if room is None else room
         self._write(state)
@@ -93,8 +93,7 @@ class Client:
     def enter(self, split: Split, state: NamedTensors) -> None:
         """Puts the server's public state and this client's own key and private state into a model."""
         split.load_public_state(state)
-        if isinstance(split, Lock) and self._key is not None:
-            split.use_key(self._key)
+        split.use_key(self._key)
         split.load_private_state(self._private_state)
 
     def keep(self, private_state: NamedTensors, optimizer_state: OptimizerState) -> None:

@@ -10,7 +10,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from fedkl.defenses import Defense
-from fedkl.defenses.base import plain_copy
 from fedkl.defenses.completion import Completion
 from fedkl.federated.client import Client
 from fedkl.locking import Split
@@ -72,7 +71,7 @@ def server_fill_ins(
     """
     server = defense.prepare(model)
     server.load_public_state(state)
-    filled = Completion(plain_copy(server), server)
+    filled = Completion(server.bake(), server)
     if not filled.affine:
         return []
     arms: dict[FillInArm, Completion] = {
@@ -100,4 +99,4 @@ _REFITS = (10, 100, 1000)
 
 def _baked(client: Client, split: Split, state: NamedTensors) -> nn.Module:
     client.enter(split, state)
-    return plain_copy(split)
+    return split.bake()

@@ -65,12 +65,14 @@ class Lock(Split):
             f"activation={options.activation!r}, chained={options.chained}, private={list(options.private)})"
         )
 
-    def use_key(self, key: Key) -> None:
+    def use_key(self, key: Key | None) -> None:
         """Puts another client's key in, e.g. where one model instance serves several clients.
 
         Raises:
             LockError: The key's length is not the one that the lock layers were built for.
         """
+        if key is None:
+            return
         if key.length != self._options.key_length:
             raise LockError(
                 f"This lock takes keys of length {self._options.key_length}, got one of {key.length}. "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fedkl.errors import SecretError, UpdateError, gathered, shown
+from fedkl.keys import Key
+from fedkl.locking.generation import Generation
 from fedkl.locking.withholding import statistics_revision, withheld
 from fedkl.secret_search import SecretSearch
 from fedkl.types import NamedTensors
@@ -97,6 +100,26 @@ class Split:
     def private_state(self) -> dict[str, Tensor]:
         """Detached copies of all private tensors by name: lock layers and norm statistics, never the key."""
         return {name: tensor.detach().clone() for name, tensor in withheld(self._model)}
+
+    @property
+    def key(self) -> Key | None:
+        """The client's key; None where there is no lock."""
+        return None
+
+    def use_key(self, key: Key | None) -> None:
+        """Puts another client's key in; nothing where there is no lock."""
+
+    def bake(self) -> nn.Module:
+        """A plain copy of the model, private tensors included, as ordinary parameters and buffers."""
+        return copy.deepcopy(self._model)
+
+    def generation(self) -> Generation | None:
+        """How `reveal_secrets` become parameters of `bake()`; None where nothing is generated."""
+        return None
+
+    def reveal_secrets(self) -> dict[str, Tensor]:
+        """Copies of what parameters are generated from, by name. Never to be sent."""
+        return {}
 
     def redraw(self) -> None:
         """Draws all secrets anew, as for another client; what is public stays, and so do norm statistics.

@@ -5,7 +5,7 @@ Metrics are per image; `summarize` and `success_rate` come after, with their n, 
 
 from __future__ import annotations
 
-from fedkl.metrics.assignment import best_match, identification_rank
+from fedkl.metrics.assignment import Candidates, best_match, identification_rank
 from fedkl.metrics.image import (
     clip,
     correlation,
@@ -31,6 +31,7 @@ from fedkl.metrics.utility import accuracy, class_accuracies, evaluate
 
 __all__ = [
     "PSNR_CAP_DB",
+    "Candidates",
     "Matched",
     "Rate",
     "Scaling",

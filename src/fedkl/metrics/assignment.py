@@ -126,13 +126,52 @@ def identification_rank(
     return identification_ranks(reconstruction.unsqueeze(0), candidates=candidates, indexes=[index])[0]
 
 
+class Candidates:
+    """Images among which reconstructions are to identify their own, prepared once for all of them.
+
+    Args:
+        images: Shape (N, channels, height, width), N ≥ 2, finite.
+
+    Raises:
+        AttackError: There are fewer than two, or one is not finite.
+    """
+
+    def __init__(self, images: Float[Tensor, "candidates channels height width"]) -> None:
+        if len(images) < 2:
+            raise AttackError(
+                f"candidates: expected at least 2 images, got {len(images)}. Add images that the client did "
+                "not use."
+            )
+        self.images = checked(images, name="candidates")
+        self._directions = standardized(self.images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def ranks(self, reconstructions: ImageBatch, *, indexes: Sequence[int]) -> list[int]:
+        """`identification_rank` of a batch.
+
+        Args:
+            reconstructions: Shape (batch, channels, height, width); any range.
+            indexes: The true candidate of each reconstruction.
+
+        Raises:
+            AttackError: As `identification_rank`.
+        """
+        _check_candidates(reconstructions, self.images, indexes)
+        similarity = standardized(checked(reconstructions, name="reconstruction")) @ self._directions.T
+        own = similarity.gather(1, torch.tensor(list(indexes), dtype=torch.int64).view(-1, 1))
+        # The true image is at least as near as itself, so the count starts at 1; rounding must not change it.
+        return [int(rank) for rank in (similarity >= own - _TIE).sum(1).clamp(1, len(self))]
+
+
 def identification_ranks(
     reconstructions: ImageBatch,
     *,
     candidates: Float[Tensor, "candidates channels height width"],
     indexes: Sequence[int],
 ) -> list[int]:
-    """`identification_rank` of a batch, with the candidates prepared once.
+    """`identification_rank` of a batch; see `Candidates` for several of them.
 
     Args:
         reconstructions: Shape (batch, channels, height, width); any range.
@@ -145,14 +184,9 @@ def identification_ranks(
     Raises:
         AttackError: As `identification_rank`.
     """
-    total = len(candidates)
-    _check_candidates(reconstructions, candidates, indexes)
-    found = standardized(checked(reconstructions, name="reconstruction"))
-    similarity = found @ standardized(checked(candidates, name="candidates")).T
-    own = similarity.gather(1, torch.tensor(list(indexes), dtype=torch.int64).view(-1, 1))
-    # The true image is at least as near as itself, so the count starts at 1; rounding must not change that.
-    ranks = (similarity >= own - _TIE).sum(1).clamp(1, total)
-    return [int(rank) for rank in ranks]
+    if len(candidates) >= 2:
+        _check_candidates(reconstructions, candidates, indexes)
+    return Candidates(candidates).ranks(reconstructions, indexes=indexes)
 
 
 def _check_candidates(reconstructions: Tensor, candidates: Tensor, indexes: Sequence[int]) -> None:
@@ -161,10 +195,6 @@ def _check_candidates(reconstructions: Tensor, candidates: Tensor, indexes: Sequ
         raise AttackError(
             f"candidates: expected images of shape {tuple(reconstructions.shape[1:])}, got "
             f"{tuple(candidates.shape[1:])}. Preprocess the candidates as the attacked images were."
-        )
-    if total < 2:
-        raise AttackError(
-            f"candidates: expected at least 2 images, got {total}. Add images that the client did not use."
         )
     if len(indexes) != len(reconstructions):
         raise AttackError(

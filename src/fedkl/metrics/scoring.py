@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from fedkl.errors import AttackError
-from fedkl.metrics.assignment import Measure, assign, identification_ranks, pairwise_cost
+from fedkl.metrics.assignment import Candidates, Measure, assign, pairwise_cost
 from fedkl.metrics.image import checked, clip, correlation, fix_affine, fix_by_prior, mse, psnr, ssim
 from fedkl.types import ImageBatch, Labels
 
@@ -117,7 +117,7 @@ def score(
     reconstruction: ImageBatch,
     truth: ImageBatch,
     *,
-    candidates: Float[Tensor, "candidates channels height width"],
+    candidates: Float[Tensor, "candidates channels height width"] | Candidates,
     candidate_index: Sequence[int] | Tensor,
     labels_true: Labels | None = None,
     labels_found: Labels | None = None,
@@ -128,7 +128,8 @@ def score(
     Args:
         reconstruction: Images of shape (batch, channels, height, width); any range, may hold NaN or infinity.
         truth: ImageBatch of the same shape in [0, 1].
-        candidates: Shape (N, channels, height, width) in [0, 1], N ≥ 2, holding every true image.
+        candidates: Shape (N, channels, height, width) in [0, 1], N ≥ 2, holding every true image; or the same
+            prepared, where many batches are scored.
         candidate_index: For each true image its place among the candidates.
         labels_true: Labels of the true images.
         labels_found: What the attack took for the labels, in the order of `reconstruction`: a label follows
@@ -150,14 +151,15 @@ def score(
     """
     true = checked(truth, name="truth")
     places = [int(place) for place in candidate_index]
-    _check_truth(true, candidates, places)
+    known = candidates if isinstance(candidates, Candidates) else Candidates(candidates)
+    _check_truth(true, known.images, places)
     found = match(reconstruction, true, scaling=scaling)
     # What the stand-in for a failure measures is dropped, and its rank is the worst: it correlates with none.
     values = _measure(found.raw, found.scaled, true)
-    ranks = identification_ranks(found.scaled, candidates=candidates, indexes=places)
+    ranks = known.ranks(found.scaled, indexes=places)
     correct = _label_hits(labels_true, labels_found, found.order)
     return [
-        _one(row, rank=rank, candidates=len(candidates), label_correct=hit, failed=bool(lost))
+        _one(row, rank=rank, candidates=len(known), label_correct=hit, failed=bool(lost))
         for row, rank, hit, lost in zip(values, ranks, correct, found.failed, strict=True)
     ]
 
@@ -202,9 +204,8 @@ def _label_hits(true: Tensor | None, found: Tensor | None, order: Tensor) -> lis
     return [bool(hit) for hit in found.detach().cpu()[order] == true.detach().cpu()]
 
 
-def _check_truth(truth: Tensor, candidates: Tensor, places: list[int]) -> None:
+def _check_truth(truth: Tensor, known: Tensor, places: list[int]) -> None:
     """Raises AttackError where the truth is not in [0, 1], or not among the candidates where it should be."""
-    known = checked(candidates, name="candidates")
     for name, images in (("truth", truth), ("candidates", known)):
         if images.numel() and (images.min() < -_SAME_IMAGE or images.max() > 1 + _SAME_IMAGE):
             raise AttackError(

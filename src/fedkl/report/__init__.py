@@ -9,7 +9,7 @@ from fedkl.errors import ConfigError
 from fedkl.files import write_atomically
 from fedkl.report import figures, html, markdown, partitions, pictures, tables, verdict
 from fedkl.report.collect import AttackRun, Collected, collect
-from fedkl.report.page import AttackSection, Figure, Page, Repeat
+from fedkl.report.page import NOTE, AttackSection, Figure, Page, Repeat
 
 __all__ = ["Built", "build"]
 
@@ -62,6 +62,7 @@ def _page(collected: Collected) -> Page:
     images |= {name: figures.partition_map(division.shown) for name, division in divisions.items()}
     return Page(
         verdict=verdict.paragraph(collected),
+        note=NOTE if collected.attacks else "",
         verdict_table=tables.verdict_table(verdict.findings(collected)),
         unfinished=collected.unfinished,
         training=tables.training_table(collected.trains) if collected.trains else None,

@@ -7,7 +7,7 @@ from base64 import b64encode
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedkl.report.figures import ACCURACY, thumbnail
-from fedkl.report.page import NOTE, REPEAT_NOTE, TITLE, Page
+from fedkl.report.page import REPEAT_NOTE, TITLE, Page
 from fedkl.report.pictures import Picture
 
 
@@ -23,7 +23,7 @@ def render(page: Page) -> str:
     return environment.get_template("report.html.j2").render(
         page=page,
         title=TITLE,
-        note=NOTE,
+        note=page.note,
         repeat_note=REPEAT_NOTE,
         source=lambda name: _uri(page.figures[name]),
         accuracy=ACCURACY,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from fedkl.report.figures import ACCURACY
-from fedkl.report.page import NOTE, REPEAT_NOTE, TITLE, AttackSection, Page, Repeat, Table
+from fedkl.report.page import REPEAT_NOTE, TITLE, AttackSection, Page, Repeat, Table
 
 _SPECIAL = re.compile(r"([\\`*_\[\]|<>])")
 
@@ -17,7 +17,9 @@ def render(page: Page) -> str:
 
 
 def _lines(page: Page) -> Iterator[str]:
-    yield from (f"# {TITLE}", "", _text(page.verdict), "", f"**{_text(NOTE)}**", "")
+    yield from (f"# {TITLE}", "", _text(page.verdict), "")
+    if page.note:
+        yield from (f"**{_text(page.note)}**", "")
     for line in page.unfinished:
         yield f"* {_text(line)}"
     if page.verdict_table.rows:

@@ -9,11 +9,7 @@ from fedkl.report.pictures import Grid
 
 TITLE = "What does it leak, and what stops it?"
 
-NOTE = (
-    "Not part of this run: a server that attacks with a closed-form method that knows the lock's design. "
-    "At batch size 1 the published per-channel lock is known to fall to one (see docs/security.md). A locked "
-    "arm that resists the attacks below is no proof of safety."
-)
+NOTE = "That these attacks find nothing is no proof of safety: others may (see docs/security.md)."
 
 REPEAT_NOTE = (
     "Seeds fix weights, partition, batch orders and the starts of attacks. Keys and lock layers come from "
@@ -88,6 +84,7 @@ class Page:
     """The whole report, in its order."""
 
     verdict: str
+    note: str
     verdict_table: Table
     unfinished: list[str]
     training: Table | None

@@ -8,9 +8,9 @@ from typing import Any
 from fedkl import wording
 from fedkl.attacks import IDLG
 from fedkl.audit.results import SSIM_SUCCESS, SUCCESS_DB
+from fedkl.audit.verdict import CONTROL_SHARE, SAFE_FROM, Verdict
 from fedkl.audit.views import chosen_arms
 from fedkl.data import IID
-from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.report import verdict
 from fedkl.report.collect import AttackRun, TrainRun
 from fedkl.report.page import Table
@@ -37,12 +37,12 @@ def verdict_table(findings: Sequence[verdict.Finding]) -> Table:
         rows=[[finding.question, finding.measured, finding.verdict] for finding in findings],
         tones=[finding.tone for finding in findings],
         notes=[
-            f"An image is recovered from {SUCCESS_DB:.0f} dB on. An arm that withstands an attack counts "
-            "only where the same attack recovers or identifies at least "
-            f"{100 * verdict.CONTROL_RATE:.0f} % of the images of its control ({verdict.CONTROL}); "
-            "otherwise it says nothing. A leak that is seen counts in "
-            f"any case. Controls ({', '.join(verdict.OPEN_ARMS)}) hide nothing from the server: they test "
-            "the attack.",
+            f"An image is recovered from {SUCCESS_DB:.0f} dB on, and identified if of all candidates it "
+            "correlates best with the picture. A leak is what lies above the floor: above what the mean of "
+            "other images with the same label gives. An arm is at the floor only where the same attack finds "
+            f"at least {CONTROL_SHARE:.0%} of its control's images, and with at least {SAFE_FROM} images; "
+            "otherwise it says nothing. A leak that is seen counts in any case. Controls hide nothing from "
+            "the server: they test the attack.",
         ],
     )
 
@@ -51,7 +51,7 @@ def training_table(trains: Sequence[TrainRun]) -> Table:
     """Accuracy and cost of every training run; a column that says nothing of any run is left out."""
     cells: dict[str, Callable[[TrainRun], str]] = {
         "Run": lambda run: run.name,
-        "Defense": lambda run: _defense(run.config.defense),
+        "Defense": lambda run: run.config.defense.describe(),
         "Norm statistics": _statistics,
         "Clients": lambda run: str(run.summary["clients"]),
         "Rounds": lambda run: str(run.summary["rounds"]),
@@ -134,20 +134,6 @@ def _accuracy(mean: float, clients: Mapping[str, float]) -> str:
     return f"{text} ({100 * min(each):.2f}–{100 * max(each):.2f})" if len(each) > 1 else text
 
 
-def _defense(defense: AnyDefense) -> str:
-    if isinstance(defense, NoDefense):
-        return "none"
-    like = defense.like if isinstance(defense, PublicNorm | PrivateNorm) else defense
-    layers = like.layers if isinstance(like.layers, str) else ", ".join(like.layers)
-    detail = f"layers {layers}"
-    if isinstance(like, KeyLock):
-        detail += ", per element" if like.granularity == "element" else ""
-        detail += f", private {', '.join(like.private)}" if like.private else ""
-    if isinstance(defense, KeyLock):
-        detail += f", {defense.key_distribution} key, {defense.activation}"
-    return f"{defense.type} ({detail})"
-
-
 def _statistics(run: TrainRun) -> str:
     """As recorded; None is a network whose norms have none, and an older run says nothing."""
     shared = {True: "shared", False: "private", None: "none"}
@@ -172,8 +158,8 @@ def fill_in_table(trains: Sequence[TrainRun]) -> Table:
         if run.fill_ins and "test_images" in run.summary
     }
     text = f" ({'; '.join(sorted(tested))} here)" if tested else ""
-    left_out = [r.name for r in trains if isinstance(r.config.defense, PublicNorm) and not r.fill_ins]
-    notes = [f"Left out, as their γ and β are public: {', '.join(left_out)}."] if left_out else []
+    left_out = [run.name for run in trains if not run.fill_ins]
+    notes = [f"Left out, as they keep nothing private: {', '.join(left_out)}."] if left_out else []
     return Table(
         title="The server completes the global model itself",
         header=["Run", "Fill-in", "Norm statistics", "Accuracy", "Clients' own", "Difference"],
@@ -233,11 +219,12 @@ def attack_table(run: AttackRun, *, titled: bool) -> Table:
         rows=[_attack_row(arm, run, j) for arm, j in zip(run.arms.values(), judgments, strict=True)],
         narrow=(0, 5, 9, 11),
         turned=True,
-        notes=_attack_notes(size),
+        notes=_attack_notes(run),
     )
 
 
-def _attack_notes(batch_size: int) -> list[str]:
+def _attack_notes(run: AttackRun) -> list[str]:
+    batch_size = run.config.batch_size
     notes = [
         "Failures (no finite picture) count in n as not recovered and not identified; medians and means are "
         "over the others. Intervals: of the median by order statistics (a dash: too few trials), of shares "
@@ -245,6 +232,12 @@ def _attack_notes(batch_size: int) -> list[str]:
         "Behind a norm the gradient leaves the picture's scale open; the attacker then stretches it to fill "
         "[0, 1]. Identified: of all candidates the true image correlates best, which no scale can change.",
     ]
+    if run.summary.get("floor"):
+        guess = run.summary["floor"]["identified"]
+        notes.append(f"The floor, a guess from the labels alone: {wording.count_interval(guess)} identified.")
+    for each in run.summary.get("not_run", []):
+        trials = f", {each['trials']} of {run.config.trials} trials" if each["kind"] == "broke" else ""
+        notes.append(f"Not attacked: {each['arm']}{trials}: {each['kind']}. {each['reason']}")
     if batch_size > 1:
         notes.append(
             "In a batch, pictures are matched to the true images first, which lifts identification by chance "
@@ -253,7 +246,7 @@ def _attack_notes(batch_size: int) -> list[str]:
     return notes
 
 
-def _attack_row(arm: dict[str, Any], run: AttackRun, judgment: verdict.Judgment) -> list[str]:
+def _attack_row(arm: dict[str, Any], run: AttackRun, judgment: Verdict) -> list[str]:
     figures = arm["figures"]
     given = run.config.labels_known and not isinstance(run.config.attack, IDLG)
     return [

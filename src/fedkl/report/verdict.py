@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fedkl import wording
-from fedkl.defenses import KeyLock, NoDefense, PublicNorm
+from fedkl.audit import verdict
+from fedkl.audit.verdict import Verdict
+from fedkl.audit.views import chosen_arms
+from fedkl.defenses import Arm
 from fedkl.metrics import paper_psnr_to_true
+from fedkl.protocol import Knowledge
 from fedkl.report.collect import AttackRun, Collected, TrainRun
 from fedkl.training import ORACLE
 
-CONTROL_RATE = 0.9
 FEW_POINTS = 0.05
-CONTROL = "public-norm"
-PLAIN = "no-norm"
-OPEN_ARMS = (PLAIN, CONTROL, "lock-known-both")  # nothing is secret: they test the attack, not a defense
 _DLG_PRINTED = (32.71, 26.64)  # arXiv 2305.04095, Table 6, DLG, LeNet, MNIST: without and with the lock
 
 
@@ -30,10 +31,14 @@ class Finding(NamedTuple):
 
 
 class Judgment(NamedTuple):
-    """A verdict and its tone."""
+    """A verdict on the global model, and its tone."""
 
     text: str
     tone: str
+
+
+_TONES: dict[str, str] = {"leaks": "bad", "at the floor": "good", "says nothing": "open", "control": "open"}
+"""Of the kinds of verdict."""
 
 
 def findings(collected: Collected) -> list[Finding]:
@@ -56,21 +61,20 @@ def paragraph(collected: Collected) -> str:
 
 
 def _locked(collected: Collected) -> list[TrainRun]:
-    return [run for run in collected.trains if isinstance(run.config.defense, KeyLock)]
+    return [run for run in collected.trains if run.config.defense.guesses()]
 
 
-def controls_of(run: TrainRun, collected: Collected) -> list[TrainRun]:
-    """Runs that differ from a locked one in the defense only: norm-matched ones, then the plain network."""
+def controls_of(run: TrainRun, collected: Collected) -> list[tuple[TrainRun, str]]:
+    """Runs that differ from a defended one in the defense only, the closest first; and what differs."""
     defense = run.config.defense
     same = [
         other
         for other in collected.trains
         if other.config.model_copy(update={"defense": defense}) == run.config
     ]
-    matched = [
-        o for o in same if isinstance(o.config.defense, PublicNorm) and o.config.defense.like == defense
+    return [
+        (each, kind) for other, kind in defense.baselines() for each in same if each.config.defense == other
     ]
-    return matched + [other for other in same if isinstance(other.config.defense, NoDefense)]
 
 
 def noise(first: TrainRun, second: TrainRun) -> float | None:
@@ -98,14 +102,13 @@ def _compared(run: TrainRun, control: TrainRun) -> str:
 
 def _cost_findings(run: TrainRun, collected: Collected) -> list[Finding]:
     own = f"{run.name}: {wording.percent(run.summary['accuracy'])}"
-    question = "What does the lock cost in accuracy?"
+    question = f"What does {run.config.defense.type} cost in accuracy?"
     controls = controls_of(run, collected)
     if not controls:
-        return [Finding(question, own, "open: no run without the lock and otherwise the same", "open")]
+        return [Finding(question, own, "open: no run without it and otherwise the same", "open")]
     rows = []
-    for control in controls:
+    for control, kind in controls:
         loss, spread = control.summary["accuracy"] - run.summary["accuracy"], noise(run, control) or 0.0
-        kind = "same norm layers" if isinstance(control.config.defense, PublicNorm) else "plain network"
         measured = f"{own}; {control.name} ({kind}): {wording.percent(control.summary['accuracy'])}"
         tone = "good" if loss <= 0 else "open" if loss <= spread else "bad"
         rows.append(Finding(question, measured, _compared(run, control), tone))
@@ -114,61 +117,33 @@ def _cost_findings(run: TrainRun, collected: Collected) -> list[Finding]:
 
 def _accuracy_sentence(run: TrainRun, collected: Collected) -> str:
     rounds = _plural(run.summary["rounds"], "round")
-    text = (
-        f"After {rounds}, models with the lock ({run.name}) reach {wording.percent(run.summary['accuracy'])}"
-    )
+    accuracy = wording.percent(run.summary["accuracy"])
+    text = f"After {rounds}, models with {run.config.defense.type} ({run.name}) reach {accuracy}"
     parts = [
         f"{wording.percent(control.summary['accuracy'])} for {control.name} ({_compared(run, control)})"
-        for control in controls_of(run, collected)
+        for control, _ in controls_of(run, collected)
     ]
     if not parts:
-        return f"{text}; no run without the lock and otherwise the same settings is there to compare."
+        return f"{text}; no run without it and otherwise the same settings is there to compare."
     return f"{text}, against {' and '.join(parts)}."
 
 
 def _unlocked_sentence(run: TrainRun) -> str:
     rounds = _plural(run.summary["rounds"], "round")
     accuracy = wording.percent(run.summary["accuracy"])
-    return f"After {rounds}, {run.name} reaches {accuracy}; no run with the lock is there to compare."
+    return f"After {rounds}, {run.name} reaches {accuracy}; no run with a defense is there to compare."
 
 
-def recovers(arm: dict[str, Any]) -> bool:
-    """Whether the attack recovers enough of an arm's images for it to serve as a control."""
-    return bool(arm["success"]["rate"] >= CONTROL_RATE)
-
-
-def succeeds(arm: dict[str, Any]) -> bool:
-    """Whether it recovers or identifies enough of them.
-
-    Some attacks find an image without its contrast, or one that is only like it: they identify what they do
-    not recover.
-    """
-    return recovers(arm) or bool(arm["identified"]["rate"] >= CONTROL_RATE)
-
-
-def identifies(arm: dict[str, Any], batch_size: int) -> bool:
-    """Whether an arm's images are told from the other candidates more often than chance explains.
-
-    In a batch the matching lifts chance, at most to batch size / candidates.
-    """
-    return bool(arm["identified"]["low"] > batch_size / arm["candidates"])
-
-
-def judge(arm: dict[str, Any], run: AttackRun) -> Judgment:
-    """The verdict on one arm: a leak that is seen counts, a failure only where the control is recovered."""
-    if arm["name"] in OPEN_ARMS:
-        return Judgment(f"control: attack {'succeeds' if succeeds(arm) else 'too weak'}", "open")
-    if wording.hits(arm["success"]):
-        return Judgment(f"leaks: {wording.count(arm['success'])} images recovered", "bad")
-    if identifies(arm, run.config.batch_size):
-        return Judgment(f"leaks: {wording.count(arm['identified'])} images identified", "bad")
-    control = run.arms.get(CONTROL)
-    if control is None:
-        return Judgment(f"says nothing: control {CONTROL} missing", "open")
-    if not succeeds(control):
-        best = max(control["success"], control["identified"], key=lambda share: float(share["rate"]))
-        return Judgment(f"says nothing: attack finds only {wording.count(best)} of its control", "open")
-    return Judgment("resists this attack", "good")
+def judge(arm: dict[str, Any], run: AttackRun) -> Verdict:
+    """The verdict on one arm; see `fedkl.audit.verdict`."""
+    known = {each.name: each for each in chosen_arms(run.config)}[arm["name"]]  # older runs do not note it
+    return verdict.judge(
+        arm,
+        floor=run.summary.get("floor"),
+        control=run.arms.get(known.control or ""),
+        chance=run.config.batch_size / arm["candidates"],
+        open=known.open,
+    )
 
 
 def _arm_finding(run: AttackRun, arm: dict[str, Any], collected: Collected) -> Finding:
@@ -177,27 +152,13 @@ def _arm_finding(run: AttackRun, arm: dict[str, Any], collected: Collected) -> F
     median = _decibels(arm)
     recovered, identified = wording.count(arm["success"]), wording.count(arm["identified"])
     measured = f"median {median}, {recovered} recovered, {identified} identified"
-    return Finding(question, measured, *judge(arm, run))
-
-
-_ATTACKS = {
-    "dlg": "DLG",
-    "idlg": "iDLG",
-    "ig": "Inverting Gradients",
-    "grnn": "GRNN",
-    "ggl": "GGL",
-    "closed-form": "the closed form",
-    "wiener": "the Wiener filter",
-    "mean-map": "the mean map",
-    "feature-inversion": "feature inversion",
-    "gauss-newton": "Gauss–Newton",
-}
+    found = judge(arm, run)
+    return Finding(question, measured, found.text, _TONES[found.kind])
 
 
 def attack_name(run: AttackRun) -> str:
     """The attack's name as in the literature."""
-    name = str(run.summary["attack"])
-    return _ATTACKS.get(name, name)
+    return run.config.attack.title or run.config.attack.type
 
 
 def _decibels(arm: dict[str, Any]) -> str:
@@ -206,40 +167,38 @@ def _decibels(arm: dict[str, Any]) -> str:
 
 
 def _attack_sentences(run: AttackRun, collected: Collected) -> str:
+    """One sentence for what hides nothing, and one for each defended arm that is no variant of another."""
     where = f"In {run.name}, " if len(collected.attacks) > 1 else ""
-    kinds = {PLAIN: "the plain network", CONTROL: "the lock's network with public γ and β"}
+    known = {arm.name: arm for arm in chosen_arms(run.config)}
     parts = [
-        f"{wording.count(run.arms[name]['success'])} images from {text} (median {_decibels(run.arms[name])})"
-        for name, text in kinds.items()
-        if name in run.arms
+        f"{wording.count(arm['success'])} images from {arm['name']} (median {_decibels(arm)})"
+        for name, arm in run.arms.items()
+        if known[name].control is None
     ]
     text = (
         f"{where}{attack_name(run)} recovers {' and '.join(parts)}."
         if parts
         else f"{where}no control was attacked."
     )
-    lock = run.arms.get("lock")
-    return f"{text} {_lock_sentences(lock, run)}" if lock else f"{text} The lock itself was not attacked."
+    defended = [arm for name, arm in run.arms.items() if _is_plainly_defended(known[name])]
+    return " ".join([text, *(_defended_sentences(arm, run) for arm in defended)])
 
 
-def _lock_sentences(lock: dict[str, Any], run: AttackRun) -> str:
-    hits = wording.hits(lock["success"])
-    joint = "and" if hits or not wording.hits(lock["identified"]) else "yet what it finds"
+def _is_plainly_defended(arm: Arm) -> bool:
+    """Whether a server knows nothing of it but the defense, and guesses in the plainest way."""
+    granted = replace(arm.knowledge, labels=False, auxiliary=0) != Knowledge(labels=False)
+    return not (arm.open or granted or arm.regress != "nothing" or arm.filled_in != "drawn")
+
+
+def _defended_sentences(arm: dict[str, Any], run: AttackRun) -> str:
+    found = judge(arm, run)
+    failures = arm["figures"]["psnr"]["failures"]
     text = (
-        f"With the lock it recovers {wording.count(lock['success'])} (median {_decibels(lock)}), {joint} "
-        f"identifies {wording.count(lock['identified'])} among {lock['candidates']} candidates."
+        f"From {arm['name']} it recovers {wording.count(arm['success'])} (median {_decibels(arm)}), and "
+        f"identifies {wording.count(arm['identified'])} among {arm['candidates']} candidates"
     )
-    if lock["figures"]["psnr"]["failures"]:
-        text += f" {_plural(lock['figures']['psnr']['failures'], 'failure')} count as not recovered."
-    control = run.arms.get(CONTROL)
-    if hits or (control is not None and recovers(control)):
-        return text
-    if control is None:
-        return f"{text} Without the control {CONTROL}, that failure to recover says nothing about the lock."
-    return (
-        f"{text} As the same attack recovers less than {100 * CONTROL_RATE:.0f} % of its control, that "
-        "failure to recover says nothing about the lock."
-    )
+    text += f"; {_plural(failures, 'failure')} count as not recovered" if failures else ""
+    return f"{text}: {found.text}."
 
 
 def paper_comparison(run: AttackRun) -> str | None:

@@ -9,9 +9,9 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from fedkl import experiments
-from fedkl.config import PUBLISHED_LOCK, DataConfig, ModelConfig, TrainConfig
+from fedkl.config import DataConfig, ModelConfig, TrainConfig
 from fedkl.data import IID, AnyPartition
-from fedkl.defenses import AnyDefense, KeyLock, NoDefense, PrivateNorm, PublicNorm
+from fedkl.defenses import PUBLISHED_LOCK, Defense, KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError
 from fedkl.federated import Execution, FederatedTraining, LocalTraining
 from fedkl.reproduce.published import Budget, published
@@ -20,7 +20,7 @@ from fedkl.study import OpenProgress, check_names, holds_other, refuse_others, w
 
 Pairs = Literal["matched", "published"]
 
-ARMS: dict[str, tuple[AnyDefense, bool]] = {
+ARMS: dict[str, tuple[Defense, bool]] = {
     "centralized": (NoDefense(), True),
     "centralized-lock": (KeyLock(), True),
     "centralized-published": (PUBLISHED_LOCK, True),

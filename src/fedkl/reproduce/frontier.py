@@ -11,8 +11,8 @@ from typing import Any, Literal
 from fedkl import experiments, wording
 from fedkl.audit.arrangements import ARRANGEMENTS, CONTROL
 from fedkl.audit.matrix import ROWS, Matrix, adaptive
+from fedkl.audit.matrix_table import Judgment, judgments, name_of
 from fedkl.audit.records import Record
-from fedkl.audit.verdict import SAYS_NOTHING, Judgment, judgments, name_of
 from fedkl.config import DataConfig, ModelConfig, TrainConfig
 from fedkl.defenses import NoDefense
 from fedkl.errors import ConfigError
@@ -244,5 +244,5 @@ def points(records: Sequence[Record]) -> list[Tradeoff]:
             high=100 * record["identified"]["high"],
         )
         for record in records
-        if record["identified"] is not None and record["verdict"] != SAYS_NOTHING
+        if record["identified"] is not None and record["verdict"] != "says nothing"
     ]

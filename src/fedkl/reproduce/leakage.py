@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from fedkl import config as configs
 from fedkl import experiments
-from fedkl.audit import standard_arms
 from fedkl.audit.records import Record, markdown, perceptual_distances, records_of
-from fedkl.config import PUBLISHED_LOCK, AttackConfig
+from fedkl.config import AttackConfig
+from fedkl.defenses import PUBLISHED_LOCK, arms_of
 from fedkl.errors import AttackError, ConfigError, DataError, gathered
 from fedkl.locking import Activation
 from fedkl.metrics.perceptual import LPIPS
@@ -150,7 +150,7 @@ class LeakageTable:
             "model.name": row.model,
             "model.initialization": row.initialization,
             "attack": {"type": row.attack} | dict(settings),
-            "lock": asdict(lock),
+            "defense": asdict(lock),
             "arms": self.arms,
             "labels_known": row.labels_known,
             "auxiliary": _CALIBRATED_ON if "lock-calibrated" in self.arms else 0,
@@ -175,7 +175,7 @@ def leakage_rows() -> dict[str, LeakageRow]:
 
 def all_arms() -> tuple[str, ...]:
     """Every arm that can be named."""
-    return tuple(arm.name for arm in standard_arms())
+    return tuple(arms_of(PUBLISHED_LOCK))
 
 
 def grid_arms() -> tuple[str, ...]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from fedkl import config as configs
-from fedkl.attacks import AnyAttack
+from fedkl.attacks import ATTACKS
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.data import Dirichlet, Shards
 from fedkl.defenses import KeyLock, PrivateLayers, PrivateNorm, PublicNorm
@@ -31,7 +29,7 @@ class Configs(Surface):
 
     def seeds(self) -> list[bytes]:
         """Every attack, defense and partition once."""
-        attacks = [AttackConfig(attack=attack()) for attack in get_args(AnyAttack)]
+        attacks = [AttackConfig(attack=attack()) for attack in ATTACKS]
         trains = [TrainConfig(defense=defense) for defense in _DEFENSES]
         trains += [TrainConfig(training=training) for training in _TRAININGS]
         short = [b'type = "train"\nseed = 1\n', b'type = "attack"\n[lock]\nlayers = "all"\n']

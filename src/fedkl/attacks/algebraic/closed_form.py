@@ -29,7 +29,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from fedkl.attacks.algebraic.access import chain_of, open_chain
 from fedkl.attacks.algebraic.way_down import Descent, Passed
-from fedkl.attacks.base import Attack, Reconstruction
+from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.labels import infer_label
 from fedkl.errors import AttackError, ConfigError
 from fedkl.protocol import Observation
@@ -80,6 +80,7 @@ class ClosedFormReconstruction(Reconstruction):
     layers: tuple[PassedLayer, ...]
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class ClosedForm(Attack):
     """Reads γ, β and the image off the gradient of one image, layer by layer, by linear algebra.
@@ -100,6 +101,7 @@ class ClosedForm(Attack):
         The passage through a norm of unknown γ and β is this package's own.
     """
 
+    title: ClassVar[str] = "the closed form"
     type: Literal["closed-form"] = "closed-form"
     smoothness: float = 10.0
     chroma: float = 10.0
@@ -111,13 +113,17 @@ class ClosedForm(Attack):
                 f"smoothness={self.smoothness}, chroma={self.chroma}."
             )
 
+    def memory(self, observation: Observation) -> int:
+        """Of the normal equations for an image, their factor and what they are summed from."""
+        return 3 * 8 * math.prod(observation.image_shape) ** 2
+
     def _check(self, observation: Observation) -> None:
         chain = open_chain(observation, attack="ClosedForm")
         locked = [block.layer.name for block in chain.blocks if block.elementwise is not None]
         if locked:
             raise AttackError(
                 "ClosedForm: expected scale and shift per channel, got one of each per element behind "
-                f"'{locked[0]}': they are no moments of anything. Use --attack wiener."
+                f"'{locked[0]}': they are no moments of anything. Use the attack wiener."
             )
 
     def _run(

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,7 +30,7 @@ from torch.func import grad_and_value, vmap
 
 from fedkl.attacks.algebraic.features import Forward, read_features, readable_convolutions
 from fedkl.attacks.algebraic.structure import read_structure
-from fedkl.attacks.base import Attack, Reconstruction
+from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
 from fedkl.attacks.gaussian import Gaussian
 from fedkl.attacks.learned.kernels import Regression, Views, best_regression
 from fedkl.attacks.parallel import Progress
@@ -45,6 +45,7 @@ _AT_ONCE = 32  # images in one forward pass
 _CLIENTS = 50  # imitated at least: the descent takes means and deviations of their secrets
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class FeatureInversion(Attack):
     """The inputs of the last convolutions by linear algebra, and the image from them.
@@ -71,6 +72,7 @@ class FeatureInversion(Attack):
         without the client's private parameters, is this package's own.
     """
 
+    title: ClassVar[str] = "feature inversion"
     type: Literal["feature-inversion"] = "feature-inversion"
     layers: int = 2
     simulations: int | None = None
@@ -93,6 +95,11 @@ class FeatureInversion(Attack):
     def divisible(self) -> bool:
         """One regression serves all observations with the same dead channels."""
         return False
+
+    @property
+    def needs(self) -> Needs:
+        """Images of the server's own."""
+        return Needs(own_images=_LEAST)
 
     def _check(self, observation: Observation) -> None:
         if observation.local.steps > 1 or observation.transform is not None:

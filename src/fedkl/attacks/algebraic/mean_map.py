@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from fedkl.attacks.algebraic.access import open_above_first
 from fedkl.attacks.algebraic.chain import Chain, Layer
 from fedkl.attacks.algebraic.way_down import Descent
-from fedkl.attacks.base import Attack, Reconstruction
+from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
 from fedkl.attacks.gaussian import Gaussian, cholesky
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.parallel import Progress
@@ -45,6 +45,7 @@ _FIRST_NOISE = 0.1  # share of the variance of z that is left open while the ima
 _CERTAIN = 1e-12  # variance of a private number that was granted
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class MeanMap(Attack):
     """Finds a private first convolution together with the images, from all updates of one client.
@@ -66,6 +67,7 @@ class MeanMap(Attack):
         stem is this package's own.
     """
 
+    title: ClassVar[str] = "the mean map"
     type: Literal["mean-map"] = "mean-map"
     components: int = 200
     draws: int = 5
@@ -81,18 +83,27 @@ class MeanMap(Attack):
         """A client's updates serve each other."""
         return False
 
+    @property
+    def needs(self) -> Needs:
+        """Images of the server's own."""
+        return Needs(own_images=_LEAST)
+
+    def memory(self, observation: Observation) -> int:
+        """Of the normal equations for an image, their factor and what they are summed from."""
+        return 3 * 8 * math.prod(observation.image_shape) ** 2
+
     def _check(self, observation: Observation) -> None:
         first = open_above_first(observation, attack="MeanMap", private_stem=True).blocks[0]
         own = observation.own_data("MeanMap", least=_LEAST)
         if first.norm is not None or first.elementwise is not None:
             raise AttackError(
                 f"MeanMap: expected no norm and no lock behind '{first.layer.name}': z would not be linear "
-                "in the image. Use --attack wiener or closed-form where that convolution is public."
+                "in the image. Use the attack wiener or closed-form where that convolution is public."
             )
         if own.draw is None or f"{first.layer.name}.weight" in observation.gradient:
             raise AttackError(
                 f"MeanMap: expected a private '{first.layer.name}' and clients that draw theirs as the "
-                "defense does, got none. Use --attack closed-form where that convolution is public."
+                "defense does, got none. Use the attack closed-form where that convolution is public."
             )
 
     def _run(

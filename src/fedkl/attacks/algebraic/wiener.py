@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from fedkl.attacks.algebraic.access import open_above_first
 from fedkl.attacks.algebraic.chain import Block, Chain
 from fedkl.attacks.algebraic.way_down import Descent, Output
-from fedkl.attacks.base import Attack, Reconstruction
+from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
 from fedkl.attacks.gaussian import Gaussian, Posterior
 from fedkl.attacks.labels import infer_label
 from fedkl.attacks.parallel import Progress
@@ -51,6 +51,7 @@ _LOST = 1e12  # variance of a z that float32 has lost
 _UNSURE = 0.3  # of a start's values, in units of their variance
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class Wiener(Attack):
     """Wiener's filter against a lock per element, with expectation–maximization over signs where γ has both.
@@ -72,6 +73,7 @@ class Wiener(Attack):
         Wiener 1949; Dempster, Laird and Rubin 1977. Their use against a lock is this package's own.
     """
 
+    title: ClassVar[str] = "the Wiener filter"
     type: Literal["wiener"] = "wiener"
     components: int = 300
     draws: int = 20
@@ -87,6 +89,15 @@ class Wiener(Attack):
         """One prior serves all observations."""
         return False
 
+    @property
+    def needs(self) -> Needs:
+        """Images of the server's own."""
+        return Needs(own_images=_LEAST)
+
+    def memory(self, observation: Observation) -> int:
+        """Of the normal equations for an image, their factor and what they are summed from."""
+        return 3 * 8 * math.prod(observation.image_shape) ** 2
+
     def _check(self, observation: Observation) -> None:
         chain = open_above_first(observation, attack="Wiener")
         own = observation.own_data("Wiener", least=_LEAST)
@@ -94,7 +105,7 @@ class Wiener(Attack):
         if first.elementwise is None or (first.norm is not None and (first.norm.scale or first.norm.shift)):
             raise AttackError(
                 f"Wiener: expected a scale or shift per element behind '{first.layer.name}' and none per "
-                "channel. Use --attack closed-form."
+                "channel. Use the attack closed-form."
             )
         if own.draw is None:
             raise AttackError(

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedkl.attacks.base import Attack, Reconstruction
+from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
 from fedkl.attacks.labels import head_names, known_labels
 from fedkl.attacks.learned.kernels import Regression, Views, best_regression
 from fedkl.attacks.parallel import Progress
@@ -45,6 +45,7 @@ _TAUGHT = 0  # the image of a simulated batch that is learned from
 _FLOOR = 0.1  # of the deviations within a client, relative to a typical one
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class LearnedInversion(Attack):
     """Kernel ridge regression from updates to images, fitted on simulated clients.
@@ -69,6 +70,7 @@ class LearnedInversion(Attack):
         tuning by hand. Clients with fresh secrets are this package's own.
     """
 
+    title: ClassVar[str] = "learned inversion"
     type: Literal["learned"] = "learned"
     simulations: int | None = None
     updates_per_client: int = 10
@@ -93,9 +95,9 @@ class LearnedInversion(Attack):
         return False
 
     @property
-    def reads_sums(self) -> bool:
+    def needs(self) -> Needs:
         """What is simulated can be a cohort as well."""
-        return True
+        return Needs(sums=True)
 
     def _check(self, observation: Observation) -> None:
         _own(observation)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from fedkl.attacks.base import Attack, Reconstruction
+from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.parallel import Progress
 from fedkl.protocol import Observation
@@ -16,6 +16,7 @@ from fedkl.types import ImageBatch, Labels
 Guess = Literal["class-mean", "mean", "class-image"]
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class PriorOnly(Attack):
     """Looks at nothing but the label: an attack that does no better has read nothing out of the update.
@@ -28,16 +29,14 @@ class PriorOnly(Attack):
         Rung 0 of this package's ladder.
     """
 
+    title: ClassVar[str] = "the guess from the label alone"
     type: Literal["prior-only"] = "prior-only"
     guess: Guess = "class-mean"
 
     @property
-    def reads_sums(self) -> bool:
+    def needs(self) -> Needs:
         """It looks at no update at all."""
-        return True
-
-    def _check(self, observation: Observation) -> None:
-        observation.own_data("PriorOnly", least=1)
+        return Needs(sums=True, own_images=1)
 
     def _run(
         self,

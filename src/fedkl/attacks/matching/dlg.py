@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from fedkl.attacks.base import Attack, Reconstruction
+from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.matching.lbfgs import Stopping, minimize
 from fedkl.attacks.matching.objectives import GradientMatching, Weighting
 from fedkl.attacks.matching.restarts import best_of_restarts
@@ -19,6 +19,7 @@ from fedkl.protocol import Observation
 from fedkl.types import Labels
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class DLG(Attack):
     """L-BFGS on the squared gradient difference, from Gaussian noise; no prior by default.
@@ -40,6 +41,7 @@ class DLG(Attack):
         is the same, tolerances get a meaning), computed in float64, and each problem has a line search.
     """
 
+    title: ClassVar[str] = "DLG"
     type: Literal["dlg"] = "dlg"
     evaluations: int = 4000
     restarts: int = 1

@@ -19,14 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedkl.attacks import smoothness as prior
 from fedkl.attacks.algebraic.structure import read_structure
-from fedkl.attacks.base import Attack, Reconstruction
+from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.matching.annealing import Fit, anneal, slopes
 from fedkl.attacks.matching.objectives import GradientMatching
@@ -54,6 +54,7 @@ class GaussNewtonReconstruction(Reconstruction):
     private: Mapping[str, Tensor] = field(repr=False)
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class GaussNewton(Attack):
     """Nonlinear least squares for images, γ and β (or what else is private) at once.
@@ -78,6 +79,7 @@ class GaussNewton(Attack):
         Levenberg 1944, Marquardt 1963. Its use against locks is this package's own.
     """
 
+    title: ClassVar[str] = "Gauss–Newton"
     type: Literal["gauss-newton"] = "gauss-newton"
     components: int = 512
     iterations: int = 80
@@ -93,6 +95,11 @@ class GaussNewton(Attack):
     def divisible(self) -> bool:
         """One prior serves all observations."""
         return False
+
+    @property
+    def needs(self) -> Needs:
+        """Images of the server's own."""
+        return Needs(own_images=_LEAST)
 
     def _check(self, observation: Observation) -> None:
         own = observation.own_data("GaussNewton", least=_LEAST)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import cma
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional as F
 
-from fedkl.attacks.base import Attack, Reconstruction
+from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.generators.files import ImageGenerator, generator_for
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.matching.objectives import GradientMatching, Weighting
@@ -27,6 +27,7 @@ _AT_ONCE = 2**26  # numbers of all candidates' gradients that are held at once: 
 _WORST = float(np.finfo(np.float32).max)  # CMA-ES ranks; it cannot rank NaN, and warns of infinities
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class GGL(Attack):
     """Gradient-free search (CMA-ES) in the latent space of a class-conditional generator; one image.
@@ -59,6 +60,7 @@ class GGL(Attack):
         third off; the Adam variant has no schedule, as the code for ILSVRC. The generators are our own.
     """
 
+    title: ClassVar[str] = "GGL"
     type: Literal["ggl"] = "ggl"
     generator: str | None = None
     truncation: float = 1.0

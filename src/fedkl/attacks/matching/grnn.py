@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedkl.attacks.base import Attack, Reconstruction
+from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.matching.objectives import GradientMatching, Weighting
 from fedkl.attacks.matching.restarts import Incumbents, best_of_restarts
 from fedkl.attacks.parallel import Progress
@@ -24,6 +24,7 @@ _SMALLEST = 4  # side of the first feature map
 _WIDTH = 32  # channels of the last one
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class GRNN(Attack):
     """RMSprop on the weights of a generator whose image has the observed gradient.
@@ -53,6 +54,7 @@ class GRNN(Attack):
         see `GeneratorStack`; image sides may also be 5, 6 or 7 times a power of two, e.g. 28.
     """
 
+    title: ClassVar[str] = "GRNN"
     type: Literal["grnn"] = "grnn"
     iterations: int = 1000
     restarts: int = 1

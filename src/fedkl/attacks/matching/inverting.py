@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedkl.attacks.base import Attack, Reconstruction
+from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.matching.objectives import GradientMatching, Weighting
 from fedkl.attacks.matching.restarts import Incumbents, best_of_restarts
@@ -28,6 +28,7 @@ MEAN, STD = 0.5, 0.25
 _MILESTONES = (3 / 8, 5 / 8, 7 / 8)
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class InvertingGradients(Attack):
     """Adam on the sign of the gradient of a cosine distance; pixels stay in [0, 1].
@@ -60,6 +61,7 @@ class InvertingGradients(Attack):
         after the last step. One start by default, as in the original's runs on small networks.
     """
 
+    title: ClassVar[str] = "Inverting Gradients"
     type: Literal["ig"] = "ig"
     iterations: int = 4800
     restarts: int = 1

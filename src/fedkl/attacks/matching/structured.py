@@ -6,13 +6,14 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedkl.attacks.algebraic.structure import Structure, read_structure
+from fedkl.attacks.base import register_attack
 from fedkl.attacks.labels import head_names
 from fedkl.attacks.matching.inverting import MEAN, STD, InvertingGradients
 from fedkl.attacks.matching.objectives import GradientMatching, Weighting
@@ -26,6 +27,7 @@ _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 _FLAT = 1e-3  # of the mean variance: channels below it are constant
 
 
+@register_attack
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveMatching(InvertingGradients):
     """Inverting Gradients with what the gradient's structure and sent norm statistics say.
@@ -50,6 +52,7 @@ class AdaptiveMatching(InvertingGradients):
         support and the head's input add is this package's own.
     """
 
+    title: ClassVar[str] = "matching that knows the lock"
     type: Literal["adaptive-matching"] = "adaptive-matching"  # type: ignore[assignment]
     weighting: Weighting = "sqrt"
     support: bool = True

@@ -1,0 +1,190 @@
+"""An attack that does not apply, is too large or breaks halfway ends nothing, and is told apart."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+from torch import nn
+
+from fedkl import data, experiments, report
+from fedkl.attacks import (
+    ATTACKS,
+    Attack,
+    ClosedForm,
+    MeanMap,
+    Observation,
+    PriorOnly,
+    Reconstruction,
+    Wiener,
+    register_attack,
+)
+from fedkl.audit.grid import candidates_of, floor
+from fedkl.audit.observing import trials_of
+from fedkl.audit.verdict import judge
+from fedkl.config import AttackConfig
+from fedkl.errors import AttackError
+from fedkl.metrics import assignment
+from fedkl.protocol import Auxiliary
+from fedkl.runs import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return data.load("mnist-sample")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breaking(Attack):
+    """Finds the true-sized zeros, but breaks on one of the batches."""
+
+    type: Literal["test-breaking"] = "test-breaking"
+
+    def _run(self, observations, generators, on_evaluation):
+        if any(int(o.labels[0]) == 2 for o in observations):  # the second image of the sample is a 2
+            raise torch.linalg.LinAlgError("singular")
+        return [
+            Reconstruction(
+                images=torch.zeros(o.batch_size, *o.image_shape),
+                labels=o.labels, scaling="clip", loss=1.0, evaluations=1, start=0,
+            )
+            for o in observations
+        ]  # fmt: skip
+
+
+@pytest.fixture
+def breaking():
+    register_attack(Breaking)
+    yield Breaking()
+    ATTACKS.forget("test-breaking")
+
+
+def not_run(run):
+    return [record for record in run.results() if record["event"] == "not-run"]
+
+
+def test_an_arm_that_the_attack_refuses_ends_nothing(tmp_path):
+    config = AttackConfig(
+        attack=ClosedForm(), arms=("no-norm", "private-stem"), trials=2, networks="one", auxiliary=10
+    )
+    run = experiments.run(config, out=tmp_path / "run")
+    assert [arm["name"] for arm in run.summary["arms"]] == ["no-norm"]
+    assert {(r["arm"], r["trial"], r["kind"]) for r in not_run(run)} == {
+        ("private-stem", trial, "does not apply") for trial in (0, 1)
+    }
+    (left_out,) = run.summary["not_run"]
+    assert left_out["trials"] == 2
+    assert "not observed: conv1.weight" in left_out["reason"]
+    report.build(tmp_path / "run")
+    assert "Not attacked: private-stem: does not apply" in (tmp_path / "run/report.md").read_text()
+
+
+def test_an_attack_that_applies_to_nothing_leaves_its_folder_free(tmp_path):
+    config = AttackConfig(attack=ClosedForm(), arms=("private-stem",), trials=1)
+    with pytest.raises(AttackError, match="ClosedForm"):
+        experiments.run(config, out=tmp_path / "run")
+    assert not (tmp_path / "run/results.jsonl").exists()
+    other = config.model_copy(update={"arms": ("no-norm",)})
+    assert experiments.run(other, out=tmp_path / "run").summary is not None
+
+
+def test_a_trial_that_breaks_breaks_alone_and_is_not_repeated(tmp_path, breaking):
+    config = AttackConfig(attack=breaking, arms=("no-norm",), trials=3)
+    run = experiments.run(config, out=tmp_path / "run")
+    done = [record["trial"] for record in run.results() if record["event"] == "trial"]
+    (broken,) = not_run(run)
+    assert (broken["kind"], sorted([*done, broken["trial"]])) == ("broke", [0, 1, 2])
+    assert broken["reason"].endswith("singular")
+    (tmp_path / "run/summary.json").unlink()
+    again = experiments.run(config, out=tmp_path / "run")
+    assert [record["trial"] for record in again.results() if record["event"] == "trial"] == done
+
+
+@pytest.mark.parametrize("attack", [ClosedForm(), Wiener(), MeanMap()], ids=lambda attack: attack.type)
+def test_large_images_are_refused_with_the_size(attack):
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 5, stride=2, padding=2), nn.Sigmoid(), nn.Flatten(), nn.LazyLinear(10)
+    )
+    model(torch.zeros(1, 3, 224, 224))
+    gradient = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    own = Auxiliary(images=torch.rand(200, 3, 2, 2), labels=torch.zeros(200).long(), simulate=lambda x, y: {})
+    seen = Observation(
+        model=model, gradient=gradient, image_shape=(3, 224, 224), classes=10, batch_size=1, auxiliary=own
+    )
+    assert attack.memory(seen) > 500 * 2**30
+    small = Observation(
+        model=model, gradient=gradient, image_shape=(3, 32, 32), classes=10, batch_size=1, auxiliary=own
+    )
+    assert attack.memory(small) < 2**30
+
+
+def test_a_refusal_for_size_is_no_other(monkeypatch, dataset):
+    (trial,) = trials_of(dataset, trials=1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    seen = Observation(
+        model=model,
+        gradient={name: torch.ones_like(p) for name, p in model.named_parameters()},
+        image_shape=(3, 32, 32), classes=10, batch_size=1, labels=trial.labels,
+    )  # fmt: skip
+    monkeypatch.setattr(Breaking, "memory", lambda self, observation: 2**60)
+    refusal = Breaking().refusal(seen)
+    assert refusal.kind == "too large"
+    assert "1,073,741,824 GiB" in refusal.reason
+    assert PriorOnly().refusal(seen).kind == "does not apply"
+
+
+def test_a_guess_that_never_looks_is_no_leak(tmp_path):
+    """Its floor is its own figures: nine in three hundred are above chance, and no leak."""
+    config = AttackConfig(
+        attack=PriorOnly(), arms=("public-norm", "lock"), trials=60, auxiliary=1500, networks="one"
+    )
+    run = experiments.run(config, out=tmp_path / "run")
+    summary = run.summary
+    for arm in summary["arms"]:
+        assert arm["identified"] == summary["floor"]["identified"]
+        found = judge(arm, floor=summary["floor"], control=None)
+        assert found.kind == "says nothing"
+
+
+def test_the_floor_of_a_batch_is_lifted_as_its_scores_are(dataset):
+    """Matching with the truth helps a guess in a batch: the floor is measured there, not computed."""
+    single = floor(dataset, trials_of(dataset, trials=64), seed=0)
+    batches = floor(dataset, trials_of(dataset, trials=4, batch_size=16), seed=0)
+    alone, together = (
+        [score.identified for _, scores in found for score in scores] for found in (single, batches)
+    )
+    assert len(alone) == len(together) == 64
+    assert sum(together) >= sum(alone)
+
+
+def test_candidates_are_prepared_once(monkeypatch, dataset):
+    """Scoring took 29 s an arm at 500 images: every trial standardized all candidates."""
+    counted = []
+    prepare = assignment.standardized
+
+    def counting(images):
+        counted.append(len(images))
+        return prepare(images)
+
+    monkeypatch.setattr(assignment, "standardized", counting)
+    trials = trials_of(dataset, trials=30)
+    candidates_of(dataset, trials)
+    assert counted == [100]
+    list(floor(dataset, trials, seed=0))
+    assert counted.count(100) == 2  # and once more for the floor
+
+
+def test_runs_of_the_first_version_are_read(tmp_path):
+    config = AttackConfig(attack=PriorOnly(), arms=("no-norm",), trials=2, auxiliary=20)
+    run = experiments.run(config, out=tmp_path / "run")
+    summary = json.loads((run.path / "summary.json").read_text())
+    for name in ("version", "floor", "not_run"):
+        del summary[name]
+    for arm in summary["arms"]:
+        del arm["open"], arm["control"]
+    (run.path / "summary.json").write_text(json.dumps(summary))
+    report.build(run.path)
+    assert RunDirectory.open(run.path).summary == summary
