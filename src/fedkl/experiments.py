@@ -106,10 +106,10 @@ def _dataset(config: DataConfig) -> Dataset:
 def _for_images(
     config: TrainConfig | AttackConfig, shape: tuple[int, int, int]
 ) -> TrainConfig | AttackConfig:
-    """The experiment with a defense that knows the images' shape, where it has to."""
+    """The experiment with a defense that knows the images' shape, where it has to, and untrained models."""
     if isinstance(config, TrainConfig):
-        return config.model_copy(update={"defense": config.defense.for_images(shape)})
-    return config.model_copy(update={"lock": config.lock.for_images(shape)})
+        return config.model_copy(update={"defense": config.defense.for_images(shape).for_untrained()})
+    return config.model_copy(update={"lock": config.lock.for_images(shape).for_untrained()})
 
 
 def _builder(config: TrainConfig | AttackConfig, dataset: Dataset) -> Callable[[int], nn.Module]:

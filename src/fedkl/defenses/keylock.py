@@ -11,7 +11,7 @@ from torch import nn
 from fedkl.defenses.base import Defense
 from fedkl.errors import LockError
 from fedkl.keys import Key, KeyDistribution
-from fedkl.locking import Activation, Granularity, Initialization, Lock, lock
+from fedkl.locking import Activation, Granularity, Initialization, Lock, Start, lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,10 @@ class KeyLock(Defense):
     """Options of `fedkl.lock`, plus how new keys are drawn.
 
     The published setting is ``key_distribution="uniform", activation="relu", initialization="published"``.
+
+    A trained model keeps its function: every client's γ and β start at the model's, also after
+    `Lock.redraw`. This needs an activation that can give them, as ``"identity"`` can. ``start="drawn"`` draws
+    them in any case.
 
     Attributes:
         layers: As for `fedkl.lock`, and so the rest.
@@ -31,6 +35,7 @@ class KeyLock(Defense):
     granularity: Granularity = "channel"
     activation: Activation = "softplus"
     initialization: Initialization = "unit"
+    start: Start = "model"
     chained: bool = True
     share_statistics: bool = False
     private: tuple[str, ...] = ()
@@ -42,7 +47,8 @@ class KeyLock(Defense):
         """Locks a copy of the model.
 
         Raises:
-            LockError: The model cannot be locked so; a lock per element lacks the images' shape.
+            LockError: The model cannot be locked so; a lock per element lacks the images' shape; the
+                activation cannot give a trained model's γ and β.
         """
         if self.granularity == "element" and self.input_shape is None:
             expected = "input_shape=(channels, height, width), the shape of one image"
@@ -54,6 +60,7 @@ class KeyLock(Defense):
             granularity=self.granularity,
             activation=self.activation,
             initialization=self.initialization,
+            start=self.start,
             chained=self.chained,
             share_statistics=self.share_statistics,
             private=self.private,
@@ -64,6 +71,10 @@ class KeyLock(Defense):
         """With the shape of the images, if it is needed and not given."""
         needed = self.granularity == "element" and self.input_shape is None
         return replace(self, input_shape=shape) if needed else self
+
+    def for_untrained(self) -> KeyLock:
+        """With γ and β drawn, whatever values the norms were initialized with."""
+        return replace(self, start="drawn")
 
     def _example(self, model: nn.Module) -> torch.Tensor | None:
         if self.input_shape is None:

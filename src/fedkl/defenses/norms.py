@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -36,13 +35,18 @@ class PublicNorm(Defense):
         """With the shape of the images, if the lock that it is like needs it."""
         return replace(self, like=self.like.for_images(shape))
 
+    def for_untrained(self) -> PublicNorm:
+        """Like a lock that draws γ and β."""
+        return replace(self, like=self.like.for_untrained())
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateNorm(Defense):
     """Private γ and β as free parameters without any key (FedBN, Li et al. 2021), in the locked layers.
 
-    Shows what the key adds to merely not sharing γ and β. They start at 1 and 0, as in any norm, and the
-    server knows that. Layers that the lock keeps private are so here too.
+    Shows what the key adds to merely not sharing γ and β. They start at 1 and 0, as in any norm, or at a
+    trained model's values where the lock keeps these; the server knows that. Layers that the lock keeps
+    private are so here too.
     """
 
     type: Literal["private-norm"] = "private-norm"
@@ -52,8 +56,10 @@ class PrivateNorm(Defense):
         """Gives a copy of the model the norms of the key-lock and withholds their γ and β."""
         locked = self.like.prepare(model, key=key)
         plain = locked.bake()
-        for norm in _modules(plain, locked.layers):
-            norm.reset_parameters()  # type: ignore[operator]
+        for name in locked.layers:
+            norm = plain.get_submodule(name)
+            if name not in locked.kept:
+                norm.reset_parameters()  # type: ignore[operator]
             withhold(norm, tuple(name for name, _ in norm.named_parameters(recurse=False)))
         if not self.like.share_statistics:
             withhold_statistics(plain)
@@ -63,6 +69,6 @@ class PrivateNorm(Defense):
         """With the shape of the images, if the lock that it is like needs it."""
         return replace(self, like=self.like.for_images(shape))
 
-
-def _modules(model: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
-    return (model.get_submodule(name) for name in names)
+    def for_untrained(self) -> PrivateNorm:
+        """Like a lock that draws γ and β."""
+        return replace(self, like=self.like.for_untrained())
