@@ -25,8 +25,8 @@ from fedkl.errors import ConfigError, DataError, shown
 from fedkl.federated import Checkpoints, Federation, RoundResult, server_fill_ins
 from fedkl.files import exclusive
 from fedkl.lockfile import default_passphrase
-from fedkl.locking.norms import statistics_names
 from fedkl.metrics import success_rate, summarize
+from fedkl.norms import statistics_names
 from fedkl.runs import RunDirectory
 
 SUCCESS_DB = 30.0

@@ -2,7 +2,7 @@
 
 * activations.py: the activations act, and what each can represent
 * layers.py: the lock layer, act(W k + b), as a parametrization of a norm's weight or bias
-* norms.py: which norm types can be locked; what is inserted after a layer without a norm
+* norms.py: what is inserted after a layer without a norm; fedkl.norms knows the norm types
 * targets.py: which layers of a model are locked; all checks before the first change
 * start.py: where γ and β start: a trained model keeps its own
 * surgery.py: the change itself, and how it is undone
