@@ -86,7 +86,7 @@ class ElementwiseAffine(nn.Module):
         return f"{self.shape}"
 
 
-register_norm(ElementwiseAffine)
+register_norm(ElementwiseAffine, normalizes="nothing")
 
 INSERTED_NAME = "norm"
 INPUT_NAME = "input_norm"
