@@ -14,7 +14,14 @@ from fedkl.errors import LockError, warn
 from fedkl.keys import Key
 from fedkl.locking import elements, norms
 from fedkl.locking.activations import Activation
-from fedkl.locking.layers import Chain, Initialization, LockLayer, Role, remembering
+from fedkl.locking.layers import (
+    Chain,
+    Initialization,
+    LockLayer,
+    Role,
+    SingleParametrization,
+    remembering,
+)
 from fedkl.locking.targets import Target
 from fedkl.locking.withholding import withhold, withhold_statistics
 
@@ -98,7 +105,9 @@ def install(
 
 def _register(layer: LockLayer, norm: nn.Module, tensor_name: str) -> None:
     parametrize.register_parametrization(norm, tensor_name, layer)
-    withhold(norm.parametrizations[tensor_name], ("original0", "original1"))  # type: ignore[index, arg-type]
+    registered: nn.Module = norm.parametrizations[tensor_name]  # type: ignore[index, assignment]
+    registered.__class__ = SingleParametrization
+    withhold(registered, ("original0", "original1"))
     layer.chain.append(norm, tensor_name)
 
 
