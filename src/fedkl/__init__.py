@@ -11,7 +11,8 @@
 from fedkl.errors import FedKLError
 from fedkl.keys import Key
 from fedkl.lockfile import load_key, save_key
-from fedkl.locking import Lock, load_lock, lock, lock_, register_norm
+from fedkl.locking import Lock, load_lock, lock, lock_
+from fedkl.norms import register_norm
 from fedkl.update import PublicUpdate
 
 __version__ = "0.1.0"

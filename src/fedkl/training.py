@@ -19,7 +19,7 @@ from fedkl.data import Dataset, Subset
 from fedkl.errors import ConfigError
 from fedkl.federated import Checkpoints, Federation, RoundResult, server_fill_ins
 from fedkl.lockfile import default_passphrase
-from fedkl.locking.norms import statistics_names
+from fedkl.norms import statistics_names
 from fedkl.runs import Count, FillIn, Needed, RunDirectory, Seconds, Share, damaged_summary
 from fedkl.study import Progress, begun, silent
 from fedkl.subject import dataset_of, networks_of
@@ -42,7 +42,7 @@ def train(
     with begun(config, out=out) as directory:
         if directory.summary is None:
             dataset = dataset_of(config.data)
-            defense = config.defense.for_images(dataset.spec.shape)
+            defense = config.defense.for_images(dataset.spec.shape).for_untrained()
             own = config.model_copy(update={"defense": defense})
             _train(own, directory, dataset, progress, tensorboard=tensorboard)
     return directory

@@ -40,6 +40,12 @@ def test_the_batchs_statistics_follow_from_the_running_ones(observed, small, mom
         assert torch.allclose(seen.statistics[name][1], variance, atol=1e-5)
 
 
+def test_statistics_that_never_change_give_nothing_away(observed, small):
+    seen, victim, trial = observed(NoDefense(), model=small(between=lambda: nn.BatchNorm2d(8, momentum=0.0)))
+    assert not seen.statistics.keys()
+    assert not sent_statistics(victim, trial.images).keys()
+
+
 def test_earlier_statistics_do_not_matter(observed):
     seen, victim, trial = observed(SHARED)
     with torch.no_grad():

@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedkl.attacks import ClosedForm, LocalSteps, PriorOnly, Wiener
+from fedkl.attacks.algebraic import wiener
 from fedkl.attacks.algebraic.chain import read_chain
 from fedkl.attacks.gaussian import Gaussian
 from fedkl.defenses import KeyLock
+from fedkl.defenses.base import Known
 from fedkl.errors import AttackError, ConfigError
 from tests.attacks.element import Affine, ElementLock, correlations, seen_of
 
@@ -207,3 +209,17 @@ def test_the_posterior_is_that_of_dense_algebra(examples):
     torch.testing.assert_close(found.spread @ found.spread.T, covariance - gain @ covariance)
     torch.testing.assert_close(prior.variance, values.var(0, correction=0), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(prior.scores(values).var(0, correction=0), torch.ones(6).double())
+
+
+def test_clients_that_start_at_a_trained_model_have_a_known_scale_and_shift():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
+    nn.init.normal_(model[1].weight)
+    model(torch.rand(4, 3, 8, 8))
+    trained = KeyLock(granularity="element", activation="identity", input_shape=(3, 8, 8), key_length=16)
+    for defense, known in ((trained, True), (replace(trained, start="drawn"), False)):
+        own = [
+            defense.imitated(model, known=Known(public=defense.prepare(model).public_state())) for _ in "ab"
+        ]
+        draws = torch.stack([split.bake()[1].elementwise.weight.detach().flatten() for split in own])
+        assert wiener._known(draws.double()) == known

@@ -195,7 +195,9 @@ def test_unknown_names_and_numbers(changes):
         Matrix(**SMALL | changes)
 
 
-@pytest.mark.parametrize("setting", ["batch_size=8", "defense.layers=all", "local.steps=5", "data.name=cifar10"])
+@pytest.mark.parametrize(
+    "setting", ["batch_size=8", "defense.layers=all", "local.steps=5", "data.name=cifar10"]
+)
 def test_settings_do_not_contradict_the_table(setting):
     with pytest.raises(ConfigError, match=rf"--set {setting.split('=')[0].split('.')[0]}.*sets that itself"):
         Matrix(**SMALL, settings=(setting,)).cells()

@@ -38,7 +38,7 @@ def attack(config: AttackConfig, *, out: Path, progress: Progress = silent) -> R
     with begun(config, out=out) as directory:
         if directory.summary is None:
             dataset = dataset_of(config.data)
-            defense = config.defense.for_images(dataset.spec.shape)
+            defense = config.defense.for_images(dataset.spec.shape).for_untrained()
             _attack(config.model_copy(update={"defense": defense}), directory, dataset, progress)
     return directory
 

@@ -101,7 +101,7 @@ def sent_statistics(victim: Split, images: ImageBatch) -> dict[str, tuple[Tensor
     how many values a channel has, the architecture says. Dividing by m amplifies float32's rounding.
 
     Args:
-        victim: Not changed. Norms whose statistics are private are left out.
+        victim: Not changed. Norms whose statistics are private, or never change (momentum 0), are left out.
         images: The client's batch.
 
     Returns:
@@ -124,9 +124,10 @@ def sent_statistics(victim: Split, images: ImageBatch) -> dict[str, tuple[Tensor
     after = dict(client.named_buffers())
     found = {}
     for name, norm in norms.items():
-        if norm not in sizes:  # it was not called
+        if norm not in sizes or norm.momentum == 0:  # it was not called, or gives nothing away
             continue
-        share = norm.momentum or 1 / float(after[f"{name}.num_batches_tracked"])
+        count = after[f"{name}.num_batches_tracked"]
+        share = 1 / float(count) if norm.momentum is None else norm.momentum
         mean, variance = (
             (after[tensor] - (1 - share) * before[tensor]) / share
             for tensor in (f"{name}.running_mean", f"{name}.running_var")

@@ -82,6 +82,13 @@ class Defense:
         """
         return self
 
+    def for_untrained(self) -> Defense:
+        """The same defense, for a model that is known to be untrained: no γ and β of it are kept.
+
+        Where norms are initialized with other values than γ = 1 and β = 0, they look trained.
+        """
+        return self
+
     def transform(self, update: PublicUpdate) -> PublicUpdate:
         """What the client does to an update before it is sent."""
         return update
@@ -116,7 +123,8 @@ class Defense:
 
         Args:
             victim: The client's split; only what is public or granted is read.
-            model: The plain architecture.
+            model: What the server started from: the architecture, and of a trained model γ and β too. Never
+                one with values that the client has found since.
             granted: The secrets that the server knows.
         """
         if granted.affine:
@@ -146,8 +154,11 @@ class Defense:
     def imitated(self, model: nn.Module, *, known: Known) -> Split:
         """A client as the server would build it: with what it knows, and draws of its own for the rest.
 
+        Where clients start at a trained model's γ and β, so does this one, since the server knows that model;
+        what the client made of them since, it does not know.
+
         Args:
-            model: The plain architecture.
+            model: What the server started from, as for `server_view`.
             known: Of the client that is imitated.
         """
         split = self.prepare(model, key=known.key)

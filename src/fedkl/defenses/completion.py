@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkl.locking import Split
-from fedkl.locking.norms import norm_tensors, statistics_names
+from fedkl.norms import norm_tensors, statistics_names
 
 
 class Completion:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -19,6 +18,7 @@ from fedkl.locking import (
     Lock,
     OwnSplit,
     Split,
+    Start,
     lock,
     withhold,
     withhold_statistics,
@@ -33,6 +33,10 @@ class KeyLock(Defense):
 
     The published setting is ``key_distribution="uniform", activation="relu", initialization="published"``.
 
+    A trained model keeps its function: every client's γ and β start at the model's, also after
+    `Lock.redraw`. This needs an activation that can give them, as ``"identity"`` can. ``start="drawn"`` draws
+    them in any case.
+
     Attributes:
         layers: As for `fedkl.lock`, and so the rest.
         input_shape: Of one image, ``(channels, height, width)``, which a lock per element needs. If given,
@@ -44,6 +48,7 @@ class KeyLock(Defense):
     granularity: Granularity = "channel"
     activation: Activation = "softplus"
     initialization: Initialization = "unit"
+    start: Start = "model"
     chained: bool = True
     share_statistics: bool = False
     private: tuple[str, ...] = ()
@@ -55,7 +60,8 @@ class KeyLock(Defense):
         """Locks a copy of the model.
 
         Raises:
-            LockError: The model cannot be locked so; a lock per element lacks the images' shape.
+            LockError: The model cannot be locked so; a lock per element lacks the images' shape; the
+                activation cannot give a trained model's γ and β.
         """
         if self.granularity == "element" and self.input_shape is None:
             expected = "input_shape=(channels, height, width), the shape of one image"
@@ -67,6 +73,7 @@ class KeyLock(Defense):
             granularity=self.granularity,
             activation=self.activation,
             initialization=self.initialization,
+            start=self.start,
             chained=self.chained,
             share_statistics=self.share_statistics,
             private=self.private,
@@ -77,6 +84,10 @@ class KeyLock(Defense):
         """With the shape of the images, if it is needed and not given."""
         needed = self.granularity == "element" and self.input_shape is None
         return replace(self, input_shape=shape) if needed else self
+
+    def for_untrained(self) -> KeyLock:
+        """With γ and β drawn, whatever values the norms were initialized with."""
+        return replace(self, start="drawn")
 
     def _example(self, model: nn.Module) -> torch.Tensor | None:
         if self.input_shape is None:
@@ -211,6 +222,10 @@ class PublicNorm(Defense):
         """With the shape of the images, if the lock that it is like needs it."""
         return replace(self, like=self.like.for_images(shape))
 
+    def for_untrained(self) -> PublicNorm:
+        """Like a lock that draws γ and β."""
+        return replace(self, like=self.like.for_untrained())
+
     def guesses(self) -> tuple[Arm, ...]:
         """None: it is a control, and hides nothing but norm statistics."""
         return ()
@@ -225,8 +240,9 @@ class PublicNorm(Defense):
 class PrivateNorm(Defense):
     """Private γ and β as free parameters without any key (FedBN, Li et al. 2021), in the locked layers.
 
-    Shows what the key adds to merely not sharing γ and β. They start at 1 and 0, as in any norm, and the
-    server knows that. Layers that the lock keeps private are so here too.
+    Shows what the key adds to merely not sharing γ and β. They start at 1 and 0, as in any norm, or at a
+    trained model's values where the lock keeps these; the server knows that. Layers that the lock keeps
+    private are so here too.
     """
 
     type: Literal["private-norm"] = "private-norm"
@@ -236,8 +252,10 @@ class PrivateNorm(Defense):
         """Gives a copy of the model the norms of the key-lock and withholds their γ and β."""
         locked = self.like.prepare(model, key=key)
         plain = locked.bake()
-        for norm in _modules(plain, locked.layers):
-            norm.reset_parameters()  # type: ignore[operator]
+        for name in locked.layers:
+            norm = plain.get_submodule(name)
+            if name not in locked.kept:
+                norm.reset_parameters()  # type: ignore[operator]
             withhold(norm, tuple(name for name, _ in norm.named_parameters(recurse=False)))
         if not self.like.share_statistics:
             withhold_statistics(plain)
@@ -246,6 +264,10 @@ class PrivateNorm(Defense):
     def for_images(self, shape: tuple[int, int, int]) -> PrivateNorm:
         """With the shape of the images, if the lock that it is like needs it."""
         return replace(self, like=self.like.for_images(shape))
+
+    def for_untrained(self) -> PrivateNorm:
+        """Like a lock that draws γ and β."""
+        return replace(self, like=self.like.for_untrained())
 
     def control(self) -> Arm:
         """The control of the lock that it is like."""
@@ -265,7 +287,3 @@ class PrivateNorm(Defense):
     def describe(self) -> str:
         """Which lock it is like."""
         return f"{self.type} ({self.like.where()})"
-
-
-def _modules(model: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
-    return (model.get_submodule(name) for name in names)

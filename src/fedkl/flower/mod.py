@@ -60,7 +60,8 @@ class LockMod:
     Put it first in the list of mods: it then has the last word on what is sent.
 
     Args:
-        build: Makes the plain model, e.g. its class; the weights do not matter.
+        build: Makes the plain model, e.g. its class. The weights do not matter, unless the federation starts
+            from a trained model: it must give that model then, whose γ and β a new client's lock keeps.
         defense: How a new client's lock is made.
     """
 

@@ -1,8 +1,10 @@
 """The key-lock: a secret key generates the scale γ and shift β of normalization layers.
 
+* activations.py: the activations act, and what each can represent
 * layers.py: the lock layer, act(W k + b), as a parametrization of a norm's weight or bias
-* norms.py: which norm types can be locked; what is inserted after a layer without a norm
+* norms.py: what is inserted after a layer without a norm; fedkl.norms knows the norm types
 * targets.py: which layers of a model are locked; all checks before the first change
+* start.py: where γ and β start: a trained model keeps its own
 * surgery.py: the change itself, and how it is undone
 * elements.py: a γ and a β for every element of a sample
 * functional.py: modules that call a norm as a function, which no lock can reach
@@ -14,13 +16,15 @@
 * keylock.py: `lock`, `lock_` and the `Lock` they return
 """
 
+from fedkl.locking.activations import Activation
 from fedkl.locking.generation import KEY, Generation
 from fedkl.locking.keylock import Lock, SavedLock, load_lock, load_memory, lock, lock_, read_lock
-from fedkl.locking.layers import Activation, Initialization
+from fedkl.locking.layers import Initialization
 from fedkl.locking.norms import ElementwiseAffine, register_norm
 from fedkl.locking.options import Granularity
 from fedkl.locking.private_layers import OwnLayers, OwnSplit, find_layers
 from fedkl.locking.split import Split
+from fedkl.locking.start import Start, is_trained
 from fedkl.locking.targets import Layers
 from fedkl.locking.withholding import withhold, withhold_statistics
 
@@ -37,7 +41,9 @@ __all__ = [
     "OwnSplit",
     "SavedLock",
     "Split",
+    "Start",
     "find_layers",
+    "is_trained",
     "load_lock",
     "load_memory",
     "lock",

@@ -123,7 +123,7 @@ def _shapes(
 
 
 def attach(norm: nn.Module, shape: Sequence[int], *, like: Tensor) -> norms.ElementwiseAffine:
-    """Gives a norm a γ and a β per element instead of its own, in place.
+    """Gives a norm a γ and a β per element instead of its own, of the same values, in place.
 
     Args:
         norm: A batch or instance norm.
@@ -131,6 +131,9 @@ def attach(norm: nn.Module, shape: Sequence[int], *, like: Tensor) -> norms.Elem
         like: Has the dtype and device.
     """
     affine = norms.ElementwiseAffine(shape).to(device=like.device, dtype=like.dtype).train(norm.training)
+    for name, own in (("weight", norm.weight), ("bias", norm.bias)):
+        if isinstance(own, Tensor) and own.numel() == shape[0]:  # one for each channel
+            affine.get_parameter(name).copy_(own.view(-1, *(1 for _ in shape[1:])))
     norm.register_parameter("weight", None)
     norm.register_parameter("bias", None)
     norm.affine = False  # type: ignore[assignment]  # PyTorch's flag for a scale and shift of its own

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkl.locking import surgery
-from fedkl.locking.layers import ACTIVATIONS, Activation, LockLayer
+from fedkl.locking.activations import ACTIVATIONS, Activation
+from fedkl.locking.layers import LockLayer
 from fedkl.types import NamedTensors
 
 KEY = "key"

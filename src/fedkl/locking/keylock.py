@@ -17,13 +17,15 @@ from fedkl import lockfile
 from fedkl.errors import KeyFileError, LockError, UpdateError
 from fedkl.keys import Key
 from fedkl.locking import surgery, targets
+from fedkl.locking.activations import Activation
 from fedkl.locking.elements import check_chain, per_element
 from fedkl.locking.functional import functional_linear_problems
 from fedkl.locking.generation import Generation, generation_of, secrets_of
-from fedkl.locking.layers import Activation, Initialization
+from fedkl.locking.layers import Initialization
 from fedkl.locking.options import Granularity, LockOptions
 from fedkl.locking.private_layers import OwnLayers, find_layers
 from fedkl.locking.split import Split
+from fedkl.locking.start import Start, is_kept
 from fedkl.locking.targets import ExampleInputs, Layers, Target
 from fedkl.locking.withholding import check_not_split, release
 from fedkl.types import NamedTensors
@@ -65,6 +67,15 @@ class Lock(Split):
             f"activation={options.activation!r}, chained={options.chained}, private={list(options.private)})"
         )
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Those of `layers` whose γ and β started at the values that a trained model had; see `lock`.
+
+        Those of the others were drawn.
+        """
+        starts = surgery.starts(self._model)
+        return tuple(name for name in self._norms if any(n.rpartition(".")[0] == name for n in starts))
+
     def use_key(self, key: Key | None) -> None:
         """Puts another client's key in, e.g. where one model instance serves several clients.
 
@@ -83,7 +94,11 @@ class Lock(Split):
         self._key = key
 
     def redraw(self) -> None:
-        """Draws a new key, as long as before, new lock layers and new private layers."""
+        """Draws a new key, as long as before, new lock layers and new private layers.
+
+        γ and β of `kept` layers start again at the values that the model had when it was locked, whatever
+        they were trained to since.
+        """
         self.use_key(Key.generate(length=self._key.length, distribution=self._key.distribution))
         surgery.redraw(self._model)
         self._own.redraw(self._model)
@@ -138,6 +153,7 @@ class Lock(Split):
             "about": dict(about or {}),
         }
         tensors = {f"private/{name}": tensor for name, tensor in self.private_state().items()}
+        tensors |= {f"start/{name}": tensor for name, tensor in surgery.starts(self._model).items()}
         tensors |= {f"memory/{name}": tensor for name, tensor in (memory or {}).items()}
         tensors["key"] = self._key.reveal()
         lockfile.write(Path(path), kind="lock", meta=meta, tensors=tensors, passphrase=passphrase)
@@ -162,6 +178,7 @@ def lock_(
     granularity: Granularity = "channel",
     activation: Activation = "softplus",
     initialization: Initialization = "unit",
+    start: Start = "model",
     chained: bool = True,
     share_statistics: bool = False,
     private: Sequence[str] = (),
@@ -169,24 +186,28 @@ def lock_(
 ) -> Lock:
     """Locks a model in place; see `lock`. Build optimizers afterwards: some parameters are replaced.
 
+    An optimizer of before goes on training the rest of the model, but neither γ and β nor the lock layers; a
+    warning says so.
+
     Raises:
         LockError: The model cannot be locked as asked; it is unchanged then.
     """
     key = Key.generate() if key is None else key
-    options = _planned(
+    options, keep = _planned(
         model,
         key,
         layers=layers,
         granularity=granularity,
         activation=activation,
         initialization=initialization,
+        start=start,
         chained=chained,
         share_statistics=share_statistics,
         private=private,
         example_inputs=example_inputs,
     )
     surgery.warn_about_optimizers(model)
-    return _new(model, key=key, options=options)
+    return _new(model, key=key, options=options, keep=keep)
 
 
 def _planned(
@@ -195,12 +216,14 @@ def _planned(
     *,
     layers: Layers,
     granularity: Granularity,
+    activation: Activation,
+    start: Start,
     chained: bool,
     private: Sequence[str],
     example_inputs: ExampleInputs | None,
     **others: Any,
-) -> LockOptions:
-    """What to lock and how; checks that the model can be locked so and changes nothing."""
+) -> tuple[LockOptions, bool]:
+    """What to lock and how, and whether γ and β are kept; checks everything and changes nothing."""
     _check_types(model, key, layers, private)
     own, problems = find_layers(model, private)
     problems = [f"private: {problem}" for problem in problems]
@@ -215,6 +238,7 @@ def _planned(
     _check_something_is_sent(model, chosen, own)
     options = LockOptions(
         layers=tuple(target.name for target in chosen),
+        activation=activation,
         chained=chained,
         key_length=key.length,
         granularity=granularity,
@@ -223,8 +247,9 @@ def _planned(
         private=own,
         **others,
     )
+    keep = is_kept(model, chosen, start=start, activation=activation)
     targets.warn_about_open_layers(order, chosen, private=map(model.get_submodule, own))
-    return options
+    return options, keep
 
 
 def _check_something_is_sent(model: nn.Module, chosen: Sequence[Target], own: Sequence[str]) -> None:
@@ -260,14 +285,16 @@ def _check_model(model: Any) -> None:
     check_not_split(model)
 
 
-def _new(model: nn.Module, *, key: Key, options: LockOptions) -> Lock:
+def _new(model: nn.Module, *, key: Key, options: LockOptions, keep: bool) -> Lock:
     """A new client's lock: its private layers are drawn."""
-    result = _install(model, key=key, options=options, chosen=options.targets(model))
+    result = _install(model, key=key, options=options, chosen=options.targets(model), keep=keep)
     result.private_layers.redraw(model)
     return result
 
 
-def _install(model: nn.Module, *, key: Key, options: LockOptions, chosen: Sequence[Target]) -> Lock:
+def _install(
+    model: nn.Module, *, key: Key, options: LockOptions, chosen: Sequence[Target], keep: bool = False
+) -> Lock:
     norm_names = tuple(target.norm_name for target in chosen)
     surgery.install(
         model,
@@ -277,6 +304,7 @@ def _install(model: nn.Module, *, key: Key, options: LockOptions, chosen: Sequen
         initialization=options.initialization,
         chained=options.chained,
         share_statistics=options.share_statistics,
+        keep=keep,
     )
     own = OwnLayers(model, options.private)
     return Lock(model, key=key, options=options, norms=norm_names, own=own)
@@ -290,6 +318,7 @@ def lock(
     granularity: Granularity = "channel",
     activation: Activation = "softplus",
     initialization: Initialization = "unit",
+    start: Start = "model",
     chained: bool = True,
     share_statistics: bool = False,
     private: Sequence[str] = (),
@@ -300,6 +329,18 @@ def lock(
     The model's call, module names and `isinstance` relations stay. Its `parameters()` include the lock
     layers, so any optimizer trains them; its `state_dict()` does not, so uploading that gives nothing
     private away. What the lock protects against, and what breaks it, is in docs/security.md.
+
+    **Build the optimizer after this, from the locked model's parameters.** The result is a copy: an optimizer
+    of the model that was given trains that one, and the locked model not at all.
+
+    **A trained model keeps its function**, whatever the key: γ and β of the norms that it has start at the
+    values that they have, if the activation can give these (``"identity"`` gives any; β is seldom positive
+    everywhere, as ``"softplus"`` and ``"relu"`` need). A model counts as trained if one of its norms has a γ
+    or β other than at PyTorch's start (γ = 1 or 0, β = 0) and running statistics, if any, that have changed
+    since. A server that knows this model then knows γ and β of the first round too: the lock hides what
+    training makes of them. What cannot be kept: a norm that is inserted where the model has none changes what
+    a trained model computes (its γ and β are drawn around 1 and 0 as far as the activation reaches them), and
+    so do `private` layers, which are drawn.
 
     Args:
         model: Any module with norm layers, convolutions or linear layers. Not changed.
@@ -315,6 +356,9 @@ def lock(
         activation: act in γ = act(W k + b), β likewise. As published: ``"relu"`` or ``"sigmoid"``.
             ``"tanh"``: signed, in (−1, 1).
         initialization: Of the lock layers, ``"unit"`` or ``"published"``; see `LockLayer`.
+        start: ``"model"``: a trained model's γ and β start at the values that they have, an untrained
+            one's are drawn, as published. ``"drawn"``: drawn in any case. That hides them from a server that
+            knows the model, and destroys what a trained model has learned.
         chained: γ and β of one lock are the k of the next, as published; False: every lock from the key, as
             several locks per element must be.
         share_statistics: Send the norms' running statistics too. They give away mean and variance of the
@@ -329,7 +373,7 @@ def lock(
         The `Lock`; call its ``model`` as before.
 
     Raises:
-        LockError: With every problem found.
+        LockError: With every problem found; the activation cannot give the γ and β of a trained model.
 
     Source:
         arXiv 2305.04095, section 3.2; the published setting is `Key.generate(distribution="uniform")`,
@@ -345,19 +389,20 @@ def lock(
     ['0.0.bias', '0.0.weight', '2.bias', '2.weight']
     """
     key = Key.generate() if key is None else key
-    options = _planned(
+    options, keep = _planned(
         model,
         key,
         layers=layers,
         granularity=granularity,
         activation=activation,
         initialization=initialization,
+        start=start,
         chained=chained,
         share_statistics=share_statistics,
         private=private,
         example_inputs=example_inputs,
     )
-    return _new(copy.deepcopy(model), key=key, options=options)
+    return _new(copy.deepcopy(model), key=key, options=options, keep=keep)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -414,6 +459,7 @@ def read_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
         if loaded._structure() != meta.get("structure"):
             raise foreign
         loaded.load_private_state(private)
+        surgery.start_at(loaded.model, _part(tensors, "start/"))
     except (LockError, UpdateError) as error:
         raise foreign from error
     return SavedLock(lock=loaded, memory=_part(tensors, "memory/"), about=about)

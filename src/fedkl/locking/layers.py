@@ -10,22 +10,14 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
-from fedkl.errors import SecretError
+from fedkl.errors import LockError, SecretError
 from fedkl.keys import Key, secure_normal, secure_uniform
+from fedkl.locking.activations import ACTIVATIONS, RANGES, Activation, represents
 
-Activation = Literal["softplus", "relu", "sigmoid", "tanh", "identity"]
 Initialization = Literal["unit", "published"]
 Role = Literal["scale", "shift"]
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "softplus": F.softplus,
-    "relu": F.relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "identity": lambda pre_activation: pre_activation,
-}
 
 # The bias at which the activation gives γ = 1, the usual start of an affine norm. Two cannot: sigmoid starts
 # at 0.5, and tanh around 0, so that the signs of γ are random.
@@ -171,6 +163,19 @@ def remembering(chains: Iterable[Chain]) -> Iterator[None]:
             chain.close()
 
 
+class SingleParametrization(parametrize.ParametrizationList):
+    """PyTorch's list of a tensor's parametrizations, for one lock layer.
+
+    A locked norm runs it twice at every forward pass; what only other lists need takes half as long as the
+    lock layer itself.
+    """
+
+    def forward(self) -> Tensor:
+        """γ or β."""
+        value: Tensor = self._modules["0"](self.original0, self.original1)
+        return value
+
+
 class LockLayer(nn.Module):
     """Generates γ = act(W k + b) (or β) of one norm, as a parametrization of its ``weight`` (or ``bias``).
 
@@ -188,6 +193,11 @@ class LockLayer(nn.Module):
             act(b) is 1 for γ where the activation can reach it; b = 0 elsewhere, as under tanh, whose γ get
             random signs, and for β. ``"published"``: PyTorch's default
             for a linear layer, U(±1/√length) for both.
+        keep: W is drawn as ever, but b is such that γ (or β) starts at the value that the norm has, whatever
+            the key. The activation must be able to represent it.
+
+    Attributes:
+        start: That value; None where it is drawn.
 
     Source:
         arXiv 2305.04095, section 3.2. Deviations: the initialization (the published one leaves half of the
@@ -195,7 +205,13 @@ class LockLayer(nn.Module):
     """
 
     def __init__(
-        self, chain: Chain, *, role: Role, activation: Activation, initialization: Initialization
+        self,
+        chain: Chain,
+        *,
+        role: Role,
+        activation: Activation,
+        initialization: Initialization,
+        keep: bool = False,
     ) -> None:
         super().__init__()
         self.chain = chain
@@ -203,10 +219,15 @@ class LockLayer(nn.Module):
         self.role = role
         self.activation = activation
         self.initialization = initialization
+        self.start: Tensor | None = None  # neither a parameter nor a buffer: in no state
+        self._keep = keep
         self._shape: torch.Size | None = None
 
     def right_inverse(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The initial W and b for a norm tensor of this shape, dtype and device; its values are not used."""
+        """The initial W and b for a norm tensor of this shape, dtype and device.
+
+        Its values are used only if they are to be kept.
+        """
         if self._shape is not None:
             raise SecretError(
                 f"The {self.role} of a locked norm is generated from the key and cannot be assigned. "
@@ -215,32 +236,57 @@ class LockLayer(nn.Module):
         self._shape = value.shape
         if self.position == 0:
             self.chain.convert_key(lambda key: key.to(value))
-        weight, bias = self._initial(value.numel())
-        return weight.to(value), bias.to(value)
+        if self._keep:
+            self.start_at(value)
+        return self._initial(value)
+
+    def start_at(self, value: Tensor) -> None:
+        """Lets γ (or β) start at these values whenever W and b are drawn.
+
+        Raises:
+            LockError: They are of another shape, or the activation cannot represent them.
+        """
+        fits = value.shape == self._shape and value.is_floating_point()
+        if not fits or not represents(self.activation, value):
+            raise LockError(
+                f"LockLayer: the {self.role} was to start at {value.dtype} values of shape "
+                f"{tuple(value.shape)}; expected floating-point ones of shape {tuple(self._shape or ())} "
+                f"that {self.activation} can give. Lock with activation='identity', or start='drawn'."
+            )
+        self.start = value.detach().clone().cpu()
 
     def redraw(self, weight: Tensor, bias: Tensor) -> None:
         """Writes a new initial W and b into this layer's."""
         with torch.no_grad():
-            for tensor, new in zip((weight, bias), self._initial(bias.numel()), strict=True):
+            for tensor, new in zip((weight, bias), self._initial(bias), strict=True):
                 tensor.copy_(new)
 
     def forward(self, weight: Tensor, bias: Tensor) -> Tensor:
         """γ or β, in the shape of the norm's tensor."""
         if self._shape is None:
             raise SecretError("A lock layer was called before it was registered on a norm.")
-        return self.chain.generate(self, weight, bias).view(self._shape)
+        value = self.chain.generate(self, weight, bias)
+        return value if value.shape == self._shape else value.view(self._shape)
 
     def compute(self, k: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """act(W k + b) as one vector."""
         activation = ACTIVATIONS[self.activation]
+        # addmv gives what F.linear does, which makes a matrix of k and back, in two thirds of the time.
         if not torch.is_autocast_enabled(weight.device.type):
-            return activation(F.linear(k, weight, bias))
+            return activation(torch.addmv(bias, weight, k))
         # Under autocast the norm's weight must keep the dtype of its statistics.
         with torch.autocast(weight.device.type, enabled=False):
-            return activation(F.linear(k, weight, bias))
+            return activation(torch.addmv(bias, weight, k))
 
-    def _initial(self, rows: int) -> tuple[Tensor, Tensor]:
+    def _initial(self, like: Tensor) -> tuple[Tensor, Tensor]:
         source = self.chain.source(self.position).detach().double().cpu()
+        weight, bias = (drawn.to(like) for drawn in self._drawn(like.numel(), source))
+        if self.start is not None:  # with W as it was rounded
+            wanted = RANGES[self.activation].inverse(self.start.double().flatten())
+            bias = (wanted - weight.detach().double().cpu() @ source).to(like)
+        return weight, bias
+
+    def _drawn(self, rows: int, source: Tensor) -> tuple[Tensor, Tensor]:
         columns = source.numel()
         if self.initialization == "published":
             bound = 1 / math.sqrt(columns)

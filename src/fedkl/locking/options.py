@@ -9,7 +9,8 @@ from torch import nn
 
 from fedkl.errors import LockError
 from fedkl.locking import elements, targets
-from fedkl.locking.layers import Activation, Initialization
+from fedkl.locking.activations import Activation
+from fedkl.locking.layers import Initialization
 from fedkl.locking.private_layers import find_layers
 from fedkl.locking.targets import Target
 

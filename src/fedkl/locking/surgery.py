@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fedkl.errors import warn
+from fedkl.errors import LockError, warn
 from fedkl.keys import Key
 from fedkl.locking import elements, norms
-from fedkl.locking.layers import Activation, Chain, Initialization, LockLayer, Role, remembering
+from fedkl.locking.activations import Activation
+from fedkl.locking.layers import (
+    Chain,
+    Initialization,
+    LockLayer,
+    Role,
+    SingleParametrization,
+    remembering,
+)
 from fedkl.locking.targets import Target
 from fedkl.locking.withholding import withhold, withhold_statistics
 
@@ -65,16 +73,27 @@ def install(
     initialization: Initialization,
     chained: bool,
     share_statistics: bool,
+    keep: bool,
 ) -> None:
-    """Makes γ and β of every target generated and private, in place. The plan has been checked."""
+    """Makes γ and β of every target generated and private, in place. The plan has been checked.
+
+    With `keep`, those of norms that the model has start at the values that they have.
+    """
     roles: tuple[Role, Role] = ("scale", "shift")
     chains = {role: Chain(key) for role in roles}
+    kept = [keep and not target.inserts for target in targets]  # asked before norms are inserted
     with torch.no_grad(), remembering(chains.values()):
-        for norm in insert_norms(targets):
+        for norm, has_start in zip(insert_norms(targets), kept, strict=True):
             for role, tensor_name in zip(roles, norms.generated_names(norm), strict=True):
                 if tensor_name is not None:
                     chain = chains[role] if chained else Chain(key)
-                    layer = LockLayer(chain, role=role, activation=activation, initialization=initialization)
+                    layer = LockLayer(
+                        chain,
+                        role=role,
+                        activation=activation,
+                        initialization=initialization,
+                        keep=has_start,
+                    )
                     _register(layer, norm, tensor_name)
     for chain in chains.values():
         if len(chain) > 1:
@@ -86,7 +105,9 @@ def install(
 
 def _register(layer: LockLayer, norm: nn.Module, tensor_name: str) -> None:
     parametrize.register_parametrization(norm, tensor_name, layer)
-    withhold(norm.parametrizations[tensor_name], ("original0", "original1"))  # type: ignore[index, arg-type]
+    registered: nn.Module = norm.parametrizations[tensor_name]  # type: ignore[index, assignment]
+    registered.__class__ = SingleParametrization
+    withhold(registered, ("original0", "original1"))
     layer.chain.append(norm, tensor_name)
 
 
@@ -116,6 +137,34 @@ def warn_about_optimizers(model: nn.Module) -> None:
 def lock_layers(model: nn.Module) -> list[LockLayer]:
     """All lock layers of a model, in `named_modules()` order."""
     return [module for module in model.modules() if isinstance(module, LockLayer)]
+
+
+def starts(model: nn.Module) -> dict[str, Tensor]:
+    """Where γ and β start that are not drawn, by their qualified names."""
+    named = _layers_by_tensor(model).items()
+    return {name: layer.start for name, layer in named if layer.start is not None}
+
+
+def start_at(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Lets γ and β start at these values at every redraw; W and b stay as they are.
+
+    Raises:
+        LockError: A tensor is not one that is generated, or does not fit.
+    """
+    layers = _layers_by_tensor(model)
+    for name, value in values.items():
+        if name not in layers:
+            raise LockError(f"lock: expected starts of {', '.join(layers)}, got one more.")
+        layers[name].start_at(value)
+
+
+def _layers_by_tensor(model: nn.Module) -> dict[str, LockLayer]:
+    return {
+        f"{prefix}.{name}".removeprefix("."): each[0]
+        for prefix, module in model.named_modules()
+        if _is_locked(module)
+        for name, each in module.parametrizations.items()
+    }
 
 
 def generated(model: nn.Module) -> dict[nn.Module, dict[str, Tensor]]:

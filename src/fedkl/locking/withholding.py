@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedkl.errors import LockError, SecretError, gathered
-from fedkl.locking.norms import statistics_names
+from fedkl.norms import statistics_names
 
 _MARK = "_fedkl_withheld"
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedkl.errors import AttackError, gathered
 from fedkl.metrics import Scaling
+from fedkl.norms import loses_scale
 from fedkl.protocol.procedure import LocalSteps
 from fedkl.types import ImageBatch, Labels
 
@@ -237,6 +238,5 @@ class Observation:
         image's scale: only the knowledge that pixels are in [0, 1] can fix it then. A norm further back may
         leave the scale pinned; the rule then costs an attack some quality and is to its disadvantage.
         """
-        own_statistics = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
-        kinds = (*own_statistics, nn.modules.batchnorm._NormBase) if self.train_mode else own_statistics
-        return "prior" if any(isinstance(module, kinds) for module in self.model.modules()) else "clip"
+        lost = any(loses_scale(module, train_mode=self.train_mode) for module in self.model.modules())
+        return "prior" if lost else "clip"
