@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,19 @@ from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 from flwr.serverapp.strategy import Result, Strategy
-from torch import Tensor
 
-from fedkl.errors import ConfigError, UpdateError, gathered, shown
+from fedkl.errors import ConfigError, UpdateError
 from fedkl.files import exclusive
-from fedkl.flower.records import arrays_of, fitted, tensors_of
-from fedkl.flower.replies import ReplyRules, odd_metric, sorted_out
+from fedkl.flower.aggregation import (
+    OnSeenReplies,
+    PassedOn,
+    ReplyAggregation,
+    ReplyPlan,
+    ReplyRound,
+    collect,
+)
+from fedkl.flower.records import arrays_of
+from fedkl.flower.replies import ReplyRules, odd_metric, record_of, sorted_out, specs_of, usable
 from fedkl.flower.round_files import (
     EVALUATE,
     SERVER,
@@ -60,19 +67,30 @@ class Guard(Strategy):
         strategy: Any strategy of `flwr.serverapp.strategy` whose train replies hold one ArrayRecord.
         checkpoints: The folder of the rounds; None: none are written.
         min_replies: Sound replies that a round needs.
+        aggregation: What becomes of replies before the strategy gets them; None: it gets them as they came.
+        on_seen: Is told, once a round, what was asked and what the server has of the training replies.
 
     Raises:
         ConfigError: `min_replies` is below 1.
     """
 
     def __init__(
-        self, strategy: Strategy, *, checkpoints: str | Path | None = None, min_replies: int = 1
+        self,
+        strategy: Strategy,
+        *,
+        checkpoints: str | Path | None = None,
+        min_replies: int = 1,
+        aggregation: ReplyAggregation | None = None,
+        on_seen: OnSeenReplies | None = None,
     ) -> None:
         if min_replies < 1:
             raise ConfigError(f"Guard: min_replies: expected at least 1, got {min_replies}.")
         self.strategy = strategy
         self._files = None if checkpoints is None else RoundFiles(Path(checkpoints).expanduser())
         self._min_replies = min_replies
+        self._aggregation = aggregation or PassedOn()
+        self._on_seen = on_seen
+        self._round: ReplyRound | None = None  # that messages were sent for
         self._done = 0  # rounds of earlier runs
         self._specs: dict[str, TensorSpec] = {}
         self._history: History = {}
@@ -124,13 +142,17 @@ class Guard(Strategy):
         Raises:
             UpdateError: The arrays are not finite, or are no arrays of numbers.
         """
-        self._specs = _specs(arrays)
+        self._specs = specs_of(arrays)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The strategy's, in rounds of the whole training."""
-        return self.strategy.configure_train(self._done + server_round, arrays, config, grid)
+        number = self._done + server_round
+        messages = list(self.strategy.configure_train(number, arrays, config, grid))
+        nodes = tuple(message.metadata.dst_node_id for message in messages)
+        self._round = self._begin(ReplyPlan(round=number, nodes=nodes, specs=self._specs, grid=grid))
+        return self._round.requests(messages)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -141,11 +163,13 @@ class Guard(Strategy):
             ConfigError: The checkpoint cannot be written.
         """
         number = self._done + server_round
-        errors, sound = sorted_out(replies, self._rules(), round=number)
-        if len(sound) < self._min_replies:
-            _LOG.warning("Round %d: fewer than %d sound replies; nothing changes.", number, self._min_replies)
+        collected, self._round = self._begun(number), None
+        passed = collect(collected, replies, self._rules(), least=self._min_replies)
+        if self._on_seen is not None:
+            self._on_seen(collected.plan, collected.what_the_server_sees())
+        if passed is None:
             return None, None
-        saved, metrics = self._aggregated(errors + sound, number)
+        saved, metrics = self._aggregated(passed, number)
         if saved is not None and self._files is not None:
             self._files.save(saved)
         noted = self._noted(TRAIN, number, metrics)
@@ -160,10 +184,20 @@ class Guard(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The strategy's, of sound replies only."""
         number = self._done + server_round
-        errors, sound = sorted_out(replies, replace(self._rules(), specs=None, loss=None), round=number)
+        rules = replace(self._rules(), specs=None, loss=None)
+        errors, sound = sorted_out(replies, rules.checked, round=number, with_arrays=False)
         passed = errors + sound
         metrics = self._attempted(lambda: self.strategy.aggregate_evaluate(number, passed), number)
         return self._noted(EVALUATE, number, metrics)
+
+    def _begin(self, plan: ReplyPlan) -> ReplyRound:
+        return self._aggregation.begin(plan, record=self._on_seen is not None)
+
+    def _begun(self, number: int) -> ReplyRound:
+        """The round that messages were sent for; one without them if nobody asked for any."""
+        if self._round is not None and self._round.plan.round == number:
+            return self._round
+        return self._begin(ReplyPlan(round=number, nodes=(), specs=self._specs))
 
     def _alone(self) -> AbstractContextManager[None]:
         return exclusive(self._files.folder, follow=False) if self._files else nullcontext()
@@ -198,7 +232,7 @@ class Guard(Strategy):
         """Metrics, once they are in the history; None if they are no metrics."""
         if metrics is None:
             return None
-        record = _record_of(metrics)
+        record = record_of(metrics)
         if record is None or odd_metric(record) is not None:
             _LOG.error("Round %d: the metrics are no MetricRecord of numbers of 64 bits; left out.", number)
             return None
@@ -236,7 +270,7 @@ class Guard(Strategy):
             return None, metrics
         memory = arrays_in(self.strategy)
         try:
-            tensors = self._usable(arrays, spoilt=before.spoilt(memory))
+            tensors = usable(arrays, self._specs, spoilt=before.spoilt(memory))
         except UpdateError as error:
             before.put_back()
             _LOG.error("Round %d: %s The global arrays stay as they were.", number, error)
@@ -262,38 +296,3 @@ class Guard(Strategy):
             name, kind = type(self.strategy).__name__, type(error).__name__
             _LOG.error("Round %d: %s raised %s at %s. Nothing changes.", number, name, kind, places)
             return None
-
-    def _usable(self, arrays: object, *, spoilt: list[str]) -> dict[str, Tensor]:
-        """An average in the dtypes and the order of the model.
-
-        Raises:
-            UpdateError: It is not finite, is not of the model, or left the strategy's own arrays non-finite.
-        """
-        if not isinstance(arrays, ArrayRecord):
-            raise UpdateError(f"Aggregate refused: expected an ArrayRecord, got a {type(arrays).__name__}.")
-        came = tensors_of(arrays, subject="Aggregate", names=self._specs)
-        tensors = fitted({name: came[name] for name in self._specs}, self._specs)
-        remedy = "Lower the server's learning rate."
-        check_tensors(tensors, self._specs, subject="Aggregate refused.", remedy=remedy)
-        if spoilt:
-            problems = [f"the strategy's own {shown(name)} has become non-finite" for name in spoilt]
-            raise UpdateError(gathered("Aggregate refused.", problems, remedy))
-        return tensors
-
-
-def _specs(arrays: ArrayRecord) -> dict[str, TensorSpec]:
-    """What every reply has to look like; the initial arrays themselves must be sound."""
-    tensors = tensors_of(arrays, subject="Initial arrays")
-    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-    remedy = "Start from fedkl.flower.public_arrays(model)."
-    check_tensors(tensors, specs, subject="Initial arrays refused.", remedy=remedy)
-    return specs
-
-
-def _record_of(metrics: object) -> MetricRecord | None:
-    if isinstance(metrics, MetricRecord):
-        return metrics
-    try:
-        return MetricRecord(dict(metrics)) if isinstance(metrics, Mapping) else None
-    except TypeError:
-        return None

@@ -1,17 +1,18 @@
-"""The replies of a round on Flower: which ones fit, and which are refused by name."""
+"""Which replies fit on Flower, which are refused by name, and which averages of them can be used."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
+from torch import Tensor
 
-from fedkl.errors import FedKLError, UpdateError, shown
-from fedkl.flower.records import only_arrays, ordered, tensors_of
+from fedkl.errors import FedKLError, UpdateError, gathered, shown
+from fedkl.flower.records import fitted, only_arrays, ordered, tensors_of
 from fedkl.update import MAX_SAMPLES, TensorSpec, check_tensors
 
 _LOG = logging.getLogger("flwr.fedkl")  # among Flower's own lines, in its format
@@ -73,9 +74,16 @@ class ReplyRules:
 
 
 def sorted_out(
-    replies: Iterable[Message], rules: ReplyRules, *, round: int
+    replies: Iterable[Message], check: Callable[[Message], Message], *, round: int, with_arrays: bool
 ) -> tuple[list[Message], list[Message]]:
-    """Errors, which strategies count themselves, and the replies that fit; the others are refused by name."""
+    """Errors, which strategies count themselves, and the replies that fit; the others are refused by name.
+
+    Args:
+        replies: All that came.
+        check: Gives a reply that fits as it is passed on, and raises UpdateError for others.
+        round: For the log.
+        with_arrays: Whether replies must have the same ArrayRecords as most have.
+    """
     errors, fine = [], []
     nodes: set[int] = set()
     for reply in replies:
@@ -86,12 +94,12 @@ def sorted_out(
             if reply.metadata.src_node_id in nodes:
                 raise UpdateError("Reply refused: only the first reply of a node in a round counts.")
             nodes.add(reply.metadata.src_node_id)
-            fine.append(rules.checked(reply))
+            fine.append(check(reply))
         except FedKLError as error:
-            _refused(round, reply, str(error))
+            refused(round, reply, str(error))
         except Exception as error:  # whatever a reply holds, the run goes on
-            _refused(round, reply, f"it cannot be checked ({type(error).__name__}).")
-    return errors, _alike(fine, round, with_arrays=rules.specs is not None)
+            refused(round, reply, f"it cannot be checked ({type(error).__name__}).")
+    return errors, _alike(fine, round, with_arrays=with_arrays)
 
 
 def _alike(replies: list[Message], round: int, *, with_arrays: bool) -> list[Message]:
@@ -103,15 +111,63 @@ def _alike(replies: list[Message], round: int, *, with_arrays: bool) -> list[Mes
         if layout == usual[0][0]:
             kept.append(reply)
         else:
-            _refused(round, reply, "its records or metrics have other names or kinds than most have.")
+            refused(round, reply, "its records or metrics have other names or kinds than most have.")
     return kept
 
 
 def _layout(reply: Message, *, with_arrays: bool) -> tuple[object, ...]:
     """Names of records and metrics, and how long lists are; a strategy raises when these differ."""
-    name, metrics = next(iter(reply.content.metric_records.items()))
-    kinds = tuple(sorted((key, len(v) if isinstance(v, list) else -1) for key, v in metrics.items()))
-    return (tuple(reply.content.array_records) if with_arrays else (), name, kinds)
+    metrics = tuple(
+        (name, tuple(sorted((key, len(v) if isinstance(v, list) else -1) for key, v in record.items())))
+        for name, record in reply.content.metric_records.items()
+    )
+    return (tuple(reply.content.array_records) if with_arrays else (), metrics)
+
+
+def specs_of(arrays: ArrayRecord) -> dict[str, TensorSpec]:
+    """What every reply has to look like; the initial arrays themselves must be sound.
+
+    Raises:
+        UpdateError: They are not finite, or are no arrays of numbers.
+    """
+    tensors = tensors_of(arrays, subject="Initial arrays")
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    remedy = "Start from fedkl.flower.public_arrays(model)."
+    check_tensors(tensors, specs, subject="Initial arrays refused.", remedy=remedy)
+    return specs
+
+
+def usable(arrays: object, specs: Mapping[str, TensorSpec], *, spoilt: Sequence[str]) -> dict[str, Tensor]:
+    """An average in the dtypes and the order of the model.
+
+    Args:
+        arrays: What the strategy gave.
+        specs: The model's.
+        spoilt: Names of the strategy's own arrays that are no longer finite.
+
+    Raises:
+        UpdateError: It is not finite, is not of the model, or left the strategy's own arrays non-finite.
+    """
+    if not isinstance(arrays, ArrayRecord):
+        raise UpdateError(f"Aggregate refused: expected an ArrayRecord, got a {type(arrays).__name__}.")
+    came = tensors_of(arrays, subject="Aggregate", names=specs)
+    tensors = fitted({name: came[name] for name in specs}, specs)
+    remedy = "Lower the server's learning rate."
+    check_tensors(tensors, specs, subject="Aggregate refused.", remedy=remedy)
+    if spoilt:
+        problems = [f"the strategy's own {shown(name)} has become non-finite" for name in spoilt]
+        raise UpdateError(gathered("Aggregate refused.", problems, remedy))
+    return tensors
+
+
+def record_of(metrics: object) -> MetricRecord | None:
+    """What a strategy gives as metrics, as Flower's record; None if it is none."""
+    if isinstance(metrics, MetricRecord):
+        return metrics
+    try:
+        return MetricRecord(dict(metrics)) if isinstance(metrics, Mapping) else None
+    except TypeError:
+        return None
 
 
 def odd_metric(metrics: MetricRecord) -> str | None:
@@ -171,5 +227,6 @@ def _copy_of(reply: Message, content: RecordDict | Error) -> Message:
     return copied
 
 
-def _refused(round: int, reply: Message, reason: str) -> None:
+def refused(round: int, reply: Message, reason: str) -> None:
+    """Logs that a reply was refused, and why."""
     _LOG.warning("Round %d: reply of node %d refused: %s", round, reply.metadata.src_node_id, reason)
