@@ -15,13 +15,8 @@ from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, 
 
 from fedkl import lockfile
 from fedkl.errors import ConfigError, KeyFileError
-from fedkl.flower.round_files import (
-    RoundFiles,
-    SavedRound,
-    StrategyMemory,
-    arrays_in,
-    put_arrays,
-)
+from fedkl.flower.round_files import RoundFiles, SavedRound
+from fedkl.flower.strategy_memory import StrategyMemory, arrays_in, put_arrays
 
 TRAIN = "train_metrics_clientapp"
 ARRAYS = {"w": torch.ones(2), "deep/name": torch.zeros(1)}

@@ -1,13 +1,16 @@
-"""The sample-weighted average of updates."""
+"""Plain averaging: the server has each client's update, and their sample-weighted average."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fedkl.errors import UpdateError, gathered
+from fedkl.aggregation.base import Aggregation, RoundAggregation, RoundPlan, Seen, SeenUpdate, ServerLearns
+from fedkl.errors import ConfigError, UpdateError, gathered
 from fedkl.update import PublicUpdate
 
 
@@ -81,6 +84,73 @@ def weighted_average(updates: Iterable[PublicUpdate]) -> dict[str, Tensor]:
     for update in updates:
         average.add(update)
     return average.result()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainAggregation(Aggregation):
+    """Updates come in the clear and are averaged as they come; see `RunningAverage`."""
+
+    type: Literal["plain"] = "plain"
+    server_learns: ClassVar[ServerLearns] = "updates"
+
+    def begin(self, plan: RoundPlan, *, record: bool = False) -> PlainRound:
+        """Begins a round; without `record` it holds one sum, with it every update."""
+        return PlainRound(plan, record=record)
+
+
+class PlainRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
+    """One round of plain averaging.
+
+    Args:
+        plan: What is agreed.
+        record: Whether every update is kept for `what_the_server_sees`.
+    """
+
+    def __init__(self, plan: RoundPlan, *, record: bool = False) -> None:
+        super().__init__(plan.clients)
+        self._plan = plan
+        self._average = RunningAverage()
+        self._seen: list[Seen] | None = [] if record else None
+
+    @property
+    def update_bytes(self) -> int:
+        """Size of the tensors of one update; 0 if there is none."""
+        return self._average.update_bytes
+
+    def what_the_server_sees(self) -> tuple[Seen, ...]:
+        """Each client's update as it sent it, in the order in which they came.
+
+        Raises:
+            ConfigError: The round was begun without `record`.
+        """
+        if self._seen is None:
+            raise ConfigError(
+                "PlainAggregation: this round kept no updates. Begin it with record=True to see them."
+            )
+        return tuple(self._seen)
+
+    def _take(self, client: str, update: PublicUpdate) -> None:
+        _check_planned(self._plan, client, update)
+        self._average.add(update)
+        if self._seen is not None:
+            self._seen.append(SeenUpdate(clients=(client,), update=update))
+
+    def _result(self) -> dict[str, Tensor]:
+        return self._average.result()
+
+
+def _check_planned(plan: RoundPlan, client: str, update: PublicUpdate) -> None:
+    """The plan's own allow-list, so that the first update does not say how the others must look."""
+    expected, got = (plan.schema.kind, plan.round), (update.kind, update.round)
+    if got != expected:
+        raise UpdateError(f"Aggregation: expected updates of (kind, round) {expected}, got {got}.")
+    if update.schema.specs != plan.schema.specs:  # the update was checked against its own
+        plan.schema.check(update.tensors, subject=f"The update of {client}")
+    if update.num_samples > plan.clients[client]:
+        raise UpdateError(
+            f"The update of {client} refused: expected at most {plan.clients[client]} samples, "
+            f"got {update.num_samples}."
+        )
 
 
 _EXACT = 2**53  # the integers up to here are all float64's own

@@ -5,13 +5,12 @@ schedules.py    learning rates over the rounds
 client.py       what a client keeps: samples, key, private state, optimizer state
 worker.py       model instances that are lent to clients; several clients train at once
 server.py       the server: the public state and how averages change it
-aggregation.py  the sample-weighted average of named tensors
 simulation.py   rounds of clients and server
 checkpoint.py   rounds on disk, private states encrypted
 fill_in.py      what the server's own model is worth without any client's lock
 """
 
-from fedkl.aggregation.plain import RunningAverage, weighted_average
+from fedkl.aggregation import RunningAverage, weighted_average
 from fedkl.federated.checkpoint import Checkpoints
 from fedkl.federated.client import Client
 from fedkl.federated.fill_in import FillIn, server_fill_ins

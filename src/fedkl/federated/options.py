@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fedkl.aggregation import AnyAggregation, PlainAggregation
 from fedkl.data import AUGMENTATIONS, IID, AnyPartition
 from fedkl.errors import ConfigError, gathered
 from fedkl.federated.schedules import AnySchedule, StepSchedule
@@ -83,6 +84,7 @@ class FederatedTraining:
         partition: How the training images are divided.
         schedule: Of the learning rate.
         server: What the server does with the average of the updates.
+        aggregation: How the updates of a round are put together, and thus what the server sees of each.
         eval_every: Rounds between evaluations; the last round is always evaluated.
         eval_clients: At most so many clients are evaluated: the first, in an order drawn once, of those that
             have trained.
@@ -97,6 +99,7 @@ class FederatedTraining:
     partition: Annotated[AnyPartition, Field(discriminator="type")] = field(default_factory=IID)
     schedule: Annotated[AnySchedule, Field(discriminator="type")] = field(default_factory=StepSchedule)
     server: Annotated[AnyServerOptimizer, Field(discriminator="type")] = field(default_factory=Averaging)
+    aggregation: AnyAggregation = field(default_factory=PlainAggregation)
     eval_every: int = 1
     eval_clients: int = 20
     local: LocalTraining = field(default_factory=LocalTraining)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from time import perf_counter
 
@@ -12,17 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from fedkl import rng
-from fedkl.aggregation.plain import RunningAverage
+from fedkl.aggregation import Aggregation, OnSeen, RoundAggregation, RoundPlan
 from fedkl.data import Dataset, class_counts
 from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, TrainingError, UpdateError
 from fedkl.federated.client import Client
 from fedkl.federated.options import Execution, FederatedTraining
 from fedkl.federated.server import AnyServerOptimizer, Averaging, Server, ServerSGD
-from fedkl.federated.worker import ClientResult, Samples, Worker, WorkerPool, draws_random_numbers
+from fedkl.federated.worker import (
+    UPDATE_KINDS,
+    ClientResult,
+    Samples,
+    Worker,
+    WorkerPool,
+    draws_random_numbers,
+)
 from fedkl.locking import Split
 from fedkl.metrics import class_accuracies
-from fedkl.types import Images
+from fedkl.types import Images, NamedTensors
+from fedkl.update import PublicUpdate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +88,7 @@ class Federation:
         seed: Of the partition, the cohorts and the batch orders. Keys and lock layers come from the
             operating system.
         execution: On what it runs.
+        aggregation: In place of that of `training`.
 
     Raises:
         ConfigError: The options do not go together.
@@ -95,8 +104,10 @@ class Federation:
         training: FederatedTraining,
         seed: int,
         execution: Execution | None = None,
+        aggregation: Aggregation | None = None,
     ) -> None:
         execution = execution or Execution()
+        self.aggregation = aggregation or training.aggregation
         self.defense = defense
         self.training = training
         self.dataset = dataset
@@ -111,6 +122,7 @@ class Federation:
         self._pool = self._workers(model, execution)
         _check_fedsgd(self.split, training)
         _check_tied(self.split, training)
+        _check_server_knows(self.aggregation, training)
         self.server = Server(
             self.split.public_state(),
             trained=[name for name, p in self.split.public_parameters().items() if p.requires_grad],
@@ -155,17 +167,29 @@ class Federation:
         """PyTorch threads that the workers share."""
         return self._pool.threads
 
-    def run(self, *, start: int = 0) -> Iterator[RoundResult]:
+    def run(
+        self, *, start: int = 0, on_seen: OnSeen | None = None, watched: Container[int] | None = None
+    ) -> Iterator[RoundResult]:
         """Trains all rounds from `start` on, yielding each as it is done.
+
+        Args:
+            start: The first of them.
+            on_seen: Is told what the server saw of the watched rounds; see `run_round`.
+            watched: Numbers of these rounds; None: all.
 
         Raises:
             TrainingError: The training of all clients of a round diverged.
         """
         for round in range(start, self.training.rounds):
-            yield self.run_round(round)
+            yield self.run_round(round, on_seen=on_seen if watched is None or round in watched else None)
 
-    def run_round(self, round: int) -> RoundResult:
+    def run_round(self, round: int, *, on_seen: OnSeen | None = None) -> RoundResult:
         """One round: the sampled clients train on the server's state, the server aggregates.
+
+        Args:
+            round: Its number, from 0.
+            on_seen: Is told, before the evaluation, what was sent to the clients and what the server has
+                then; with plain averaging every update of the round is kept for it. It changes no result.
 
         Raises:
             TrainingError: The training of all clients of the round diverged, of more than one where the
@@ -174,33 +198,50 @@ class Federation:
         begin = perf_counter()
         lr = self.training.lr_at(round)
         present, dropped = self._cohort(round)
-        average, losses, failed = RunningAverage(), [], {}
-        for client, result in self._train(present, round=round, lr=lr):
-            if isinstance(result, UpdateError):
-                failed[client.name] = str(result)
-            else:
-                average.add(result.update)
+        plan = self._plan(round, [*present, *dropped])
+        collected = self.aggregation.begin(plan, record=on_seen is not None)
+        for client in dropped:
+            collected.drop(client.name)
+        losses, failed = [], {}
+        for client, result in self._train(present, plan.state, round=round, lr=lr):
+            error = result if isinstance(result, UpdateError) else _refusal(collected, client, result)
+            if error is not None:
+                failed[client.name] = str(error)
+                collected.drop(client.name)
+            elif isinstance(result, ClientResult):
                 losses.append(result.loss)
         alone = self.training.clients > 1 and len(failed) == 1  # a single one may be at fault itself
         if failed and not losses and not alone:
             raise TrainingError(_diverged(round, lr, failed))
-        enough = average.count >= self.training.min_cohort
+        enough = len(collected.offered) >= self.training.min_cohort and collected.enough
         if enough:
-            self._aggregate(average, round)
+            self._apply(collected.result(), round)
         seconds = perf_counter() - begin
+        if on_seen is not None:
+            on_seen(plan, collected.what_the_server_sees())
         accuracies, local_accuracies = self.evaluate() if self._evaluation_due(round) else ({}, {})
         return RoundResult(
             round=round,
             seconds=seconds,
             lr=lr,
             loss=fmean(losses) if losses else None,
-            updates=average.count,
+            updates=len(collected.offered),
             dropped=tuple(client.name for client in dropped),
             failed=failed,
             aggregated=enough,
             accuracies=accuracies,
             local_accuracies=local_accuracies,
-            update_bytes=average.update_bytes,
+            update_bytes=collected.update_bytes,
+        )
+
+    def _plan(self, round: int, sampled: Sequence[Client]) -> RoundPlan:
+        schema = self.split.schema(UPDATE_KINDS[self.training.local.algorithm])
+        in_order = sorted(sampled, key=lambda client: self._indexes[client.name])
+        return RoundPlan(
+            round=round,
+            clients={client.name: client.num_samples for client in in_order},
+            schema=replace(schema, private=frozenset()),  # a server does not know these names
+            state=self.server.state,
         )
 
     def _cohort(self, round: int) -> tuple[list[Client], list[Client]]:
@@ -217,10 +258,8 @@ class Federation:
         return present, dropped
 
     def _train(
-        self, clients: Sequence[Client], *, round: int, lr: float
+        self, clients: Sequence[Client], state: NamedTensors, *, round: int, lr: float
     ) -> Iterator[tuple[Client, ClientResult | UpdateError]]:
-        state = self.server.state
-
         def task(worker: Worker, client: Client) -> ClientResult | UpdateError:
             try:
                 return worker.train(client, state, round=round, lr=lr, transform=self.defense.transform)
@@ -229,12 +268,12 @@ class Federation:
 
         return self._pool.map(task, clients)
 
-    def _aggregate(self, average: RunningAverage, round: int) -> None:
+    def _apply(self, average: NamedTensors, round: int) -> None:
         if self.training.local.algorithm == "fedavg":
-            self.server.apply_weights(average.result())
+            self.server.apply_weights(average)
         else:
             factor = self.training.schedule.factor(round, rounds=self.training.rounds)
-            self.server.apply_gradient(average.result(), lr_factor=factor)
+            self.server.apply_gradient(average, lr_factor=factor)
 
     def _evaluation_due(self, round: int) -> bool:
         last = round == self.training.rounds - 1
@@ -297,6 +336,17 @@ def _clients(parts: Sequence[Tensor], defense: Defense, model: nn.Module) -> lis
     return clients
 
 
+def _refusal(
+    collected: RoundAggregation[PublicUpdate, dict[str, Tensor]], client: Client, result: ClientResult
+) -> UpdateError | None:
+    """Why a client's update was not taken in; None if it was."""
+    try:
+        collected.offer(client.name, result.update)
+    except UpdateError as error:
+        return error
+    return None
+
+
 def _weighted(recalls: Tensor, weights: Tensor) -> float | None:
     """Accuracy on a test set with these class frequencies; classes without test samples do not count.
 
@@ -343,6 +393,15 @@ def _check_tied(split: Split, training: FederatedTraining) -> None:
         raise ConfigError(
             f"'{tied[0]}' is another name of a tied weight, which only server averaging of weights handles. "
             "Use training.server of type 'averaging' with algorithm='fedavg', or untie the weight."
+        )
+
+
+def _check_server_knows(aggregation: Aggregation, training: FederatedTraining) -> None:
+    """A server steps along what it can read; weights that it cannot are replaced as they are."""
+    if aggregation.server_learns == "nothing" and not isinstance(_server_optimizer(training), Averaging):
+        raise ConfigError(
+            f"aggregation '{aggregation.type}' shows the server no average that an optimizer could step "
+            "along. Use training.server of type 'averaging' with algorithm='fedavg', or another aggregation."
         )
 
 

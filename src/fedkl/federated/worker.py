@@ -107,7 +107,7 @@ class Worker:
                 tensors, num_samples, losses = self._gradient(client, round)
         update = self.split.public_update(
             tensors,
-            kind=_UPDATE_KINDS[self._training.algorithm],
+            kind=UPDATE_KINDS[self._training.algorithm],
             num_samples=num_samples,
             round=round,
             search=False,
@@ -204,7 +204,7 @@ def _check_finite(tensors: NamedTensors, client: Client) -> None:
         raise UpdateError(gathered(f"{client.name} diverged.", problems, "Lower its learning rate."))
 
 
-_UPDATE_KINDS: dict[str, UpdateKind] = {"fedavg": "weights", "fedsgd": "gradient"}
+UPDATE_KINDS: dict[str, UpdateKind] = {"fedavg": "weights", "fedsgd": "gradient"}
 
 
 def draws_random_numbers(model: nn.Module, images: Tensor) -> bool:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 from flwr.serverapp.strategy import Result, Strategy
-from torch import Tensor
 
-from fedkl.errors import ConfigError, FedKLError, UpdateError, gathered, shown
+from fedkl.errors import ConfigError, UpdateError
 from fedkl.files import exclusive
-from fedkl.flower.records import arrays_of, fitted, only_arrays, ordered, tensors_of
+from fedkl.flower.aggregation import (
+    OnSeenReplies,
+    PassedOn,
+    ReplyAggregation,
+    ReplyPlan,
+    ReplyRound,
+    collect,
+)
+from fedkl.flower.records import arrays_of
+from fedkl.flower.replies import ReplyRules, odd_metric, record_of, sorted_out, specs_of, usable
 from fedkl.flower.round_files import (
     EVALUATE,
     SERVER,
@@ -28,16 +35,12 @@ from fedkl.flower.round_files import (
     History,
     RoundFiles,
     SavedRound,
-    StrategyMemory,
-    arrays_in,
-    nested,
-    put_arrays,
 )
-from fedkl.update import MAX_SAMPLES, TensorSpec, check_tensors
+from fedkl.flower.strategy_memory import StrategyMemory, arrays_in, nested, put_arrays
+from fedkl.update import TensorSpec, check_tensors
 
 _LOG = logging.getLogger("flwr.fedkl")  # among Flower's own lines, in its format
 _OF_REPLIES = (InconsistentMessageReplies, AggregationError)  # Flower's other exits are on purpose
-_MAX_ERROR_TEXT = 500
 
 _T = TypeVar("_T")
 EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -64,19 +67,30 @@ class Guard(Strategy):
         strategy: Any strategy of `flwr.serverapp.strategy` whose train replies hold one ArrayRecord.
         checkpoints: The folder of the rounds; None: none are written.
         min_replies: Sound replies that a round needs.
+        aggregation: What becomes of replies before the strategy gets them; None: it gets them as they came.
+        on_seen: Is told, once a round, what was asked and what the server has of the training replies.
 
     Raises:
         ConfigError: `min_replies` is below 1.
     """
 
     def __init__(
-        self, strategy: Strategy, *, checkpoints: str | Path | None = None, min_replies: int = 1
+        self,
+        strategy: Strategy,
+        *,
+        checkpoints: str | Path | None = None,
+        min_replies: int = 1,
+        aggregation: ReplyAggregation | None = None,
+        on_seen: OnSeenReplies | None = None,
     ) -> None:
         if min_replies < 1:
             raise ConfigError(f"Guard: min_replies: expected at least 1, got {min_replies}.")
         self.strategy = strategy
         self._files = None if checkpoints is None else RoundFiles(Path(checkpoints).expanduser())
         self._min_replies = min_replies
+        self._aggregation = aggregation or PassedOn()
+        self._on_seen = on_seen
+        self._round: ReplyRound | None = None  # that messages were sent for
         self._done = 0  # rounds of earlier runs
         self._specs: dict[str, TensorSpec] = {}
         self._history: History = {}
@@ -128,13 +142,17 @@ class Guard(Strategy):
         Raises:
             UpdateError: The arrays are not finite, or are no arrays of numbers.
         """
-        self._specs = _specs(arrays)
+        self._specs = specs_of(arrays)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The strategy's, in rounds of the whole training."""
-        return self.strategy.configure_train(self._done + server_round, arrays, config, grid)
+        number = self._done + server_round
+        messages = list(self.strategy.configure_train(number, arrays, config, grid))
+        nodes = tuple(message.metadata.dst_node_id for message in messages)
+        self._round = self._begin(ReplyPlan(round=number, nodes=nodes, specs=self._specs, grid=grid))
+        return self._round.requests(messages)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -145,11 +163,13 @@ class Guard(Strategy):
             ConfigError: The checkpoint cannot be written.
         """
         number = self._done + server_round
-        sound = self._sound(replies, number, with_arrays=True)
-        if sum(reply.has_content() for reply in sound) < self._min_replies:
-            _LOG.warning("Round %d: fewer than %d sound replies; nothing changes.", number, self._min_replies)
+        collected, self._round = self._begun(number), None
+        passed = collect(collected, replies, self._rules(), least=self._min_replies)
+        if self._on_seen is not None:
+            self._on_seen(collected.plan, collected.what_the_server_sees())
+        if passed is None:
             return None, None
-        saved, metrics = self._aggregated(sound, number)
+        saved, metrics = self._aggregated(passed, number)
         if saved is not None and self._files is not None:
             self._files.save(saved)
         noted = self._noted(TRAIN, number, metrics)
@@ -164,9 +184,20 @@ class Guard(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The strategy's, of sound replies only."""
         number = self._done + server_round
-        sound = self._sound(replies, number, with_arrays=False)
-        metrics = self._attempted(lambda: self.strategy.aggregate_evaluate(number, sound), number)
+        rules = replace(self._rules(), specs=None, loss=None)
+        errors, sound = sorted_out(replies, rules.checked, round=number, with_arrays=False)
+        passed = errors + sound
+        metrics = self._attempted(lambda: self.strategy.aggregate_evaluate(number, passed), number)
         return self._noted(EVALUATE, number, metrics)
+
+    def _begin(self, plan: ReplyPlan) -> ReplyRound:
+        return self._aggregation.begin(plan, record=self._on_seen is not None)
+
+    def _begun(self, number: int) -> ReplyRound:
+        """The round that messages were sent for; one without them if nobody asked for any."""
+        if self._round is not None and self._round.plan.round == number:
+            return self._round
+        return self._begin(ReplyPlan(round=number, nodes=(), specs=self._specs))
 
     def _alone(self) -> AbstractContextManager[None]:
         return exclusive(self._files.folder, follow=False) if self._files else nullcontext()
@@ -201,8 +232,8 @@ class Guard(Strategy):
         """Metrics, once they are in the history; None if they are no metrics."""
         if metrics is None:
             return None
-        record = _record_of(metrics)
-        if record is None or _odd_metric(record) is not None:
+        record = record_of(metrics)
+        if record is None or odd_metric(record) is not None:
             _LOG.error("Round %d: the metrics are no MetricRecord of numbers of 64 bits; left out.", number)
             return None
         self._history.setdefault(kind, {})[number] = dict(record)
@@ -210,86 +241,24 @@ class Guard(Strategy):
             self._files.save_history(self._history)
         return record
 
-    def _sound(self, replies: Iterable[Message], number: int, *, with_arrays: bool) -> list[Message]:
-        """Replies that fit, and errors, which strategies count themselves; the others are refused by name."""
-        errors, fine = [], []
-        nodes: set[int] = set()
-        for reply in replies:
-            if reply.has_error():
-                errors.append(_with_short_text(reply))
-                continue
-            try:
-                if reply.metadata.src_node_id in nodes:
-                    raise UpdateError("Reply refused: only the first reply of a node in a round counts.")
-                nodes.add(reply.metadata.src_node_id)
-                fine.append(self._checked(reply, with_arrays=with_arrays))
-            except FedKLError as error:
-                _refused(number, reply, str(error))
-            except Exception as error:  # whatever a reply holds, the run goes on
-                _refused(number, reply, f"it cannot be checked ({type(error).__name__}).")
-        return errors + self._alike(fine, number, with_arrays=with_arrays)
-
-    def _alike(self, replies: list[Message], number: int, *, with_arrays: bool) -> list[Message]:
-        """Replies with the records and metrics that most have; the others are refused."""
-        layouts = [_layout(reply, with_arrays=with_arrays) for reply in replies]
-        usual = Counter(layouts).most_common(1)
-        kept = []
-        for reply, layout in zip(replies, layouts, strict=True):
-            if layout == usual[0][0]:
-                kept.append(reply)
-            else:
-                _refused(number, reply, "its records or metrics have other names or kinds than most have.")
-        return kept
-
-    def _checked(self, reply: Message, *, with_arrays: bool) -> Message:
-        """A reply that fits, its arrays in the order in which they were sent.
-
-        Raises:
-            UpdateError: It does not fit.
-        """
-        if with_arrays:
-            record = only_arrays(reply.content, subject="Reply")
-            check_tensors(
-                tensors_of(record, subject="Reply", names=self._specs),
-                self._specs,
-                subject="Reply refused.",
-                remedy="Reply with exactly the tensors that were sent.",
-            )
-        self._check_metrics(reply.content, with_arrays=with_arrays)
-        if not with_arrays or list(record) == list(self._specs):
-            return reply
-        content = {
-            key: ordered(value, self._specs) if value is record else value
-            for key, value in reply.content.items()
-        }
-        return _copy_of(reply, RecordDict(content))
-
-    def _check_metrics(self, content: RecordDict, *, with_arrays: bool) -> None:
-        records = list(content.metric_records.values())
-        if len(records) != 1:
-            raise UpdateError(f"Reply refused: expected exactly one MetricRecord, got {len(records)}.")
-        metrics = records[0]
-        odd = _odd_metric(metrics)
-        if odd is not None:
-            raise UpdateError(
-                f"Reply refused: the metric {shown(odd)} is no number, or has more than 64 bits."
-            )
-        weight = str(self._setting("weighted_by_key") or "num-examples")
-        _check_number(metrics, weight, least="> 0")
-        loss = self._setting("train_loss_key")  # QFedAvg computes with it as with a weight
-        if with_arrays and loss is not None:
-            _check_number(metrics, str(loss), least="≥ 0")
+    def _rules(self) -> ReplyRules:
+        weight, loss = self._setting("weighted_by_key"), self._setting("train_loss_key")
+        return ReplyRules(
+            specs=self._specs,
+            weight=str(weight or "num-examples"),
+            loss=None if loss is None else str(loss),  # QFedAvg computes with it as with a weight
+        )
 
     def _setting(self, name: str) -> object:
         """An attribute of the strategy, or of one that it wraps."""
         owners = (owner for _, owner in nested(self.strategy) if hasattr(owner, name))
         return getattr(next(owners, None), name, None)
 
-    def _aggregated(self, sound: list[Message], number: int) -> tuple[SavedRound | None, object]:
+    def _aggregated(self, passed: list[Message], number: int) -> tuple[SavedRound | None, object]:
         """The strategy's average and metrics; if it cannot be used, all arrays are what they were."""
 
         def aggregate() -> tuple[object, object]:
-            arrays, metrics = self.strategy.aggregate_train(number, sound)
+            arrays, metrics = self.strategy.aggregate_train(number, passed)
             return arrays, metrics
 
         before = StrategyMemory(self.strategy)
@@ -301,7 +270,7 @@ class Guard(Strategy):
             return None, metrics
         memory = arrays_in(self.strategy)
         try:
-            tensors = self._usable(arrays, spoilt=before.spoilt(memory))
+            tensors = usable(arrays, self._specs, spoilt=before.spoilt(memory))
         except UpdateError as error:
             before.put_back()
             _LOG.error("Round %d: %s The global arrays stay as they were.", number, error)
@@ -327,106 +296,3 @@ class Guard(Strategy):
             name, kind = type(self.strategy).__name__, type(error).__name__
             _LOG.error("Round %d: %s raised %s at %s. Nothing changes.", number, name, kind, places)
             return None
-
-    def _usable(self, arrays: object, *, spoilt: list[str]) -> dict[str, Tensor]:
-        """An average in the dtypes and the order of the model.
-
-        Raises:
-            UpdateError: It is not finite, is not of the model, or left the strategy's own arrays non-finite.
-        """
-        if not isinstance(arrays, ArrayRecord):
-            raise UpdateError(f"Aggregate refused: expected an ArrayRecord, got a {type(arrays).__name__}.")
-        came = tensors_of(arrays, subject="Aggregate", names=self._specs)
-        tensors = fitted({name: came[name] for name in self._specs}, self._specs)
-        remedy = "Lower the server's learning rate."
-        check_tensors(tensors, self._specs, subject="Aggregate refused.", remedy=remedy)
-        if spoilt:
-            problems = [f"the strategy's own {shown(name)} has become non-finite" for name in spoilt]
-            raise UpdateError(gathered("Aggregate refused.", problems, remedy))
-        return tensors
-
-
-def _specs(arrays: ArrayRecord) -> dict[str, TensorSpec]:
-    """What every reply has to look like; the initial arrays themselves must be sound."""
-    tensors = tensors_of(arrays, subject="Initial arrays")
-    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-    remedy = "Start from fedkl.flower.public_arrays(model)."
-    check_tensors(tensors, specs, subject="Initial arrays refused.", remedy=remedy)
-    return specs
-
-
-def _layout(reply: Message, *, with_arrays: bool) -> tuple[object, ...]:
-    """Names of records and metrics, and how long lists are; a strategy raises when these differ."""
-    name, metrics = next(iter(reply.content.metric_records.items()))
-    kinds = tuple(sorted((key, len(v) if isinstance(v, list) else -1) for key, v in metrics.items()))
-    return (tuple(reply.content.array_records) if with_arrays else (), name, kinds)
-
-
-def _record_of(metrics: object) -> MetricRecord | None:
-    if isinstance(metrics, MetricRecord):
-        return metrics
-    try:
-        return MetricRecord(dict(metrics)) if isinstance(metrics, Mapping) else None
-    except TypeError:
-        return None
-
-
-def _odd_metric(metrics: MetricRecord) -> str | None:
-    """The first metric that is no number or list of numbers as they can be sent."""
-    for name, value in metrics.items():
-        if not all(map(_is_number, value if isinstance(value, list) else [value])):
-            return name
-    return None
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, int):  # larger ones are no floats, and no text that a log can hold
-        return not isinstance(value, bool) and -(2**63) <= value < 2**64
-    return isinstance(value, float)
-
-
-def _check_number(metrics: MetricRecord, name: str, *, least: str) -> None:
-    """Checks a metric that a strategy computes with.
-
-    Args:
-        metrics: All metrics.
-        name: Its name.
-        least: ``"> 0"`` or ``"≥ 0"``.
-    """
-    value = metrics.get(name)
-    if value is None:
-        got = "none"
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        got = f"a {type(value).__name__}"
-    elif value != value:
-        got = "NaN"
-    elif value < 0 or (value == 0 and least == "> 0"):
-        got = f"one that is not {least}"
-    elif value > MAX_SAMPLES:
-        got = "a larger one"
-    else:
-        return
-    expected = f"the metric {shown(name)} as a number {least} and at most {MAX_SAMPLES}"
-    raise UpdateError(f"Reply refused: expected {expected}, got {got}.")
-
-
-def _with_short_text(reply: Message) -> Message:
-    """An error whose text Flower's strategies can log: one line, without control codes."""
-    text = str(reply.error.reason or "")
-    if text.isprintable() and len(text) <= _MAX_ERROR_TEXT:
-        return reply
-    return _copy_of(reply, Error(reply.error.code, repr(text[:_MAX_ERROR_TEXT])))
-
-
-def _copy_of(reply: Message, content: RecordDict | Error) -> Message:
-    """A reply with other content; the one that came is not changed."""
-    copied = copy.copy(reply)
-    if isinstance(content, Error):
-        copied.error = content
-    else:
-        copied.content = content
-    return copied
-
-
-def _refused(number: int, reply: Message, reason: str) -> None:
-    _LOG.warning("Round %d: reply of node %d refused: %s", number, reply.metadata.src_node_id, reason)
