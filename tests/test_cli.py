@@ -13,6 +13,7 @@ import pytest
 import tomllib
 
 from fedkl import cli
+from fedkl.cli.terminal import progress_bar
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.runs import RunDirectory
 
@@ -358,7 +359,7 @@ def test_data_list(fedkl):
 )
 def test_the_progress_bar_shows_its_note_whole(capsys, monkeypatch, title, note):
     monkeypatch.setenv("COLUMNS", "80")
-    with cli._progress(title) as step:
+    with progress_bar(title) as step:
         step(100, 140, note)
     shown = capsys.readouterr().err
     for part in (title, "100/140", note):

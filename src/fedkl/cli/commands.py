@@ -1,0 +1,34 @@
+"""What a command does on Ctrl-C: it says what is kept, and what goes on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any, ClassVar
+
+import typer
+from typer.core import TyperCommand
+
+from fedkl.cli.terminal import printable, say
+
+
+class Command(TyperCommand):
+    """A command that Ctrl-C ends with exit code 130 and a line that says what is kept."""
+
+    kept: ClassVar[str] = "Nothing of it is kept; to start again:"
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            place = printable(str(ctx.params.get("out", "")))
+            again = printable(shlex.join(["fedkl", *sys.argv[1:]]))
+            say(f"Interrupted. {self.kept.format(place=place)} {again}")
+            raise typer.Exit(130) from None
+
+
+class Continued(Command):
+    """A command that goes on where it was interrupted."""
+
+    kept = "What was finished is kept in {place}; to go on, the same command: "
