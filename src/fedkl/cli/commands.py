@@ -13,22 +13,25 @@ from fedkl.cli.terminal import printable, say
 
 
 class Command(TyperCommand):
-    """A command that Ctrl-C ends with exit code 130 and a line that says what is kept."""
+    """A command that Ctrl-C ends with exit code 130 and a line that says how to repeat it.
 
-    kept: ClassVar[str] = "Nothing of it is kept; to start again:"
+    Attributes:
+        kept: What became of its work.
+    """
+
+    kept: ClassVar[str] = "The command again:"
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            place = printable(str(ctx.params.get("out", "")))
-            again = printable(shlex.join(["fedkl", *sys.argv[1:]]))
-            say(f"Interrupted. {self.kept.format(place=place)} {again}")
+            again = shlex.join(["fedkl", *sys.argv[1:]])
+            say(printable(f"Interrupted. {self.kept.format(out=ctx.params.get('out'))} {again}"))
             raise typer.Exit(130) from None
 
 
 class Continued(Command):
     """A command that goes on where it was interrupted."""
 
-    kept = "What was finished is kept in {place}; to go on, the same command: "
+    kept = "What was finished is kept in {out}; the same command goes on:"

@@ -20,7 +20,7 @@ PlainOption = Annotated[bool, typer.Option("--unencrypted", help="Leave the file
 
 
 class _KeyCommand(Command):
-    kept = "No file was left half-written. The command again:"
+    kept = "Every file is whole: the old one or the new one. The command again:"
 
 
 def _passphrase(*, unencrypted: bool, confirm: bool) -> str | None:
