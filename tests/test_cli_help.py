@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import subprocess
 import sys
 import typing
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import fedkl
-from fedkl import reproduce
+from fedkl import cli, reproduce
+from fedkl.attacks import AnyAttack
+from fedkl.auditing import standard_arms
 from fedkl.cli import options
 from fedkl.cli import reproduce as tables
 
@@ -84,3 +87,19 @@ def test_choices_are_those_of_the_library():
     assert typing.get_args(options.Budget) == typing.get_args(reproduce.Budget)
     assert typing.get_args(options.Pairs) == typing.get_args(reproduce.Pairs)
     assert tables._TABLE1_ARMS == ",".join(reproduce.Table1.arms)
+
+
+def test_the_lists_name_all_that_can_be_named(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    for words in (["attack", "--list"], ["reproduce", "adaptive", "--list"]):
+        monkeypatch.setattr(sys, "argv", ["fedkl", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+    text = capsys.readouterr().out
+    for attack in typing.get_args(AnyAttack):
+        assert f"\n{attack.type}\n" in text
+        for field in dataclasses.fields(attack):
+            assert field.name == "type" or f"{field.name}=" in text
+    for name in (*(arm.name for arm in standard_arms()), *reproduce.ARRANGEMENTS, *reproduce.RUNGS):
+        assert name in text

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fedkl.cli.commands import Continued
+from fedkl.cli.listing import print_attacks
 from fedkl.cli.options import (
     ConfigOption,
     DataOption,
@@ -20,6 +21,7 @@ from fedkl.cli.options import (
     SetOption,
 )
 from fedkl.cli.terminal import finish, names, progress_bar
+from fedkl.errors import AttackError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -27,12 +29,19 @@ def add_to(app: typer.Typer) -> None:
     app.command("attack", cls=Continued)(attack)
 
 
+def _list(wanted: bool) -> bool:
+    if wanted:
+        print_attacks()
+        raise typer.Exit
+    return wanted
+
+
 def attack(
     out: OutOption,
     config: ConfigOption = None,
     kind: Annotated[str | None, typer.Option("--attack", help="One of --list.", show_default="dlg")] = None,
     arms: Annotated[
-        str | None, typer.Option(help="Comma-separated arms; the lock and its controls if not given.")
+        str | None, typer.Option(help="Comma-separated, of --list.", show_default="the lock and its controls")
     ] = None,
     lock: LockOption = None,
     layers: LayersOption = None,
@@ -64,6 +73,15 @@ def attack(
     workers: Annotated[int | None, typer.Option(help="Threads that share the trials; 0: all cores.")] = None,
     settings: SetOption = None,
     seed: SeedOption = None,
+    listed: Annotated[
+        bool,
+        typer.Option(
+            "--list",
+            callback=_list,
+            is_eager=True,
+            help="Print the attacks with their options, and the arms, and stop.",
+        ),
+    ] = False,
 ) -> None:
     """Gradient inversion of the key-lock and its controls. An interrupted attack goes on.
 
@@ -105,6 +123,14 @@ def attack(
         layers=layers,
         settings=settings or (),
     )
-    with progress_bar("attack") as progress:
-        experiments.run(experiment, out=out, progress=progress)
+    try:
+        with progress_bar("attack") as progress:
+            experiments.run(experiment, out=out, progress=progress)
+    except AttackError as error:
+        if "generator" in str(error):  # the library does not know how a command line gives one
+            raise AttackError(f"{error} {_GENERATOR}") from error
+        raise
     finish(out)
+
+
+_GENERATOR = "On the command line: --set attack.generator=NAME, e.g. attack.generator=mnist, or a file."

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import typer
 from typer.core import TyperCommand
 
-from fedkl.cli.terminal import printable, say
+from fedkl.cli.terminal import say
+from fedkl.errors import printable
 
 
 class Command(TyperCommand):
@@ -27,7 +28,7 @@ class Command(TyperCommand):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             again = shlex.join(["fedkl", *sys.argv[1:]])
-            say(printable(f"Interrupted. {self.kept.format(out=ctx.params.get('out'))} {again}"))
+            say(printable(f"Interrupted. {self.kept.format(out=ctx.params.get('out'))} {again}", limit=None))
             raise typer.Exit(130) from None
 
 

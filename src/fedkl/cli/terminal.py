@@ -87,11 +87,6 @@ def numbers(text: str) -> tuple[int, ...]:
     return found
 
 
-def printable(text: str) -> str:
-    """Text that may hold control codes, which are escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def say(text: str, *, style: str | None = None) -> None:
     """Writes a line on the error stream."""
     Console(stderr=True, emoji=False).print(text, style=style, highlight=False, markup=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from fedkl.config import AttackConfig, TrainConfig
 from fedkl.errors import ConfigError, gathered, shown
 from fedkl.experiments import chosen_arms
 from fedkl.runs import Count, FillIn, Needed, RunDirectory, Seconds, Share, Word, is_run
+from fedkl.validation import problems_of
 
 ORACLE = "mean-affine"
 """The completion that no server can have."""
@@ -240,7 +241,7 @@ def summary_of(directory: RunDirectory) -> dict[str, Any] | None:
             _AttackSummary.model_validate(summary)
             problems = _arm_problems(summary, config)
     except ValidationError as error:
-        problems = configs.problems_of(error)
+        problems = problems_of(error)
     if problems:
         place = f"{directory.path / 'summary.json'}: not the summary of this run."
         raise ConfigError(gathered(place, problems, "Remove it and run the experiment again."))
