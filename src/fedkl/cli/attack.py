@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -11,22 +12,56 @@ from fedkl.cli.listing import print_attacks
 from fedkl.cli.options import (
     ConfigOption,
     DataOption,
-    InitOption,
     LayersOption,
     LockOption,
     ModelOption,
     OutOption,
-    RootOption,
     SeedOption,
     SetOption,
 )
 from fedkl.cli.terminal import finish, names, progress_bar
 from fedkl.errors import AttackError
 
+FIELDS = {
+    "--arms": "arms",
+    "--data": "data.name",
+    "--model": "model.name",
+    "--trials": "trials",
+    "--batch-size": "batch_size",
+    "--auxiliary": "auxiliary",
+    "--seed": "seed",
+}
+"""The field of config.toml that a flag sets."""
+
+_GENERATOR = "On the command line: --set attack.generator=NAME, e.g. attack.generator=mnist, or a file."
+
+
+class AttackCommand(Continued):
+    """The command, and what its former flags are now."""
+
+    removed: ClassVar[Mapping[str, str]] = {
+        "--data-root": "--set data.root=FOLDER",
+        "--initialization": "--set model.initialization=NAME",
+        "--labels-known": "--set labels_known=true",
+        "--labels-unknown": "--set labels_known=false",
+        "--networks": "--set networks=NAME",
+        "--updates-per-client": "--set updates_per_client=NUMBER",
+        "--cohort": "--set cohort=NUMBER",
+        "--norm-mode": "--set norm_mode=NAME",
+        "--local-steps": "--set local.steps=NUMBER",
+        "--device": "--set device=NAME",
+        "--workers": "--set workers=NUMBER",
+        "--evaluations": "--set attack.evaluations=NUMBER",
+        "--restarts": "--set attack.restarts=NUMBER",
+        "--weighting": "--set attack.weighting=NAME",
+        "--history": "--set attack.history=NUMBER",
+        "--box": "--set attack.box=NUMBER",
+    }
+
 
 def add_to(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("attack", cls=Continued)(attack)
+    app.command("attack", cls=AttackCommand)(attack)
 
 
 def _list(wanted: bool) -> bool:
@@ -41,38 +76,24 @@ def attack(
     config: ConfigOption = None,
     kind: Annotated[str | None, typer.Option("--attack", help="One of --list.", show_default="dlg")] = None,
     arms: Annotated[
-        str | None, typer.Option(help="Comma-separated, of --list.", show_default="the lock and its controls")
+        str | None,
+        typer.Option(help="Comma-separated, of --list.", show_default="the lock and its controls"),
     ] = None,
     lock: LockOption = None,
     layers: LayersOption = None,
-    labels: Annotated[
-        bool | None, typer.Option("--labels-known/--labels-unknown", help="Grant the labels, in every arm.")
-    ] = None,
-    auxiliary: Annotated[int | None, typer.Option(help="Labeled images that the server owns.")] = None,
-    trials: Annotated[int | None, typer.Option(help="Test images, or batches of them, attacked.")] = None,
-    networks: Annotated[str | None, typer.Option(help="each: one per trial; one: the same for all.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images behind one gradient.")] = None,
-    updates_per_client: Annotated[
-        int | None, typer.Option(help="Trials in a row with one client's key; needs --networks one.")
-    ] = None,
-    cohort: Annotated[
-        int | None, typer.Option(help="Clients that share a batch; their mean is seen.")
-    ] = None,
-    evaluations: Annotated[int | None, typer.Option(help="Budget of one start, in evaluations.")] = None,
-    restarts: Annotated[int | None, typer.Option(help="Starts per image.")] = None,
-    weighting: Annotated[str | None, typer.Option(help="Of layers: none, sqrt or full.")] = None,
-    history: Annotated[int | None, typer.Option(help="Correction pairs of L-BFGS.")] = None,
-    box: Annotated[float | None, typer.Option(help="Weight of the prior that pixels are in [0, 1].")] = None,
-    norm_mode: Annotated[str | None, typer.Option(help="Of the client's norms: train or eval.")] = None,
-    local_steps: Annotated[int | None, typer.Option(help="SGD steps behind one update.")] = None,
-    data_name: DataOption = None,
-    data_root: RootOption = None,
+    data: DataOption = None,
     model: ModelOption = None,
-    initialization: InitOption = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that share the trials; 0: all cores.")] = None,
-    settings: SetOption = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Test images, or batches of them, attacked.", show_default="20")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images behind one gradient.", show_default="1")
+    ] = None,
+    auxiliary: Annotated[
+        int | None, typer.Option(help="Labeled images that the server owns.", show_default="0")
+    ] = None,
     seed: SeedOption = None,
+    settings: SetOption = None,
     listed: Annotated[
         bool,
         typer.Option(
@@ -85,39 +106,25 @@ def attack(
 ) -> None:
     """Gradient inversion of the key-lock and its controls. An interrupted attack goes on.
 
-    Attacks differ in their options; --set attack.NAME=VALUE sets any of them.
+    --set sets what has no flag: --set attack.restarts=4 an option of the attack (--list shows them), --set
+    local.steps=5 any other field. The places are those of a run's config.toml.
     """
     from fedkl import config as configs
     from fedkl import experiments
 
-    fields = {
-        "seed": seed,
-        "data.name": data_name,
-        "data.root": data_root,
-        "model.name": model,
-        "model.initialization": initialization,
-        "arms": None if arms is None else names(arms),
-        "labels_known": labels,
-        "auxiliary": auxiliary,
-        "trials": trials,
-        "networks": networks,
-        "batch_size": batch_size,
-        "updates_per_client": updates_per_client,
-        "cohort": cohort,
-        "norm_mode": norm_mode,
-        "local.steps": local_steps,
-        "device": device,
-        "workers": workers,
-        "attack.evaluations": evaluations,
-        "attack.restarts": restarts,
-        "attack.weighting": weighting,
-        "attack.history": history,
-        "attack.box": box,
+    flags = {
+        "--arms": None if arms is None else names(arms),
+        "--data": data,
+        "--model": model,
+        "--trials": trials,
+        "--batch-size": batch_size,
+        "--auxiliary": auxiliary,
+        "--seed": seed,
     }
     experiment = configs.from_flags(
         "attack",
         file=config,
-        fields=fields,
+        fields={FIELDS[flag]: value for flag, value in flags.items()},
         attack=kind,
         lock=lock,
         layers=layers,
@@ -131,6 +138,3 @@ def attack(
             raise AttackError(f"{error} {_GENERATOR}") from error
         raise
     finish(out)
-
-
-_GENERATOR = "On the command line: --set attack.generator=NAME, e.g. attack.generator=mnist, or a file."

@@ -1,16 +1,17 @@
-"""What a command does on Ctrl-C: it says what is kept, and what goes on."""
+"""What commands have in common: what they say on Ctrl-C, and of flags that they no longer have."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import typer
 from typer.core import TyperCommand
 
 from fedkl.cli.terminal import say
-from fedkl.errors import printable
+from fedkl.errors import ConfigError, printable
 
 
 class Command(TyperCommand):
@@ -18,9 +19,23 @@ class Command(TyperCommand):
 
     Attributes:
         kept: What became of its work.
+        removed: What flags that it once had are now.
     """
 
     kept: ClassVar[str] = "The command again:"
+    removed: ClassVar[Mapping[str, str]] = {}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads the command's arguments.
+
+        Raises:
+            ConfigError: A flag is given that is no longer there.
+        """
+        given = dict.fromkeys(word.partition("=")[0] for word in args)
+        gone = [f"{flag} is now {self.removed[flag]}" for flag in given if flag in self.removed]
+        if gone:
+            raise ConfigError(f"{'; '.join(gone)}. See fedkl {self.name} --help.")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""

@@ -37,12 +37,8 @@ LockOption = Annotated[
 LayersOption = Annotated[
     str | None, typer.Option(help="Locked layers: first, all or classifier.", show_default="first")
 ]
-InitOption = Annotated[
-    str | None,
-    typer.Option(help="Initial weights: default or uniform (U(−0.5, 0.5)).", show_default="uniform"),
-]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Any field of config.toml: training.local.proximal=0.01.")
+    list[str] | None, typer.Option("--set", help="PLACE=VALUE: any field of config.toml. May be repeated.")
 ]
 TableOption = Annotated[Path, typer.Option("--out", help="Folder of the table; finished rows are kept.")]
 RowsOption = Annotated[str, typer.Option(help="Comma-separated, e.g. dlg/lenet/mnist; all: every row.")]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -11,12 +12,10 @@ from fedkl.cli.commands import Continued
 from fedkl.cli.options import (
     ConfigOption,
     DataOption,
-    InitOption,
     LayersOption,
     LockOption,
     ModelOption,
     OutOption,
-    RootOption,
     SeedOption,
     SetOption,
 )
@@ -26,48 +25,65 @@ from fedkl.errors import ConfigError
 if TYPE_CHECKING:
     from fedkl.config import AttackConfig, TrainConfig
 
+FIELDS = {
+    "--data": "data.name",
+    "--model": "model.name",
+    "--clients": "training.clients",
+    "--rounds": "training.rounds",
+    "--partition": "training.partition",
+    "--seed": "seed",
+}
+"""The field of config.toml that a flag sets."""
+
+
+class TrainCommand(Continued):
+    """The command, and what its former flags are now."""
+
+    removed: ClassVar[Mapping[str, str]] = {
+        "--data-root": "--set data.root=FOLDER",
+        "--initialization": "--set model.initialization=NAME",
+        "--standardize": "--set model.standardize=true",
+        "--raw": "--set model.standardize=false",
+        "--cohort": "--set training.cohort=NUMBER",
+        "--centralized": "--clients 1",
+        "--algorithm": "--set training.local.algorithm=NAME",
+        "--epochs": "--set training.local.epochs=NUMBER",
+        "--batch-size": "--set training.local.batch_size=NUMBER",
+        "--lr": "--set training.local.lr=NUMBER",
+        "--augmentation": "--set training.local.augmentation=NAME",
+        "--eval-every": "--set training.eval_every=NUMBER",
+        "--device": "--set execution.device=NAME",
+        "--workers": "--set execution.workers=NUMBER",
+    }
+
 
 def add_to(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("train", cls=Continued)(train)
+    app.command("train", cls=TrainCommand)(train)
 
 
 def train(
     out: OutOption,
     config: ConfigOption = None,
+    data: DataOption = None,
+    model: ModelOption = None,
     defense: Annotated[
         str | None,
         typer.Option(
-            help="none, keylock, private-layers, or the norm-matched controls public-norm and private-norm."
+            help="none, keylock, private-layers, or the norm-matched controls public-norm and private-norm.",
+            show_default="none",
         ),
     ] = None,
     lock: LockOption = None,
     layers: LayersOption = None,
-    data_name: DataOption = None,
-    data_root: RootOption = None,
-    model: ModelOption = None,
-    initialization: InitOption = None,
-    standardize: Annotated[
-        bool | None,
-        typer.Option("--standardize/--raw", help="Let the model standardize its input by channel."),
+    clients: Annotated[
+        int | None, typer.Option(help="Number of clients; 1: centralized.", show_default="3")
     ] = None,
-    clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
-    cohort: Annotated[int | None, typer.Option(help="Clients sampled each round; all if not given.")] = None,
-    centralized: Annotated[bool, typer.Option("--centralized", help="One client with all the data.")] = False,
+    rounds: Annotated[int | None, typer.Option(help="Communication rounds.", show_default="200")] = None,
     partition: Annotated[
-        str | None, typer.Option(help="iid, shards:<per client> or dirichlet:<alpha>.")
+        str | None, typer.Option(help="iid, shards:<per client> or dirichlet:<alpha>.", show_default="iid")
     ] = None,
-    algorithm: Annotated[str | None, typer.Option(help="fedavg (weights) or fedsgd (gradients).")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Communication rounds.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Local epochs of a round.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples of a batch.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate, before its schedule.")] = None,
-    augmentation: Annotated[
-        str | None, typer.Option(help="none, flip, crop-flip or resized-crop-flip.")
-    ] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Rounds between evaluations.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Clients that train at once; 0: automatic.")] = None,
+    seed: SeedOption = None,
     settings: SetOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, as its config.toml says.")
@@ -75,44 +91,37 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard events too (fedkl[tensorboard]).")
     ] = False,
-    seed: SeedOption = None,
 ) -> None:
     """Federated training in one process, then the server's own model under every fill-in.
 
     The same command goes on with a run that was interrupted; --resume does so without the other flags.
+    --set sets what has no flag: --set training.local.lr=0.1. Its places are those of a run's config.toml.
     """
     from fedkl import config as configs
     from fedkl import experiments
 
-    if centralized and clients not in (None, 1):
-        raise ConfigError(f"--centralized is one client; got --clients {clients}. Give one of the two.")
-    fields = {
-        "seed": seed,
-        "data.name": data_name,
-        "data.root": data_root,
-        "model.name": model,
-        "model.initialization": initialization,
-        "model.standardize": standardize,
-        "training.clients": 1 if centralized else clients,
-        "training.cohort": cohort,
-        "training.partition": None if partition is None else configs.partition_fields(partition),
-        "training.rounds": rounds,
-        "training.eval_every": eval_every,
-        "training.local.algorithm": algorithm,
-        "training.local.epochs": epochs,
-        "training.local.batch_size": batch_size,
-        "training.local.lr": lr,
-        "training.local.augmentation": augmentation,
-        "execution.device": device,
-        "execution.workers": workers,
+    flags = {
+        "--data": data,
+        "--model": model,
+        "--clients": clients,
+        "--rounds": rounds,
+        "--partition": partition,
+        "--seed": seed,
     }
     experiment: TrainConfig | AttackConfig
     if resume:
-        experiment = _resumed(
-            out,
-            fields | {"config": config, "defense": defense, "lock": lock, "layers": layers, "set": settings},
-        )
+        more = {
+            "--config": config,
+            "--defense": defense,
+            "--lock": lock,
+            "--layers": layers,
+            "--set": settings,
+        }
+        experiment = _resumed(out, flags | more)
     else:
+        fields: dict[str, Any] = {FIELDS[flag]: value for flag, value in flags.items()}
+        if partition is not None:
+            fields["training.partition"] = configs.partition_fields(partition)
         experiment = configs.from_flags(
             "train",
             file=config,
@@ -127,11 +136,11 @@ def train(
     finish(out)
 
 
-def _resumed(out: Path, flags: dict[str, object]) -> TrainConfig:
+def _resumed(out: Path, flags: dict[str, Any]) -> TrainConfig:
     from fedkl.config import TrainConfig
     from fedkl.runs import RunDirectory
 
-    given = [name for name, value in flags.items() if value is not None]
+    given = [flag for flag, value in flags.items() if value is not None]
     if given:
         raise ConfigError(f"--resume takes the experiment from {out}; leave out {', '.join(given)}.")
     experiment = RunDirectory.open(out).config
