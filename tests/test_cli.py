@@ -13,8 +13,11 @@ import pytest
 import tomllib
 
 from fedkl import cli
+from fedkl.cli.terminal import progress_bar
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.runs import RunDirectory
+
+SHORT = ("--set", "attack.evaluations=2")
 
 
 @pytest.fixture
@@ -58,13 +61,13 @@ def test_train_then_repeat_from_its_own_config(fedkl, tmp_path):
 
 
 def test_centralized_training_is_one_client(fedkl, tmp_path):
-    assert fedkl("train", "--out", tmp_path / "run", "--centralized", "--rounds", 1)[0] == 0
+    assert fedkl("train", "--out", tmp_path / "run", "--clients", 1, "--rounds", 1)[0] == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["clients"] == 1
 
 
 def test_attack(fedkl, tmp_path):
     out = tmp_path / "run"
-    words = ("attack", "--out", out, "--arms", "no-norm,lock", "--trials", 2, "--evaluations", 3)
+    words = ("attack", "--out", out, "--arms", "no-norm,lock", "--trials", 2, *SHORT)
     code, text = fedkl(*words)
     assert code == 0, text
     arms = json.loads((out / "summary.json").read_text())["arms"]
@@ -83,8 +86,7 @@ def test_an_interrupted_attack_continues(fedkl, tmp_path):
         "no-norm",
         "--trials",
         2,
-        "--evaluations",
-        2,
+        *SHORT,
         "--attack",
         "idlg",
     )
@@ -95,7 +97,8 @@ def test_an_interrupted_attack_continues(fedkl, tmp_path):
     assert fedkl(*words)[0] == 0
     again = (out / "results.jsonl").read_text().splitlines(keepends=True)
     assert again[0] == lines[0]
-    assert [json.loads(line)["trial"] for line in again] == [0, 1]
+    records = [json.loads(line) for line in again]
+    assert [record["trial"] for record in records if record["event"] == "trial"] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -105,15 +108,16 @@ def test_an_interrupted_attack_continues(fedkl, tmp_path):
         (("train", "--defense", "keylock", "--lock", "gold"), "--lock"),
         (("train", "--lock", "published"), "no lock"),
         (("train", "--layers", "all"), "no lock"),
-        (("train", "--centralized", "--clients", "3"), "--centralized"),
+        (("train", "--centralized"), "--centralized is now --clients 1."),
+        (("attack", "--evaluations=20"), "--evaluations is now --set attack.evaluations=NUMBER."),
         (("train", "--rounds", "0"), "rounds"),
         (("train", "--partition", "magic"), "magic"),
-        (("train", "--clients", "3", "--cohort", "4"), "cohort"),
+        (("train", "--clients", "3", "--set", "training.cohort=4"), "cohort"),
         (("train", "--set", "training.local.epochs"), "PLACE=VALUE"),
-        (("train", "--augmentation", "magic"), "crop-flip"),
-        (("train", "--device", "cuda"), "no GPU"),
+        (("train", "--set", "training.local.augmentation=magic"), "crop-flip"),
+        (("train", "--set", "execution.device=cuda"), "no GPU"),
         (("train", "--resume"), "not a run directory"),
-        (("train", "--resume", "--lr", "1"), "leave out training.local.lr"),
+        (("train", "--resume", "--rounds", "1", "--set", "a=1"), "leave out --rounds, --set"),
         (("reproduce", "table1", "--rows", "alexnet/mnist"), "resnet20/cifar10"),
         (("reproduce", "table1", "--arms", "magic"), "fedkl-published"),
         (("reproduce", "table1", "--rounds", "0"), "at least 1"),
@@ -125,7 +129,7 @@ def test_an_interrupted_attack_continues(fedkl, tmp_path):
         (("attack", "--arms", "no-nrom"), "no-nrom"),
         (("attack", "--arms", "lock,lock"), "more than once"),
         (("attack", "--attack", "idlg", "--batch-size", "2"), "one image"),
-        (("attack", "--box", "nan"), "finite"),
+        (("attack", "--set", "attack.box=nan"), "finite"),
         (("attack", "--trials", "100000"), "at most"),
         (("attack", "--attack", "magic"), "magic"),
         (("train", "--config", "nowhere.toml"), "cannot be read"),
@@ -148,6 +152,9 @@ def test_an_interrupted_attack_continues(fedkl, tmp_path):
         (("attack", "--set", 'arms=["\\u001b[2J"]'), "arms: unknown '\\x1b[2J'"),
         (("attack", "--set", "type=train"), "not a usable experiment"),
         (("attack", "--attack", "ggl", "--trials", "1", "--set", "attack.generator=/dev/null"), "generator"),
+        (("attack", "--attack", "ig", "--set", "attack.evaluations=20"), "one of iterations, restarts, lr"),
+        (("attack", "--attack", "ig", "--set", "attack.evaluations=20"), "--set attack.NAME=VALUE"),
+        (("attack", "--attack", "ggl", "--trials", "1"), "--set attack.generator=NAME"),
         (("generator", "train", "--data", "mnist-sample", "--seed", "9" * 25), "seed"),
         (("generator", "train", "--data", "mnist-sample", "--latent", "5000"), "latent"),
         (("generator", "train", "--data", "mnist-sample", "--noise", "nan"), "noise"),
@@ -229,7 +236,7 @@ def test_a_link_in_place_of_the_checkpoints_costs_nobody_a_file(fedkl, tmp_path)
 
 COMMANDS = {
     "train": ("train", "--rounds", 2, "--clients", 2, "--set", "checkpoints.seconds=0"),
-    "attack": ("attack", "--arms", "no-norm", "--trials", 2, "--evaluations", 2),
+    "attack": ("attack", "--arms", "no-norm", "--trials", 2, *SHORT),
 }
 
 
@@ -294,7 +301,7 @@ def test_an_error_of_the_system_is_a_clear_line(fedkl, tmp_path, monkeypatch):
 
 def test_resume_takes_the_experiment_from_the_run(fedkl, tmp_path):
     out = tmp_path / "run"
-    words = ("train", "--out", out, "--rounds", 2, "--set", "checkpoints.seconds=0", "--cohort", 2)
+    words = ("train", "--out", out, "--rounds", 2, "--set", "checkpoints.seconds=0", "--clients", 2)
     assert fedkl(*words)[0] == 0
     (out / "summary.json").unlink()
     code, text = fedkl("train", "--out", out, "--resume")
@@ -361,7 +368,7 @@ def test_data_list(fedkl):
 )
 def test_the_progress_bar_shows_its_note_whole(capsys, monkeypatch, title, note):
     monkeypatch.setenv("COLUMNS", "80")
-    with cli._progress(title) as step:
+    with progress_bar(title) as step:
         step(100, 140, note)
     shown = capsys.readouterr().err
     for part in (title, "100/140", note):

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import fedkl as library
-from fedkl import cli
 from tests.test_cli import fedkl as fedkl
 
 PASSPHRASE = "correct horse"
@@ -47,7 +46,7 @@ def test_a_new_key_never_replaces_one_that_came_meanwhile(fedkl, tmp_path, monke
         library.save_key(first, path, passphrase=None)
         return PASSPHRASE
 
-    monkeypatch.setattr(cli, "_passphrase", meanwhile)
+    monkeypatch.setattr("fedkl.cli.key._passphrase", meanwhile)
     code, text = fedkl("key", "new", path)
     assert code == 2
     assert "exists already" in text

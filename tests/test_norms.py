@@ -8,8 +8,8 @@ from torch import nn
 
 import fedkl
 from fedkl import norms
-from fedkl.protocol import Observation
 from fedkl.errors import LockError
+from fedkl.protocol import Observation
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,16 @@
 ['0.bias', '0.weight', '2.bias', '2.weight']
 """
 
-from fedkl.errors import FedKLError
-from fedkl.keys import Key
-from fedkl.lockfile import load_key, save_key
-from fedkl.locking import Lock, load_lock, lock, lock_
-from fedkl.norms import register_norm
-from fedkl.update import PublicUpdate
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedkl.errors import FedKLError
+    from fedkl.keys import Key
+    from fedkl.lockfile import load_key, save_key
+    from fedkl.locking import Lock, load_lock, lock, lock_
+    from fedkl.norms import register_norm
+    from fedkl.update import PublicUpdate
 
 __version__ = "0.1.0"
 
@@ -29,3 +33,30 @@ __all__ = [
     "register_norm",
     "save_key",
 ]
+
+if not TYPE_CHECKING:  # a type checker would take any name from a module's __getattr__
+    # PyTorch takes seconds to import; the command line's help must not wait for it.
+    _HOMES = {
+        "FedKLError": "errors",
+        "Key": "keys",
+        "Lock": "locking",
+        "PublicUpdate": "update",
+        "load_key": "lockfile",
+        "load_lock": "locking",
+        "lock": "locking",
+        "lock_": "locking",
+        "register_norm": "norms",
+        "save_key": "lockfile",
+    }
+
+    def __getattr__(name: str) -> object:
+        """Imports a name of `__all__` when it is first used."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        """Every public name, imported or not."""
+        return sorted({*globals(), *__all__})

@@ -13,15 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from fedkl.attacks import ATTACKS, DLG, IDLG, Attack
 from fedkl.data import AnyPartition
 from fedkl.defenses import DEFENSES, LOCK_SETTINGS, Defense, KeyLock, NoDefense, PrivateNorm, PublicNorm
-from fedkl.errors import ConfigError, gathered, shown
+from fedkl.errors import ConfigError, gathered, printable, shown
 from fedkl.federated import Execution, FederatedTraining
 from fedkl.files import read_file
 from fedkl.parsing import parse_toml
 from fedkl.protocol import LocalSteps
+from fedkl.validation import problems_of
 
+_MAX_LINES = 60  # of a message
 _MAX_BYTES = 2**18  # of a file; a complete experiment takes two thousand
+_MAX_PLACE = 301  # characters of a place, whatever came
 _MAX_PARTS = 8  # of a --set place; the deepest field has four
-_MAX_TEXT = 300  # characters of a problem, whatever came
 
 
 class _Config(BaseModel):
@@ -141,32 +143,42 @@ _ADAPTER: TypeAdapter[TrainConfig | AttackConfig] = TypeAdapter(ExperimentConfig
 _PARTITION: TypeAdapter[AnyPartition] = TypeAdapter(Annotated[AnyPartition, Field(discriminator="type")])
 
 
-def parse(values: dict[str, Any], *, source: str) -> TrainConfig | AttackConfig:
+_REMEDY = "Compare with the config.toml of a run directory."
+
+
+def parse(values: dict[str, Any], *, source: str, remedy: str = _REMEDY) -> TrainConfig | AttackConfig:
     """An experiment from plain values.
 
     Args:
         values: As read from TOML.
         source: Where they came from, for messages.
+        remedy: What to do if they are not usable.
 
     Raises:
         ConfigError: With every field that is unknown, missing or out of range.
     """
     experiment: TrainConfig | AttackConfig = _validated(
-        _ADAPTER.validate_python, values, subject=f"{source} is not a usable experiment."
+        _ADAPTER.validate_python,
+        values,
+        kind=ExperimentConfig,
+        subject=f"{source} is not a usable experiment.",
+        remedy=remedy,
     )
     return experiment
 
 
-def _validated(validate: Callable[[Any], Any], values: dict[str, Any], *, subject: str) -> Any:
+def _validated(
+    validate: Callable[[Any], Any], values: dict[str, Any], *, kind: Any, subject: str, remedy: str = _REMEDY
+) -> Any:
     large = [f"{place}: expected a number of at most 64 bits" for place in _large_numbers(values)]
     if large:
-        raise ConfigError(gathered(subject, large, _REMEDY))
+        raise ConfigError(gathered(subject, large, remedy))
     try:
         return validate(values)
     except ValidationError as error:
-        raise ConfigError(gathered(subject, problems_of(error), _REMEDY)) from error
+        raise ConfigError(gathered(subject, problems_of(error, kind=kind), remedy)) from error
     except ConfigError as error:  # of fields that do not go together; it may quote what came
-        raise ConfigError("\n".join(map(_printable, str(error).splitlines()[:_MAX_LINES]))) from error
+        raise ConfigError("\n".join(map(printable, str(error).splitlines()[:_MAX_LINES]))) from error
 
 
 def _large_numbers(values: dict[str, Any]) -> list[str]:
@@ -176,28 +188,12 @@ def _large_numbers(values: dict[str, Any]) -> list[str]:
     while left:  # not by recursion: what came may be nested deeply
         place, value = left.pop()
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            found.append(_printable(place.removeprefix(".")))
+            found.append(printable(place.removeprefix(".")))
         elif isinstance(value, dict):
-            left += [(f"{place}.{name}"[: _MAX_TEXT + 1], item) for name, item in value.items()]
+            left += [(f"{place}.{name}"[:_MAX_PLACE], item) for name, item in value.items()]
         elif isinstance(value, list | tuple):
             left += [(place, item) for item in value]
     return found
-
-
-def problems_of(error: ValidationError) -> list[str]:
-    """One line for each field that is not as expected; never long, whatever came."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    return [_printable(f"{'.'.join(map(str, each['loc']))}: {each['msg']}") for each in found]
-
-
-def _printable(text: str) -> str:
-    """Text that may quote what came from elsewhere: cut, control codes escaped."""
-    cut = text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
-
-
-_MAX_LINES = 60
-_REMEDY = "Compare with the config.toml of a run directory."
 
 
 def load(path: Path) -> TrainConfig | AttackConfig:
@@ -211,7 +207,7 @@ def load(path: Path) -> TrainConfig | AttackConfig:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: not a TOML file ({_printable(str(error))}).") from error
+        raise ConfigError(f"{path}: not a TOML file ({printable(str(error))}).") from error
     return parse(values, source=str(path))
 
 
@@ -257,7 +253,7 @@ def from_flags(
         if kind == "attack" and place.startswith("lock."):  # its name before 0.2
             place = f"defense.{place.removeprefix('lock.')}"
         _set(values, place, value)
-    experiment, described = parse(values, source="The command line"), _lock_fields(lock, layers)
+    experiment, described = _from_flags(values, kind), _lock_fields(lock, layers)
     if not described:
         return experiment
     values = values_of(experiment)
@@ -268,7 +264,14 @@ def from_flags(
             f"add --defense with one of {', '.join(_LOCKED)}."
         )
     target.update(described)
-    return parse(values, source="The command line")
+    return _from_flags(values, kind)
+
+
+def _from_flags(values: dict[str, Any], kind: Literal["train", "attack"]) -> TrainConfig | AttackConfig:
+    remedy = "Set a field as --set PLACE=VALUE, with the places of a run directory's config.toml."
+    if kind == "attack":
+        remedy += " Options of the attack are --set attack.NAME=VALUE: see `fedkl attack --list`."
+    return parse(values, source="The command line", remedy=remedy)
 
 
 _LOCKED = tuple(kind.type for kind in (KeyLock, PublicNorm, PrivateNorm))
@@ -307,6 +310,7 @@ def partition_of(text: str) -> AnyPartition:
     partition: AnyPartition = _validated(
         _PARTITION.validate_python,
         partition_fields(text),
+        kind=AnyPartition,
         subject=f"--partition {shown(text)} is not usable.",
     )
     return partition
@@ -365,7 +369,7 @@ def dump(config: TrainConfig | AttackConfig) -> str:
         if len(text.encode()) > _MAX_BYTES or parse_toml(text) != values_of(config):
             raise ValueError(f"expected at most {_MAX_BYTES} bytes that say the same")
     except ValueError as error:
-        raise ConfigError(f"This experiment cannot be kept as TOML ({_printable(str(error))}).") from error
+        raise ConfigError(f"This experiment cannot be kept as TOML ({printable(str(error))}).") from error
     return text
 
 

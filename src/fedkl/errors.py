@@ -86,6 +86,12 @@ def shown(name: object) -> str:
     return repr(text)
 
 
+def printable(text: str, *, limit: int | None = 300) -> str:
+    """Text that may quote what came from elsewhere: control codes escaped, and cut where there is a limit."""
+    cut = text if limit is None or len(text) <= limit else text[: limit - 1] + "…"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
+
 def warn(message: str) -> None:
     """Warns at the line outside this package that led here, however deep inside it the cause was found."""
     level, frame = 1, sys._getframe()

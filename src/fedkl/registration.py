@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from fedkl.errors import ConfigError, shown
 
@@ -112,7 +112,13 @@ class Kinds(Generic[_Kind]):
         if name not in self._classes:
             text = self._unknown(name).replace("{", "{{").replace("}", "}}")
             raise PydanticCustomError("kind", text)
-        return self._adapter(name).validate_python(value)
+        try:
+            return self._adapter(name).validate_python(value)
+        except ValidationError as error:  # with the type in the place, as pydantic names a union's members
+            found = error.errors(include_url=False, include_context=False)
+            raise ValidationError.from_exception_data(
+                error.title, [_below(name, each) for each in found]
+            ) from error
 
     def _written(self, value: Any, info: Any) -> Any:
         return self._adapter(value.type).dump_python(value, mode="json" if info.mode == "json" else "python")
@@ -121,6 +127,14 @@ class Kinds(Generic[_Kind]):
         if name not in self._adapters:
             self._adapters[name] = TypeAdapter(self._classes[name])
         return self._adapters[name]
+
+
+def _below(name: str, error: Any) -> InitErrorDetails:
+    return InitErrorDetails(
+        type=PydanticCustomError(error["type"], "{said}", {"said": error["msg"]}),
+        loc=(name, *error["loc"]),
+        input=error["input"],
+    )
 
 
 def import_all(package: str) -> None:

@@ -29,6 +29,7 @@ from fedkl.errors import ConfigError, gathered
 from fedkl.files import read_file, remove_parts, write_atomically
 from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
+from fedkl.validation import problems_of
 
 _MAX_JSON = 2**28  # bytes of a JSON file, and of
 _MAX_TENSORS = 2**32  # a file of tensors
@@ -411,7 +412,7 @@ def _record(line: bytes, *, continued: bool) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        return "; ".join(configs.problems_of(error)[:3])
+        return "; ".join(problems_of(error)[:3])
     return str(error.strerror if isinstance(error, OSError) else error)
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from fedkl import rng
-from fedkl.config import TrainConfig, problems_of
+from fedkl.config import TrainConfig
 from fedkl.curves import curves
 from fedkl.data import Dataset, Subset
 from fedkl.errors import ConfigError
@@ -23,6 +23,7 @@ from fedkl.norms import statistics_names
 from fedkl.runs import Count, FillIn, Needed, RunDirectory, Seconds, Share, damaged_summary
 from fedkl.study import Progress, begun, silent
 from fedkl.subject import dataset_of, networks_of
+from fedkl.validation import problems_of
 
 
 def train(

@@ -12,11 +12,12 @@ from pydantic import Field, ValidationError
 from fedkl.attacks import Reason
 from fedkl.audit.grid import NotRun
 from fedkl.audit.views import chosen_arms
-from fedkl.config import AttackConfig, problems_of
+from fedkl.config import AttackConfig
 from fedkl.defenses import Arm
 from fedkl.errors import ConfigError, shown
 from fedkl.metrics import success_rate, summarize
 from fedkl.runs import Count, Needed, RunDirectory, Seconds, Share, Word, damaged_summary
+from fedkl.validation import problems_of
 
 SUCCESS_DB = 30.0
 """PSNR from which an image counts as recovered."""

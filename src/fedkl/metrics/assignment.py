@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fedkl.errors import AttackError
@@ -89,6 +88,8 @@ def assign(cost: Float[Tensor, "batch batch"]) -> Int64[Tensor, " batch"]:
     Returns:
         Shape (batch,): the row for column 0, for column 1, and so on.
     """
+    from scipy.optimize import linear_sum_assignment  # takes a while to import
+
     _, rows = linear_sum_assignment(cost.T.numpy())
     return torch.as_tensor(rows, dtype=torch.int64)
 

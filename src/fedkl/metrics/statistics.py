@@ -9,7 +9,6 @@ from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from fedkl.errors import ConfigError
 
@@ -109,12 +108,14 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple
     >>> round(low, 3), round(high, 3)
     (-0.484, 4.484)
     """
+    from scipy.special import stdtrit  # what scipy.stats calls; all of that takes a second to import
+
     _check(values, confidence)
     n = len(values)
     if n < 2:
         return None
     center = fmean(values)
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * stdev(values) / math.sqrt(n)
+    half = float(stdtrit(n - 1, (1 + confidence) / 2)) * stdev(values) / math.sqrt(n)
     return center - half, center + half
 
 
@@ -138,9 +139,11 @@ def median_interval(values: Sequence[float], *, confidence: float = 0.95) -> tup
     >>> median_interval([3.0, 1.0, 4.0, 1.5, 9.0, 2.6])
     (1.0, 9.0)
     """
+    from scipy.special import bdtr
+
     _check(values, confidence)
     n = len(values)
-    tails = stats.binom.cdf(np.arange(n), n, 0.5)
+    tails = bdtr(np.arange(n), n, 0.5)
     rank = int(np.count_nonzero(tails <= (1 - confidence) / 2))
     if rank == 0:
         return None
@@ -178,7 +181,9 @@ def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> tupl
 
 def _wilson(share: float, n: float, *, confidence: float) -> tuple[float, float]:
     """For a number of trials that need not be whole."""
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    from scipy.special import ndtri
+
+    z = float(ndtri((1 + confidence) / 2))
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     # At the ends the formula gives exactly 0 or 1; rounding must not push the rate out of its interval.

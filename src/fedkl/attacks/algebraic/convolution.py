@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-import scipy.sparse
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -156,7 +156,9 @@ class ConvolutionSystem:
         self.padded_reads = torch.where(self.reads < 0, self.places, self.reads)
         self.forward = self._forward_matrix(layer.weight.flatten(2))
 
-    def _forward_matrix(self, weight: Float[Tensor, "outputs inputs kernel"]) -> scipy.sparse.csr_matrix:
+    def _forward_matrix(self, weight: Float[Tensor, "outputs inputs kernel"]) -> Any:
+        from scipy.sparse import csr_matrix  # takes a while to import
+
         kernel, positions = self.reads.shape
         shape = (self.outputs, self.inputs, kernel, positions)
         rows = torch.arange(self.outputs).view(-1, 1, 1, 1) * positions + torch.arange(positions)
@@ -165,7 +167,7 @@ class ConvolutionSystem:
         entries = weight.unsqueeze(-1).expand(shape)[real]
         where = (rows.expand(shape)[real].numpy(), columns.expand(shape)[real].numpy())
         size = (self.outputs * positions, self.inputs * self.places)
-        return scipy.sparse.csr_matrix((entries.numpy(), where), shape=size)
+        return csr_matrix((entries.numpy(), where), shape=size)
 
     def backward(self, delta: Float[Tensor, "outputs positions"]) -> Float[Tensor, "outputs kernel places"]:
         """The matrix that takes one input channel to its part of ∂L/∂W."""
@@ -215,13 +217,15 @@ class ConvolutionSystem:
 
     def _normal(self, evidence: Evidence, backward: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
         """The normal equations of (h, σ, μ), or of h where no norm follows."""
+        from scipy.sparse import diags
+
         n, outputs = self.inputs * self.places, self.outputs
         precise = evidence.variance.reciprocal()
         strict = evidence.gradient_variance.reciprocal()
         size = n + 2 * outputs if evidence.homogeneous else n
         normal, right = prior.new_zeros(size, size), prior.new_zeros(size)
         head = normal[:n, :n]
-        weighted = scipy.sparse.diags(precise.flatten().numpy()) @ self.forward
+        weighted = diags(precise.flatten().numpy()) @ self.forward
         head.copy_(torch.from_numpy((self.forward.T @ weighted).toarray())).add_(prior)
         strong = backward * strict.view(-1, 1, 1)
         block = backward.flatten(0, 1).T @ strong.flatten(0, 1)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from scipy import optimize
 
 _VALLEYS = 3
 _SEARCH = {"maxiter": 10, "xatol": 1e-6}
@@ -26,6 +25,8 @@ def minimum(misfit: Callable[[float], float], low: float, high: float, *, points
     Returns:
         The position of the least misfit that was found.
     """
+    from scipy import optimize  # takes a while to import
+
     brackets = [(low, high)]
     if points:
         grid = torch.linspace(low, high, points).tolist()

@@ -42,7 +42,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from scipy.optimize import linprog
 from torch import Tensor
 
 from fedkl.attacks.gaussian import cholesky
@@ -191,6 +190,8 @@ def _told_apart(
     A linear program over the cone's cross-section ends at an edge. Its goal is one that edges found so far
     have no part in, so that it finds another one.
     """
+    from scipy.optimize import linprog  # takes a while to import
+
     images = len(mixed)
     points = mixed.flatten(1).T.cpu()
     lengths = points.norm(dim=1)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import cma
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -151,6 +150,8 @@ class GGL(Attack):
         return [search.found for search in searches]
 
     def _strategy(self, draw: _Drawing) -> Callable[[torch.Generator], Any]:
+        import cma  # with pyplot: takes a second
+
         def strategy(generator: torch.Generator) -> Any:
             seed = int(torch.randint(2**62, (), generator=generator))
             normal = np.random.default_rng(seed).standard_normal

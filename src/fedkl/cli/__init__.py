@@ -1,0 +1,16 @@
+"""The command line: parses arguments, shows progress and errors; no logic of its own.
+
+PyTorch and what needs it take seconds to import. So nothing here imports them before a command runs: `--help`
+and `--version` answer at once.
+
+    entry.py      the app, `main` and its exit codes
+    commands.py   what every command does on Ctrl-C
+    options.py    options that several commands have
+    terminal.py   progress, tables, messages
+    train.py attack.py demo.py report.py data.py key.py generator.py reproduce.py adaptive.py
+                  one command, or group of commands, each
+"""
+
+from fedkl.cli.entry import app, main
+
+__all__ = ["app", "main"]

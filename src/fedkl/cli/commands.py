@@ -1,0 +1,53 @@
+"""What commands have in common: what they say on Ctrl-C, and of flags that they no longer have."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import typer
+from typer.core import TyperCommand
+
+from fedkl.cli.terminal import say
+from fedkl.errors import ConfigError, printable
+
+
+class Command(TyperCommand):
+    """A command that Ctrl-C ends with exit code 130 and a line that says how to repeat it.
+
+    Attributes:
+        kept: What became of its work.
+        removed: What flags that it once had are now.
+    """
+
+    kept: ClassVar[str] = "The command again:"
+    removed: ClassVar[Mapping[str, str]] = {}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads the command's arguments.
+
+        Raises:
+            ConfigError: A flag is given that is no longer there.
+        """
+        given = dict.fromkeys(word.partition("=")[0] for word in args)
+        gone = [f"{flag} is now {self.removed[flag]}" for flag in given if flag in self.removed]
+        if gone:
+            raise ConfigError(f"{'; '.join(gone)}. See fedkl {self.name} --help.")
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            again = shlex.join(["fedkl", *sys.argv[1:]])
+            say(printable(f"Interrupted. {self.kept.format(out=ctx.params.get('out'))} {again}", limit=None))
+            raise typer.Exit(130) from None
+
+
+class Continued(Command):
+    """A command that goes on where it was interrupted."""
+
+    kept = "What was finished is kept in {out}; the same command goes on:"

@@ -1,0 +1,26 @@
+"""`fedkl demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedkl.cli.commands import Continued
+from fedkl.cli.terminal import finish, progress_bar
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("demo", cls=Continued)(demo)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where the runs and the report go.")] = Path("runs/demo"),
+) -> None:
+    """The main job end to end on real images: train with and without the lock, attack both, report."""
+    from fedkl import demo as demonstration
+
+    demonstration.run(out, progress=progress_bar)
+    finish(out)

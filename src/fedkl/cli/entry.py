@@ -1,0 +1,61 @@
+"""The app, and its entry point."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated
+
+import typer
+
+import fedkl
+from fedkl.cli import adaptive, attack, data, demo, generator, key, report, reproduce, train
+from fedkl.cli.terminal import fail
+from fedkl.errors import FedKLError
+
+app = typer.Typer(
+    name="fedkl",
+    help="What does my federated learning leak, and what stops it?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for module in (train, attack, demo, report):
+    module.add_to(app)
+for name, group in (("data", data), ("key", key), ("generator", generator), ("reproduce", reproduce)):
+    app.add_typer(group.app, name=name)
+adaptive.add_to(reproduce.app)
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"fedkl {fedkl.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point.
+
+    Exit codes: 0 ok, 2 wrong usage, configuration or data, or files that cannot be used, 130 Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app(prog_name="fedkl")
+    except FedKLError as error:
+        fail(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        kept = "What was finished is kept; once this is mended, the same command goes on."
+        fail(f"{place}{error.strerror or error}. {kept}")

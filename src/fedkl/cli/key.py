@@ -1,0 +1,103 @@
+"""`fedkl key`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fedkl
+from fedkl.cli.commands import Command
+from fedkl.cli.terminal import console
+from fedkl.errors import ConfigError
+
+app = typer.Typer(help="Key files: new, info, rotate, passphrase.", no_args_is_help=True)
+_NEW_PASSPHRASE_VARIABLE = "FEDKL_NEW_PASSPHRASE"  # noqa: S105 (a name, not a passphrase)
+
+PlainOption = Annotated[bool, typer.Option("--unencrypted", help="Leave the file unencrypted.")]
+
+
+class _KeyCommand(Command):
+    kept = "Every file is whole: the old one or the new one. The command again:"
+
+
+def _passphrase(*, unencrypted: bool, confirm: bool) -> str | None:
+    from fedkl.lockfile import PASSPHRASE_VARIABLE
+
+    if unencrypted:
+        return None
+    given = os.environ.get(PASSPHRASE_VARIABLE)
+    if given is not None:
+        return given
+    answer: str = typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm)
+    return answer
+
+
+@app.command("new", cls=_KeyCommand)
+def key_new(
+    path: Annotated[Path, typer.Argument(help="Where to write the key.")],
+    length: Annotated[int, typer.Option(help="How many secret numbers.")] = 1024,
+    distribution: Annotated[
+        str, typer.Option(help="normal (zero mean, unit norm) or uniform (published).")
+    ] = "normal",
+    unencrypted: PlainOption = False,
+) -> None:
+    """Draws a new key. The passphrase is asked for, or taken from FEDKL_PASSPHRASE."""
+    if path.exists():  # before a passphrase is asked for; whether it is there later is asked again
+        raise ConfigError(f"{path}: exists already. Use `fedkl key rotate` or another path.")
+    key = fedkl.Key.generate(length=length, distribution=distribution)  # type: ignore[arg-type]
+    fedkl.save_key(key, path, passphrase=_passphrase(unencrypted=unencrypted, confirm=True), replace=False)
+    console.print(f"{path}: {key}", highlight=False, soft_wrap=True)
+
+
+@app.command("info", cls=_KeyCommand)
+def key_info(
+    path: Annotated[Path, typer.Argument(help="A key file.")], unencrypted: PlainOption = False
+) -> None:
+    """Checks that a key file opens, and says what it holds without showing it."""
+    key = fedkl.load_key(path, passphrase=_passphrase(unencrypted=unencrypted, confirm=False))
+    console.print(f"{path}: {key}", highlight=False, soft_wrap=True)
+
+
+@app.command("rotate", cls=_KeyCommand)
+def key_rotate(
+    path: Annotated[Path, typer.Argument(help="A key file.")], unencrypted: PlainOption = False
+) -> None:
+    """Replaces a key by a new one of the same length and distribution. Lock layers must be trained again.
+
+    The old file is kept beside it, as NAME.old-1, NAME.old-2 and so on: locks trained with it need it.
+    """
+    from fedkl import lockfile
+
+    passphrase = _passphrase(unencrypted=unencrypted, confirm=False)
+    old = fedkl.load_key(path, passphrase=passphrase)
+    key = fedkl.Key.generate(length=old.length, distribution=old.distribution)
+    copy = lockfile.keep_copy(path)
+    fedkl.save_key(key, path, passphrase=passphrase)
+    console.print(f"{path}: replaced by a new {key}", highlight=False, soft_wrap=True)
+    console.print(f"{copy}: the old one", highlight=False, soft_wrap=True)
+
+
+@app.command("passphrase", cls=_KeyCommand)
+def key_passphrase(
+    path: Annotated[
+        Path, typer.Argument(help="A key file, or a lock file such as <store>/<client>/lock.fedkl.")
+    ],
+    unencrypted: Annotated[
+        bool, typer.Option("--unencrypted", help="The file is not encrypted yet; it will be.")
+    ] = False,
+) -> None:
+    """Changes the passphrase of a key or lock file. Copies and backups of it keep the old one.
+
+    The new one is asked for, or taken from FEDKL_NEW_PASSPHRASE.
+    """
+    from fedkl import lockfile
+
+    old = _passphrase(unencrypted=unencrypted, confirm=False)
+    new = os.environ.get(_NEW_PASSPHRASE_VARIABLE)
+    if new is None:
+        new = typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True)
+    lockfile.change_passphrase(path, old=old, new=new)
+    console.print(f"{path}: opens with the new passphrase only", highlight=False, soft_wrap=True)

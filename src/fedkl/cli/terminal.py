@@ -1,0 +1,98 @@
+"""What is shown: progress, tables, errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from fedkl.study import Progress
+
+console = Console(emoji=False)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """Shows how far an experiment is, on the error stream."""
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(compact=True),
+        progress.TextColumn("{task.fields[note]}", markup=False),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True, emoji=False)) as bar:
+        task = bar.add_task(title, total=None, note="")
+
+        def step(done: int, total: int, note: str, /) -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield step
+
+
+def finish(path: Path) -> None:
+    """Builds the report, prints its tables and where it is."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from fedkl import report
+
+    built = report.build(path)
+    for title, header, rows in built.tables:
+        table = Table(title=escape(title), title_justify="left")
+        for name in header:
+            table.add_column(escape(name))
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    console.print(f"Report: {built.html}", soft_wrap=True)
+
+
+def print_table(out: Path, *, pictures: bool = False) -> None:
+    """Prints the table in a folder of `fedkl reproduce`, and where it is."""
+    text = (out / "table.md").read_text(encoding="utf-8")
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Table: {out / 'table.md'}", soft_wrap=True, highlight=False)
+    if pictures:
+        console.print(f"Pictures: {out / 'pictures.html'}", soft_wrap=True, highlight=False)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names in a comma-separated list."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The numbers in a comma-separated list.
+
+    Raises:
+        typer.BadParameter: One is no whole number up to a million.
+    """
+    try:
+        found = tuple(int(name) for name in names(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text:.100}: expected whole numbers, e.g. 1,4,16.") from error
+    if max(found) > 10**6:
+        raise typer.BadParameter(f"{text:.100}: expected numbers up to a million.")
+    return found
+
+
+def say(text: str, *, style: str | None = None) -> None:
+    """Writes a line on the error stream."""
+    Console(stderr=True, emoji=False).print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def fail(text: str) -> NoReturn:
+    """Says what is wrong, and ends with exit code 2."""
+    say(f"Error: {text}", style="red")
+    sys.exit(2)
