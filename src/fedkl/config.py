@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from fedkl.attacks import DLG, IDLG, AnyAttack, LocalSteps
-from fedkl.data import AnyPartition
+from fedkl.attacks import DLG, IDLG, AnyAttack, Procedure
+from fedkl.data import AUGMENTATIONS, AnyPartition
 from fedkl.defenses import AnyDefense, KeyLock, NoDefense
 from fedkl.errors import ConfigError, gathered, shown
 from fedkl.federated import Execution, FederatedTraining
@@ -97,7 +97,7 @@ class AttackConfig(_Config):
     updates_per_client: Annotated[int, Field(ge=1)] = 1
     cohort: Annotated[int, Field(ge=1)] = 1
     norm_mode: Literal["train", "eval"] = "train"
-    local: LocalSteps = LocalSteps()
+    local: Procedure = Procedure()
     device: Literal["cpu", "cuda"] = "cpu"
     workers: Annotated[int, Field(ge=0)] = 0
     chunk: Annotated[int, Field(ge=1)] = 20
@@ -111,6 +111,17 @@ class AttackConfig(_Config):
             raise ConfigError(
                 'updates_per_client: expected a divisor of the number of trials, and networks = "one", got '
                 f'{self.updates_per_client} with {self.trials} trials and networks = "{self.networks}".'
+            )
+        idle = [f"local.{name}" for name in self.local.without_effect]
+        if idle:
+            raise ConfigError(
+                f"{', '.join(idle)}: without effect on what is sent. Leave that out, or send weights after "
+                'whole epochs: local.algorithm = "fedavg", without local.steps.'
+            )
+        if self.local.augmentation not in AUGMENTATIONS:
+            raise ConfigError(
+                f"local.augmentation: expected one of {', '.join(AUGMENTATIONS)}, got "
+                f"{shown(self.local.augmentation)}."
             )
         if self.batch_size % self.cohort:
             raise ConfigError(

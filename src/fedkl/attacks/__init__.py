@@ -28,7 +28,7 @@ from fedkl.attacks.matching.grnn import GRNN
 from fedkl.attacks.matching.idlg import IDLG
 from fedkl.attacks.matching.inverting import InvertingGradients
 from fedkl.attacks.matching.structured import AdaptiveMatching
-from fedkl.protocol import Auxiliary, Knowledge, LocalSteps, Observation
+from fedkl.protocol import Auxiliary, Knowledge, Observation, Procedure
 
 AnyAttack = (
     DLG
@@ -61,10 +61,10 @@ __all__ = [
     "InvertingGradients",
     "Knowledge",
     "LearnedInversion",
-    "LocalSteps",
     "MeanMap",
     "Observation",
     "PriorOnly",
+    "Procedure",
     "Reconstruction",
     "Wiener",
     "infer_label",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkl import rng
-from fedkl.attacks import Attack, Auxiliary, LocalSteps, Observation, Reconstruction
+from fedkl.attacks import Attack, Auxiliary, Observation, Procedure, Reconstruction
 from fedkl.audit.observing import Trial, observe
 from fedkl.audit.simulating import SimulatedClients
 from fedkl.audit.views import Arm
@@ -65,7 +65,7 @@ def attack_arms(
     trials: Sequence[Trial],
     seed: int,
     train_mode: bool = True,
-    local: LocalSteps | None = None,
+    local: Procedure | None = None,
     skip: Collection[int] = (),
     chunk: int = 20,
     updates_per_client: int = 1,
@@ -148,14 +148,14 @@ def _observed(
     dataset: Dataset,
     seed: int,
     train_mode: bool,
-    local: LocalSteps | None,
+    local: Procedure | None,
     updates_per_client: int,
     cohort: int,
 ) -> list[_Seen]:
     """Observes every trial of a chunk in every arm; arms with the same defense share a trial's victims."""
     models = {trial.index: build(trial.index) for trial in group}
     first_with = {id(models[trial.index]): trial.index for trial in reversed(group)}
-    own = _OwnData(dataset, seed=seed, train_mode=train_mode, local=local or LocalSteps(), cohort=cohort)
+    own = _OwnData(dataset, seed=seed, train_mode=train_mode, local=local or Procedure(), cohort=cohort)
     victims: dict[tuple[Defense, int], list[Split]] = {}
     seen = []
     for arm, trial in itertools.product(arms, group):
@@ -186,7 +186,7 @@ class _OwnData:
     """The server's own data, and clients to learn from: one `Auxiliary` for all that it holds for."""
 
     def __init__(
-        self, dataset: Dataset, *, seed: int, train_mode: bool, local: LocalSteps, cohort: int
+        self, dataset: Dataset, *, seed: int, train_mode: bool, local: Procedure, cohort: int
     ) -> None:
         self._dataset = dataset
         order = torch.randperm(len(dataset.train_images), generator=rng.generator(seed, "auxiliary"))

@@ -135,7 +135,7 @@ def _attack_summary(
         "model": config.model.name,
         "dataset": config.data.name,
         "norm_mode": config.norm_mode,
-        "local_steps": config.local.steps,
+        "local_steps": config.local.step_count(config.batch_size // config.cohort),
         "initialization": config.model.initialization,
         "arms": [
             arm_summary(

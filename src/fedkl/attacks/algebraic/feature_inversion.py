@@ -95,11 +95,10 @@ class FeatureInversion(Attack):
         return False
 
     def _check(self, observation: Observation) -> None:
-        if observation.local.steps > 1 or observation.transform is not None:
+        if not observation.local.is_gradient or observation.transform is not None:
             raise AttackError(
-                "FeatureInversion: expected the gradient of one step as it is, got "
-                f"{observation.local.steps} steps or a transformed update: the gradient's rows span too much "
-                "then. Use the attack learned."
+                "FeatureInversion: expected the gradient of one step as it is, got several steps, weights or "
+                "a transformed update: the gradient's rows span too much then. Use the attack learned."
             )
         if observation.free or observation.secrets:
             raise AttackError(
