@@ -42,11 +42,16 @@ class DataConfig(_Config):
 
 
 class ModelConfig(_Config):
-    """Which model of the zoo, how its weights start, and whether it standardizes its input by channel."""
+    """Which model of the zoo, how its weights start, and whether it standardizes its input by channel.
+
+    `weights` are trained ones instead: the run directory of a finished training, or a safetensors file with
+    every tensor of the plain network. All trials have the same network then.
+    """
 
     name: str = "lenet"
     initialization: Literal["default", "uniform"] = "uniform"
     standardize: bool = False
+    weights: str | None = None
 
 
 class CheckpointConfig(_Config):
