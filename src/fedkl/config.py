@@ -76,7 +76,7 @@ class TrainConfig(_Config):
 
 
 class AttackConfig(_Config):
-    """One attack against the key-lock and its controls, on untrained networks.
+    """One attack against the key-lock and its controls, on untrained networks or a trained one.
 
     Without `arms`, the lock and its controls are attacked. `norm_mode` is the client's, and known. The server
     has `auxiliary` labeled images of its own. Trials have one network each, or all the same one, as the

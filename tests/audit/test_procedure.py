@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedkl import config as configs
 from fedkl import data, models, rng
 from fedkl.attacks import DLG, InvertingGradients, Knowledge, Procedure
 from fedkl.attacks.matching.objectives import GradientMatching
@@ -192,6 +193,35 @@ def test_batches():
 def test_procedures_out_of_range(wrong):
     with pytest.raises(ConfigError, match=f"Procedure is not usable.*\n.*{next(iter(wrong))}: expected"):
         Procedure(**wrong)
+
+
+def test_a_federation_that_sends_gradients_takes_one_step():
+    assert LocalTraining(algorithm="fedsgd", steps=1) == LocalTraining(algorithm="fedsgd")
+    with pytest.raises(ConfigError, match="with algorithm='fedsgd' a client takes one, got 2"):
+        LocalTraining(algorithm="fedsgd", steps=2)
+
+
+@pytest.mark.parametrize(
+    ("local", "message"),
+    [
+        ({"momentum": 0.9}, "local.momentum: without effect"),
+        ({"epochs": 2, "optimizer": "adam"}, "local.epochs, local.optimizer: without effect"),
+        ({"algorithm": "fedavg", "steps": 3, "epochs": 2}, "local.epochs: without effect"),
+        ({"augmentation": "blur"}, "local.augmentation: expected one of none, flip"),
+        ({"steps": 0}, "steps: expected at least 1"),
+    ],
+)
+def test_attacks_of_procedures_that_say_too_much_are_refused(local, message):
+    with pytest.raises(ConfigError, match=message):
+        configs.parse({"type": "attack", "local": local}, source="test")
+
+
+def test_a_procedure_stands_in_a_file_as_it_stood_before():
+    old = configs.parse({"type": "attack", "local": {"steps": 1, "lr": 0.01}}, source="test")
+    assert old == configs.parse({"type": "attack"}, source="test")
+    epochs = {"algorithm": "fedavg", "epochs": 2, "batch_size": 4, "momentum": 0.9}
+    experiment = configs.parse({"type": "attack", "local": epochs}, source="test")
+    assert configs.parse(configs.values_of(experiment), source="test") == experiment
 
 
 def test_momentum_makes_the_sum_larger():

@@ -96,9 +96,10 @@ class FeatureInversion(Attack):
 
     def _check(self, observation: Observation) -> None:
         if not observation.local.is_gradient or observation.transform is not None:
+            steps = observation.local.step_count(observation.batch_size // observation.cohort)
             raise AttackError(
-                "FeatureInversion: expected the gradient of one step as it is, got several steps, weights or "
-                "a transformed update: the gradient's rows span too much then. Use the attack learned."
+                f"FeatureInversion: expected the gradient of one step as it is, got {steps} steps, weights "
+                "or a transformed update: the gradient's rows span too much then. Use the attack learned."
             )
         if observation.free or observation.secrets:
             raise AttackError(
