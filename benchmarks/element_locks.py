@@ -27,10 +27,10 @@ from fedkl.attacks import (
     Attack,
     Auxiliary,
     Knowledge,
-    LocalSteps,
     MeanMap,
     Observation,
     PriorOnly,
+    Procedure,
     Reconstruction,
     Wiener,
 )
@@ -132,7 +132,7 @@ def observed(
     )
     arm = Arm(name="seen", description="", defense=defense, knowledge=Knowledge(auxiliary=args.auxiliary))
     victims = [defense.prepare(model) for _ in range(0, len(trials), args.updates)]
-    clients = SimulatedClients.of(arm, victims[0], model, local=LocalSteps())
+    clients = SimulatedClients.of(arm, victims[0], model, local=Procedure())
     index = torch.randperm(len(dataset.train_images), generator=rng.generator(args.seed, "auxiliary"))
     own = Auxiliary(
         images=dataset.train_images[index[: args.auxiliary]],

@@ -11,13 +11,13 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from fedkl.attacks import ATTACKS, DLG, IDLG, Attack
-from fedkl.data import AnyPartition
+from fedkl.data import AUGMENTATIONS, AnyPartition
 from fedkl.defenses import DEFENSES, LOCK_SETTINGS, Defense, KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError, gathered, printable, shown
 from fedkl.federated import Execution, FederatedTraining
 from fedkl.files import read_file
 from fedkl.parsing import parse_toml
-from fedkl.protocol import LocalSteps
+from fedkl.protocol import Procedure
 from fedkl.validation import problems_of
 
 _MAX_LINES = 60  # of a message
@@ -45,11 +45,16 @@ class DataConfig(_Config):
 
 
 class ModelConfig(_Config):
-    """Which model of the zoo, how its weights start, and whether it standardizes its input by channel."""
+    """Which model of the zoo, how its weights start, and whether it standardizes its input by channel.
+
+    `weights` are trained ones instead: the run directory of a finished training, or a safetensors file with
+    every tensor of the plain network. All trials have the same network then.
+    """
 
     name: str = "lenet"
     initialization: Literal["default", "uniform"] = "uniform"
     standardize: bool = False
+    weights: str | None = None
 
 
 class CheckpointConfig(_Config):
@@ -74,7 +79,7 @@ class TrainConfig(_Config):
 
 
 class AttackConfig(_Config):
-    """One attack against a defense and its controls, on untrained networks.
+    """One attack against a defense and its controls, on untrained networks or a trained one.
 
     Without `arms`, the defense and its controls are attacked. `norm_mode` is the client's, and known. The
     server has `auxiliary` labeled images of its own. Trials have one network each, or all the same one,
@@ -100,7 +105,7 @@ class AttackConfig(_Config):
     updates_per_client: Annotated[int, Field(ge=1)] = 1
     cohort: Annotated[int, Field(ge=1)] = 1
     norm_mode: Literal["train", "eval"] = "train"
-    local: LocalSteps = LocalSteps()
+    local: Procedure = Procedure()
     device: Literal["cpu", "cuda"] = "cpu"
     workers: Annotated[int, Field(ge=0)] = 0
     chunk: Annotated[int, Field(ge=1)] = 20
@@ -123,6 +128,17 @@ class AttackConfig(_Config):
             raise ConfigError(
                 'updates_per_client: expected a divisor of the number of trials, and networks = "one", got '
                 f'{self.updates_per_client} with {self.trials} trials and networks = "{self.networks}".'
+            )
+        idle = [f"local.{name}" for name in self.local.without_effect]
+        if idle:
+            raise ConfigError(
+                f"{', '.join(idle)}: without effect on what is sent. Leave that out, or send weights after "
+                'whole epochs: local.algorithm = "fedavg", without local.steps.'
+            )
+        if self.local.augmentation not in AUGMENTATIONS:
+            raise ConfigError(
+                f"local.augmentation: expected one of {', '.join(AUGMENTATIONS)}, got "
+                f"{shown(self.local.augmentation)}."
             )
         if self.batch_size % self.cohort:
             raise ConfigError(

@@ -27,7 +27,7 @@ from torch import Tensor
 from fedkl import config as configs
 from fedkl.errors import ConfigError, gathered
 from fedkl.files import read_file, remove_parts, write_atomically
-from fedkl.parsing import parse_json_object, parse_tensors
+from fedkl.parsing import parse_json_object, parse_tensors, parse_toml
 from fedkl.types import NamedTensors
 from fedkl.validation import problems_of
 
@@ -181,7 +181,7 @@ class RunDirectory:
             run._refuse_links()
             present = run._bytes("config.toml")
             begun = any((path / name).exists() for name in ("results.jsonl", "checkpoints", "summary.json"))
-            if present is not None and begun and present != data:
+            if present is not None and begun and not _same(present, data):
                 raise ConfigError(
                     f"{path}: this folder holds a run with another configuration. Choose another --out, or "
                     "remove the folder."
@@ -375,6 +375,18 @@ class RunDirectory:
             raise ConfigError(
                 f"{path}: missing or damaged ({_reason(error)}). Remove it and run the experiment again."
             ) from error
+
+
+def _same(present: bytes, data: bytes) -> bool:
+    """Whether two config.toml say the same; one of an older version lacks fields that came later."""
+    if present == data:
+        return True
+    try:
+        values = (parse_toml(text.decode()) for text in (present, data))
+        one, other = (configs.parse(each, source="config.toml") for each in values)
+        return one == other
+    except (ValueError, ConfigError):
+        return False
 
 
 def is_run(path: Path) -> bool:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fedkl import data, models
-from fedkl.config import AttackConfig, DataConfig, TrainConfig
+from fedkl.config import AttackConfig, DataConfig, ModelConfig, TrainConfig
 from fedkl.data import Dataset
-from fedkl.errors import DataError
+from fedkl.defenses import Defense
+from fedkl.errors import ConfigError, DataError
+from fedkl.files import read_file
+from fedkl.parsing import parse_tensors
+from fedkl.runs import RunDirectory, is_run
+from fedkl.update import TensorSpec, check_tensors
+
+_MAX_WEIGHTS = 2**32  # bytes of a file
 
 
 def dataset_of(config: DataConfig) -> Dataset:
@@ -38,8 +47,22 @@ def dataset_of(config: DataConfig) -> Dataset:
     return replace(dataset, **kept)
 
 
+def defense_of(config: TrainConfig | AttackConfig, dataset: Dataset) -> Defense:
+    """The experiment's defense, which knows the images' shape and whether the networks were trained."""
+    defense = config.defense.for_images(dataset.spec.shape)
+    return defense if config.model.weights is not None else defense.for_untrained()
+
+
 def networks_of(config: TrainConfig | AttackConfig, dataset: Dataset) -> Callable[[int], nn.Module]:
-    """Builds the plain networks of an experiment, by what is added to its seed."""
+    """Builds the plain networks of an experiment, by what is added to its seed.
+
+    With `ModelConfig.weights` there is one network, the same object for every number. What the clients of a
+    locked training kept to themselves is not in its run directory but in their own, encrypted checkpoints:
+    such tensors are those of an untrained network, and a defense draws private ones as it always does.
+
+    Raises:
+        ConfigError: The weights cannot be read, or are of another network.
+    """
     spec = dataset.spec
 
     def build(offset: int) -> nn.Module:
@@ -53,4 +76,56 @@ def networks_of(config: TrainConfig | AttackConfig, dataset: Dataset) -> Callabl
         )
         return model.to(config.device) if isinstance(config, AttackConfig) else model
 
-    return build
+    if config.model.weights is None:
+        return build
+    model = build(0)
+    _load_(model, Path(config.model.weights), config.model, dataset)
+    return lambda offset: model
+
+
+def _load_(model: nn.Module, place: Path, config: ModelConfig, dataset: Dataset) -> None:
+    """Puts trained weights into a plain network."""
+    expected: Mapping[str, Tensor] = model.state_dict()
+    if is_run(place):
+        expected = _sent_by(place, model, config, dataset)
+        place = place / "global.safetensors"
+    try:
+        tensors, _ = parse_tensors(read_file(place, limit=_MAX_WEIGHTS))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"model.weights: {place} cannot be read ({reason}). Give the run directory of a finished "
+            "training, or a safetensors file."
+        ) from error
+    check_tensors(
+        tensors,
+        {name: TensorSpec.of(tensor) for name, tensor in expected.items()},
+        subject=f"model.weights: {place} does not fit {config.name} on {dataset.spec.name}.",
+        remedy="Name the model and the data that it was trained with.",
+        error=ConfigError,
+    )
+    own = model.state_dict()
+    foreign = sorted(tensors.keys() - own.keys())
+    if foreign:
+        raise ConfigError(
+            f"model.weights: the training at {place} sent '{foreign[0]}', which the plain network does not "
+            "have. Train without share_statistics."
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def _sent_by(place: Path, model: nn.Module, config: ModelConfig, dataset: Dataset) -> dict[str, Tensor]:
+    """What the clients of a training sent: tensors of the right names and shapes."""
+    run = RunDirectory.open(place).config
+    if not isinstance(run, TrainConfig):
+        raise ConfigError(
+            f"model.weights: {place} is no training, but '{run.type}'. Give one of fedkl train."
+        )
+    if (run.model.name, run.model.standardize) != (config.name, config.standardize):
+        raise ConfigError(
+            f"model.weights: {place} trained {run.model.name}, standardize = {run.model.standardize}; "
+            f"this experiment has {config.name}, {config.standardize}. Set model.name and model.standardize."
+        )
+    return run.defense.for_images(dataset.spec.shape).prepare(model).public_state()

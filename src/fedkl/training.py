@@ -22,7 +22,7 @@ from fedkl.lockfile import default_passphrase
 from fedkl.norms import statistics_names
 from fedkl.runs import Count, FillIn, Needed, RunDirectory, Seconds, Share, damaged_summary
 from fedkl.study import Progress, begun, silent
-from fedkl.subject import dataset_of, networks_of
+from fedkl.subject import dataset_of, defense_of, networks_of
 from fedkl.validation import problems_of
 
 
@@ -43,8 +43,7 @@ def train(
     with begun(config, out=out) as directory:
         if directory.summary is None:
             dataset = dataset_of(config.data)
-            defense = config.defense.for_images(dataset.spec.shape).for_untrained()
-            own = config.model_copy(update={"defense": defense})
+            own = config.model_copy(update={"defense": defense_of(config, dataset)})
             _train(own, directory, dataset, progress, tensorboard=tensorboard)
     return directory
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fedkl.attacks import Auxiliary, Knowledge, LocalSteps
+from fedkl.attacks import Auxiliary, Knowledge, Procedure
 from fedkl.audit import SimulatedClients, observe, trials_of
 from fedkl.defenses import Arm, PrivateLayers
 from fedkl.locking import Split, withhold
@@ -50,7 +50,7 @@ def seen_of(defense, model, images, *, trials, auxiliary=600, client=None, prepa
     arm = Arm(name="seen", description="", defense=defense, knowledge=Knowledge(labels=labels))
     chosen = trials_of(images, trials=trials)
     victims = [defense.prepare(model) for _ in range(1 if prepared_once else trials)]
-    clients = SimulatedClients.of(arm, victims[0], model, local=LocalSteps())
+    clients = SimulatedClients.of(arm, victims[0], model, local=Procedure())
     own = Auxiliary(
         images=images.train_images[:auxiliary],
         labels=images.train_labels[:auxiliary],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedkl.attacks import ClosedForm, LocalSteps
+from fedkl.attacks import ClosedForm, Procedure
 from fedkl.attacks.algebraic import blind
 from fedkl.attacks.algebraic import way_down as descent
 from fedkl.attacks.algebraic.chain import Layer
@@ -135,7 +135,7 @@ def test_refuses_a_batch(observed):
 def test_refuses_several_local_steps(observed):
     seen, _, _ = observed()
     with pytest.raises(AttackError, match="several local steps"):
-        run(replace(seen, local=LocalSteps(steps=2)))
+        run(replace(seen, local=Procedure(steps=2)))
 
 
 def test_refuses_a_transformed_update(observed):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedkl import lock, models
-from fedkl.attacks import DLG, IDLG, LocalSteps, infer_label, infer_labels, known_labels
+from fedkl.attacks import DLG, IDLG, infer_label, infer_labels, known_labels
 from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.attacks.priors import outside_box
 from fedkl.errors import AttackError, ConfigError
@@ -235,9 +235,3 @@ def test_labels_of_a_batch_need_the_bias(observe_plain):
 def test_contradictory_observations_are_refused(observe_plain, changes, message):
     with pytest.raises(AttackError, match=message):
         observe_plain(**changes)
-
-
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"batch_size": -1}])
-def test_local_steps_out_of_range(wrong):
-    with pytest.raises(AttackError, match="expected steps ≥ 1"):
-        LocalSteps(**wrong)

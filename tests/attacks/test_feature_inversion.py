@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedkl.attacks import FeatureInversion, Knowledge, LocalSteps
+from fedkl.attacks import FeatureInversion, Knowledge, Procedure
 from fedkl.attacks.algebraic.convolution import reads_of
 from fedkl.attacks.algebraic.feature_inversion import _agreeing, _World
 from fedkl.attacks.algebraic.features import read_features, readable_convolutions
@@ -262,7 +262,7 @@ def test_what_it_cannot_read_it_refuses(images, observed, residual, small):
     plain = replace(observed(model=small())[0], auxiliary=seen.auxiliary)
     cases = {
         "of all 2 images": replace(observed(model=residual, batch_size=2)[0], auxiliary=seen.auxiliary),
-        "3 steps": replace(seen, local=LocalSteps(steps=3)),
+        "3 steps": replace(seen, local=Procedure(steps=3)),
         "at least 100 auxiliary images": replace(seen, auxiliary=None),
         "clients that the server can imitate": replace(seen, auxiliary=replace(seen.auxiliary, draw=None)),
         "none to be free": replace(seen, free=("bn1.weight",)),

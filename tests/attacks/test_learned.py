@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedkl import rng
-from fedkl.attacks import Knowledge, LearnedInversion, LocalSteps, PriorOnly
+from fedkl.attacks import Knowledge, LearnedInversion, PriorOnly, Procedure
 from fedkl.attacks.learned import inversion as learned
 from fedkl.attacks.learned import kernels
 from fedkl.attacks.learned.kernels import Views, best_regression
@@ -263,7 +263,7 @@ def test_nothing_of_the_victim_can_be_reached_that_was_not_granted(images, small
     arm = Arm(name="one", description="", defense=KeyLock(), knowledge=Knowledge(auxiliary=50))
     model = small()
     victim = arm.defense.prepare(model)
-    clients = SimulatedClients.of(arm, victim, model, local=LocalSteps())
+    clients = SimulatedClients.of(arm, victim, model, local=Procedure())
     secrets = {id(victim), id(victim.key), *(id(t) for t in victim.private_parameters().values())}
     seen, pending = set(), [clients]
     while pending:
@@ -282,7 +282,7 @@ def test_one_update_of_a_simulated_client_does_not_change_the_next(images, small
     arm = Arm(name="one", description="", defense=KeyLock(layers="all"))
     model = small()
     victim = arm.defense.prepare(model)
-    clients = SimulatedClients.of(arm, victim, model, local=LocalSteps(steps=steps, lr=0.5))
+    clients = SimulatedClients.of(arm, victim, model, local=Procedure(steps=steps, lr=0.5))
     image, label = images.test_images[:1].clone(), images.test_labels[:1]
     sent = clients(torch.stack([image] * 3), torch.stack([label] * 3))
     for tensor in sent.values():

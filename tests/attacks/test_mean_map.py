@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedkl.attacks import Knowledge, LocalSteps, MeanMap, PriorOnly
+from fedkl.attacks import Knowledge, MeanMap, PriorOnly, Procedure
 from fedkl.attacks.algebraic.access import open_above_first
 from fedkl.audit import observe, trials_of
 from fedkl.defenses import Arm, NoDefense, PrivateLayers
@@ -115,7 +115,7 @@ def test_what_it_cannot_read_it_refuses(images, model, client):
     )[0][0]  # fmt: skip
     cases = {
         "at least 100 auxiliary images": replace(seen, auxiliary=None),
-        "several local steps": replace(seen, local=LocalSteps(steps=2)),
+        "several local steps": replace(seen, local=Procedure(steps=2)),
         "expected a private '0'": plain,
         "expected no norm and no lock behind '0'": locked,
     }

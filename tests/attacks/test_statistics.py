@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedkl.attacks import ClosedForm, LocalSteps
+from fedkl.attacks import ClosedForm, Procedure
 from fedkl.attacks.algebraic.chain import read_chain
 from fedkl.audit import observe, sent_statistics
 from fedkl.defenses import Arm, KeyLock, NoDefense
@@ -72,7 +72,7 @@ def test_there_are_none_where_they_are_private_do_not_change_or_mix(observed):
     given = {"arm": arm, "model": seen.model, "trial": trial, "classes": 10}
     assert observe(victim, **given).statistics
     assert observe(victim, **given, train_mode=False).statistics == {}
-    assert observe(victim, **given, local=LocalSteps(steps=2)).statistics == {}
+    assert observe(victim, **given, local=Procedure(steps=2)).statistics == {}
     assert seen.kind != replace(seen, statistics={}).kind
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedkl import models
-from fedkl.attacks import LocalSteps
+from fedkl.attacks import Procedure
 from fedkl.attacks.algebraic.structure import read_structure
 from fedkl.defenses import PUBLISHED_LOCK, PrivateLayers
 from tests.attacks.conftest import Small
@@ -80,7 +80,7 @@ def test_a_private_head_or_several_steps_hide_the_head(observed):
     assert read_structure(seen).head_input is None
     assert read_structure(seen).label is None
     seen, _, _ = observed()
-    assert read_structure(replace(seen, local=LocalSteps(steps=2))).head_input is None
+    assert read_structure(replace(seen, local=Procedure(steps=2))).head_input is None
 
 
 @pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 8), lambda: nn.LayerNorm((8, 4, 4))])

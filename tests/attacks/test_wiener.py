@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedkl.attacks import ClosedForm, LocalSteps, PriorOnly, Wiener
+from fedkl.attacks import ClosedForm, PriorOnly, Procedure, Wiener
 from fedkl.attacks.algebraic import wiener
 from fedkl.attacks.algebraic.chain import read_chain
 from fedkl.attacks.gaussian import Gaussian
@@ -150,7 +150,7 @@ def test_what_it_cannot_read_it_refuses(images, model, observed, small):
     above = observed(model=small(between=lambda: nn.BatchNorm2d(8)))[0]
     cases = {
         "at least 100 auxiliary images": replace(seen, auxiliary=None),
-        "several local steps": replace(seen, local=LocalSteps(steps=2)),
+        "several local steps": replace(seen, local=Procedure(steps=2)),
         r"not observed: 0\.weight": replace(seen, gradient=stem),
         "clients that draw γ and β": replace(seen, auxiliary=replace(own, draw=None)),
         "Use --attack closed-form": replace(channel, auxiliary=own),

@@ -189,7 +189,7 @@ def test_a_clients_optimizer_is_its_own(dataset, defense, optimizer):
     among_second = one_update(among, among.clients[0], round=1, state=among_first.tensors)
     assert not differences(second.tensors, among_second.tensors)
     kept = [dict(run.clients[0].optimizer_state) for run in (alone, among)]
-    assert set(kept[0]) == set(alone._pool.workers[0]._named)
+    assert set(kept[0]) == set(alone._pool.workers[0]._trainer.named)
     for name, slots in kept[0].items():
         assert not differences(slots, kept[1][name])
 
@@ -233,7 +233,7 @@ def test_fedprox_leaves_private_parameters_alone(dataset):
 def test_lock_weight_decay_is_its_own_choice(dataset):
     def decays(**local):
         run = federation(dataset, KeyLock(), local={"weight_decay": 0.1, **local})
-        return [group["weight_decay"] for group in run._pool.workers[0]._optimizer.param_groups]
+        return [group["weight_decay"] for group in run._pool.workers[0]._trainer.optimizer.param_groups]
 
     assert decays(lock_weight_decay=0.0) == [0.1, 0.0]
     assert decays() == [0.1, 0.1]
@@ -243,7 +243,7 @@ def test_the_groups_of_an_optimizer_hold_what_they_say(dataset):
     run = federation(dataset, KeyLock(), local={"lock_weight_decay": 0.0})
     worker = run._pool.workers[0]
     for group, named in zip(
-        worker._optimizer.param_groups,
+        worker._trainer.optimizer.param_groups,
         (worker.split.public_parameters(), worker.split.private_parameters()),
         strict=True,
     ):

@@ -28,7 +28,7 @@ from fedkl.attacks.matching.grnn import GRNN
 from fedkl.attacks.matching.idlg import IDLG
 from fedkl.attacks.matching.inverting import InvertingGradients
 from fedkl.attacks.matching.structured import AdaptiveMatching
-from fedkl.protocol import Auxiliary, Knowledge, LocalSteps, Observation
+from fedkl.protocol import Auxiliary, Knowledge, Observation, Procedure
 from fedkl.registration import import_all
 
 __all__ = [
@@ -46,11 +46,11 @@ __all__ = [
     "InvertingGradients",
     "Knowledge",
     "LearnedInversion",
-    "LocalSteps",
     "MeanMap",
     "Needs",
     "Observation",
     "PriorOnly",
+    "Procedure",
     "Reason",
     "Reconstruction",
     "Refusal",

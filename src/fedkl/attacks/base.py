@@ -67,13 +67,11 @@ class Needs:
 
     Attributes:
         batch: Images behind an update at most; None: any number.
-        steps: Local steps at most; None: any number.
         sums: Whether it can read the mean over a cohort.
         own_images: Labeled images of the server's own, at least.
     """
 
     batch: int | None = None
-    steps: int | None = None
     sums: bool = False
     own_images: int = 0
 
@@ -83,9 +81,6 @@ class Needs:
         limits = {
             f"at most {self.batch} images behind an update, got {observation.batch_size}": (
                 self.batch is not None and observation.batch_size > self.batch
-            ),
-            f"at most {self.steps} local steps, got {observation.local.steps}": (
-                self.steps is not None and observation.local.steps > self.steps
             ),
             f"the update of one client, got the mean over {observation.cohort}": (
                 observation.cohort > 1 and not self.sums

@@ -68,7 +68,13 @@ def infer_labels(observation: Observation) -> Labels:
             "Label inference for a batch needs the gradient of the last linear layer's bias; it was not "
             "observed. Grant the labels, or attack one image."
         )
-    gradient = observation.gradient[bias] / observation.local.steps
+    if observation.local.algorithm == "fedavg" and observation.local.optimizer != "sgd":
+        raise AttackError(
+            "Label inference for a batch needs updates of SGD, got those of "
+            f"{observation.local.optimizer}. Grant the labels, or attack one image."
+        )
+    clients = observation.batch_size // observation.cohort
+    gradient = observation.gradient[bias] / observation.local.summed_share(clients)
     expected = observation.batch_size * (_mean_prediction(observation) - gradient)
     return torch.repeat_interleave(_rounded(expected.clamp_min(0), observation.batch_size))
 

@@ -21,7 +21,7 @@ from fedkl.defenses import Arm, Defense
 from fedkl.errors import AttackError, DataError
 from fedkl.locking import Split
 from fedkl.metrics import Candidates, Score, score
-from fedkl.protocol import Auxiliary, LocalSteps, Observation
+from fedkl.protocol import Auxiliary, Observation, Procedure
 
 OWN_IMAGES = 1000
 """Images of the server's own behind the guess from the labels alone, where an arm grants it none."""
@@ -90,7 +90,7 @@ def attack_arms(
     trials: Sequence[Trial],
     seed: int,
     train_mode: bool = True,
-    local: LocalSteps | None = None,
+    local: Procedure | None = None,
     skip: Collection[int] = (),
     chunk: int = 20,
     updates_per_client: int = 1,
@@ -257,14 +257,14 @@ def _observed(
     dataset: Dataset,
     seed: int,
     train_mode: bool,
-    local: LocalSteps | None,
+    local: Procedure | None,
     updates_per_client: int,
     cohort: int,
 ) -> list[_Seen]:
     """Observes every trial of a chunk in every arm; arms with the same defense share a trial's victims."""
     models = {trial.index: build(trial.index) for trial in group}
     first_with = {id(models[trial.index]): trial.index for trial in reversed(group)}
-    own = _OwnData(dataset, seed=seed, train_mode=train_mode, local=local or LocalSteps(), cohort=cohort)
+    own = _OwnData(dataset, seed=seed, train_mode=train_mode, local=local or Procedure(), cohort=cohort)
     victims: dict[tuple[Defense, int], list[Split]] = {}
     seen = []
     for arm, trial in itertools.product(arms, group):
@@ -295,7 +295,7 @@ class _OwnData:
     """The server's own data, and clients to learn from: one `Auxiliary` for all that it holds for."""
 
     def __init__(
-        self, dataset: Dataset, *, seed: int, train_mode: bool, local: LocalSteps, cohort: int
+        self, dataset: Dataset, *, seed: int, train_mode: bool, local: Procedure, cohort: int
     ) -> None:
         self._dataset = dataset
         order = torch.randperm(len(dataset.train_images), generator=rng.generator(seed, "auxiliary"))

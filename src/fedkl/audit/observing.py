@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedkl.attacks import Auxiliary, LocalSteps, Observation
-from fedkl.audit.updates import local_update, mean_of, sent_statistics
+from fedkl import rng
+from fedkl.audit.updates import difference, local_update, mean_of, sent_statistics, trained_tensors
 from fedkl.data import Dataset
-from fedkl.defenses import Arm
+from fedkl.defenses import Arm, Defense
 from fedkl.defenses.base import ServerView
 from fedkl.defenses.completion import Completion
-from fedkl.errors import DataError
+from fedkl.errors import AttackError, DataError
 from fedkl.locking import KEY, Split
+from fedkl.protocol import Auxiliary, Observation, Procedure
 from fedkl.types import ImageBatch, Labels
 
 _FIT_STEPS = 200
@@ -75,7 +77,7 @@ def observe(
     trial: Trial,
     classes: int,
     train_mode: bool = True,
-    local: LocalSteps | None = None,
+    local: Procedure | None = None,
     auxiliary: Auxiliary | None = None,
     client: int | None = None,
     others: Sequence[Split] = (),
@@ -92,24 +94,37 @@ def observe(
         trial: The client's batch.
         classes: Number of classes.
         train_mode: Whether the client's norms use the batch's statistics.
-        local: The client's local steps; one if None.
+        local: What the client does; one gradient if None.
         auxiliary: The server's own data, if the arm grants any.
         client: The victim's number, where the server has more of its updates.
         others: The rest of a cohort that shares the batch evenly; the server sees the mean of all updates.
 
     Raises:
         DataError: The arm fits γ and β to auxiliary images, and there are none.
+        AttackError: Weights are sent, and the defense changes updates publicly.
     """
-    local, knowledge = local or LocalSteps(), arm.knowledge
+    local, knowledge = local or Procedure(), arm.knowledge
+    check_transform(arm.defense, local)
     cohort = (victim, *others)
     shares = zip(cohort, trial.images.chunk(len(cohort)), trial.labels.chunk(len(cohort)), strict=True)
-    single_step = train_mode and local.steps == 1 and not others
-    gradient = mean_of([_seen_of(one, arm, x, y, train_mode=train_mode, local=local) for one, x, y in shares])
+    steps = local.step_count(len(trial.images) // len(cohort))
+    plain = train_mode and steps == 1 and not others and local.augmentation == "none"
+    gradient = mean_of(
+        [
+            _seen_of(
+                *(one, arm, x, y),
+                train_mode=train_mode,
+                local=local,
+                generator=rng.generator(trial.index, "audited-augmentation", member),
+            )
+            for member, (one, x, y) in enumerate(shares)
+        ]
+    )
     channels, height, width = trial.images.shape[1:]
     view = _completed(victim, arm, model, auxiliary)
     # What generates γ and β only matters where it is looked at or trains along: otherwise their values do.
     drawn = arm.filled_in == "drawn" and arm.regress != "affine"
-    simulated = knowledge.lock_gradient or arm.regress == "key" or (local.steps > 1 and drawn)
+    simulated = knowledge.lock_gradient or arm.regress == "key" or (steps > 1 and drawn)
     return Observation(
         model=view.model,
         gradient=gradient,
@@ -126,26 +141,53 @@ def observe(
         auxiliary=auxiliary,
         client=client,
         cohort=len(cohort),
-        statistics=sent_statistics(victim, trial.images) if single_step else {},
+        statistics=sent_statistics(victim, trial.images) if plain else {},
     )
 
 
 def _seen_of(
-    client: Split, arm: Arm, images: ImageBatch, labels: Labels, *, train_mode: bool, local: LocalSteps
+    client: Split,
+    arm: Arm,
+    images: ImageBatch,
+    labels: Labels,
+    *,
+    train_mode: bool,
+    local: Procedure,
+    generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """One client's update as it is sent, and what else of it the server was granted."""
-    knowledge = arm.knowledge
+    knowledge, public = arm.knowledge, client.public_parameters()
     # Public γ and β are trained as such, not through the lock.
     trained = client.bake() if knowledge.affine_gradient else client.model
-    update = local_update(trained, images, labels, train_mode=train_mode, local=local)
-    public = {name: update[name] for name in client.public_parameters()}
-    sent = client.public_update(public, kind="gradient", num_samples=len(images), round=0, search=False)
-    seen = dict(arm.defense.transform(sent).tensors)
+    private = () if knowledge.affine_gradient else client.private_parameters()
+    given: dict[str, Any] = {"train_mode": train_mode, "local": local, "private": private}
+    if local.algorithm == "fedavg":
+        after = trained_tensors(trained, images, labels, **given, generator=generator)
+        state = {name: after[name] for name in client.public_state()}
+        sent = client.public_update(state, kind="weights", num_samples=len(images), round=0, search=False)
+        weights = arm.defense.transform(sent).tensors
+        before = dict(trained.named_parameters())
+        update = difference(before, after, lr=local.lr)
+        seen = difference({name: before[name] for name in public}, weights, lr=local.lr)
+    else:
+        update = local_update(trained, images, labels, **given, generator=generator)
+        state = {name: update[name] for name in public}
+        sent = client.public_update(state, kind="gradient", num_samples=len(images), round=0, search=False)
+        seen = dict(arm.defense.transform(sent).tensors)
     if knowledge.affine_gradient:
         seen = update | seen
     if knowledge.lock_gradient:
         seen |= {name: update[name] for name in client.private_parameters()}
     return seen
+
+
+def check_transform(defense: Defense, local: Procedure) -> None:
+    """Raises AttackError where the server would have to undo a change of weights in its own gradients."""
+    if local.algorithm == "fedavg" and defense.public_transform is not None:
+        raise AttackError(
+            f"{type(defense).__name__}: what it does to updates is attacked where gradients are sent only. "
+            'Use local.algorithm = "fedsgd".'
+        )
 
 
 def _completed(victim: Split, arm: Arm, model: nn.Module, auxiliary: Auxiliary | None) -> ServerView:

@@ -21,7 +21,7 @@ from fedkl.defenses import Arm
 from fedkl.errors import AttackError, ConfigError
 from fedkl.runs import RunDirectory
 from fedkl.study import Progress, begun, silent
-from fedkl.subject import dataset_of, networks_of
+from fedkl.subject import dataset_of, defense_of, networks_of
 
 
 def attack(config: AttackConfig, *, out: Path, progress: Progress = silent) -> RunDirectory:
@@ -38,8 +38,8 @@ def attack(config: AttackConfig, *, out: Path, progress: Progress = silent) -> R
     with begun(config, out=out) as directory:
         if directory.summary is None:
             dataset = dataset_of(config.data)
-            defense = config.defense.for_images(dataset.spec.shape).for_untrained()
-            _attack(config.model_copy(update={"defense": defense}), directory, dataset, progress)
+            own = config.model_copy(update={"defense": defense_of(config, dataset)})
+            _attack(own, directory, dataset, progress)
     return directory
 
 
@@ -178,7 +178,7 @@ def _attack_summary(
         "model": config.model.name,
         "dataset": config.data.name,
         "norm_mode": config.norm_mode,
-        "local_steps": config.local.steps,
+        "local_steps": config.local.step_count(config.batch_size // config.cohort),
         "initialization": config.model.initialization,
         "arms": [
             arm_summary(arm, [r for r in records if r["arm"] == arm.name], updates_per_client=together)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from fedkl.attacks import LocalSteps
+from fedkl import rng
 from fedkl.audit.updates import gradients, mean_of, stacked, updated
 from fedkl.defenses import Arm, Defense
 from fedkl.defenses.base import Known
 from fedkl.locking import Split
+from fedkl.protocol import Procedure
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,9 +34,10 @@ class SimulatedClients:
         names: The tensors that are observed.
         private: The plain network's parameters that clients do not send.
         train_mode: Of the clients' norms.
-        local: The clients' local steps.
+        local: What the clients do.
         cohort: So many clients share each batch; what is seen is their mean.
         generator: The attacker's, of what these clients draw.
+        played: Numbers that make every client's augmentation its own.
     """
 
     defense: Defense
@@ -44,9 +48,10 @@ class SimulatedClients:
     names: tuple[str, ...]
     private: tuple[str, ...]
     train_mode: bool
-    local: LocalSteps
+    local: Procedure
     cohort: int = 1
     generator: torch.Generator = field(default_factory=torch.Generator, repr=False)
+    played: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     @classmethod
     def of(
@@ -56,7 +61,7 @@ class SimulatedClients:
         model: nn.Module,
         *,
         train_mode: bool = True,
-        local: LocalSteps,
+        local: Procedure,
         cohort: int = 1,
         generator: torch.Generator | None = None,
     ) -> SimulatedClients:
@@ -67,7 +72,7 @@ class SimulatedClients:
             victim: Only what is public or granted is taken.
             model: The plain architecture.
             train_mode: Of the clients' norms.
-            local: The clients' local steps.
+            local: What the clients do.
             cohort: So many clients share each batch.
             generator: The attacker's, of what these clients draw; a fresh one if None.
         """
@@ -106,24 +111,37 @@ class SimulatedClients:
         """Updates of one client or cohort, stacked; see `Auxiliary`."""
         members = [self._client(granted=self.common or not member) for member in range(self.cohort)]
         shares = zip(members, images.chunk(self.cohort, 1), labels.chunk(self.cohort, 1), strict=True)
-        sent = [self._sent(*share) for share in shares]
+        sent = [self._sent(*member, x, y) for member, x, y in shares]
         return mean_of(sent)
 
-    def _client(self, *, granted: bool) -> nn.Module:
-        """The victim's network, as far as the server was granted its secrets, or another client's."""
+    def _client(self, *, granted: bool) -> tuple[nn.Module, Collection[str]]:
+        """The victim's network, as far as the server was granted its secrets, or another client's.
+
+        Returns:
+            And the names of its private parameters.
+        """
         if granted and self.baked is not None:
-            return copy.deepcopy(self.baked)
+            return copy.deepcopy(self.baked), () if self.common else self.private
         known = self.known if granted else replace(self.known, key=None, private={})
         split = self.defense.imitated(self.model, known=known)
         # In one step it is all the same whether γ and β are generated or numbers, but to the lock's gradient.
-        alike = self.local.steps == 1 and not set(self.names).intersection(split.private_parameters())
-        return split.bake() if alike else split.model
+        alike = self.local.is_gradient and not set(self.names).intersection(split.private_parameters())
+        return (split.bake(), self.private) if alike else (split.model, split.private_parameters())
 
-    def _sent(self, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def _sent(
+        self, network: nn.Module, private: Collection[str], images: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
         """What it sends for each batch, stacked."""
-        if self.local.steps == 1:
+        if self.local.is_gradient and self.local.differentiable:
             updates = gradients(network, images, labels, names=self.names, train_mode=self.train_mode)
         else:
-            update = partial(updated, network, train_mode=self.train_mode, local=self.local)
+            update = partial(
+                updated,
+                network,
+                train_mode=self.train_mode,
+                local=self.local,
+                private=private,
+                generator=rng.generator(next(self.played), "simulated-augmentation"),
+            )
             updates = stacked([update(x, y) for x, y in zip(images, labels, strict=True)], self.names)
         return dict(self.defense.imitate_transform(updates, generator=self.generator))

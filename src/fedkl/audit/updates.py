@@ -1,46 +1,144 @@
-"""Clients' updates: one or several local steps, many batches at once, and what sent statistics add."""
+"""Clients' updates: what a procedure sends, many batches at once, and what sent statistics add."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
-from fedkl.attacks import LocalSteps
+from fedkl import rng
 from fedkl.locking import Split
+from fedkl.protocol import Procedure
+from fedkl.protocol.local_training import LocalTrainer, batches_of
+from fedkl.protocol.procedure import loss_of
 from fedkl.types import ImageBatch, Labels
 
 
 def local_update(
-    model: nn.Module, images: ImageBatch, labels: Labels, *, train_mode: bool, local: LocalSteps
+    model: nn.Module,
+    images: ImageBatch,
+    labels: Labels,
+    *,
+    train_mode: bool,
+    local: Procedure,
+    private: Collection[str] = (),
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """The sum of the gradients of a client's local steps, for every parameter; the model is not changed."""
-    return updated(copy.deepcopy(model), images, labels, train_mode=train_mode, local=local)
+    """What a client's procedure does to every parameter; the model is not changed.
+
+    Args:
+        model: As the client received it.
+        images: The client's.
+        labels: Theirs.
+        train_mode: Whether its norms use the batch's statistics.
+        local: What the client does.
+        private: Names of the parameters that it does not send.
+        generator: Of the augmentation; one that is always the same if None.
+
+    Returns:
+        The gradient, or the sum of those of several steps; where weights are sent, (before − after) / lr.
+    """
+    return updated(
+        copy.deepcopy(model),
+        images,
+        labels,
+        train_mode=train_mode,
+        local=local,
+        private=private,
+        generator=generator,
+    )
 
 
 def updated(
-    model: nn.Module, images: ImageBatch, labels: Labels, *, train_mode: bool, local: LocalSteps
+    model: nn.Module,
+    images: ImageBatch,
+    labels: Labels,
+    *,
+    train_mode: bool,
+    local: Procedure,
+    private: Collection[str] = (),
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """As `local_update`, but for the model's mode and its norms' running statistics."""
-    if local.steps == 1:
-        return full_gradient(model, images, labels, train_mode=train_mode)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    total: dict[str, Tensor] = {}
-    for step in range(local.steps):
-        batch = local.batch(step, len(images))
-        gradient = full_gradient(model, images[batch], labels[batch], train_mode=train_mode)
-        total = {name: total[name] + g if total else g for name, g in gradient.items()}
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.sub_(gradient[name], alpha=local.lr)
+    batches = _batches(images, labels, local, generator)
+    if local.algorithm == "fedavg":
+        _train(model, batches, train_mode=train_mode, local=local, private=private)
+        total = difference(before, dict(model.named_parameters()), lr=local.lr)
+    else:
+        total = {}
+        for x, y in batches:
+            gradient = full_gradient(model, x, y, train_mode=train_mode, precision=local.precision)
+            total = {name: total[name] + g if total else g for name, g in gradient.items()}
+            if local.is_gradient:
+                return total
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.sub_(gradient[name], alpha=local.lr)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(before[name])
     return total
+
+
+def trained_tensors(
+    model: nn.Module,
+    images: ImageBatch,
+    labels: Labels,
+    *,
+    train_mode: bool,
+    local: Procedure,
+    private: Collection[str],
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """All tensors after a client's training, by all their names; arguments as of `local_update`."""
+    client = copy.deepcopy(model)
+    batches = _batches(images, labels, local, generator)
+    _train(client, batches, train_mode=train_mode, local=local, private=private)
+    found = dict(client.named_parameters()) | dict(client.named_buffers()) | client.state_dict()
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, lr: float) -> dict[str, Tensor]:
+    """What a server takes for the gradient where weights are sent: (before − after) / lr, in their digits."""
+    return {name: (tensor - after[name].detach()) / lr for name, tensor in before.items()}
+
+
+def _batches(
+    images: ImageBatch, labels: Labels, local: Procedure, generator: torch.Generator | None
+) -> Iterable[tuple[Tensor, Tensor]]:
+    if local.is_gradient and local.augmentation == "none":
+        return [(images, labels)]
+    return batches_of(
+        images,
+        labels,
+        local.batches(len(images)),
+        augmentation=local.augmentation,
+        generator=generator or rng.generator(0, "audited-augmentation"),
+    )
+
+
+def _train(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    train_mode: bool,
+    local: Procedure,
+    private: Collection[str],
+) -> None:
+    """Trains as a federation does, with a new optimizer."""
+    named = dict(model.train(train_mode).named_parameters())
+    trainer = LocalTrainer(
+        model,
+        procedure=local,
+        public={name: parameter for name, parameter in named.items() if name not in private},
+        private={name: parameter for name, parameter in named.items() if name in private},
+    )
+    trainer.train(batches)
+    trainer.optimizer.zero_grad()
 
 
 def gradients(
@@ -49,11 +147,25 @@ def gradients(
     """Gradients of several batches, stacked; the model is changed."""
     try:
         return _gradients_at_once(model, images, labels, names=names, train_mode=train_mode)
-    except RuntimeError:  # of what torch.func cannot trace, such as steps that depend on values
+    except RuntimeError as error:
+        if not _untraceable(error):
+            raise
         each = [
             full_gradient(model, x, y, train_mode=train_mode) for x, y in zip(images, labels, strict=True)
         ]
         return stacked(each, names)
+
+
+def _untraceable(error: RuntimeError) -> bool:
+    """Whether torch.func says that it cannot trace a network, e.g. steps that depend on values.
+
+    It has no exception of its own for that, only texts. Whatever else goes wrong, such as memory that does
+    not suffice, would go wrong one by one too, later and with another message.
+    """
+    return not isinstance(error, torch.OutOfMemoryError) and any(word in str(error) for word in _TRACING)
+
+
+_TRACING = ("vmap", "functorch", "torch.func", "function transform", "atching rule")
 
 
 def _gradients_at_once(
@@ -65,7 +177,7 @@ def _gradients_at_once(
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def loss(wanted: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(model, parameters | wanted, (x,)), y)
+        return loss_of(functional_call(model, parameters | wanted, (x,)), y)
 
     gradient = torch.func.grad(loss)
     wanted = {name: parameters[name] for name in names}
@@ -74,11 +186,18 @@ def _gradients_at_once(
 
 
 def full_gradient(
-    model: nn.Module, images: ImageBatch, labels: Labels, *, train_mode: bool = True
+    model: nn.Module,
+    images: ImageBatch,
+    labels: Labels,
+    *,
+    train_mode: bool = True,
+    precision: str = "float32",
 ) -> dict[str, Tensor]:
     """The gradient of the mean cross-entropy with respect to every parameter."""
     parameters = dict(model.train(train_mode).named_parameters())
-    gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), list(parameters.values()))
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        loss = loss_of(model(images), labels)
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
     return dict(zip(parameters, gradients, strict=True))
 
 

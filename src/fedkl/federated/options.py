@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -13,61 +12,35 @@ from fedkl.data import AUGMENTATIONS, IID, AnyPartition
 from fedkl.errors import ConfigError, gathered
 from fedkl.federated.schedules import AnySchedule, StepSchedule
 from fedkl.federated.server import AnyServerOptimizer, Averaging
+from fedkl.protocol import Procedure
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalTraining:
-    """How a client trains. Defaults: arXiv 2305.04095, section 5.
+class LocalTraining(Procedure):
+    """How a federation's client trains. Defaults: arXiv 2305.04095, section 5.
+
+    With ``algorithm="fedsgd"`` one gradient of one batch is sent; the private parameters take a local step of
+    their own.
 
     Attributes:
-        algorithm: ``"fedavg"``: `epochs` of local training, weights are sent. ``"fedsgd"``: one gradient of
-            one batch is sent; the private parameters take a local step of their own.
-        epochs: Local epochs of a round (fedavg).
-        batch_size: Samples of a batch; the last batch of an epoch may be smaller.
-        optimizer: ``"sgd"`` (with Nesterov momentum) or ``"adam"``.
-        lr: Learning rate, before the schedule.
-        momentum: Of SGD; 0 switches it off. Adam has its usual (0.9, 0.999).
-        weight_decay: L2 weight decay of all trained tensors.
-        lock_weight_decay: The same for private parameters only; None: as `weight_decay`, as published. It
-            pulls γ to act(0).
         keep_optimizer: Whether a client's optimizer state persists over the rounds, as published.
-        proximal: μ of FedProx (Li et al. 2020, equation 2): the gradient of every public parameter gets
-            μ (w − w_global). Private parameters have no global value. 0: plain FedAvg.
-        augmentation: Name of `fedkl.data.AUGMENTATIONS`, applied to every training batch.
-        precision: ``"bfloat16"`` runs forward passes under autocast; weights stay float32.
     """
 
     algorithm: Literal["fedavg", "fedsgd"] = "fedavg"
-    epochs: int = 1
-    batch_size: int = 64
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: float = 0.01
+    batch_size: int | None = 64
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    lock_weight_decay: float | None = None
     keep_optimizer: bool = True
-    proximal: float = 0.0
-    augmentation: str = "none"
-    precision: Literal["float32", "bfloat16"] = "float32"
 
-    def __post_init__(self) -> None:
-        decays = (self.weight_decay, self.lock_weight_decay or 0.0, self.proximal)
-        checks = {
-            f"epochs: expected at least 1, got {self.epochs}": self.epochs >= 1,
-            f"batch_size: expected at least 1, got {self.batch_size}": self.batch_size >= 1,
-            f"lr: expected a finite value > 0, got {self.lr}": 0 < self.lr < math.inf,
-            f"momentum: expected a value in [0, 1), got {self.momentum}": 0 <= self.momentum < 1,
-            "weight_decay, lock_weight_decay, proximal: expected finite values ≥ 0, got "
-            f"{self.weight_decay}, {self.lock_weight_decay}, {self.proximal}": all(
-                0 <= decay < math.inf for decay in decays
-            ),
+    def _checks(self) -> dict[str, bool]:
+        return super()._checks() | {
             f"augmentation: expected one of {', '.join(AUGMENTATIONS)}, got {self.augmentation!r}": (
                 self.augmentation in AUGMENTATIONS
             ),
-            "proximal: a single gradient never leaves the global model, so it has no effect with "
-            f"algorithm='fedsgd', got {self.proximal}": self.algorithm == "fedavg" or not self.proximal,
+            f"steps: with algorithm='fedsgd' a client takes one, got {self.steps}": (
+                self.algorithm == "fedavg" or self.steps in (None, 1)
+            ),
         }
-        _check("LocalTraining", checks)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedkl import rng
-from fedkl.data import AUGMENTATIONS, prefetched
-from fedkl.errors import TrainingError, UpdateError, gathered
+from fedkl.errors import UpdateError, gathered
 from fedkl.federated.client import Client
 from fedkl.federated.optimizer_state import put_state, take_state
 from fedkl.federated.options import LocalTraining
 from fedkl.locking import Split
+from fedkl.protocol.local_training import LocalTrainer, batches_of
 from fedkl.types import Images, NamedTensors
 from fedkl.update import PublicUpdate, UpdateKind
 
@@ -68,10 +68,12 @@ class Worker:
         self._data = data
         self._seed = seed
         self._draws = draws
-        self._public = split.public_parameters()
-        self._named = self._public | split.private_parameters()
-        self._optimizer = _optimizer(split, training)
-        self._augment = AUGMENTATIONS[training.augmentation]
+        self._trainer = LocalTrainer(
+            split.model,
+            procedure=training,
+            public=split.public_parameters(),
+            private=split.private_parameters(),
+        )
 
     def train(
         self,
@@ -96,12 +98,13 @@ class Worker:
         """
         client.enter(self.split, state)
         self.split.model.train()
-        put_state(self._optimizer, self._named, client.optimizer_state)
-        for group in self._optimizer.param_groups:
+        optimizer, named = self._trainer.optimizer, self._trainer.named
+        put_state(optimizer, named, client.optimizer_state)
+        for group in optimizer.param_groups:
             group["lr"] = lr
         with self._model_randomness(client, round):
             if self._training.algorithm == "fedavg":
-                losses = self._epochs(client, round)
+                losses = self._trainer.train(self._batches(client, round))
                 tensors, num_samples = self.split.public_state(), client.num_samples
             else:
                 tensors, num_samples, losses = self._gradient(client, round)
@@ -115,7 +118,7 @@ class Worker:
         update = transform(update)
         private, loss = self.split.private_state(), torch.stack(losses).mean()
         _check_finite(private | {"loss": loss}, client)
-        moments = take_state(self._optimizer, self._named)
+        moments = take_state(optimizer, named)
         client.keep(private, moments if self._training.keep_optimizer else {})
         return ClientResult(update=update, loss=float(loss))
 
@@ -124,65 +127,32 @@ class Worker:
         client.enter(self.split, state)
         return task(self.split.model)
 
-    def _epochs(self, client: Client, round: int) -> list[Tensor]:
-        """Local epochs on all of the client's samples; returns the loss of each batch."""
-        start = [parameter.detach().clone() for parameter in self._anchored()]
-        losses = []
-        for epoch in range(self._training.epochs):
-            for images, labels in self._batches(client, round, epoch):
-                self._optimizer.zero_grad()
-                loss = self._loss(images, labels)
-                loss.backward()  # type: ignore[no-untyped-call]
-                self._pull_towards(start)
-                self._optimizer.step()
-                losses.append(loss.detach())
-        return losses
-
-    def _anchored(self) -> list[nn.Parameter]:
-        """What FedProx keeps near the global model."""
-        if not self._training.proximal:
-            return []
-        return [parameter for parameter in self._public.values() if parameter.requires_grad]
-
-    def _pull_towards(self, start: Sequence[Tensor]) -> None:
-        for parameter, global_value in zip(self._anchored(), start, strict=True):
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - global_value, alpha=self._training.proximal)
-
     def _gradient(self, client: Client, round: int) -> tuple[dict[str, Tensor], int, list[Tensor]]:
         """The public gradient of one batch; private parameters step here, public ones on the server."""
-        images, labels = next(self._batches(client, round, 0))
-        private = self.split.private_parameters()
-        loss = self._loss(images, labels)
-        gradient = self.split.public_gradient(loss, retain_graph=bool(private))
-        if private:
-            self._optimizer.zero_grad()
-            loss.backward(inputs=list(private.values()))  # type: ignore[no-untyped-call]
-            self._optimizer.step()  # parameters without a gradient are left alone
+        images, labels = next(self._batches(client, round))
+        loss = self._trainer.loss(images, labels)
+        gradient = self.split.public_gradient(loss, retain_graph=bool(self.split.private_parameters()))
+        self._trainer.train_private(loss)
         return gradient, len(labels), [loss.detach()]
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        half = self._training.precision == "bfloat16"
-        try:
-            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half):
-                return F.cross_entropy(self.split.model(images), labels)
-        except ValueError as error:
-            if len(images) > 1:
-                raise
-            raise TrainingError(
-                f"The model cannot train on a batch of one sample ({error}). Choose a batch_size that leaves "
-                f"no client with a last batch of one, now {self._training.batch_size}, or a norm that does "
-                "not need a batch."
-            ) from error
+    def _batches(self, client: Client, round: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The round's batches: of whole epochs, or of so many steps."""
+        training = self._training
+        epochs = range(training.epochs) if training.steps is None else itertools.count()
+        batches = (batch for epoch in epochs for batch in self._epoch(client, round, epoch))
+        return itertools.islice(batches, training.steps)
 
-    def _batches(self, client: Client, round: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The epoch's batches; order and augmentation depend on seed, client, round and epoch only."""
+    def _epoch(self, client: Client, round: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Order and augmentation depend on seed, client, round and epoch only."""
         place = (client.name, round, epoch)
         order = torch.randperm(client.num_samples, generator=rng.generator(self._seed, "batches", *place))
-        batches = torch.split(client.samples[order], self._training.batch_size)
-        draws = rng.generator(self._seed, "augmentation", *place)
-        for index, images in zip(batches, prefetched(self._data.images, batches), strict=True):
-            yield self._augment(images, draws), self._data.labels[index]
+        return batches_of(
+            self._data.images,
+            self._data.labels,
+            torch.split(client.samples[order], self._training.batch_size or client.num_samples),
+            augmentation=self._training.augmentation,
+            generator=rng.generator(self._seed, "augmentation", *place),
+        )
 
     @contextmanager
     def _model_randomness(self, client: Client, round: int) -> Iterator[None]:
@@ -221,27 +191,6 @@ def draws_random_numbers(model: nn.Module, images: Tensor) -> bool:
         probe(images)
         after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
     return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def _optimizer(split: Split, training: LocalTraining) -> torch.optim.Optimizer:
-    decay = training.weight_decay
-    lock_decay = decay if training.lock_weight_decay is None else training.lock_weight_decay
-    groups: list[dict[str, Any]] = [
-        {"params": list(split.public_parameters().values()), "weight_decay": decay},
-        {"params": list(split.private_parameters().values()), "weight_decay": lock_decay},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if training.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=training.lr)
-    # The fused step walks memory, not indexes: a momentum from a checkpoint is laid out as contiguous.
-    fused = all(parameter.is_contiguous() for group in groups for parameter in group["params"])
-    return torch.optim.SGD(
-        groups,
-        lr=training.lr,
-        momentum=training.momentum,
-        nesterov=training.momentum > 0,
-        fused=fused,
-    )
 
 
 class WorkerPool:

@@ -1,12 +1,14 @@
 """What clients do and what a server has: the ground on which training, attacks and audits meet.
 
     procedure.py    what a client does between receiving a model and sending an update
+    local_training.py  carried out; not imported from here, since attacks do not see `fedkl.data`
+    differentiable.py  the same as a function of the images
     observation.py  all that a server has afterwards, and what it was granted
 
 Nothing here knows an attack or a defense.
 """
 
 from fedkl.protocol.observation import Auxiliary, Knowledge, Observation, Transform
-from fedkl.protocol.procedure import LocalSteps
+from fedkl.protocol.procedure import Procedure
 
-__all__ = ["Auxiliary", "Knowledge", "LocalSteps", "Observation", "Transform"]
+__all__ = ["Auxiliary", "Knowledge", "Observation", "Procedure", "Transform"]

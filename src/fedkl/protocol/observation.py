@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedkl.errors import AttackError, gathered
 from fedkl.metrics import Scaling
 from fedkl.norms import loses_scale
-from fedkl.protocol.procedure import LocalSteps
+from fedkl.protocol.procedure import Procedure
 from fedkl.types import ImageBatch, Labels
 
 Transform = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -92,7 +92,8 @@ class Observation:
         batch_size: Number of images behind the gradient.
         train_mode: Whether the client computed it in train mode, with the norms' batch statistics.
         labels: The labels, if granted.
-        local: What the client did before it sent its update.
+        local: What the client did before it sent its update. Where weights were sent, `gradient` is
+            (before − after) / lr of them.
         secrets: What generates some of the model's parameters (a key and lock layers), by name: the server's
             guesses, true where granted.
         generate: Maps `secrets` to those parameters by name, differentiably; hashable, equal where it does
@@ -118,7 +119,7 @@ class Observation:
     batch_size: int
     train_mode: bool = True
     labels: Labels | None = field(default=None, repr=False)
-    local: LocalSteps = field(default_factory=LocalSteps)
+    local: Procedure = field(default_factory=Procedure)
     secrets: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     generate: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = field(default=None, repr=False)
     free: tuple[str, ...] = ()
@@ -190,6 +191,11 @@ class Observation:
         links = [name for name in self.secrets if "." in name]  # a parameter's name has a module's before it
         generated = set(self.generated)
         return tuple(name for name in (*parameters, *links) if name not in generated)
+
+    @property
+    def unsent(self) -> frozenset[str]:
+        """Names of `trained` that the client keeps: lock layers, and parameters that were not observed."""
+        return frozenset(n for n in self.trained if n in self.secrets or n not in self.gradient)
 
     @property
     def kind(self) -> Hashable:

@@ -195,8 +195,7 @@ def attack_table(run: AttackRun, *, titled: bool) -> Table:
     name, size = verdict.attack_name(run), run.config.batch_size
     where = f" ({run.name})" if titled else ""
     return Table(
-        title=f"{name}{where}: {run.config.trials} trials, batch size {size}, untrained networks "
-        f"({run.summary['initialization']} initialization)",
+        title=f"{name}{where}: {run.config.trials} trials, batch size {size}, {_networks(run)}",
         header=[
             "Arm",
             "The server knows",
@@ -221,6 +220,12 @@ def attack_table(run: AttackRun, *, titled: bool) -> Table:
         turned=True,
         notes=_attack_notes(run),
     )
+
+
+def _networks(run: AttackRun) -> str:
+    if run.config.model.weights is not None:
+        return "a trained network"
+    return f"untrained networks ({run.summary['initialization']} initialization)"
 
 
 def _attack_notes(run: AttackRun) -> list[str]:

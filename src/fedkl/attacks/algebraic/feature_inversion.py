@@ -102,11 +102,11 @@ class FeatureInversion(Attack):
         return Needs(own_images=_LEAST)
 
     def _check(self, observation: Observation) -> None:
-        if observation.local.steps > 1 or observation.transform is not None:
+        if not observation.local.is_gradient or observation.transform is not None:
+            steps = observation.local.step_count(observation.batch_size // observation.cohort)
             raise AttackError(
-                "FeatureInversion: expected the gradient of one step as it is, got "
-                f"{observation.local.steps} steps or a transformed update: the gradient's rows span too much "
-                "then. Use the attack learned."
+                f"FeatureInversion: expected the gradient of one step as it is, got {steps} steps, weights "
+                "or a transformed update: the gradient's rows span too much then. Use the attack learned."
             )
         if observation.free or observation.secrets:
             raise AttackError(

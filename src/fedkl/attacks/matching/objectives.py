@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, stack_module_state, vmap
-from torch.nn import functional as F
 
 from fedkl.attacks.priors import Prior
 from fedkl.protocol import Observation
+from fedkl.protocol.differentiable import check_differentiable, differentiable_update
+from fedkl.protocol.procedure import loss_of
 
 Weighting = Literal["none", "sqrt", "full"]
 Distance = Literal["relative", "cosine", "grnn"]
@@ -43,6 +44,9 @@ class GradientMatching:
         largest: Only this many layers, those with the largest gradients, count; None: all.
         prior: Added to the distance, a function of the image batch; see priors.py.
         dtype: Of the computation. L-BFGS needs float64; first-order methods do with float32.
+
+    Raises:
+        AttackError: What the client does cannot be differentiated.
     """
 
     def __init__(
@@ -57,8 +61,10 @@ class GradientMatching:
         dtype: torch.dtype = torch.float64,
     ) -> None:
         first = observations[0]
+        check_differentiable(first.local, attack="Gradient matching")
         self._first = first
         self._trained = first.trained
+        self._batches = first.local.batches(first.batch_size)
         self._prior = prior
         self._distance = _DISTANCES[distance]
         self.shape = (first.batch_size, *first.image_shape)
@@ -157,19 +163,22 @@ class GradientMatching:
         raise NotImplementedError
 
     def _update(self, images: Tensor, target: Tensor, tensors: _Tensors, buffers: _Tensors) -> _Tensors:
-        """What a client with these images sends: the sum of its steps' gradients, of what is observed."""
+        """What a client with these images sends, of what is observed."""
         local, names = self._first.local, sorted(self._first.gradient)
-        if local.steps == 1:
-            part = {name: tensors[name] for name in names}
-            return self._gradient(part, images, target, tensors, buffers)
-        trained = {name: tensors[name] for name in self._trained}
-        total = {name: torch.zeros_like(tensors[name]) for name in names}
-        for step in range(local.steps):
-            batch = local.batch(step, len(images))
-            gradient = self._gradient(trained, images[batch], target[batch], tensors, buffers)
-            total = {name: total[name] + gradient[name] for name in names}
-            trained = {name: tensor - local.lr * gradient[name] for name, tensor in trained.items()}
-        return total
+
+        def gradient(part: _Tensors, batch: Tensor) -> _Tensors:
+            whole = local.is_gradient  # indexing would only cost time
+            x, y = (images, target) if whole else (images[batch], target[batch])
+            return self._gradient(part, x, y, tensors, buffers)
+
+        return differentiable_update(
+            local,
+            batches=self._batches,
+            trained={name: tensors[name] for name in (names if local.is_gradient else self._trained)},
+            observed=names,
+            private=self._first.unsent,
+            gradient=gradient,
+        )
 
     def _gradient(
         self, of: _Tensors, images: Tensor, target: Tensor, tensors: _Tensors, buffers: _Tensors
@@ -178,9 +187,7 @@ class GradientMatching:
             state = tensors | part
             generated = self._first.generate(state) if self._first.generate is not None else {}
             own = {name: tensor for name, tensor in state.items() if name not in self._first.secrets}
-            return F.cross_entropy(
-                functional_call(self._model, {**own, **generated, **buffers}, (images,)), target
-            )
+            return loss_of(functional_call(self._model, {**own, **generated, **buffers}, (images,)), target)
 
         gradient: _Tensors = grad(loss)(of)
         return gradient

@@ -1,0 +1,133 @@
+"""A client's procedure, carried out: the one implementation behind trained federations and audited updates.
+
+It needs `fedkl.data`, which attacks do not see; what they need of it is in differentiable.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkl.data import AUGMENTATIONS, prefetched
+from fedkl.errors import TrainingError
+from fedkl.protocol.procedure import Procedure, loss_of
+from fedkl.types import Images
+
+
+class LocalTrainer:
+    """A model with its optimizer.
+
+    Args:
+        model: What is trained, in the mode in which it is given; changed.
+        procedure: How.
+        public: Its parameters that are sent, by name.
+        private: Its other parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        procedure: Procedure,
+        public: Mapping[str, nn.Parameter],
+        private: Mapping[str, nn.Parameter],
+    ) -> None:
+        self._model = model
+        self._procedure = procedure
+        self._public = dict(public)
+        self._private = dict(private)
+        self.named = self._public | self._private
+        self.optimizer = self._new_optimizer()
+
+    def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """A step for each batch, on from the optimizer's present state; returns the loss of each.
+
+        FedProx pulls towards the weights that the model has when this is called.
+        """
+        start = [parameter.detach().clone() for parameter in self._anchored()]
+        losses = []
+        for images, labels in batches:
+            self.optimizer.zero_grad()
+            loss = self.loss(images, labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._pull_towards(start)
+            self.optimizer.step()
+            losses.append(loss.detach())
+        return losses
+
+    def train_private(self, loss: Tensor) -> None:
+        """The private parameters' own step where a gradient is sent; the public ones step on the server."""
+        if self._private:
+            self.optimizer.zero_grad()
+            loss.backward(inputs=list(self._private.values()))  # type: ignore[no-untyped-call]
+            self.optimizer.step()  # parameters without a gradient are left alone
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Of one batch.
+
+        Raises:
+            TrainingError: The model cannot train on a single image.
+        """
+        half = self._procedure.precision == "bfloat16"
+        try:
+            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half):
+                return loss_of(self._model(images), labels)
+        except ValueError as error:
+            if len(images) > 1:
+                raise
+            raise TrainingError(
+                f"The model cannot train on a batch of one sample ({error}). Choose a batch_size that leaves "
+                f"no client with a last batch of one, now {self._procedure.batch_size}, or a norm that does "
+                "not need a batch."
+            ) from error
+
+    def _anchored(self) -> list[nn.Parameter]:
+        """What FedProx keeps near the global model."""
+        if not self._procedure.proximal:
+            return []
+        return [parameter for parameter in self._public.values() if parameter.requires_grad]
+
+    def _pull_towards(self, start: Sequence[Tensor]) -> None:
+        for parameter, global_value in zip(self._anchored(), start, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - global_value, alpha=self._procedure.proximal)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        how = self._procedure
+        groups: list[dict[str, Any]] = [
+            {"params": list(self._public.values()), "weight_decay": how.decay(private=False)},
+            {"params": list(self._private.values()), "weight_decay": how.decay(private=True)},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if how.optimizer == "adam":
+            return torch.optim.Adam(groups, lr=how.lr)
+        # The fused step walks memory, not indexes: a momentum from a checkpoint is laid out as contiguous.
+        fused = all(parameter.is_contiguous() for group in groups for parameter in group["params"])
+        return torch.optim.SGD(
+            groups, lr=how.lr, momentum=how.momentum, nesterov=how.momentum > 0, fused=fused
+        )
+
+
+def batches_of(
+    images: Images,
+    labels: Tensor,
+    parts: Iterable[Tensor],
+    *,
+    augmentation: str,
+    generator: torch.Generator,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches as they are trained on.
+
+    Args:
+        images: A store, or a tensor.
+        labels: Of all of its images.
+        parts: Indexes of each batch.
+        augmentation: By name.
+        generator: Of the augmentation; a CPU generator.
+    """
+    augment, parts = AUGMENTATIONS[augmentation], list(parts)
+    for index, batch in zip(parts, prefetched(images, parts), strict=True):
+        yield augment(batch, generator), labels[index]

@@ -1,0 +1,112 @@
+"""Trained weights as the subject of an experiment."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from fedkl import config as configs
+from fedkl.audit.run import attack
+from fedkl.errors import ConfigError
+from fedkl.runs import RunDirectory
+from fedkl.subject import dataset_of, networks_of
+from fedkl.training import train
+
+MODEL = {"name": "lenet", "initialization": "default"}
+
+
+def attack_config(weights, **fields):
+    values = {"type": "attack", "model": MODEL | {"weights": str(weights)}, "attack": {"type": "prior-only"}}
+    return configs.parse(values | {"auxiliary": 20, "trials": 2} | fields, source="test")
+
+
+def network(config, number=0):
+    return networks_of(config, dataset_of(config.data))(number)
+
+
+@pytest.fixture(scope="module", params=["none", "keylock"])
+def trained(request, tmp_path_factory):
+    values = {
+        "type": "train",
+        "data": {"train_images": 128, "test_images": 50},
+        "model": MODEL,
+        "defense": {"type": request.param},
+        "training": {"clients": 2, "rounds": 1, "local": {"batch_size": 16}},
+        "auxiliary": 10,
+    }
+    return train(configs.parse(values, source="test"), out=tmp_path_factory.mktemp("runs") / "train").path
+
+
+def test_the_networks_of_an_attack_are_the_trained_one(trained):
+    sent = safetensors.torch.load_file(trained / "global.safetensors")
+    config = attack_config(trained)
+    build = networks_of(config, dataset_of(config.data))
+    assert build(0) is build(3)
+    state = build(0).state_dict()
+    assert set(sent) == set(state)  # a lock's own tensors are private
+    assert all(torch.equal(state[name], tensor) for name, tensor in sent.items())
+    locked = config.lock.for_images((3, 32, 32)).prepare(build(0)).public_state()
+    assert all(torch.equal(locked[name], tensor) for name, tensor in sent.items())
+
+
+def test_a_trained_network_is_attacked_as_it_trains(trained, tmp_path):
+    local = {"algorithm": "fedavg", "epochs": 1, "batch_size": 4, "momentum": 0.9, "lr": 0.01}
+    config = attack_config(
+        trained,
+        local=local,
+        batch_size=8,
+        arms=["no-norm", "lock"],
+        attack={"type": "ig", "iterations": 2},
+    )
+    run = attack(config, out=tmp_path / "attack")
+    assert run.summary["local_steps"] == 2
+    assert run.config == config
+    assert len([record for record in run.results() if record["event"] == "trial"]) == 4
+
+
+def test_a_file_of_tensors_serves_too(tmp_path):
+    plain = network(configs.parse({"type": "attack", "model": MODEL, "seed": 5}, source="test"))
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / "w.safetensors")
+    loaded = network(attack_config(tmp_path / "w.safetensors"), 7)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_weights_of_something_else_are_refused(tmp_path):
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(ConfigError, match=r"model.weights: .* cannot be read \(No such file"):
+        network(attack_config(path))
+    path.write_bytes(b"\x00" * 20)
+    with pytest.raises(ConfigError, match=r"model.weights: .* cannot be read \(not a safetensors file"):
+        network(attack_config(path))
+    state = network(configs.parse({"type": "attack"}, source="test")).state_dict()
+    first, *_, last = state
+    state["more"], state[last] = torch.zeros(1), torch.full_like(state[last], torch.nan)
+    del state[first]
+    safetensors.torch.save_file(state, path)
+    with pytest.raises(ConfigError, match=rf"'{first}' is missing\n.*'more' is unexpected\n.*non-finite"):
+        network(attack_config(path))
+
+
+def test_a_run_of_another_model_is_refused(trained):
+    other = attack_config(trained, model={"name": "resnet20", "weights": str(trained)})
+    with pytest.raises(ConfigError, match="trained lenet"):
+        network(other)
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """It says the same, but lacks the fields that came later."""
+    config = attack_config(tmp_path)
+    run = RunDirectory.create(tmp_path / "run", config=config, version="0")
+    run.append({"event": "trial"})
+    text = (run.path / "config.toml").read_text()
+    assert 'algorithm = "fedsgd"' in text
+    (run.path / "config.toml").write_text(text.replace('algorithm = "fedsgd"\n', ""))
+    RunDirectory.create(tmp_path / "run", config=config, version="0")
+    (run.path / "config.toml").write_text(text.replace("trials = 2", "trials = 3"))
+    with pytest.raises(ConfigError, match="another configuration"):
+        RunDirectory.create(tmp_path / "run", config=config, version="0")
+    assert json.loads((run.path / "environment.json").read_text())
