@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
@@ -33,8 +33,33 @@ def secure_normal(*shape: int) -> Tensor:
     Args:
         shape: The shape of the result.
     """
-    normal: Tensor = torch.special.ndtri(secure_uniform(*shape))
-    return normal
+    return normal(secure_uniform, *shape)
+
+
+Uniform = Callable[..., Tensor]
+"""Draws uniform numbers in (0, 1) of a shape, float64: `secure_uniform`, or what `imitated_uniform` gives."""
+
+
+def normal(uniform: Uniform, *shape: int) -> Tensor:
+    """Standard normal numbers from uniform ones, float64."""
+    found: Tensor = torch.special.ndtri(uniform(*shape))
+    return found
+
+
+def imitated_uniform(generator: torch.Generator) -> Uniform:
+    """Uniform numbers for the secrets of clients that an attacker plays: they repeat from its seed.
+
+    Never for a client of one's own: whoever knows the seed knows the numbers.
+
+    Args:
+        generator: The attacker's.
+    """
+
+    def uniform(*shape: int) -> Tensor:
+        integers = torch.randint(2**52, shape, generator=generator, dtype=torch.int64)
+        return (integers.double() + 0.5) * 2.0**-52
+
+    return uniform
 
 
 class Key:
@@ -83,12 +108,26 @@ class Key:
         >>> Key.generate(length=16)
         Key(length=16, distribution='normal', values=<secret>)
         """
+        return cls.drawn(secure_uniform, length=length, distribution=distribution)
+
+    @classmethod
+    def drawn(cls, uniform: Uniform, *, length: int, distribution: KeyDistribution) -> Key:
+        """As `generate`, from other random numbers: for clients that an attacker plays.
+
+        Args:
+            uniform: Where they come from; see `imitated_uniform`.
+            length: As in `generate`.
+            distribution: As in `generate`.
+
+        Raises:
+            LockError: The length is below 2 or the distribution is unknown.
+        """
         if length < 2:
             raise LockError(f"Key.generate: length must be at least 2, got {length}.")
         if distribution == "uniform":
-            return cls(secure_uniform(length), distribution="uniform")
+            return cls(uniform(length), distribution="uniform")
         if distribution == "normal":
-            values = secure_normal(length)
+            values = normal(uniform, length)
             values -= values.mean()
             return cls(values / values.norm(), distribution="normal")
         raise LockError(_unknown_distribution(distribution))

@@ -23,12 +23,14 @@ from fedkl.attacks import (
     register_attack,
 )
 from fedkl.audit.grid import candidates_of, floor
-from fedkl.audit.observing import trials_of
+from fedkl.audit.observing import observe, trials_of
+from fedkl.audit.simulating import SimulatedClients
 from fedkl.audit.verdict import judge
 from fedkl.config import AttackConfig
+from fedkl.defenses import KeyLock, arms_of
 from fedkl.errors import AttackError
 from fedkl.metrics import assignment
-from fedkl.protocol import Auxiliary
+from fedkl.protocol import Auxiliary, Knowledge, Procedure
 from fedkl.runs import RunDirectory
 
 
@@ -188,3 +190,34 @@ def test_runs_of_the_first_version_are_read(tmp_path):
     (run.path / "summary.json").write_text(json.dumps(summary))
     report.build(run.path)
     assert RunDirectory.open(run.path).summary == summary
+
+
+def test_imitated_secrets_repeat_from_the_seed(dataset):
+    """They came from the operating system once, so that an attack did not repeat from its seed."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+    model(torch.zeros(1, 3, 32, 32))
+    arms = arms_of(KeyLock(layers="all", private=("3",)), auxiliary=20)
+    arm, (trial,) = arms["lock"], trials_of(dataset, trials=1)
+    victim = arm.defense.prepare(model)
+
+    def looked(seed):
+        generator = torch.Generator().manual_seed(seed)
+        seen = observe(victim, arm=arm, model=model, trial=trial, classes=10, generator=generator)
+        clients = SimulatedClients.of(arm, victim, model, local=Procedure(), generator=generator)
+        return {**dict(seen.model.named_parameters()), **{f"drawn {n}": t for n, t in clients.draw().items()}}
+
+    first, again, other = looked(0), looked(0), looked(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["0.norm.weight"], other["0.norm.weight"])
+    assert not torch.equal(first["3.weight"], other["3.weight"])
+    assert not torch.equal(first["0.norm.weight"], victim.bake().get_parameter("0.norm.weight"))
+
+
+def test_a_known_key_is_the_imitated_clients_key(dataset):
+    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(10))
+    model(torch.zeros(2, 3, 32, 32))
+    defense = KeyLock(layers="all")
+    victim = defense.prepare(model)
+    known = defense.known(victim, granted=Knowledge(key=True))
+    imitated = defense.imitated(model, known=known, generator=torch.Generator())
+    assert imitated.key is victim.key

@@ -12,9 +12,9 @@ from fedkl import config as configs
 from fedkl import data, models, rng
 from fedkl.attacks import DLG, InvertingGradients, Knowledge, Procedure
 from fedkl.attacks.matching.objectives import GradientMatching
-from fedkl.audit import SimulatedClients, observe, standard_arms, trials_of
+from fedkl.audit import SimulatedClients, observe, trials_of
 from fedkl.audit.updates import difference, gradients, trained_tensors
-from fedkl.defenses import KeyLock, NoDefense
+from fedkl.defenses import KeyLock, NoDefense, arms_of
 from fedkl.errors import AttackError, ConfigError
 from fedkl.federated import ConstantSchedule, FederatedTraining, Federation, LocalTraining
 from fedkl.protocol.local_training import LocalTrainer
@@ -39,7 +39,7 @@ def build():
 
 
 def arm_of(name, **granted):
-    (arm,) = (arm for arm in standard_arms() if arm.name == name)
+    arm = arms_of(KeyLock())[name]
     return replace(arm, knowledge=Knowledge(**granted)) if granted else arm
 
 
@@ -96,7 +96,7 @@ def test_an_audit_observes_what_training_sends_to_the_last_bit(dataset, model, d
         tolerance = {"rtol": 0, "atol": 0}
     before = victim.public_state()
     audited = trained_tensors(victim.model, trial.images, trial.labels, **given)
-    (arm,) = (replace(arm, defense=defense) for arm in standard_arms() if arm.name == "no-norm")
+    arm = replace(arms_of(KeyLock())["no-norm"], defense=defense)
     observed = observe(victim, arm=arm, model=model(), trial=trial, classes=10, local=local).gradient
     sent = one_update(federation, client).tensors
     for name, tensor in sent.items():

@@ -286,6 +286,7 @@ def _observed(
             auxiliary=own.of(arm, victim, model),
             client=client if updates_per_client > 1 else None,
             others=others,
+            generator=rng.generator(seed, "guessed", arm.name, trial.index),
         )
         seen.append(_Seen(arm, trial, observation))
     return seen

@@ -81,6 +81,7 @@ def observe(
     auxiliary: Auxiliary | None = None,
     client: int | None = None,
     others: Sequence[Split] = (),
+    generator: torch.Generator | None = None,
 ) -> Observation:
     """What the server has after one update of the victim: the update as it is sent.
 
@@ -98,6 +99,7 @@ def observe(
         auxiliary: The server's own data, if the arm grants any.
         client: The victim's number, where the server has more of its updates.
         others: The rest of a cohort that shares the batch evenly; the server sees the mean of all updates.
+        generator: The attacker's, of what it draws in place of secrets; None: the operating system's.
 
     Raises:
         DataError: The arm fits γ and β to auxiliary images, and there are none.
@@ -121,7 +123,7 @@ def observe(
         ]
     )
     channels, height, width = trial.images.shape[1:]
-    view = _completed(victim, arm, model, auxiliary)
+    view = _completed(victim, arm, model, auxiliary, generator)
     # What generates γ and β only matters where it is looked at or trains along: otherwise their values do.
     drawn = arm.filled_in == "drawn" and arm.regress != "affine"
     simulated = knowledge.lock_gradient or arm.regress == "key" or (steps > 1 and drawn)
@@ -190,9 +192,15 @@ def check_transform(defense: Defense, local: Procedure) -> None:
         )
 
 
-def _completed(victim: Split, arm: Arm, model: nn.Module, auxiliary: Auxiliary | None) -> ServerView:
+def _completed(
+    victim: Split,
+    arm: Arm,
+    model: nn.Module,
+    auxiliary: Auxiliary | None,
+    generator: torch.Generator | None,
+) -> ServerView:
     """The server's model, with what it puts in place of γ and β."""
-    view = arm.defense.server_view(victim, model, granted=arm.knowledge)
+    view = arm.defense.server_view(victim, model, granted=arm.knowledge, generator=generator)
     if arm.filled_in == "drawn":
         return view
     completion = Completion(view.model, victim).neutral()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -104,7 +104,7 @@ class SimulatedClients:
         """The private parameters of one client; see `Auxiliary`."""
         plain = self.baked
         if plain is None:
-            plain = self.defense.imitated(self.model, known=self.known).bake()
+            plain = self.defense.imitated(self.model, known=self.known, generator=self.generator).bake()
         return {name: plain.get_parameter(name).detach().clone() for name in self.private}
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class SimulatedClients:
         if granted and self.baked is not None:
             return copy.deepcopy(self.baked), () if self.common else self.private
         known = self.known if granted else replace(self.known, key=None, private={})
-        split = self.defense.imitated(self.model, known=known)
+        split = self.defense.imitated(self.model, known=known, generator=self.generator)
         # In one step it is all the same whether γ and β are generated or numbers, but to the lock's gradient.
         alike = self.local.is_gradient and not set(self.names).intersection(split.private_parameters())
         return (split.bake(), self.private) if alike else (split.model, split.private_parameters())
@@ -144,4 +144,15 @@ class SimulatedClients:
                 generator=rng.generator(next(self.played), "simulated-augmentation"),
             )
             updates = stacked([update(x, y) for x, y in zip(images, labels, strict=True)], self.names)
-        return dict(self.defense.imitate_transform(updates, generator=self.generator))
+        return self._transformed(updates, network)
+
+    def _transformed(self, updates: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+        """What the defense does to them before they are sent, in the units in which they are sent."""
+        if self.local.algorithm != "fedavg":
+            return dict(self.defense.imitate_transform(updates, generator=self.generator))
+        start = dict(network.named_parameters())
+        before, lr = {name: start[name].detach() for name in updates}, self.local.lr
+        weights = {name: before[name] - lr * update for name, update in updates.items()}
+        sent = self.defense.imitate_transform(weights, generator=self.generator)
+        unchanged = all(sent[name] is tensor for name, tensor in weights.items())
+        return dict(updates) if unchanged else {n: (before[n] - sent[n]) / lr for n in updates}

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedkl.keys import Key
+from fedkl.keys import Key, imitated_uniform
 from fedkl.locking import Generation, Split
 from fedkl.protocol import Knowledge, Transform
 from fedkl.registration import Kinds
@@ -115,7 +115,14 @@ class Defense:
         public = self.public_transform
         return updates if public is None else dict(torch.vmap(public)(dict(updates)))
 
-    def server_view(self, victim: Split, model: nn.Module, *, granted: Knowledge) -> ServerView:
+    def server_view(
+        self,
+        victim: Split,
+        model: nn.Module,
+        *,
+        granted: Knowledge,
+        generator: torch.Generator | None = None,
+    ) -> ServerView:
         """What the server can build, with one fill-in for what it was not granted.
 
         The server knows the architecture and the defense: it prepares the model as a client would, with
@@ -126,10 +133,12 @@ class Defense:
             model: What the server started from: the architecture, and of a trained model γ and β too. Never
                 one with values that the client has found since.
             granted: The secrets that the server knows.
+            generator: The attacker's; see `imitated`.
         """
         if granted.affine:
             return ServerView(model=victim.bake())
-        view = self.imitated(model, known=self.known(victim, granted=granted))
+        known = self.known(victim, granted=granted)
+        view = self.imitated(model, known=known, generator=generator)
         private = tuple(view.private_parameters())
         generate = view.generation()
         if generate is None:
@@ -151,7 +160,7 @@ class Defense:
             private=victim.private_parameters() if granted.lock_layers else {},
         )
 
-    def imitated(self, model: nn.Module, *, known: Known) -> Split:
+    def imitated(self, model: nn.Module, *, known: Known, generator: torch.Generator | None = None) -> Split:
         """A client as the server would build it: with what it knows, and draws of its own for the rest.
 
         Where clients start at a trained model's γ and β, so does this one, since the server knows that model;
@@ -160,8 +169,12 @@ class Defense:
         Args:
             model: What the server started from, as for `server_view`.
             known: Of the client that is imitated.
+            generator: The attacker's, of the draws, so that an attack repeats from its seed; None: the
+                operating system's, as for a client.
         """
         split = self.prepare(model, key=known.key)
+        if generator is not None:
+            split.redraw(key=known.key, uniform=imitated_uniform(generator))
         split.load_public_state(known.public)
         with torch.no_grad():
             for name, parameter in split.private_parameters().items():

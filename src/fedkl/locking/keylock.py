@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedkl import lockfile
 from fedkl.errors import KeyFileError, LockError, UpdateError
-from fedkl.keys import Key
+from fedkl.keys import Key, Uniform, secure_uniform
 from fedkl.locking import surgery, targets
 from fedkl.locking.activations import Activation
 from fedkl.locking.elements import check_chain, per_element
@@ -93,15 +93,16 @@ class Lock(Split):
             layer.chain.set_key(key)
         self._key = key
 
-    def redraw(self) -> None:
+    def redraw(self, *, key: Key | None = None, uniform: Uniform = secure_uniform) -> None:
         """Draws a new key, as long as before, new lock layers and new private layers.
 
         γ and β of `kept` layers start again at the values that the model had when it was locked, whatever
         they were trained to since.
         """
-        self.use_key(Key.generate(length=self._key.length, distribution=self._key.distribution))
-        surgery.redraw(self._model)
-        self._own.redraw(self._model)
+        old = self._key
+        self.use_key(key or Key.drawn(uniform, length=old.length, distribution=old.distribution))
+        surgery.redraw(self._model, uniform=uniform)
+        self._own.redraw(self._model, uniform=uniform)
 
     def bake(self) -> nn.Module:
         """A plain copy of the model: γ and β are ordinary affine parameters of their current values.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fedkl.errors import LockError, SecretError
-from fedkl.keys import Key, secure_normal, secure_uniform
+from fedkl.keys import Key, Uniform, normal, secure_uniform
 from fedkl.locking.activations import ACTIVATIONS, RANGES, Activation, represents
 
 Initialization = Literal["unit", "published"]
@@ -255,10 +255,10 @@ class LockLayer(nn.Module):
             )
         self.start = value.detach().clone().cpu()
 
-    def redraw(self, weight: Tensor, bias: Tensor) -> None:
-        """Writes a new initial W and b into this layer's."""
+    def redraw(self, weight: Tensor, bias: Tensor, *, uniform: Uniform) -> None:
+        """Writes a new initial W and b into this layer's, from these random numbers."""
         with torch.no_grad():
-            for tensor, new in zip((weight, bias), self._initial(bias), strict=True):
+            for tensor, new in zip((weight, bias), self._initial(bias, uniform), strict=True):
                 tensor.copy_(new)
 
     def forward(self, weight: Tensor, bias: Tensor) -> Tensor:
@@ -278,23 +278,23 @@ class LockLayer(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             return activation(torch.addmv(bias, weight, k))
 
-    def _initial(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _initial(self, like: Tensor, uniform: Uniform = secure_uniform) -> tuple[Tensor, Tensor]:
         source = self.chain.source(self.position).detach().double().cpu()
-        weight, bias = (drawn.to(like) for drawn in self._drawn(like.numel(), source))
+        weight, bias = (drawn.to(like) for drawn in self._drawn(like.numel(), source, uniform))
         if self.start is not None:  # with W as it was rounded
             wanted = RANGES[self.activation].inverse(self.start.double().flatten())
             bias = (wanted - weight.detach().double().cpu() @ source).to(like)
         return weight, bias
 
-    def _drawn(self, rows: int, source: Tensor) -> tuple[Tensor, Tensor]:
+    def _drawn(self, rows: int, source: Tensor, uniform: Uniform) -> tuple[Tensor, Tensor]:
         columns = source.numel()
         if self.initialization == "published":
             bound = 1 / math.sqrt(columns)
-            return bound * (2 * secure_uniform(rows, columns) - 1), bound * (2 * secure_uniform(rows) - 1)
+            return bound * (2 * uniform(rows, columns) - 1), bound * (2 * uniform(rows) - 1)
         # A chain whose previous γ are all dead has norm 0: any finite W gives the same W k then.
         norm = source.norm().clamp_min(1e-6)
         start = _SCALE_BIAS[self.activation] if self.role == "scale" else 0.0
-        return secure_normal(rows, columns) / norm, torch.full((rows,), start)
+        return normal(uniform, rows, columns) / norm, torch.full((rows,), start)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LockLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

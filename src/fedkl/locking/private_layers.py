@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from fedkl.keys import secure_normal
+from fedkl.keys import Key, Uniform, normal, secure_uniform
 from fedkl.locking.split import Split
 from fedkl.locking.withholding import withheld, withhold
 
@@ -84,7 +84,7 @@ class OwnLayers:
             withhold(module, tuple(name for name, _ in module.named_parameters(recurse=False)))
             withhold(module, tuple(name for name, _ in module.named_buffers(recurse=False)))
 
-    def redraw(self, model: nn.Module) -> None:
+    def redraw(self, model: nn.Module, *, uniform: Uniform = secure_uniform) -> None:
         """Draws every parameter from a normal of the mean and deviation that it started with.
 
         One that started constant, as the scale of a norm, starts so for every client.
@@ -92,7 +92,7 @@ class OwnLayers:
         with torch.no_grad():
             for name, (mean, spread) in self._start.items():
                 parameter = model.get_parameter(name)
-                parameter.copy_(mean + spread * secure_normal(*parameter.shape).to(parameter))
+                parameter.copy_(mean + spread * normal(uniform, *parameter.shape).to(parameter))
 
     def _parts(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name in self.names:
@@ -108,6 +108,6 @@ class OwnSplit(Split):
         own.withhold(model)
         self._check_nothing_lost()
 
-    def redraw(self) -> None:
+    def redraw(self, *, key: Key | None = None, uniform: Uniform = secure_uniform) -> None:
         """Draws the private layers anew, as for another client."""
-        self._own.redraw(self._model)
+        self._own.redraw(self._model, uniform=uniform)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkl.errors import SecretError, UpdateError, gathered, shown
-from fedkl.keys import Key
+from fedkl.keys import Key, Uniform, secure_uniform
 from fedkl.locking.generation import Generation
 from fedkl.locking.withholding import statistics_revision, withheld
 from fedkl.secret_search import SecretSearch
@@ -121,10 +121,15 @@ class Split:
         """Copies of what parameters are generated from, by name. Never to be sent."""
         return {}
 
-    def redraw(self) -> None:
+    def redraw(self, *, key: Key | None = None, uniform: Uniform = secure_uniform) -> None:
         """Draws all secrets anew, as for another client; what is public stays, and so do norm statistics.
 
         One instance can thus give many clients their secrets. Here there is nothing to draw.
+
+        Args:
+            key: The key, for an attacker who knows it; a new one if None.
+            uniform: Where random numbers come from: the operating system, but for an attacker who plays
+                clients.
         """
 
     def full_state(self) -> dict[str, Tensor]:

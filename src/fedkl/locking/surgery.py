@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fedkl.errors import LockError, warn
-from fedkl.keys import Key
+from fedkl.keys import Key, Uniform, secure_uniform
 from fedkl.locking import elements, norms
 from fedkl.locking.activations import Activation
 from fedkl.locking.layers import (
@@ -111,12 +111,12 @@ def _register(layer: LockLayer, norm: nn.Module, tensor_name: str) -> None:
     layer.chain.append(norm, tensor_name)
 
 
-def redraw(model: nn.Module) -> None:
+def redraw(model: nn.Module, *, uniform: Uniform = secure_uniform) -> None:
     """Draws W and b of every lock layer anew, from the key that its chain holds now."""
     locked: list[Any] = [module for module in model.modules() if _is_locked(module)]
     lists: list[Any] = [each for module in locked for each in module.parametrizations.values()]
     for each in sorted(lists, key=lambda one: one[0].position):  # a layer's scale depends on those before it
-        each[0].redraw(each.original0, each.original1)
+        each[0].redraw(each.original0, each.original1, uniform=uniform)
 
 
 def warn_about_optimizers(model: nn.Module) -> None:
