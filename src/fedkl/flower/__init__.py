@@ -10,6 +10,8 @@ and one or two of the ServerApp::
 
     strategy = fedkl.flower.Guard(FedAvg(), checkpoints="checkpoints")
     strategy.start(grid=grid, initial_arrays=fedkl.flower.public_arrays(Net()), num_rounds=5)
+
+A defense that changes updates and keeps nothing private takes ``TransformMod(defense)`` instead.
 """
 
 from fedkl.errors import ConfigError
@@ -27,6 +29,7 @@ from fedkl.flower.in_process import InProcessGrid, run_in_process
 from fedkl.flower.mod import LockMod, current_client
 from fedkl.flower.records import public_arrays
 from fedkl.flower.store import ClientStore, StoredClient
+from fedkl.flower.transforming import TransformMod
 
 del _flwr
 
@@ -36,6 +39,7 @@ __all__ = [
     "InProcessGrid",
     "LockMod",
     "StoredClient",
+    "TransformMod",
     "current_client",
     "public_arrays",
     "run_in_process",

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor, nn
 
-from fedkl.defenses import KeyLock
+from fedkl.defenses import Defense, KeyLock
 from fedkl.errors import UpdateError, gathered, shown
 from fedkl.types import NamedTensors
 from fedkl.update import TensorSpec
@@ -29,12 +29,12 @@ _NUMBERS = ("|b1", "|u1", "<u2", "<u4", "<u8", "|i1", "<i2", "<i4", "<i8", "<f2"
 _DTYPES = {name.encode(): np.dtype(name) for name in _NUMBERS}
 
 
-def public_arrays(model: nn.Module, *, defense: KeyLock | None = None) -> ArrayRecord:
-    """The server's initial arrays: all public tensors of the locked model, and nothing else.
+def public_arrays(model: nn.Module, *, defense: Defense | None = None) -> ArrayRecord:
+    """The server's initial arrays: all tensors that clients send under a defense, and nothing else.
 
     Args:
         model: The plain model with its initial weights; not changed.
-        defense: As given to the clients' `LockMod`.
+        defense: As given to the clients' `LockMod` or `TransformMod`.
 
     Raises:
         LockError: The model cannot be locked so.

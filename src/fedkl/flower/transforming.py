@@ -1,0 +1,69 @@
+"""The client mod for defenses that change what is sent and keep nothing: noise, clipping and the like."""
+
+from __future__ import annotations
+
+import logging
+
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
+
+from fedkl.defenses import Defense
+from fedkl.errors import ConfigError, FedKLError, UpdateError
+from fedkl.flower.records import arrays_of, only_arrays, tensors_of
+from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
+
+_LOG = logging.getLogger(__name__)
+_ERROR_CODE = 2  # as LockMod
+NOT_CHANGED = "fedkl: this client's update could not be changed as its defense says; it was not sent."
+
+
+class TransformMod:
+    """A Flower mod that does to every trained update what a defense does before it is sent.
+
+    The reply's arrays must have the names, shapes and dtypes of those that came from the server. With a
+    `LockMod`, put this one after it in the list of mods: the lock then has the last word on what is sent.
+
+    Args:
+        defense: One that overrides `Defense.transform`, such as noise.
+
+    Raises:
+        ConfigError: It keeps tensors private, which takes a `LockMod`, or changes nothing.
+    """
+
+    def __init__(self, defense: Defense) -> None:
+        kind = type(defense)
+        if kind.prepare is not Defense.prepare or kind.transform is Defense.transform:
+            raise ConfigError(
+                f"TransformMod: expected a defense that changes updates and keeps no tensors private, got "
+                f"{defense.describe()}. A key-lock takes fedkl.flower.LockMod."
+            )
+        self._defense = defense
+
+    def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        """Handles a message; called by Flower."""
+        reply = call_next(message, context)
+        if reply.has_error() or message.metadata.message_type.partition(".")[0] != "train":
+            return reply
+        try:
+            content = self._changed(reply.content, message.content)
+        except FedKLError as error:
+            _LOG.error("%s %s: %s", NOT_CHANGED, type(error).__name__, error)
+            return Message(Error(_ERROR_CODE, NOT_CHANGED), reply_to=message)
+        return Message(content, reply_to=message)
+
+    def _changed(self, content: RecordDict, sent: RecordDict) -> RecordDict:
+        """A reply's content with its arrays changed.
+
+        Raises:
+            UpdateError: They are not those that the server sent, or are not finite.
+        """
+        came = tensors_of(only_arrays(sent, subject="Message of the server"), subject="Message of the server")
+        specs = {name: TensorSpec.of(tensor) for name, tensor in came.items()}
+        trained = tensors_of(only_arrays(content, subject="Reply"), subject="Reply", names=specs.keys())
+        schema = PublicSchema(kind="weights", specs=specs, private=frozenset())
+        update = PublicUpdate(schema=schema, tensors=trained, num_samples=1, round=0)
+        changed = self._defense.transform(update)
+        if changed.schema is not schema:
+            raise UpdateError("TransformMod: the defense gave an update of another kind.")
+        arrays = arrays_of(changed.tensors)
+        return RecordDict({key: arrays if isinstance(r, ArrayRecord) else r for key, r in content.items()})

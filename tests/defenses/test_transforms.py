@@ -1,0 +1,142 @@
+"""Defenses that change what is sent: one row each; all are held to the same, in every place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pytest
+import torch
+from torch import nn
+
+from fedkl import data, experiments, report
+from fedkl.attacks import PriorOnly
+from fedkl.audit import SimulatedClients
+from fedkl.config import AttackConfig
+from fedkl.defenses import DEFENSES, Defense, KeyLock, NoDefense, own_arms, register_defense
+from fedkl.errors import ConfigError
+from fedkl.federated import FederatedTraining, Federation
+from fedkl.protocol import Procedure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving(Defense):
+    """Sends half of everything: what such a file needs at least."""
+
+    type: Literal["test-halving"] = "test-halving"
+
+    def transform(self, update):
+        return replace(update, tensors=self.public_transform(update.tensors))
+
+    @property
+    def public_transform(self):
+        return halved
+
+
+def halved(tensors):
+    return {name: tensor / 2 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+ROWS = [Halving()]
+
+
+@pytest.fixture(autouse=True)
+def halving():
+    register_defense(Halving)
+    yield
+    DEFENSES.forget("test-halving")
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(196, 10))
+
+
+@pytest.fixture(scope="module")
+def images():
+    whole = data.load("mnist-sample")
+    parts = ("train_images", "train_labels", "test_images", "test_labels")
+    return replace(whole, **{part: getattr(whole, part)[:120] for part in parts})
+
+
+@pytest.mark.parametrize("defense", ROWS, ids=lambda defense: defense.type)
+def test_training_sends_what_it_changed(images, defense):
+    def trained(defense):
+        torch.manual_seed(0)
+        training = FederatedTraining(clients=2, rounds=1)
+        federation = Federation(net(), defense=defense, dataset=images, training=training, seed=0)
+        list(federation.run())
+        return federation.server.state
+
+    plain, changed = trained(NoDefense()), trained(defense)
+    assert all(not torch.equal(plain[name], changed[name]) for name in plain)
+    assert all(tensor.isfinite().all() for tensor in changed.values())
+
+
+@pytest.mark.parametrize("defense", ROWS, ids=lambda defense: defense.type)
+def test_flower_sends_what_it_changed(defense):
+    flwr = pytest.importorskip("flwr.clientapp")
+    from flwr.app import ArrayRecord, Context, Message, RecordDict
+
+    from fedkl.flower import TransformMod, in_process, public_arrays
+
+    model = net()
+
+    def train(message, context):
+        return Message(RecordDict({"arrays": ArrayRecord(model.state_dict())}), reply_to=message)
+
+    app = flwr.ClientApp(mods=[TransformMod(defense)])
+    app.train()(train)
+    sent = RecordDict({"arrays": public_arrays(net(), defense=defense)})
+    with in_process._identity():
+        message = Message(sent, dst_node_id=7, message_type="train")
+        message.metadata.__dict__["_message_id"] = "1"
+        answer = app(message=message, context=Context(1, 7, {}, RecordDict(), {}))
+    arrays = answer.content["arrays"].to_torch_state_dict()
+    for name, tensor in model.state_dict().items():
+        assert arrays[name].shape == tensor.shape
+        assert not torch.equal(arrays[name], tensor)
+
+
+@pytest.mark.parametrize("defense", ROWS, ids=lambda defense: defense.type)
+def test_it_is_attacked_and_reported_beside_its_control(tmp_path, defense):
+    config = AttackConfig(attack=PriorOnly(), defense=defense, trials=2, auxiliary=50, networks="one")
+    run = experiments.run(config, out=tmp_path / "run")
+    names = [arm["name"] for arm in run.summary["arms"]]
+    assert names == list(own_arms(defense)) == ["no-norm", defense.type]
+    assert experiments.run(type(config).model_validate(config.model_dump()), out=tmp_path / "run").summary
+    report.build(run.path)
+    assert f"on {defense.type}: {defense.describe()}" in (run.path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "procedure", [Procedure(), Procedure(algorithm="fedavg", steps=2)], ids=["one", "weights"]
+)
+@pytest.mark.parametrize("defense", ROWS, ids=lambda defense: defense.type)
+def test_an_informed_server_plays_it(images, defense, procedure):
+    """Clients that the server plays send what real ones send: the same size, and what is drawn repeats."""
+    arm, model = own_arms(defense)[defense.type], net()
+    batch = images.test_images[:3][:, None], images.test_labels[:3][:, None]
+
+    def played(defense, seed=0):
+        clients = SimulatedClients.of(
+            replace(arm, defense=defense),
+            defense.prepare(model),
+            model,
+            local=procedure,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return clients(*batch)
+
+    changed, again, plain = played(defense), played(defense), played(NoDefense())
+    for name in plain:
+        assert torch.equal(changed[name], again[name])
+        assert not torch.equal(changed[name], plain[name])
+
+
+def test_flowers_mod_takes_such_a_defense_only():
+    pytest.importorskip("flwr")
+    from fedkl.flower import TransformMod
+
+    for defense in (KeyLock(), NoDefense()):
+        with pytest.raises(ConfigError, match="expected a defense that changes updates"):
+            TransformMod(defense)
