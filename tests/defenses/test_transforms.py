@@ -14,6 +14,7 @@ from fedkl.attacks import PriorOnly
 from fedkl.audit import SimulatedClients
 from fedkl.config import AttackConfig
 from fedkl.defenses import DEFENSES, Defense, KeyLock, NoDefense, own_arms, register_defense
+from fedkl.defenses.noise import GaussianNoise
 from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining, Federation
 from fedkl.protocol import Procedure
@@ -37,7 +38,7 @@ def halved(tensors):
     return {name: tensor / 2 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-ROWS = [Halving()]
+ROWS = [Halving(), GaussianNoise(deviation=0.01)]
 
 
 @pytest.fixture(autouse=True)
