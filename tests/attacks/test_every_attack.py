@@ -11,6 +11,7 @@ from torch import nn
 
 from fedkl import data
 from fedkl.attacks import Attack, ClosedForm
+from fedkl.attacks.algebraic.linear_rows import LinearRows
 from fedkl.audit.grid import attack_arms, floor
 from fedkl.audit.observing import trials_of
 from fedkl.defenses import plain_arm
@@ -32,7 +33,11 @@ def chain():
     )  # fmt: skip
 
 
-ROWS = [Row(ClosedForm(), chain)]
+def perceptron():
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+ROWS = [Row(ClosedForm(), chain), Row(LinearRows(), perceptron)]
 
 
 @pytest.fixture(scope="module")
