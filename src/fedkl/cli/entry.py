@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import fedkl
-from fedkl.cli import adaptive, attack, data, demo, generator, key, report, reproduce, train
+from fedkl.cli import adaptive, attack, data, demo, generator, key, plugins, report, reproduce, train
 from fedkl.cli.terminal import fail
 from fedkl.errors import FedKLError
 
@@ -27,6 +28,10 @@ for name, group in (("data", data), ("key", key), ("generator", generator), ("re
 adaptive.add_to(reproduce.app)
 
 
+# The library does not know how a command line registers one.
+_PLUGIN = "\nOn the command line: fedkl --plugin FILE COMMAND, with the file that registers it."
+
+
 def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"fedkl {fedkl.__version__}")
@@ -39,8 +44,13 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option("--plugin", help="Python file that registers defenses or attacks of yours; it is run."),
+    ] = None,
 ) -> None:
-    pass
+    for path in plugin or []:
+        plugins.load(path)
 
 
 def main() -> None:
@@ -54,7 +64,7 @@ def main() -> None:
     try:
         app(prog_name="fedkl")
     except FedKLError as error:
-        fail(str(error))
+        fail(f"{error}{_PLUGIN if 'or register yours' in str(error) else ''}")
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         kept = "What was finished is kept; once this is mended, the same command goes on."

@@ -1,0 +1,40 @@
+"""Files of one's own that register defenses, attacks or norms, for `fedkl --plugin FILE`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from fedkl.errors import ConfigError, printable
+
+
+def load(path: Path) -> None:
+    """Runs a file, which registers what it has.
+
+    Raises:
+        ConfigError: There is none, it fails, or it registers nothing.
+    """
+    from fedkl.attacks import ATTACKS
+    from fedkl.defenses import DEFENSES
+
+    if not path.is_file():
+        raise ConfigError(f"--plugin {path}: no such file.")
+    before = {*ATTACKS, *DEFENSES}
+    name = f"fedkl_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--plugin {path}: expected a Python file, *.py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(
+            printable(f"--plugin {path}: the file fails with {type(error).__name__}: {error}")
+        ) from error
+    if {*ATTACKS, *DEFENSES} == before:
+        raise ConfigError(
+            f"--plugin {path}: the file registers no defense and no attack. Put @register_defense (of "
+            "fedkl.defenses) or @register_attack (of fedkl.attacks) above its dataclass."
+        )

@@ -1,0 +1,123 @@
+"""A defense and an attack from a file outside of the package: trained with, attacked, scored, reported."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+
+from fedkl.attacks import ATTACKS
+from fedkl.config import load
+from fedkl.defenses import DEFENSES
+from tests.test_cli import fedkl as fedkl_of_cli
+
+fedkl = fedkl_of_cli  # a fixture
+
+FILE = '''
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from fedkl.attacks import Attack, Reconstruction, register_attack
+from fedkl.defenses import Defense, register_defense
+
+
+@register_defense
+@dataclass(frozen=True, kw_only=True)
+class Silence(Defense):
+    """Sends nothing but zeros where the update is small."""
+
+    type: Literal["my-silence"] = "my-silence"
+    below: float = 1e-3
+
+    @property
+    def public_transform(self):
+        return lambda tensors: {n: torch.where(t.abs() < self.below, 0 * t, t) for n, t in tensors.items()}
+
+    def transform(self, update):
+        return replace(update, tensors=self.public_transform(update.tensors))
+
+
+@register_attack
+@dataclass(frozen=True, kw_only=True)
+class Gray(Attack):
+    """Finds gray."""
+
+    title: ClassVar[str] = "my gray"
+    type: Literal["my-gray"] = "my-gray"
+    level: float = 0.5
+
+    def _run(self, observations, generators, on_evaluation):
+        return [
+            Reconstruction(
+                images=torch.full((o.batch_size, *o.image_shape), self.level),
+                labels=o.labels, scaling="clip", loss=1.0, evaluations=1, start=0,
+            )
+            for o in observations
+        ]
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(textwrap.dedent(FILE))
+    yield file
+    DEFENSES.forget("my-silence")
+    ATTACKS.forget("my-gray")
+
+
+def test_both_are_used_by_name(fedkl, tmp_path, plugin):
+    attacked = ("--plugin", str(plugin), "attack", "--out", str(tmp_path / "attack"), "--attack", "my-gray")
+    options = ("--defense", "my-silence", "--set", "attack.level=0.25", "--set", "defense.below=0.01")
+    code, output = fedkl(*attacked, *options, "--trials", "2")
+    assert code == 0, output
+    config = load(tmp_path / "attack/config.toml")
+    assert (config.attack.level, config.defense.below) == (0.25, 0.01)
+    text = (tmp_path / "attack/report.md").read_text()
+    assert "my gray on my-silence" in text
+    assert "my gray on no-norm" in text
+    trained = ("--plugin", str(plugin), "train", "--out", str(tmp_path / "train"), "--defense", "my-silence")
+    assert fedkl(*trained, "--rounds", "1", "--set", "data.train_images=100")[0] == 0
+    assert "my-silence" in (tmp_path / "train/report.md").read_text()
+    assert "my-gray" in fedkl("--plugin", str(plugin), "attack", "--list")[1]
+
+
+def test_a_run_of_a_plugin_that_is_not_there_is_refused_by_name(fedkl, tmp_path, plugin):
+    words = (
+        "attack",
+        "--out",
+        str(tmp_path / "run"),
+        "--attack",
+        "my-gray",
+        "--trials",
+        "1",
+        "--arms",
+        "no-norm",
+    )
+    assert fedkl("--plugin", str(plugin), *words)[0] == 0
+    DEFENSES.forget("my-silence")
+    ATTACKS.forget("my-gray")
+    code, output = fedkl("report", str(tmp_path / "run"))
+    assert code == 2
+    assert "unknown type 'my-gray'" in " ".join(output.split())
+    assert "--plugin" in output
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        ("1 +", "SyntaxError"),
+        ("raise KeyError('x')", "KeyError"),
+        ("x = 1", "registers"),
+    ],
+)
+def test_a_file_that_is_no_plugin(fedkl, tmp_path, content, said):
+    file = tmp_path / "mine.py"
+    if content is not None:
+        file.write_text(content)
+    code, output = fedkl("--plugin", str(file), "attack", "--list")
+    assert code == 2
+    assert said in " ".join(output.split())
