@@ -8,6 +8,7 @@ RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 .PHONY: demo test lint types imports unit bench fuzz mutants clean
 
 FUZZ_SECONDS ?= 3600
+TEST_PROCESSES ?= 2
 
 demo: $(READY)
 	$(BIN)/fedkl demo --out runs/demo
@@ -24,8 +25,9 @@ types: $(READY)
 imports: $(READY)
 	$(BIN)/lint-imports
 
+# Two processes of one thread each: a core each on the smallest machine that this is meant for.
 unit: $(READY)
-	$(RUN) $(BIN)/pytest
+	$(RUN) $(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 bench: $(READY)
 	$(RUN) $(BIN)/python benchmarks/lock_overhead.py

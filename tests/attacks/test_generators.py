@@ -143,7 +143,7 @@ def test_a_missing_file_names_the_remedy(tmp_path):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_generators(name):
-    size = len((resources.files("fedkl.attacks") / "weights" / f"{name}.safetensors").read_bytes())
+    size = len((resources.files("fedkl.attacks.generators") / "weights" / f"{name}.safetensors").read_bytes())
     assert size <= 600_000
     generator = load_generator(name)
     assert generator.info.dataset == name

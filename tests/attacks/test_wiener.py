@@ -138,7 +138,7 @@ def test_a_chain_reads_scale_and_shift_per_element(small):
 
 def test_the_closed_form_refuses_a_lock_per_element(images, model):
     seen, _ = observe(images, model, positive, trials=1)
-    with pytest.raises(AttackError, match=r"one of each per element behind '0'.* Use --attack wiener"):
+    with pytest.raises(AttackError, match=r"one of each per element behind '0'.* Use the attack wiener"):
         run(ClosedForm(), seen)
 
 
@@ -153,7 +153,7 @@ def test_what_it_cannot_read_it_refuses(images, model, observed, small):
         "several local steps": replace(seen, local=Procedure(steps=2)),
         r"not observed: 0\.weight": replace(seen, gradient=stem),
         "clients that draw γ and β": replace(seen, auxiliary=replace(own, draw=None)),
-        "Use --attack closed-form": replace(channel, auxiliary=own),
+        "Use the attack closed-form": replace(channel, auxiliary=own),
         "behind the first convolution only": replace(above, auxiliary=own),
     }
     for message, observation in cases.items():

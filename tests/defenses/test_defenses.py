@@ -47,7 +47,7 @@ def model():
         (KeyLock(layers="classifier"), STATISTICS),
         (KeyLock(private=("0",)), STATISTICS | AFFINE | {"0.weight", "0.bias"}),
     ],
-    ids=repr,
+    ids=lambda value: repr(sorted(value)) if isinstance(value, set) else repr(value),
 )
 def test_what_is_sent(model, defense, hidden):
     everything = set(model.state_dict())

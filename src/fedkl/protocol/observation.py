@@ -232,7 +232,7 @@ class Observation:
         if self.auxiliary is None or got < least:
             raise AttackError(
                 f"{attack}: expected at least {least} auxiliary images of the server's own, got {got}. Grant "
-                f"more: --auxiliary {max(least, 2000)}."
+                f"more: auxiliary = {max(least, 2000)}."
             )
         return self.auxiliary
 
