@@ -27,7 +27,7 @@ imports: $(READY)
 
 # Two processes of one thread each: a core each on the smallest machine that this is meant for.
 unit: $(READY)
-	$(RUN) $(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
+	$(RUN) $(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadscope
 
 bench: $(READY)
 	$(RUN) $(BIN)/python benchmarks/lock_overhead.py

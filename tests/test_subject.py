@@ -48,7 +48,7 @@ def test_the_networks_of_an_attack_are_the_trained_one(trained):
     state = build(0).state_dict()
     assert set(sent) == set(state)  # a lock's own tensors are private
     assert all(torch.equal(state[name], tensor) for name, tensor in sent.items())
-    locked = config.lock.for_images((3, 32, 32)).prepare(build(0)).public_state()
+    locked = config.defense.for_images((3, 32, 32)).prepare(build(0)).public_state()
     assert all(torch.equal(locked[name], tensor) for name, tensor in sent.items())
 
 

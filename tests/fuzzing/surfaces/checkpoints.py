@@ -57,7 +57,7 @@ class FederatedCheckpoints(ArchiveSurface):
     name = "checkpoints"
     precious = ("notes.txt",)
     confined = True
-    quick = 130
+    quick = 110
     target = "fedkl.federated.Checkpoints.restore"
 
     def __init__(self) -> None:

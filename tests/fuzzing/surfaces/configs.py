@@ -24,7 +24,7 @@ class Configs(Surface):
 
     name = "configs"
     form = "toml"
-    quick = 1200
+    quick = 500
     target = "fedkl.config.load"
 
     def seeds(self) -> list[bytes]:

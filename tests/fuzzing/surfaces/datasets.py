@@ -36,7 +36,7 @@ class Datasets(ArchiveSurface):
     """`data.load`, after which all images are read, and `data.fetch` from a package."""
 
     name = "datasets"
-    quick = 500
+    quick = 250
     target = "fedkl.data.load"
 
     def setting(self) -> AbstractContextManager[object]:

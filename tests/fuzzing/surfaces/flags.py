@@ -44,7 +44,7 @@ class Flags(Surface):
 
     name = "flags"
     form = "text"
-    quick = 1200
+    quick = 500
     target = "fedkl.config.from_flags"
 
     def seeds(self) -> list[bytes]:

@@ -29,7 +29,7 @@ class GuardReplies(ArchiveSurface):
 
     name = "guard"
     allowed = ()
-    quick = 350
+    quick = 200
     target = "fedkl.flower.Guard.aggregate_train"
 
     def __init__(self) -> None:

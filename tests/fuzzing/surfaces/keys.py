@@ -37,7 +37,7 @@ class Keys(Surface):
 
     name = "keys"
     form = "container"
-    quick = 700
+    quick = 300
     target = "fedkl.load_key"
 
     def __init__(self) -> None:

@@ -45,7 +45,7 @@ class FlowerRounds(ArchiveSurface):
     name = "rounds"
     precious = ("notes.txt",)
     confined = True
-    quick = 200
+    quick = 120
     target = "fedkl.flower.round_files.RoundFiles.newest"
 
     def __init__(self) -> None:

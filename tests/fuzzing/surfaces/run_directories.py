@@ -36,7 +36,7 @@ class RunDirectories(ArchiveSurface):
     name = "run_directories"
     precious = ("notes.txt",)
     confined = True
-    quick = 160
+    quick = 110
     target = "fedkl.report.build"
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ class Updates(Surface):
 
     name = "updates"
     form = "safetensors"
-    quick = 2000
+    quick = 800
     target = "fedkl.update.PublicUpdate.from_bytes"
 
     def __init__(self) -> None:
