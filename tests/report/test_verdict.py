@@ -115,7 +115,7 @@ def test_missing_control(tmp_path, attack_run):
 
 def test_few_images_do_not_clear_a_defense_in_the_table_nor_in_the_text(tmp_path, attack_run):
     attack_run({"public-norm": [40.0], "lock": [6.0]}, floor=FLOOR)
-    said = "says nothing: 1 images are too few (100 are needed)"
+    said = "says nothing: too few images, 1 of 100"
     assert verdicts(tmp_path)["DLG on lock"].verdict == said
     assert said in text(tmp_path)
     assert "resists" not in text(tmp_path)

@@ -90,7 +90,7 @@ def _missing(
         return f"the attack finds only {wording.count(_best(control))} of its control"
     images = min(found["identified"]["n"], floor["identified"]["n"])
     if images < SAFE_FROM:
-        return f"{images} images are too few ({SAFE_FROM} are needed)"
+        return f"too few images, {images} of {SAFE_FROM}"
     return None
 
 
