@@ -361,8 +361,8 @@ def _lock_fields(lock: str | None, layers: str | None) -> dict[str, Any]:
 
 def _lock_of(defense: dict[str, Any]) -> dict[str, Any] | None:
     """The lock's fields in a defense: its own, or those of the lock that a control is like."""
-    found: dict[str, Any] = defense.get("like", defense)
-    return found if found["type"] == KeyLock.type else None
+    found = defense.get("like", defense)
+    return found if isinstance(found, dict) and found.get("type") == KeyLock.type else None
 
 
 def _switched(defense: dict[str, Any], kind: str) -> dict[str, Any]:

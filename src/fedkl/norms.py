@@ -89,6 +89,11 @@ def register_norm(
     _NORMS[kind] = NormTensors(scale=scale, shift=shift, statistics=statistics, normalizes=normalizes)
 
 
+def registered_norms() -> tuple[type[nn.Module], ...]:
+    """The types that can be locked."""
+    return tuple(_NORMS)
+
+
 def _nearest(kind: type[nn.Module]) -> NormTensors | None:
     """What is known of a type or of its nearest base class."""
     return next((_NORMS[base] for base in kind.__mro__ if base in _NORMS), None)

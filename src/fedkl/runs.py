@@ -181,7 +181,7 @@ class RunDirectory:
             run._refuse_links()
             present = run._bytes("config.toml")
             begun = any((path / name).exists() for name in ("results.jsonl", "checkpoints", "summary.json"))
-            if present is not None and begun and not _same(present, data):
+            if present is not None and begun and not same_experiment(present, data):
                 raise ConfigError(
                     f"{path}: this folder holds a run with another configuration. Choose another --out, or "
                     "remove the folder."
@@ -377,7 +377,7 @@ class RunDirectory:
             ) from error
 
 
-def _same(present: bytes, data: bytes) -> bool:
+def same_experiment(present: bytes, data: bytes) -> bool:
     """Whether two config.toml say the same; one of an older version lacks fields that came later."""
     if present == data:
         return True

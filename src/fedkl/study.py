@@ -14,7 +14,7 @@ from fedkl import config as configs
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.errors import ConfigError
 from fedkl.files import exclusive, write_atomically
-from fedkl.runs import RunDirectory
+from fedkl.runs import RunDirectory, same_experiment
 
 
 @runtime_checkable
@@ -64,7 +64,9 @@ def holds_other(folder: Path, experiment: TrainConfig | AttackConfig) -> bool:
     """Whether a folder holds a run with other settings; one that never began is in nobody's way."""
     path = folder / "config.toml"
     begun = any((folder / name).exists() for name in ("results.jsonl", "checkpoints", "summary.json"))
-    return begun and path.is_file() and path.read_text(encoding="utf-8") != configs.dump(experiment)
+    if not begun or not path.is_file():
+        return False
+    return not same_experiment(path.read_bytes(), configs.dump(experiment).encode())
 
 
 def refuse_others(cells: Mapping[Path, TrainConfig | AttackConfig]) -> None:

@@ -47,9 +47,9 @@ def dataset_of(config: DataConfig) -> Dataset:
     return replace(dataset, **kept)
 
 
-def defense_of(config: TrainConfig | AttackConfig, dataset: Dataset) -> Defense:
-    """The experiment's defense, which knows the images' shape and whether the networks were trained."""
-    defense = config.defense.for_images(dataset.spec.shape)
+def prepared(defense: Defense, *, config: TrainConfig | AttackConfig, dataset: Dataset) -> Defense:
+    """A defense that knows the images' shape and whether the experiment's networks were trained."""
+    defense = defense.for_images(dataset.spec.shape)
     return defense if config.model.weights is not None else defense.for_untrained()
 
 

@@ -22,7 +22,7 @@ from fedkl.lockfile import default_passphrase
 from fedkl.norms import statistics_names
 from fedkl.runs import Count, FillIn, Needed, RunDirectory, Seconds, Share, damaged_summary
 from fedkl.study import Progress, begun, silent
-from fedkl.subject import dataset_of, defense_of, networks_of
+from fedkl.subject import dataset_of, networks_of, prepared
 from fedkl.validation import problems_of
 
 
@@ -43,7 +43,9 @@ def train(
     with begun(config, out=out) as directory:
         if directory.summary is None:
             dataset = dataset_of(config.data)
-            own = config.model_copy(update={"defense": defense_of(config, dataset)})
+            own = config.model_copy(
+                update={"defense": prepared(config.defense, config=config, dataset=dataset)}
+            )
             _train(own, directory, dataset, progress, tensorboard=tensorboard)
     return directory
 

@@ -26,8 +26,8 @@ from fedkl.audit.grid import candidates_of, floor
 from fedkl.audit.observing import observe, trials_of
 from fedkl.audit.simulating import SimulatedClients
 from fedkl.audit.verdict import judge
-from fedkl.config import AttackConfig
-from fedkl.defenses import KeyLock, arms_of
+from fedkl.config import AttackConfig, ModelConfig
+from fedkl.defenses import Arm, Defense, KeyLock, NoDefense, PrivateNorm, PublicNorm, arms_of, own_arms
 from fedkl.errors import AttackError
 from fedkl.metrics import assignment
 from fedkl.protocol import Auxiliary, Knowledge, Procedure
@@ -221,3 +221,66 @@ def test_a_known_key_is_the_imitated_clients_key(dataset):
     known = defense.known(victim, granted=Knowledge(key=True))
     imitated = defense.imitated(model, known=known, generator=torch.Generator())
     assert imitated.key is victim.key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closing(Defense):
+    """Its public transform is another function each time it is asked."""
+
+    type: Literal["test-closing"] = "test-closing"
+
+    @property
+    def public_transform(self):
+        return lambda tensors: {name: tensor / 2 for name, tensor in tensors.items()}
+
+
+def test_observations_of_a_public_transform_are_of_one_kind(dataset):
+    """Else what joins the updates of a client saw them one by one, on the defense and not on its control."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    arm = Arm(name="closing", description="", defense=Closing())
+    kinds = {
+        observe(Closing().prepare(model), arm=arm, model=model, trial=trial, classes=10).kind
+        for trial in trials_of(dataset, trials=3)
+    }
+    assert len(kinds) == 1
+
+
+def test_a_few_recovered_by_the_floor_do_not_hide_a_leak():
+    def share(rate, low, high):
+        return {"rate": rate, "low": low, "high": high, "n": 100}
+
+    found = {"success": share(0.4, 0.31, 0.5), "identified": share(0.45, 0.36, 0.55)}
+    floor = {"success": share(0.01, 0.0, 0.05), "identified": share(0.4, 0.31, 0.5)}
+    control = {"success": share(1.0, 0.96, 1.0), "identified": share(1.0, 0.96, 1.0)}
+    assert judge(found, floor=floor, control=control).kind == "leaks"
+
+
+def test_a_control_of_another_network_is_none():
+    arms = arms_of(PrivateNorm(like=KeyLock(layers="all")))
+    assert arms["private-norm"].control == "public-norm"
+    assert arms["public-norm"].defense.layers == "all"
+    assert arms["lock"].defense.layers == "first"
+    assert arms["lock"].control is None
+    assert arms["private-head"].control == "no-norm"
+    assert list(own_arms(PublicNorm())) == ["no-norm", "public-norm"]
+
+
+def test_an_attack_that_broke_everywhere_is_tried_again(tmp_path, breaking, monkeypatch):
+    config = AttackConfig(attack=breaking, arms=("no-norm",), trials=2)
+    run = Breaking._run
+    monkeypatch.setattr(Breaking, "_run", lambda *arguments: 1 / 0)
+    with pytest.raises(AttackError, match="ZeroDivisionError"):
+        experiments.run(config, out=tmp_path / "run")
+    monkeypatch.setattr(Breaking, "_run", run)
+    assert experiments.run(config, out=tmp_path / "run").summary is not None
+
+
+@pytest.mark.filterwarnings("ignore:2 parametric layers")
+def test_arms_of_other_defenses_know_that_networks_are_untrained(tmp_path):
+    """Norms that are initialized unlike PyTorch's own look trained to a lock that is not told."""
+    config = AttackConfig(
+        attack=PriorOnly(), defense=NoDefense(), arms=("no-norm", "lock"), model=ModelConfig(name="vit-tiny"),
+        trials=1, auxiliary=20,
+    )  # fmt: skip
+    run = experiments.run(config, out=tmp_path / "run")
+    assert [arm["name"] for arm in run.summary["arms"]] == ["no-norm", "lock"]

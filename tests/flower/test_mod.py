@@ -5,16 +5,21 @@ from __future__ import annotations
 import base64
 import json
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 
 from fedkl.defenses import KeyLock
-from fedkl.errors import LockError
-from fedkl.flower import current_client, public_arrays
+from fedkl.defenses.noise import GaussianNoise
+from fedkl.errors import ConfigError, LockError
+from fedkl.flower import LockMod, TransformMod, current_client, public_arrays
 from fedkl.flower.mod import FAILED, REFUSED_MESSAGE, REFUSED_REPLY
+from fedkl.flower.transforming import NOT_CHANGED
 from tests.flower.setting import (
+    DEFENSE,
     app_of,
     arrays_with,
     ask,
@@ -341,3 +346,55 @@ def test_clients_have_keys_of_their_own():
         ask(app_of(honest), **{"fedkl-client": name})
     assert not torch.equal(stored("a")["key"], stored("b")["key"])
     assert net()[0].weight.shape == (6, 4)
+
+
+def with_noise(handler, *, before=True):
+    mods = [LockMod(net, defense=DEFENSE)]
+    mods.insert(0 if before else 1, TransformMod(GaussianNoise(deviation=1e-3)))
+    app = ClientApp(mods=mods)
+    app.train()(handler)
+    return app
+
+
+def test_noise_after_the_lock_hides_no_private_numbers_from_its_search():
+    """The lock looks first, at what the app made; noise is put on what it let through."""
+
+    def leaking(message, context):
+        model = current_client().model
+        state = dict(model.state_dict())
+        secret = current_client().lock.key.reveal().float()
+        state["3.weight"].view(-1)[: len(secret)] = secret
+        return reply(message, ArrayRecord(state))
+
+    assert ask(with_noise(leaking)).error.reason == REFUSED_REPLY
+    answer = ask(with_noise(honest))
+    sent = answer.content["arrays"].to_torch_state_dict()
+    with store().client("client-0", model=net(), defense=DEFENSE) as client:
+        assert sent.keys() == client.lock.public_state().keys()
+    assert ask(with_noise(honest, before=False)).has_error()
+
+
+def test_a_lock_whose_transform_would_be_left_out_is_refused():
+    @dataclass(frozen=True, kw_only=True)
+    class Noisy(KeyLock):
+        def transform(self, update):
+            return update
+
+    with pytest.raises(ConfigError, match="transform would not be applied"):
+        LockMod(net, defense=Noisy())
+
+
+def test_no_text_of_a_defense_reaches_the_server():
+    class Talking(GaussianNoise):
+        def transform(self, update):
+            raise ValueError(f"weights are {update.tensors['0.weight']}")
+
+    app = ClientApp(mods=[TransformMod(Talking())])
+    app.train()(lambda message, context: reply(message, ArrayRecord(net().state_dict())))
+    state = net().state_dict()
+    state["1.num_batches_tracked"] = state["1.num_batches_tracked"].double()  # as Flower's averages are
+    sent = RecordDict({"arrays": ArrayRecord(state)})
+    assert ask(app, sent).error.reason == NOT_CHANGED
+    plain = ClientApp(mods=[TransformMod(GaussianNoise(deviation=1e-3))])
+    plain.train()(lambda message, context: reply(message, ArrayRecord(net().state_dict())))
+    assert not ask(plain, sent).has_error()

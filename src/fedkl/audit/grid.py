@@ -18,7 +18,7 @@ from fedkl.audit.observing import Trial, observe
 from fedkl.audit.simulating import SimulatedClients
 from fedkl.data import Dataset
 from fedkl.defenses import Arm, Defense
-from fedkl.errors import AttackError, DataError
+from fedkl.errors import AttackError, DataError, LockError, UpdateError
 from fedkl.locking import Split
 from fedkl.metrics import Candidates, Score, score
 from fedkl.protocol import Auxiliary, Observation, Procedure
@@ -150,6 +150,7 @@ def attack_arms(
             local=local,
             updates_per_client=updates_per_client,
             cohort=cohort,
+            on_refusal=on_refusal,
         )
         batches: dict[Hashable, list[_Seen]] = {}
         for one in seen:
@@ -260,6 +261,7 @@ def _observed(
     local: Procedure | None,
     updates_per_client: int,
     cohort: int,
+    on_refusal: Callable[[NotRun], None] | None,
 ) -> list[_Seen]:
     """Observes every trial of a chunk in every arm; arms with the same defense share a trial's victims."""
     models = {trial.index: build(trial.index) for trial in group}
@@ -271,23 +273,32 @@ def _observed(
         model = models[trial.index]
         public = arm.knowledge.affine_gradient  # γ and β belong to the network then, not to a client
         client = trial.index // updates_per_client
-        members = victims.setdefault((arm.defense, first_with[id(model)] if public else client), [])
-        while len(members) < (1 if public else cohort):  # an arm with public γ and β may have drawn the first
-            members.append(arm.defense.prepare(model))
-        victim, *others = members[:1] * cohort if public else members
-        observation = observe(
-            victim,
-            arm=arm,
-            model=model,
-            trial=trial.to(next(model.parameters()).device),
-            classes=dataset.spec.classes,
-            train_mode=train_mode,
-            local=local,
-            auxiliary=own.of(arm, victim, model),
-            client=client if updates_per_client > 1 else None,
-            others=others,
-            generator=rng.generator(seed, "guessed", arm.name, trial.index),
-        )
+        place = (arm.defense, first_with[id(model)] if public else client)
+        try:
+            members = victims.setdefault(place, [])
+            while len(members) < (
+                1 if public else cohort
+            ):  # an arm with public γ and β may have drawn the first
+                members.append(arm.defense.prepare(model))
+            victim, *others = members[:1] * cohort if public else members
+            observation = observe(
+                victim,
+                arm=arm,
+                model=model,
+                trial=trial.to(next(model.parameters()).device),
+                classes=dataset.spec.classes,
+                train_mode=train_mode,
+                local=local,
+                auxiliary=own.of(arm, victim, model),
+                client=client if updates_per_client > 1 else None,
+                others=others,
+                generator=rng.generator(seed, "guessed", arm.name, trial.index),
+            )
+        except (AttackError, LockError, UpdateError) as error:
+            if on_refusal is None:
+                raise
+            on_refusal(NotRun(arm=arm.name, trial=trial.index, kind="does not apply", reason=_said(error)))
+            continue
         seen.append(_Seen(arm, trial, observation))
     return seen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fedkl.defenses.base import ServerView
 from fedkl.defenses.completion import Completion
 from fedkl.errors import AttackError, DataError
 from fedkl.locking import KEY, Split
-from fedkl.protocol import Auxiliary, Observation, Procedure
+from fedkl.protocol import Auxiliary, Observation, Procedure, Transform
 from fedkl.types import ImageBatch, Labels
 
 _FIT_STEPS = 200
@@ -110,6 +111,7 @@ def observe(
     cohort = (victim, *others)
     shares = zip(cohort, trial.images.chunk(len(cohort)), trial.labels.chunk(len(cohort)), strict=True)
     steps = local.step_count(len(trial.images) // len(cohort))
+    untouched = type(arm.defense).transform is Defense.transform  # statistics are sent, too
     plain = train_mode and steps == 1 and not others and local.augmentation == "none"
     gradient = mean_of(
         [
@@ -139,12 +141,18 @@ def observe(
         secrets=view.secrets if simulated else {},
         generate=view.generate if simulated else None,
         free={"nothing": (), "key": (KEY,), "affine": view.private}[arm.regress],
-        transform=arm.defense.public_transform,
+        transform=_public_transform(arm.defense),
         auxiliary=auxiliary,
         client=client,
         cohort=len(cohort),
-        statistics=sent_statistics(victim, trial.images) if plain else {},
+        statistics=sent_statistics(victim, trial.images) if plain and untouched else {},
     )
+
+
+@cache
+def _public_transform(defense: Defense) -> Transform | None:
+    """One object for a defense: observations of one kind are attacked together."""
+    return defense.public_transform
 
 
 def _seen_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,7 +22,7 @@ from fedkl.defenses import Arm
 from fedkl.errors import AttackError, ConfigError
 from fedkl.runs import RunDirectory
 from fedkl.study import Progress, begun, silent
-from fedkl.subject import dataset_of, defense_of, networks_of
+from fedkl.subject import dataset_of, networks_of, prepared
 
 
 def attack(config: AttackConfig, *, out: Path, progress: Progress = silent) -> RunDirectory:
@@ -38,13 +39,15 @@ def attack(config: AttackConfig, *, out: Path, progress: Progress = silent) -> R
     with begun(config, out=out) as directory:
         if directory.summary is None:
             dataset = dataset_of(config.data)
-            own = config.model_copy(update={"defense": defense_of(config, dataset)})
-            _attack(own, directory, dataset, progress)
+            _attack(config, directory, dataset, progress)
     return directory
 
 
 def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, progress: Progress) -> None:
-    arms = chosen_arms(config)
+    arms = tuple(
+        replace(arm, defense=prepared(arm.defense, config=config, dataset=dataset))
+        for arm in chosen_arms(config)
+    )
     trials = trials_of(dataset, trials=config.trials, batch_size=config.batch_size)
     records, left_out = _complete_trials(directory, arms, config)
     directory.restart_from([*records, *(refused.to_dict() for refused in left_out)])
@@ -52,6 +55,7 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
     start = perf_counter()
     earlier = max((record["elapsed"] for record in records), default=0.0)
     total = len(arms) * len(trials)
+    pending: list[NotRun] = []
 
     def keep(result: TrialResult) -> None:
         images, truth = result.reconstruction.images, trials[result.trial].images
@@ -61,11 +65,12 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
         directory.append(record)
         records.append(record)
         progress(len(records), total, result.arm)
+        while pending:
+            directory.append(pending.pop(0).to_dict())
 
     def note(refused: NotRun) -> None:
         left_out.append(refused)
-        if records or refused.kind == "broke":
-            directory.append(refused.to_dict())
+        pending.append(refused)  # with the next result: a run that comes to none leaves its folder free
 
     def show(evaluations: int, running: int) -> None:
         if evaluations % 20 == 0:
@@ -92,6 +97,8 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
     if not records:
         reasons = dict.fromkeys(refused.reason for refused in left_out)
         raise AttackError(" ".join(reasons))
+    for refused in pending:
+        directory.append(refused.to_dict())
     guesses = _floor_records(config, directory, dataset, trials)
     directory.finish(_attack_summary(config, arms, records, left_out, guesses))
 

@@ -71,7 +71,8 @@ def _leak(found: Mapping[str, Any], floor: Mapping[str, Any] | None, chance: flo
     """What lies above the floor, in words."""
     recovered = found.get("success")
     guessed = floor.get("success") if floor else None
-    if recovered and wording.hits(recovered) and not (guessed and wording.hits(guessed)):
+    most = guessed["high"] if guessed and wording.hits(guessed) else 0.0  # a guess seldom recovers any
+    if recovered and wording.hits(recovered) and (recovered["low"] > most or not most):
         return f"{wording.count(recovered)} images recovered"
     if found["identified"]["low"] > (floor["identified"]["high"] if floor else chance):
         return f"{wording.count(found['identified'])} images identified"

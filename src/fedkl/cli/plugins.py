@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -17,11 +18,13 @@ def load(path: Path) -> None:
     """
     from fedkl.attacks import ATTACKS
     from fedkl.defenses import DEFENSES
+    from fedkl.norms import registered_norms
 
     if not path.is_file():
         raise ConfigError(f"--plugin {path}: no such file.")
-    before = {*ATTACKS, *DEFENSES}
-    name = f"fedkl_plugin_{path.stem}"
+    before = {*ATTACKS, *DEFENSES, *registered_norms()}
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    name = f"fedkl_plugin_{path.stem}_{place}"  # two files may have one name
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--plugin {path}: expected a Python file, *.py.")
@@ -33,8 +36,8 @@ def load(path: Path) -> None:
         raise ConfigError(
             printable(f"--plugin {path}: the file fails with {type(error).__name__}: {error}")
         ) from error
-    if {*ATTACKS, *DEFENSES} == before:
+    if {*ATTACKS, *DEFENSES, *registered_norms()} == before:
         raise ConfigError(
-            f"--plugin {path}: the file registers no defense and no attack. Put @register_defense (of "
+            f"--plugin {path}: the file registers no defense, attack or norm. Put @register_defense (of "
             "fedkl.defenses) or @register_attack (of fedkl.attacks) above its dataclass."
         )

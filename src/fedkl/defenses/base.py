@@ -280,7 +280,14 @@ def arms_of(defense: Defense, *, labels: bool = True, auxiliary: int = 0) -> dic
     arms = own_arms(defense)
     for kind in DEFENSES:
         for other in kind.variants():
-            arms |= {name: arm for name, arm in own_arms(other).items() if name not in arms}
+            theirs = own_arms(other)
+            for name, arm in theirs.items():
+                if name in arms:
+                    continue
+                # A control of the same name may be that of another network: then there is none.
+                control = arm.control and (theirs | arms)[arm.control]
+                same = control is not None and control == theirs.get(arm.control or "")
+                arms[name] = arm if same or arm.control is None else replace(arm, control=None)
     return {
         name: replace(arm, knowledge=replace(arm.knowledge, labels=labels, auxiliary=auxiliary))
         for name, arm in arms.items()

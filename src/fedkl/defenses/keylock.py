@@ -119,10 +119,7 @@ class KeyLock(Defense):
             self._guess("lock", "nothing private known"),
             self._guess("lock-known-key", "key known", key=True),
             self._guess("lock-known-layers", "lock layers known, wrong key", lock_layers=True),
-            replace(
-                self._guess("lock-known-both", "key and lock layers known", key=True, lock_layers=True),
-                open=True,
-            ),
+            self._nothing_unknown(),
             *map(_aside, self._better_guesses()),
         )
 
@@ -225,6 +222,10 @@ class PublicNorm(Defense):
     def for_untrained(self) -> PublicNorm:
         """Like a lock that draws γ and β."""
         return replace(self, like=self.like.for_untrained())
+
+    def control(self) -> Arm:
+        """What it is itself: the lock's network with nothing hidden."""
+        return self.like.control()
 
     def guesses(self) -> tuple[Arm, ...]:
         """None: it is a control, and hides nothing but norm statistics."""

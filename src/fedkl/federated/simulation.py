@@ -15,7 +15,7 @@ from fedkl import rng
 from fedkl.aggregation import Aggregation, OnSeen, RoundAggregation, RoundPlan
 from fedkl.data import Dataset, class_counts
 from fedkl.defenses import Defense
-from fedkl.errors import ConfigError, TrainingError, UpdateError
+from fedkl.errors import ConfigError, FedKLError, TrainingError, UpdateError
 from fedkl.federated.client import Client
 from fedkl.federated.options import Execution, FederatedTraining
 from fedkl.federated.server import AnyServerOptimizer, Averaging, Server, ServerSGD
@@ -262,11 +262,28 @@ class Federation:
     ) -> Iterator[tuple[Client, ClientResult | UpdateError]]:
         def task(worker: Worker, client: Client) -> ClientResult | UpdateError:
             try:
-                return worker.train(client, state, round=round, lr=lr, transform=self.defense.transform)
+                return worker.train(client, state, round=round, lr=lr, transform=self._transformed)
             except UpdateError as error:  # one client's divergence is not the federation's
                 return error
 
         return self._pool.map(task, clients)
+
+    def _transformed(self, update: PublicUpdate) -> PublicUpdate:
+        """What the defense makes of an update.
+
+        Raises:
+            TrainingError: The defense fails.
+        """
+        try:
+            return self.defense.transform(update)
+        except FedKLError:
+            raise
+        except Exception as error:  # of a defense from outside the package
+            kind = type(self.defense)
+            raise TrainingError(
+                f"{kind.__module__}.{kind.__qualname__}.transform: {type(error).__name__} on an update of "
+                f"kind '{update.kind}'. It gets weights under fedavg and a gradient under fedsgd, and buffers too."
+            ) from error
 
     def _apply(self, average: NamedTensors, round: int) -> None:
         if self.training.local.algorithm == "fedavg":

@@ -12,8 +12,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp.typing import ClientAppCallable
 from torch import nn
 
-from fedkl.defenses import KeyLock
-from fedkl.errors import FedKLError, LockError, SecretError, UpdateError, gathered, shown
+from fedkl.defenses import Defense, KeyLock
+from fedkl.errors import ConfigError, FedKLError, LockError, SecretError, UpdateError, gathered, shown
 from fedkl.flower.records import arrays_of, fitted, only_arrays, tensors_of
 from fedkl.flower.store import ClientStore, StoredClient, client_name
 from fedkl.locking import Lock
@@ -63,11 +63,19 @@ class LockMod:
         build: Makes the plain model, e.g. its class. The weights do not matter, unless the federation starts
             from a trained model: it must give that model then, whose γ and β a new client's lock keeps.
         defense: How a new client's lock is made.
+
+    Raises:
+        ConfigError: The defense changes updates too, which this mod does not do.
     """
 
     def __init__(self, build: Callable[[], nn.Module], *, defense: KeyLock | None = None) -> None:
         self._build = build
         self._defense = defense or KeyLock()
+        if type(self._defense).transform is not Defense.transform:
+            raise ConfigError(
+                f"LockMod: expected a lock that changes no updates, got {type(self._defense).__name__}, "
+                "whose transform would not be applied. Put fedkl.flower.TransformMod before this one for that part."
+            )
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Handles a message; called by Flower."""
@@ -78,7 +86,7 @@ class LockMod:
             with store.client(name, model=self._build(), defense=self._defense) as client:
                 return _handle(message, context, call_next, store, client, stage)
         except Exception as error:
-            _LOG.error("%s The server was told no more than that. %s", stage.reason, _described(error))
+            _LOG.error("%s The server was told no more than that. %s", stage.reason, described(error))
             return Message(Error(_ERROR_CODE, stage.reason), reply_to=message)
 
 
@@ -213,7 +221,12 @@ def _in_texts(content: RecordDict, numbers: SecretSearch) -> bool:
     return any(numbers.in_text(text) for text in (*texts, "".join(texts), " ".join(texts)))
 
 
-def _described(error: Exception) -> str:
+def is_handling() -> bool:
+    """Whether a `LockMod` is handling a message on this thread."""
+    return _CURRENT.get() is not None
+
+
+def described(error: Exception) -> str:
     """An error for the node's own log: our texts hold no values; of others only the kind and the place."""
     if isinstance(error, FedKLError):
         return f"{type(error).__name__}: {error}"

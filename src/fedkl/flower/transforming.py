@@ -8,7 +8,8 @@ from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
 from fedkl.defenses import Defense
-from fedkl.errors import ConfigError, FedKLError, UpdateError
+from fedkl.errors import ConfigError, UpdateError
+from fedkl.flower import mod
 from fedkl.flower.records import arrays_of, only_arrays, tensors_of
 from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
 
@@ -20,8 +21,9 @@ NOT_CHANGED = "fedkl: this client's update could not be changed as its defense s
 class TransformMod:
     """A Flower mod that does to every trained update what a defense does before it is sent.
 
-    The reply's arrays must have the names, shapes and dtypes of those that came from the server. With a
-    `LockMod`, put this one after it in the list of mods: the lock then has the last word on what is sent.
+    The reply's arrays must have the names and shapes of those that came from the server. With a `LockMod`,
+    put this one before it in the list of mods: the lock looks for private numbers in what the app made, and
+    cannot find them behind noise.
 
     Args:
         defense: One that overrides `Defense.transform`, such as noise.
@@ -41,13 +43,15 @@ class TransformMod:
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Handles a message; called by Flower."""
+        if mod.is_handling():
+            raise ConfigError("TransformMod: expected before LockMod in the list of mods, it comes after it.")
         reply = call_next(message, context)
         if reply.has_error() or message.metadata.message_type.partition(".")[0] != "train":
             return reply
         try:
             content = self._changed(reply.content, message.content)
-        except FedKLError as error:
-            _LOG.error("%s %s: %s", NOT_CHANGED, type(error).__name__, error)
+        except Exception as error:  # its text may hold the update as it was before
+            _LOG.error("%s %s", NOT_CHANGED, mod.described(error))
             return Message(Error(_ERROR_CODE, NOT_CHANGED), reply_to=message)
         return Message(content, reply_to=message)
 
@@ -58,8 +62,9 @@ class TransformMod:
             UpdateError: They are not those that the server sent, or are not finite.
         """
         came = tensors_of(only_arrays(sent, subject="Message of the server"), subject="Message of the server")
-        specs = {name: TensorSpec.of(tensor) for name, tensor in came.items()}
-        trained = tensors_of(only_arrays(content, subject="Reply"), subject="Reply", names=specs.keys())
+        trained = tensors_of(only_arrays(content, subject="Reply"), subject="Reply", names=came.keys())
+        # Averages of counts are no integers: the dtypes are the client's.
+        specs = {n: TensorSpec(shape=tuple(t.shape), dtype=trained[n].dtype) for n, t in came.items()}
         schema = PublicSchema(kind="weights", specs=specs, private=frozenset())
         update = PublicUpdate(schema=schema, tensors=trained, num_samples=1, round=0)
         changed = self._defense.transform(update)
