@@ -282,7 +282,7 @@ class Federation:
             kind = type(self.defense)
             raise TrainingError(
                 f"{kind.__module__}.{kind.__qualname__}.transform: {type(error).__name__} on an update of "
-                f"kind '{update.kind}'. It gets weights under fedavg and a gradient under fedsgd, and buffers too."
+                f"kind '{update.kind}'. It gets weights under fedavg, a gradient under fedsgd, and buffers."
             ) from error
 
     def _apply(self, average: NamedTensors, round: int) -> None:

@@ -74,7 +74,7 @@ class LockMod:
         if type(self._defense).transform is not Defense.transform:
             raise ConfigError(
                 f"LockMod: expected a lock that changes no updates, got {type(self._defense).__name__}, "
-                "whose transform would not be applied. Put fedkl.flower.TransformMod before this one for that part."
+                "whose transform would not be applied. Put fedkl.flower.TransformMod before this one for it."
             )
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
