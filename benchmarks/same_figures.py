@@ -22,30 +22,32 @@ from typing import Any
 import torch
 
 CELLS: dict[str, str] = {
-    "dlg": "--attack dlg --evaluations 40 --arms no-norm,public-norm,lock,lock-known-both --trials 2",
-    "idlg": "--attack idlg --evaluations 40 --arms no-norm,lock --trials 2 --norm-mode eval",
+    "dlg": "--attack dlg --set attack.evaluations=40 --trials 2 "
+    "--arms no-norm,public-norm,lock,lock-known-both",
+    "idlg": "--attack idlg --set attack.evaluations=40 --arms no-norm,lock --trials 2 --set norm_mode=eval",
     "ig": "--attack ig --arms no-norm,lock-regressed-affine,private-head --trials 2 --batch-size 2 "
-    "--local-steps 2 --set attack.iterations=30",
+    "--set local.steps=2 --set attack.iterations=30",
     "adaptive-matching": "--attack adaptive-matching --arms no-norm,lock --trials 2 "
     "--set attack.iterations=30",
-    "grnn": "--attack grnn --labels-unknown --arms no-norm,lock --trials 2 --set attack.iterations=10",
+    "grnn": "--attack grnn --set labels_known=false --arms no-norm,lock --trials 2 "
+    "--set attack.iterations=10",
     "ggl": "--attack ggl --set attack.generator=mnist --arms no-norm,lock --trials 2 "
     "--set attack.generations=4",
     "closed-form": "--attack closed-form --arms no-norm,public-norm,lock --trials 2",
-    "wiener": "--attack wiener --arms public-norm,lock --trials 2 --networks one --auxiliary 400 "
+    "wiener": "--attack wiener --arms public-norm,lock --trials 2 --set networks=one --auxiliary 400 "
     "--set lock.granularity=element --set lock.key_length=64 --set attack.components=100 "
     "--set attack.draws=4 --set attack.starts=3",
-    "mean-map": "--attack mean-map --arms private-stem --trials 2 --networks one --auxiliary 400 "
+    "mean-map": "--attack mean-map --arms private-stem --trials 2 --set networks=one --auxiliary 400 "
     "--set attack.components=50 --set attack.steps=20",
-    "learned": "--attack learned --arms no-norm,lock,lock-shared-statistics --trials 6 --networks one "
-    "--auxiliary 400 --updates-per-client 2 --set attack.simulations=200 --local-steps 3",
-    "feature-inversion": "--attack feature-inversion --arms no-norm,lock --trials 2 --networks one "
+    "learned": "--attack learned --arms no-norm,lock,lock-shared-statistics --trials 6 --set networks=one "
+    "--auxiliary 400 --set updates_per_client=2 --set attack.simulations=200 --set local.steps=3",
+    "feature-inversion": "--attack feature-inversion --arms no-norm,lock --trials 2 --set networks=one "
     "--auxiliary 200 --set attack.simulations=100 --set attack.components=100 --set attack.iterations=20 "
     "--model resnet20",
-    "gauss-newton": "--attack gauss-newton --arms no-norm,lock --trials 2 --networks one --auxiliary 400 "
+    "gauss-newton": "--attack gauss-newton --arms no-norm,lock --trials 2 --set networks=one --auxiliary 400 "
     "--set attack.components=32 --set attack.iterations=8 --set attack.draws=4",
-    "prior-only": "--attack prior-only --arms public-norm,private-norm,lock --trials 4 --networks one "
-    "--auxiliary 400 --batch-size 4 --cohort 2",
+    "prior-only": "--attack prior-only --arms public-norm,private-norm,lock --trials 4 --set networks=one "
+    "--auxiliary 400 --batch-size 4 --set cohort=2",
 }
 
 
@@ -70,7 +72,7 @@ def figures(name: str, flags: str) -> dict[str, Any]:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        words = f"attack --out {out} --data mnist-sample --workers 1 --seed 0 {flags}".split()
+        words = f"attack --out {out} --data mnist-sample --set workers=1 --seed 0 {flags}".split()
         app(words, standalone_mode=False)
         run = RunDirectory.open(out)
         found = {}

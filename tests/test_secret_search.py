@@ -152,3 +152,14 @@ def test_nothing_is_found_by_a_search_for_nothing():
     assert not SecretSearch([torch.tensor([]), torch.full((9,), torch.nan)]).in_numbers(
         torch.full((9,), torch.nan)
     )
+
+
+def test_every_run_of_a_small_tensor_is_found():
+    """Of large ones every fourth run is remembered, so that it takes seven numbers in a row; here four do."""
+    secret = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    search = SecretSearch([secret])
+    message = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    assert not search.in_numbers(message)
+    for first in range(60):
+        message[20:24] = secret[first : first + 4]
+        assert search.in_numbers(message), first
