@@ -17,7 +17,16 @@ from fedkl.attacks.algebraic.closed_form import ClosedForm
 from fedkl.attacks.algebraic.feature_inversion import FeatureInversion
 from fedkl.attacks.algebraic.mean_map import MeanMap
 from fedkl.attacks.algebraic.wiener import Wiener
-from fedkl.attacks.base import ATTACKS, Attack, Needs, Reason, Reconstruction, Refusal, register_attack
+from fedkl.attacks.base import (
+    ATTACKS,
+    Attack,
+    Needs,
+    Reason,
+    Reconstruction,
+    Refusal,
+    RefusedError,
+    register_attack,
+)
 from fedkl.attacks.labels import infer_label, infer_labels, known_labels
 from fedkl.attacks.learned.inversion import LearnedInversion
 from fedkl.attacks.learned.prior_only import PriorOnly
@@ -54,6 +63,7 @@ __all__ = [
     "Reason",
     "Reconstruction",
     "Refusal",
+    "RefusedError",
     "Wiener",
     "infer_label",
     "infer_labels",

@@ -57,8 +57,13 @@ class Refusal:
     kind: Reason
     reason: str
 
-    def __str__(self) -> str:
-        return self.reason
+
+class RefusedError(AttackError):
+    """An attack did not begin; `refusal` says why."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.reason)
+        self.refusal = refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +184,7 @@ class Attack:
             )
         refusal = self.refusal(observations[0])
         if refusal is not None:
-            raise AttackError(refusal.reason)
+            raise RefusedError(refusal)
         pairs = list(zip(observations, generators, strict=True))
 
         def run(share: list[tuple[Observation, torch.Generator]], progress: Progress) -> list[Reconstruction]:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from fedkl import rng
-from fedkl.attacks import Attack, Reason, Reconstruction
+from fedkl.attacks import Attack, Reason, Reconstruction, RefusedError
+from fedkl.attacks.learned.prior_only import class_means
 from fedkl.audit.observing import Trial, observe
 from fedkl.audit.simulating import SimulatedClients
 from fedkl.data import Dataset
@@ -155,16 +156,12 @@ def attack_arms(
         batches: dict[Hashable, list[_Seen]] = {}
         for one in seen:
             batches.setdefault(one.observation.kind, []).append(one)
-        refusals = {kind: attack.refusal(batch[0].observation) for kind, batch in batches.items()}
-        for kind, batch in batches.items():
-            refusal = refusals[kind]
-            if refusal is not None:
-                for one in batch:
-                    _tell(on_refusal, one, refusal.kind, refusal.reason)
-                continue
+        for batch in batches.values():
             for one, found in _attacked(batch, attack, seed=seed, workers=workers, progress=on_evaluation):
                 if isinstance(found, Reconstruction):
                     on_result(_scored(one.arm, one.trial, found, candidates))
+                elif isinstance(found, RefusedError):
+                    _tell(on_refusal, one, found.refusal.kind, found.refusal.reason)
                 else:
                     _tell(on_refusal, one, "broke", _said(found))
 
@@ -192,7 +189,7 @@ def _attacked(
             workers=workers,
         )
     except _BREAKS as error:
-        if len(batch) == 1 or not attack.divisible:
+        if len(batch) == 1 or not attack.divisible or isinstance(error, RefusedError):
             yield from ((one, error) for one in batch)
             return
     else:
@@ -232,10 +229,8 @@ def floor(
     order = torch.randperm(len(dataset.train_images), generator=rng.generator(seed, "auxiliary"))
     own = order[: auxiliary or OWN_IMAGES]
     images, labels = dataset.train_images[own], dataset.train_labels[own]
-    means = {label: images[labels == label].mean(0) for label in set(labels.tolist())}
-    overall = images.mean(0)
     for trial in trials:
-        guess = torch.stack([means.get(label, overall) for label in trial.labels.tolist()])
+        guess = class_means(trial.labels, images=images, labels=labels)
         yield (
             trial,
             score(guess, trial.images, candidates=candidates, candidate_index=trial.places, scaling="clip"),
@@ -276,9 +271,8 @@ def _observed(
         place = (arm.defense, first_with[id(model)] if public else client)
         try:
             members = victims.setdefault(place, [])
-            while len(members) < (
-                1 if public else cohort
-            ):  # an arm with public γ and β may have drawn the first
+            # An arm with public γ and β may have drawn the first.
+            while len(members) < (1 if public else cohort):
                 members.append(arm.defense.prepare(model))
             victim, *others = members[:1] * cohort if public else members
             observation = observe(

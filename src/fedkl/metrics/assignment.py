@@ -124,7 +124,7 @@ def identification_rank(
     >>> identification_rank(torch.zeros(1, 2, 2), candidates=candidates, index=2)
     4
     """
-    return identification_ranks(reconstruction.unsqueeze(0), candidates=candidates, indexes=[index])[0]
+    return Candidates(candidates).ranks(reconstruction.unsqueeze(0), indexes=[index])[0]
 
 
 class Candidates:
@@ -164,30 +164,6 @@ class Candidates:
         own = similarity.gather(1, torch.tensor(list(indexes), dtype=torch.int64).view(-1, 1))
         # The true image is at least as near as itself, so the count starts at 1; rounding must not change it.
         return [int(rank) for rank in (similarity >= own - _TIE).sum(1).clamp(1, len(self))]
-
-
-def identification_ranks(
-    reconstructions: ImageBatch,
-    *,
-    candidates: Float[Tensor, "candidates channels height width"],
-    indexes: Sequence[int],
-) -> list[int]:
-    """`identification_rank` of a batch; see `Candidates` for several of them.
-
-    Args:
-        reconstructions: Shape (batch, channels, height, width); any range.
-        candidates: Shape (N, channels, height, width), N ≥ 2.
-        indexes: The true candidate of each reconstruction.
-
-    Returns:
-        One rank per reconstruction.
-
-    Raises:
-        AttackError: As `identification_rank`.
-    """
-    if len(candidates) >= 2:
-        _check_candidates(reconstructions, candidates, indexes)
-    return Candidates(candidates).ranks(reconstructions, indexes=indexes)
 
 
 def _check_candidates(reconstructions: Tensor, candidates: Tensor, indexes: Sequence[int]) -> None:

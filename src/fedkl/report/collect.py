@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fedkl import config as configs
 from fedkl.audit.results import attack_summary
 from fedkl.audit.views import chosen_arms
 from fedkl.config import AttackConfig, TrainConfig
+from fedkl.defenses import Arm
 from fedkl.errors import ConfigError
 from fedkl.runs import RunDirectory, is_run
 from fedkl.training import training_summary
@@ -81,6 +83,11 @@ class AttackRun(Run):
     def arms(self) -> dict[str, dict[str, Any]]:
         """The summaries of the arms by name, in order."""
         return {arm["name"]: arm for arm in self.summary["arms"]}
+
+    @cached_property
+    def chosen(self) -> dict[str, Arm]:
+        """What its arms are, by name, as its configuration says: older summaries do not."""
+        return {arm.name: arm for arm in chosen_arms(self.config)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from fedkl import wording
 from fedkl.audit import verdict
 from fedkl.audit.verdict import Verdict
-from fedkl.audit.views import chosen_arms
 from fedkl.defenses import Arm
 from fedkl.metrics import paper_psnr_to_true
 from fedkl.protocol import Knowledge
@@ -136,7 +135,7 @@ def _unlocked_sentence(run: TrainRun) -> str:
 
 def judge(arm: dict[str, Any], run: AttackRun) -> Verdict:
     """The verdict on one arm; see `fedkl.audit.verdict`."""
-    known = {each.name: each for each in chosen_arms(run.config)}[arm["name"]]  # older runs do not note it
+    known = run.chosen[arm["name"]]
     return verdict.judge(
         arm,
         floor=run.summary.get("floor"),
@@ -169,7 +168,7 @@ def _decibels(arm: dict[str, Any]) -> str:
 def _attack_sentences(run: AttackRun, collected: Collected) -> str:
     """One sentence for what hides nothing, and one for each defended arm that is no variant of another."""
     where = f"In {run.name}, " if len(collected.attacks) > 1 else ""
-    known = {arm.name: arm for arm in chosen_arms(run.config)}
+    known = run.chosen
     parts = [
         f"{wording.count(arm['success'])} images from {arm['name']} (median {_decibels(arm)})"
         for name, arm in run.arms.items()

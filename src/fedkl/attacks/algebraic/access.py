@@ -10,6 +10,11 @@ from fedkl.errors import AttackError
 from fedkl.protocol import Observation
 
 
+def image_equations(observation: Observation) -> int:
+    """Bytes of the normal equations for an image, their factor, and what they are summed from."""
+    return 3 * 8 * math.prod(observation.image_shape) ** 2
+
+
 def chain_of(observation: Observation, *, attack: str) -> Chain:
     """The observation's network as a chain.
 

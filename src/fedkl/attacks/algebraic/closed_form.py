@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedkl.attacks.algebraic.access import chain_of, open_chain
+from fedkl.attacks.algebraic.access import chain_of, image_equations, open_chain
 from fedkl.attacks.algebraic.way_down import Descent, Passed
 from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.labels import infer_label
@@ -114,8 +114,8 @@ class ClosedForm(Attack):
             )
 
     def memory(self, observation: Observation) -> int:
-        """Of the normal equations for an image, their factor and what they are summed from."""
-        return 3 * 8 * math.prod(observation.image_shape) ** 2
+        """Of the normal equations for an image."""
+        return image_equations(observation)
 
     def _check(self, observation: Observation) -> None:
         chain = open_chain(observation, attack="ClosedForm")

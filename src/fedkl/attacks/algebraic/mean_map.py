@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedkl.attacks.algebraic.access import open_above_first
+from fedkl.attacks.algebraic.access import image_equations, open_above_first
 from fedkl.attacks.algebraic.chain import Chain, Layer
 from fedkl.attacks.algebraic.way_down import Descent
 from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
@@ -89,8 +89,8 @@ class MeanMap(Attack):
         return Needs(own_images=_LEAST)
 
     def memory(self, observation: Observation) -> int:
-        """Of the normal equations for an image, their factor and what they are summed from."""
-        return 3 * 8 * math.prod(observation.image_shape) ** 2
+        """Of the normal equations for an image."""
+        return image_equations(observation)
 
     def _check(self, observation: Observation) -> None:
         first = open_above_first(observation, attack="MeanMap", private_stem=True).blocks[0]

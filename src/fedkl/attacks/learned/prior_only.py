@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
 
 from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
 from fedkl.attacks.labels import known_labels
@@ -59,12 +61,31 @@ class PriorOnly(Attack):
 
     def _guessed(self, observation: Observation, labels: Labels, generator: torch.Generator) -> ImageBatch:
         own = observation.own_data("PriorOnly", least=1)
-        guesses = []
-        for label in labels:
-            of_class = own.images[own.labels == label] if self.guess != "mean" else own.images
-            among = of_class if len(of_class) else own.images
-            if self.guess == "class-image":
-                guesses.append(among[int(torch.randint(len(among), (), generator=generator))])
-            else:
-                guesses.append(among.mean(0))
-        return torch.stack(guesses)
+        if self.guess == "class-mean":
+            return class_means(labels, images=own.images, labels=own.labels)
+        if self.guess == "mean":
+            return own.images.mean(0).expand(len(labels), *own.images.shape[1:]).clone()
+        among = [_of_class(label, own.images, own.labels) for label in labels.tolist()]
+        return torch.stack([each[int(torch.randint(len(each), (), generator=generator))] for each in among])
+
+
+def class_means(
+    wanted: Labels,
+    *,
+    images: Float[Tensor, "own channels height width"],
+    labels: Int64[Tensor, " own"],
+) -> ImageBatch:
+    """The mean image of each wanted label, in their order: a guess that looks at no update.
+
+    Args:
+        wanted: Labels to guess from.
+        images: The server's own; of a label without any, all of them are taken.
+        labels: Theirs.
+    """
+    means = {label: _of_class(label, images, labels).mean(0) for label in set(wanted.tolist())}
+    return torch.stack([means[label] for label in wanted.tolist()])
+
+
+def _of_class(label: int, images: Tensor, labels: Tensor) -> Tensor:
+    of_class = images[labels == label]
+    return of_class if len(of_class) else images
