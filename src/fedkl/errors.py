@@ -35,6 +35,10 @@ class UpdateError(FedKLError):
     """A state or update has missing, unexpected, wrongly shaped, wrongly typed or non-finite tensors."""
 
 
+class MaskingError(FedKLError):
+    """A masked update, a roster or a member's file is refused. The text is for the member's own log only."""
+
+
 class DataError(FedKLError):
     """A dataset or partition is missing, damaged, or does not fit what was asked."""
 

@@ -78,6 +78,7 @@ def check_tensors(
     subject: str,
     remedy: str,
     error: type[FedKLError] = UpdateError,
+    finite: bool = True,
 ) -> None:
     """Checks that named tensors are exactly those specified, and finite.
 
@@ -87,6 +88,7 @@ def check_tensors(
         subject: First line of the message.
         remedy: Last line of the message.
         error: The exception's class.
+        finite: Whether their values are looked at.
 
     Raises:
         FedKLError: Of class `error`: every missing, unexpected, wrongly shaped, wrongly typed or
@@ -96,20 +98,20 @@ def check_tensors(
     problems += [f"{shown(name)} is unexpected" for name in tensors if name not in specs]
     for name, spec in specs.items():
         if name in tensors:
-            problem = _tensor_problem(tensors[name], spec)
+            problem = _tensor_problem(tensors[name], spec, finite=finite)
             problems += [f"'{name}' {problem}"] if problem else []
     if problems:
         raise error(gathered(subject, problems, remedy))
 
 
-def _tensor_problem(tensor: object, spec: TensorSpec) -> str | None:
+def _tensor_problem(tensor: object, spec: TensorSpec, *, finite: bool) -> str | None:
     if not isinstance(tensor, Tensor):
         return f"is a {type(tensor).__name__}, expected a Tensor"
     if tuple(tensor.shape) != spec.shape:
         return f"has shape {tuple(tensor.shape)}, expected {spec.shape}"
     if tensor.dtype != spec.dtype:
         return f"has dtype {tensor.dtype}, expected {spec.dtype}"
-    if not bool(torch.isfinite(tensor).all()):
+    if finite and not bool(torch.isfinite(tensor).all()):
         return "has non-finite values"
     return None
 

@@ -1,0 +1,217 @@
+"""The server's side of a round: it adds uploads up, and asks for what opens their sum."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from fedkl.errors import MaskingError, gathered
+from fedkl.masking import sharing
+from fedkl.masking.encoding import LONG, Bytes, Masks, Mean, decoded, unmasked
+from fedkl.masking.keyring import self_commitment, self_mask
+from fedkl.masking.layout import Layout
+from fedkl.masking.messages import NONCE, ListMessage, Reveal, SealedSum, Upload
+from fedkl.masking.neighbors import threshold
+from fedkl.masking.schedule import Call, Mode
+from fedkl.masking.stream import MaskStream
+from fedkl.types import NamedTensors
+
+
+class MaskedSum:
+    """One attempt of a round.
+
+    Args:
+        call: What was asked for.
+        layout: Of the updates.
+        mode: Which masks the members use.
+        minimum: Uploads that a sum needs; members refuse one of fewer than their roster says.
+    """
+
+    def __init__(self, call: Call, *, layout: Layout, mode: Mode, minimum: int) -> None:
+        self.call = call
+        self.layout = layout
+        self.mode: Mode = mode
+        self._minimum = minimum
+        self._words: Bytes | None = None
+        self._uploads: dict[str, Upload] = {}  # without their words
+        self._reveals: dict[str, Reveal] = {}
+        self._closed = False
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """Whose uploads are in, sorted."""
+        return tuple(sorted(self._uploads))
+
+    @property
+    def needed(self) -> int:
+        """Uploads that a sum needs."""
+        if self.mode == "blind":
+            return self._minimum
+        return max(self._minimum, threshold(len(self.call.cohort)))
+
+    @cached_property
+    def listed(self) -> dict[str, bytes]:
+        """Nonces of the uploads that are in the sum, by member, sorted; later uploads stay out of it.
+
+        Raises:
+            MaskingError: There are too few.
+        """
+        if len(self._uploads) < self.needed:
+            raise MaskingError(
+                f"Round {self.call.round}: expected {self.needed} uploads or more, got {len(self._uploads)}."
+            )
+        self._closed = True
+        return {name: self._uploads[name].nonce for name in self.offered}
+
+    def offer(self, upload: Upload) -> None:
+        """Adds an upload to the sum.
+
+        Raises:
+            MaskingError: It is refused, and the sum is as it was.
+        """
+        self._check(upload)
+        words = upload.words
+        if self._words is None:
+            self._words = words.copy()
+        else:
+            for part, kind in self._parts():
+                into = self._words[part].view(kind)
+                into += words[part].view(kind)
+        self._uploads[upload.member] = Upload(**{**vars(upload), "words": words[:0]})
+
+    def _check(self, upload: Upload) -> None:
+        name = upload.member
+        first = next(iter(self._uploads.values()), upload)
+        pairs = self.mode != "blind"
+        same = (first.context, first.model, first.transcript)
+        problems = {
+            "comes too late": self._closed,
+            "was not asked": name not in self.call.cohort,
+            "has uploaded already": name in self._uploads,
+            f"sent {len(upload.words)} bytes of words, expected {self.layout.size}": (
+                len(upload.words) != self.layout.size
+            ),
+            "sent a nonce of a wrong size": len(upload.nonce) != NONCE,
+            "works with another roster, model or history than the first": (
+                (upload.context, upload.model, upload.transcript) != same
+            ),
+            "sent shares for others than its neighbors": (
+                not set(upload.shares) <= set(self.call.cohort) or pairs != (name in upload.shares)
+            ),
+            "sent no commitment": pairs != bool(upload.commitment),
+        }
+        for problem, holds in problems.items():
+            if holds:
+                raise MaskingError(f"Round {self.call.round}: {name} {problem}.")
+
+    def list_for(self, member: str) -> ListMessage:
+        """What a member needs in order to reveal.
+
+        Raises:
+            MaskingError: There are too few uploads.
+        """
+        listed = self.listed
+        shares = {
+            owner: upload.shares[member]
+            for owner, upload in self._uploads.items()
+            if owner in listed and member in upload.shares
+        }
+        return ListMessage(call=self.call, listed=listed, shares=shares)
+
+    def offer_reveal(self, reveal: Reveal) -> None:
+        """Takes what a member reveals.
+
+        Raises:
+            MaskingError: It reveals anything but what it was asked for, or is not listed.
+        """
+        name = reveal.member
+        own = self._uploads.get(name)
+        if own is None or name not in self.listed:
+            raise MaskingError(f"Round {self.call.round}: {name} reveals, but is not listed.")
+        around = set(own.shares)
+        expected = around & set(self.listed), around - set(self.listed)
+        if (set(reveal.shares), set(reveal.pairs)) != expected:
+            raise MaskingError(f"Round {self.call.round}: {name} reveals other things than it was asked for.")
+        sizes = {len(part) for part in (*reveal.shares.values(), *reveal.pairs.values())}
+        if not sizes <= {sharing.SIZE}:
+            raise MaskingError(f"Round {self.call.round}: {name} reveals parts of a wrong size.")
+        self._reveals[name] = reveal
+
+    @property
+    def missing(self) -> list[str]:
+        """What is still missing before the masks of the sum can be opened; empty: nothing."""
+        if self.mode == "blind":
+            return []
+        problems = []
+        for name in self.listed:
+            upload = self._uploads[name]
+            held = sum(name in reveal.shares for reveal in self._reveals.values())
+            needed = threshold(len(upload.shares))
+            if held < needed:
+                problems.append(f"{name}: {held} shares of {needed}")
+            gone = [other for other in upload.shares if other not in self.listed]
+            if gone and name not in self._reveals:
+                problems.append(f"{name}: its pair seeds with {', '.join(gone)}")
+        return problems
+
+    def sealed(self) -> SealedSum:
+        """The sum, its own and pair masks taken away. Once.
+
+        Raises:
+            MaskingError: Too few uploads, reveals are missing, or somebody revealed a false share.
+        """
+        listed = self.listed
+        problems = self.missing
+        if problems:
+            remedy = "Try the round again with the members that are left."
+            raise MaskingError(gathered(f"Round {self.call.round}: cannot be opened.", problems, remedy))
+        words, self._words = self._words, None
+        if words is None:
+            raise MaskingError(f"Round {self.call.round}: its sum is given once.")
+        if self.mode != "blind":
+            unmasked(self.layout, words, masks=self._opened_masks())
+        first = next(iter(self._uploads.values()))
+        return SealedSum(
+            call=self.call, model=first.model, transcript=first.transcript, listed=listed, words=words
+        )
+
+    def _opened_masks(self) -> Masks:
+        """Listed members' own masks, and theirs with those who are not listed."""
+        plus: list[MaskStream] = []
+        minus: list[MaskStream] = []
+        for name in self.listed:
+            minus.append(self_mask(self._seed(name)))
+            for other, seed in self._reveals[name].pairs.items() if name in self._reveals else ():
+                (minus if name < other else plus).append(MaskStream(seed))
+        return Masks(plus=plus, minus=minus)
+
+    def _seed(self, name: str) -> bytes:
+        places = {member: place for place, member in enumerate(self.call.cohort, start=1)}
+        held = {
+            places[holder]: reveal.shares[name]
+            for holder, reveal in sorted(self._reveals.items())
+            if name in reveal.shares
+        }
+        upload = self._uploads[name]
+        enough = dict(list(held.items())[: threshold(len(upload.shares))])
+        seed = sharing.join(enough)
+        if self_commitment(seed) != upload.commitment:
+            raise MaskingError(
+                f"Round {self.call.round}: a share of {name}'s seed is false; who sent it is not known. "
+                "Nothing changes."
+            )
+        return seed
+
+    def _parts(self) -> list[tuple[slice, str]]:
+        head = self.layout.head
+        return [(slice(0, head), LONG.str), (slice(head, None), f"<u{self.layout.words.bits // 8}")]
+
+
+def opened_mean(total: SealedSum, *, layout: Layout, booleans: NamedTensors | None = None) -> Mean:
+    """The means of a sum without blind masks: what the server itself may read.
+
+    Args:
+        total: The sum.
+        layout: Of the updates.
+        booleans: Boolean tensors of the model, which are not part of a sum.
+    """
+    return decoded(layout, total.words, booleans=booleans or {})

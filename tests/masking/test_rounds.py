@@ -1,0 +1,80 @@
+"""Whole rounds: what comes out is the weighted mean, and every member gets the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.masking.cohorts import Cohort, new_cohort
+
+MODES = ("blind", "pairwise", "both")
+
+
+def check(cohort: Cohort, call_round: int, *, of: tuple[str, ...] | None = None) -> None:
+    """One round, compared with the mean in the clear."""
+    total = cohort.summed(cohort.call(round=call_round), of=of)
+    means = [member.open(total) for member in cohort.members.values()]
+    for name in ("weight", "bias"):
+        error = (means[0].tensors[name].double() - cohort.expected(name, of=of)).abs().max()
+        assert error <= 2.0**-21 / 100 + 2.0**-25  # the encoding's bound, then float32's rounding below 1
+        assert all(torch.equal(mean.tensors[name], means[0].tensors[name]) for mean in means)
+    assert means[0].tensors["batches"] == 5
+    assert means[0].tensors["flag"].tolist() == [True, False]
+    updates = [cohort.updates[name] for name in of or cohort.names]
+    samples = sum(update.samples for update in updates)
+    loss = sum(update.metrics["loss"] * update.samples for update in updates) / samples
+    assert means[0].samples == samples
+    assert means[0].metrics["loss"] == pytest.approx(loss, abs=2.0**-20)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [3, 5, 10])
+def test_sums_are_means(mode: str, size: int) -> None:
+    cohort = new_cohort(size, mode=mode)
+    for number in range(2):
+        cohort.train(seed=100 * number)
+        check(cohort, number)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_members_that_are_gone_before_they_upload(mode: str) -> None:
+    cohort = new_cohort(5, mode=mode)
+    check(cohort, 0, of=cohort.names[:-1])
+    cohort.train(seed=50)
+    check(cohort, 1)
+
+
+def test_a_large_cohort_shares_masks_with_neighbors_only() -> None:
+    cohort = new_cohort(70, mode="both")
+    call = cohort.call()
+    assert len(cohort.uploads(call, of=["h000"])["h000"].shares) == 51
+
+
+def test_a_large_cohort_adds_up() -> None:
+    cohort = new_cohort(70, mode="pairwise")
+    check(cohort, 0, of=cohort.names[:-2])
+
+
+def test_short_words_round_more() -> None:
+    cohort = new_cohort(5, mode="blind", bits=32, max_samples=4096)
+    total = cohort.summed(cohort.call())
+    mean = cohort.members["h002"].open(total)
+    error = (mean.tensors["weight"].double() - cohort.expected("weight")).abs().max()
+    assert 0 < error <= 2.0**-14 / 100 + 2.0**-25
+    assert len(total.words) < 0.6 * new_cohort(5).layout.size
+
+
+def test_a_round_is_tried_again_without_a_member_that_went_after_its_upload() -> None:
+    """h004 is not listed, and h003 goes before it reveals its pair seed with it."""
+    cohort = new_cohort(6, mode="pairwise")
+    call = cohort.call()
+    server = cohort.server(call)
+    for upload in cohort.uploads(call, of=[n for n in cohort.names if n != "h004"]).values():
+        server.offer(upload)
+    left = [name for name in server.listed if name != "h003"]
+    assert [problem.partition(":")[0] for problem in server.missing]
+    again = cohort.call(attempt=1, cohort=left)
+    total = cohort.summed(again)
+    assert list(total.listed) == left
+    for name in cohort.names:
+        cohort.members[name].open(total)
