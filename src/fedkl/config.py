@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -16,6 +16,7 @@ from fedkl.defenses import DEFENSES, LOCK_SETTINGS, Defense, KeyLock, NoDefense,
 from fedkl.errors import ConfigError, gathered, printable, shown
 from fedkl.federated import Execution, FederatedTraining
 from fedkl.files import read_file
+from fedkl.masking import Mode
 from fedkl.parsing import parse_toml
 from fedkl.protocol import Procedure
 from fedkl.validation import problems_of
@@ -330,6 +331,20 @@ def partition_of(text: str) -> AnyPartition:
         subject=f"--partition {shown(text)} is not usable.",
     )
     return partition
+
+
+def aggregation_fields(masking: str) -> dict[str, Any]:
+    """An aggregation from the command line: ``blind``, ``pairwise``, ``both`` or ``none``.
+
+    Raises:
+        ConfigError: It is none of them.
+    """
+    if masking == "none":
+        return {"type": "plain"}
+    if masking not in get_args(Mode):
+        expected = ", ".join((*get_args(Mode), "none"))
+        raise ConfigError(f"--masking {shown(masking)}: expected one of {expected}.")
+    return {"type": "masked", "mode": masking}
 
 
 def partition_fields(text: str) -> dict[str, Any]:

@@ -35,6 +35,10 @@ class UpdateError(FedKLError):
     """A state or update has missing, unexpected, wrongly shaped, wrongly typed or non-finite tensors."""
 
 
+class RoundLostError(UpdateError):
+    """A round has enough updates and gives nothing all the same; the training goes on without it."""
+
+
 class MaskingError(FedKLError):
     """A masked update, a roster or a member's file is refused. The text is for the member's own log only."""
 

@@ -88,6 +88,7 @@ class _WholeRound(_Round):
     dropped: list[str]
     failed: dict[str, str]
     aggregated: bool
+    lost: str = ""
     update_bytes: Count
 
 

@@ -142,8 +142,8 @@ def _fill_ins(
     config: TrainConfig, federation: Federation, model: nn.Module, dataset: Dataset
 ) -> list[dict[str, Any]]:
     """The server's own model; the auxiliary images are drawn from the test images, and not tested on."""
-    if not federation.split.private_names:
-        return []
+    if not federation.split.private_names or federation.aggregation.server_learns == "nothing":
+        return []  # nothing to complete: no private tensors, or no model that the server could read
     images, labels = dataset.test_images, dataset.test_labels
     order = torch.randperm(len(labels), generator=rng.generator(config.seed, "auxiliary"))
     auxiliary, test = order[: config.auxiliary], order[config.auxiliary :].sort().values
@@ -178,6 +178,7 @@ def _train_summary(
         "dataset": config.data.name,
         "clients": config.training.clients,
         "rounds": len(rounds),
+        "server_learns": federation.aggregation.server_learns,
         "workers": federation.workers,
         "test_images": len(dataset.test_images),
         "classes": dataset.spec.classes,
@@ -188,6 +189,7 @@ def _train_summary(
         "statistics_shared": _statistics_shared(federation),
         "dropped": sum(len(r["dropped"]) for r in rounds),
         "failed": sum(len(r["failed"]) for r in rounds),
+        "lost_rounds": sum(bool(r.get("lost")) for r in rounds),
         "skipped_rounds": sum(not r["aggregated"] for r in rounds),
         "fill_ins": fill_ins,
         "public_parameters": sum(p.numel() for p in federation.split.public_parameters().values()),

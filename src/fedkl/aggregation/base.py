@@ -9,11 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, Literal, TypeVar, final
+from typing import Generic, Literal, TypeVar, final
 
 from torch import Tensor
 
-from fedkl.errors import UpdateError, shown
+from fedkl.errors import ConfigError, UpdateError, shown
 from fedkl.types import NamedTensors
 from fedkl.update import PublicSchema, PublicUpdate
 
@@ -22,6 +22,23 @@ _Result = TypeVar("_Result")
 
 ServerLearns = Literal["updates", "sum", "nothing"]
 """What an aggregation lets the server read: each client's update, only their sum, or not even that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationPlan:
+    """What is known before the first round.
+
+    Attributes:
+        clients: The most samples that an update may stand for, by client, in the federation's order.
+        sampled: Whether a round asks only some of them.
+        steps: Whether the server takes steps of its own along what comes out, instead of passing it on.
+        seed: Of whatever is simulated, e.g. who goes when. Never of a secret.
+    """
+
+    clients: Mapping[str, int]
+    sampled: bool
+    steps: bool
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,6 +150,7 @@ class RoundAggregation(ABC, Generic[_Update, _Result]):
         A round of which it is not asked reveals no more than what was offered.
 
         Raises:
+            RoundLostError: The round gives nothing; the next one may.
             UpdateError: It was asked before, too few have offered, or nothing sound comes of what they have.
         """
         if self._closed:
@@ -182,11 +200,41 @@ class Aggregation(ABC):
 
     Attributes:
         type: Its name in a configuration.
-        server_learns: What the server can read. A trainer gives a server that learns nothing no optimizer.
     """
 
     type: str
-    server_learns: ClassVar[ServerLearns]
+
+    @property
+    @abstractmethod
+    def server_learns(self) -> ServerLearns:
+        """What the server can read. A trainer gives a server that learns nothing no optimizer."""
+
+    def for_federation(self, plan: FederationPlan) -> Aggregation:
+        """What aggregates the rounds of one federation: itself, if nothing is kept from round to round.
+
+        Args:
+            plan: What is known before the first round.
+
+        Raises:
+            ConfigError: The federation cannot be aggregated so.
+        """
+        return self
+
+    @property
+    def secrets(self) -> dict[str, Tensor]:
+        """What a resumed federation needs of it, by name; as private as clients' keys. Nothing, for most."""
+        return {}
+
+    def restore(self, secrets: NamedTensors) -> None:
+        """Takes over what `secrets` gave.
+
+        Raises:
+            ConfigError: It is of another federation, or nothing is expected.
+        """
+        if secrets:
+            raise ConfigError(
+                f"aggregation '{self.type}' keeps nothing, but the checkpoint has secrets of one."
+            )
 
     @abstractmethod
     def begin(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -91,7 +91,11 @@ class PlainAggregation(Aggregation):
     """Updates come in the clear and are averaged as they come; see `RunningAverage`."""
 
     type: Literal["plain"] = "plain"
-    server_learns: ClassVar[ServerLearns] = "updates"
+
+    @property
+    def server_learns(self) -> ServerLearns:
+        """Each client's update."""
+        return "updates"
 
     def begin(self, plan: RoundPlan, *, record: bool = False) -> PlainRound:
         """Begins a round; without `record` it holds one sum, with it every update."""
@@ -130,7 +134,7 @@ class PlainRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
         return tuple(self._seen)
 
     def _take(self, client: str, update: PublicUpdate) -> None:
-        _check_planned(self._plan, client, update)
+        check_planned(self._plan, client, update)
         self._average.add(update)
         if self._seen is not None:
             self._seen.append(SeenUpdate(clients=(client,), update=update))
@@ -139,8 +143,12 @@ class PlainRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
         return self._average.result()
 
 
-def _check_planned(plan: RoundPlan, client: str, update: PublicUpdate) -> None:
-    """The plan's own allow-list, so that the first update does not say how the others must look."""
+def check_planned(plan: RoundPlan, client: str, update: PublicUpdate) -> None:
+    """The plan's own allow-list, so that the first update does not say how the others must look.
+
+    Raises:
+        UpdateError: The update is not one that the plan allows.
+    """
     expected, got = (plan.schema.kind, plan.round), (update.kind, update.round)
     if got != expected:
         raise UpdateError(f"Aggregation: expected updates of (kind, round) {expected}, got {got}.")

@@ -31,6 +31,7 @@ FIELDS = {
     "--clients": "training.clients",
     "--rounds": "training.rounds",
     "--partition": "training.partition",
+    "--masking": "training.aggregation",
     "--seed": "seed",
 }
 """The field of config.toml that a flag sets."""
@@ -83,6 +84,14 @@ def train(
     partition: Annotated[
         str | None, typer.Option(help="iid, shards:<per client> or dirichlet:<alpha>.", show_default="iid")
     ] = None,
+    masking: Annotated[
+        str | None,
+        typer.Option(
+            help="blind: the server reads nothing; pairwise: only the sum; both: nothing, and members cannot "
+            "read one another; none.",
+            show_default="none",
+        ),
+    ] = None,
     seed: SeedOption = None,
     settings: SetOption = None,
     resume: Annotated[
@@ -106,6 +115,7 @@ def train(
         "--clients": clients,
         "--rounds": rounds,
         "--partition": partition,
+        "--masking": masking,
         "--seed": seed,
     }
     experiment: TrainConfig | AttackConfig
@@ -122,6 +132,8 @@ def train(
         fields: dict[str, Any] = {FIELDS[flag]: value for flag, value in flags.items()}
         if partition is not None:
             fields["training.partition"] = configs.partition_fields(partition)
+        if masking is not None:
+            fields["training.aggregation"] = configs.aggregation_fields(masking)
         experiment = configs.from_flags(
             "train",
             file=config,

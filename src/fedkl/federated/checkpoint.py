@@ -3,6 +3,7 @@
 round-000012.json           what belongs to the checkpoint before round 12; written last
 public-000012.safetensors   the server: public state and optimizer
 private-000012-0.fedkl      clients that have changed since the checkpoint before, encrypted
+masks-000012.fedkl          what the aggregation keeps, e.g. the members' keys, encrypted; only if it does
 
 A client's state lies in the newest file that holds it, so a checkpoint of 10,000 clients, of whom ten have
 trained, writes ten.
@@ -51,6 +52,7 @@ _ROUND = r"([0-9]{6}|[1-9][0-9]{6,17})"
 _MANIFEST = re.compile(rf"round-{_ROUND}\.json")
 _PUBLIC = re.compile(rf"public-{_ROUND}\.safetensors")
 _PRIVATE = re.compile(rf"private-{_ROUND}-[0-9]{{1,9}}\.fedkl")
+_MASKS = re.compile(rf"masks-{_ROUND}\.fedkl")
 _REMEDY = "Choose another --out, or remove the folder 'checkpoints' to start again."
 _KEPT = "The last complete checkpoint is kept: make room, then the same command goes on from it."
 
@@ -65,6 +67,7 @@ class _Manifest:
         public: Name of the server's file.
         digest: SHA-256 of the server's file.
         clients: Name of the private file by client.
+        masks: Name of the aggregation's file; empty if it keeps nothing.
         workers: How the clients were run; the last bits of results depend on it.
         threads: The same for PyTorch's threads.
     """
@@ -74,6 +77,7 @@ class _Manifest:
     public: str
     digest: str
     clients: dict[str, str]
+    masks: str
     workers: int
     threads: int
 
@@ -84,6 +88,7 @@ _KINDS = {
     "public": str,
     "digest": str,
     "clients": dict,
+    "masks": str,
     "workers": int,
     "threads": int,
 }
@@ -126,6 +131,7 @@ class Checkpoints:
                 public=_public_name(round),
                 digest=hashlib.sha256(data).hexdigest(),
                 clients=places,
+                masks=self._write_masks(federation, round),
                 workers=federation.workers,
                 threads=federation.threads,
             )
@@ -156,6 +162,7 @@ class Checkpoints:
                     raise ConfigError(f"{path}: later than the last round, {federation.training.rounds}.")
                 public = self._read_public(manifest, federation)
                 private = self._read_private(manifest, federation)
+                self._restore_masks(manifest, federation)
             except FedKLError as error:
                 failures.append(error)
                 continue
@@ -227,11 +234,11 @@ class Checkpoints:
         for path in kept:
             with contextlib.suppress(FedKLError):  # a damaged one holds nothing back
                 manifest = self._read_manifest(path)
-                used |= {manifest.public, *manifest.clients.values()}
+                used |= {manifest.public, manifest.masks, *manifest.clients.values()}
         with os.scandir(self._folder) as entries:
             found = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
         for name in found:
-            if name not in used and any(p.fullmatch(name) for p in (_MANIFEST, _PUBLIC, _PRIVATE)):
+            if name not in used and any(p.fullmatch(name) for p in (_MANIFEST, _PUBLIC, _PRIVATE, _MASKS)):
                 (self._folder / name).unlink()
         remove_parts(self._folder)
 
@@ -278,6 +285,34 @@ class Checkpoints:
             self._write_private(self._folder / name, group)
             places |= {client.name: name for client in group}
         return places
+
+    def _write_masks(self, federation: Federation, round: int) -> str:
+        """Writes what the aggregation keeps; returns the file's name, empty if it keeps nothing."""
+        tensors = federation.aggregation.secrets
+        if not tensors:
+            return ""
+        name = f"masks-{round:06d}.fedkl"
+        lockfile.write(
+            self._folder / name,
+            kind="checkpoint",
+            meta={"file": name},
+            tensors=tensors,
+            passphrase=self._passphrase,
+            salt=self._salt,
+        )
+        return name
+
+    def _restore_masks(self, manifest: _Manifest, federation: Federation) -> None:
+        """The last step that can fail: the aggregation checks what it takes over."""
+        tensors: dict[str, Tensor] = {}
+        if manifest.masks:
+            path = self._folder / manifest.masks
+            if path.is_symlink():
+                raise ConfigError(f"{path}: expected a file, got a symbolic link.")
+            facts, tensors = lockfile.read(path, kind="checkpoint", passphrase=self._passphrase)
+            if facts.get("file") != path.name:
+                raise KeyFileError(f"{path}: was once another file.")
+        federation.aggregation.restore(tensors)
 
     def _write_private(self, path: Path, clients: Sequence[Client]) -> None:
         tensors: dict[str, Tensor] = {}
@@ -425,10 +460,11 @@ def _unsealed(data: bytes) -> _Manifest:
     digest = values.pop("sha256", None)
     if values.get("version") != _VERSION:
         raise ValueError(f"of version {shown(values.get('version'))}, expected {_VERSION}")
-    _check_manifest(values)
+    found = {"masks": ""} | values  # earlier ones had none
+    _check_manifest(found)
     if digest != _digest(values):
         raise ValueError("it was altered")
-    return _Manifest(**values)
+    return _Manifest(**found)
 
 
 def _check_manifest(values: dict[str, Any]) -> None:
@@ -440,6 +476,8 @@ def _check_manifest(values: dict[str, Any]) -> None:
         raise ValueError("expected a round from 0 to 10¹⁸")
     if values["public"] != _public_name(round):
         raise ValueError(f"round {round} cannot have the file {shown(values['public'])}")
+    if values["masks"] not in ("", f"masks-{round:06d}.fedkl"):
+        raise ValueError(f"round {round} cannot have the file {shown(values['masks'])}")
     for name in values["clients"].values():
         match = _PRIVATE.fullmatch(name) if isinstance(name, str) else None
         if match is None or int(match[1]) > round:

@@ -72,7 +72,9 @@ class FederatedTraining:
     partition: Annotated[AnyPartition, Field(discriminator="type")] = field(default_factory=IID)
     schedule: Annotated[AnySchedule, Field(discriminator="type")] = field(default_factory=StepSchedule)
     server: Annotated[AnyServerOptimizer, Field(discriminator="type")] = field(default_factory=Averaging)
-    aggregation: AnyAggregation = field(default_factory=PlainAggregation)
+    aggregation: Annotated[AnyAggregation, Field(discriminator="type")] = field(
+        default_factory=PlainAggregation
+    )
     eval_every: int = 1
     eval_clients: int = 20
     local: LocalTraining = field(default_factory=LocalTraining)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fedkl import rng
-from fedkl.aggregation import Aggregation, OnSeen, RoundAggregation, RoundPlan
+from fedkl.aggregation import Aggregation, FederationPlan, OnSeen, RoundAggregation, RoundPlan
 from fedkl.data import Dataset, class_counts
 from fedkl.defenses import Defense
-from fedkl.errors import ConfigError, FedKLError, TrainingError, UpdateError
+from fedkl.errors import ConfigError, FedKLError, RoundLostError, TrainingError, UpdateError
 from fedkl.federated.client import Client
 from fedkl.federated.options import Execution, FederatedTraining
 from fedkl.federated.server import AnyServerOptimizer, Averaging, Server, ServerSGD
@@ -46,7 +46,9 @@ class RoundResult:
         updates: How many updates came.
         dropped: Names of sampled clients that were gone.
         failed: Why a client's update was refused, by client.
-        aggregated: Whether the global model changed: False if fewer updates came than `min_cohort`.
+        aggregated: Whether the global model changed: False if fewer updates came than `min_cohort`, or if the
+            aggregation lost the round.
+        lost: Why it did; empty if it did not.
         accuracies: Test accuracy of the new global model by client, each with its own private state, in
             [0, 1]; empty where the round was not evaluated.
         local_accuracies: The same on a test set of each client's own class frequencies; without the clients
@@ -62,6 +64,7 @@ class RoundResult:
     dropped: tuple[str, ...] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
     aggregated: bool
+    lost: str = ""
     accuracies: Mapping[str, float] = field(default_factory=dict)
     local_accuracies: Mapping[str, float] = field(default_factory=dict)
     update_bytes: int
@@ -107,7 +110,6 @@ class Federation:
         aggregation: Aggregation | None = None,
     ) -> None:
         execution = execution or Execution()
-        self.aggregation = aggregation or training.aggregation
         self.defense = defense
         self.training = training
         self.dataset = dataset
@@ -119,10 +121,12 @@ class Federation:
         self.class_counts = class_counts(dataset.train_labels, parts, classes=dataset.spec.classes)
         self.clients = _clients(parts, defense, model)
         self._indexes = {client.name: index for index, client in enumerate(self.clients)}
+        options = aggregation or training.aggregation
+        _check_server_knows(options, training)
+        self.aggregation = options.for_federation(self._federation_plan())
         self._pool = self._workers(model, execution)
         _check_fedsgd(self.split, training)
         _check_tied(self.split, training)
-        _check_server_knows(self.aggregation, training)
         self.server = Server(
             self.split.public_state(),
             trained=[name for name, p in self.split.public_parameters().items() if p.requires_grad],
@@ -214,8 +218,7 @@ class Federation:
         if failed and not losses and not alone:
             raise TrainingError(_diverged(round, lr, failed))
         enough = len(collected.offered) >= self.training.min_cohort and collected.enough
-        if enough:
-            self._apply(collected.result(), round)
+        lost = self._aggregated(collected, round) if enough else ""
         seconds = perf_counter() - begin
         if on_seen is not None:
             on_seen(plan, collected.what_the_server_sees())
@@ -228,10 +231,19 @@ class Federation:
             updates=len(collected.offered),
             dropped=tuple(client.name for client in dropped),
             failed=failed,
-            aggregated=enough,
+            aggregated=enough and not lost,
+            lost=lost,
             accuracies=accuracies,
             local_accuracies=local_accuracies,
             update_bytes=collected.update_bytes,
+        )
+
+    def _federation_plan(self) -> FederationPlan:
+        return FederationPlan(
+            clients={client.name: client.num_samples for client in self.clients},
+            sampled=self.training.cohort is not None,
+            steps=not isinstance(_server_optimizer(self.training), Averaging),
+            seed=self._seed,
         )
 
     def _plan(self, round: int, sampled: Sequence[Client]) -> RoundPlan:
@@ -284,6 +296,14 @@ class Federation:
                 f"{kind.__module__}.{kind.__qualname__}.transform: {type(error).__name__} on an update of "
                 f"kind '{update.kind}'. It gets weights under fedavg, a gradient under fedsgd, and buffers."
             ) from error
+
+    def _aggregated(self, collected: RoundAggregation[PublicUpdate, dict[str, Tensor]], round: int) -> str:
+        """Applies what a round gives; returns why it gives nothing, empty if it does."""
+        try:
+            self._apply(collected.result(), round)
+        except RoundLostError as error:
+            return str(error)
+        return ""
 
     def _apply(self, average: NamedTensors, round: int) -> None:
         if self.training.local.algorithm == "fedavg":

@@ -19,7 +19,7 @@ from fedkl.masking.member import Member
 from fedkl.masking.memory import Memory
 from fedkl.masking.messages import ListMessage, Reveal, SealedSum, Upload
 from fedkl.masking.roster import Membership, Roster, Rules, SealedRoster, new_roster
-from fedkl.masking.schedule import Call, Mode
+from fedkl.masking.schedule import Call, Mode, Secret
 from fedkl.masking.server import MaskedSum, opened_mean
 from fedkl.masking.words import Words
 
@@ -41,6 +41,7 @@ __all__ = [
     "Rules",
     "SealedRoster",
     "SealedSum",
+    "Secret",
     "Upload",
     "Words",
     "new_roster",

@@ -141,7 +141,12 @@ class MemberKeys:
     def new(cls, name: str, *, today: date) -> MemberKeys:
         """New keys from the operating system."""
         seeds = {kind: Secret(secrets.token_bytes(size)) for kind, size in cls.SEEDS.items()}
-        return cls(name=name, expires=today + timedelta(days=CARD_DAYS), seeds=seeds)
+        return cls(name=name, expires=cls.expiry(today), seeds=seeds)
+
+    @staticmethod
+    def expiry(today: date) -> date:
+        """The last day of a card that is made today."""
+        return today + timedelta(days=CARD_DAYS)
 
     def card(self) -> MemberCard:
         """The public half, signed; the same every time."""

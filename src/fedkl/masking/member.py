@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Mapping
 from datetime import date
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from fedkl.masking.refusals import check_call, check_listed, check_new, check_ow
 from fedkl.masking.roster import Membership
 from fedkl.masking.schedule import Call, Context
 from fedkl.types import NamedTensors
-from fedkl.update import check_tensors
+from fedkl.update import TensorSpec, check_tensors
 
 
 class Member:
@@ -32,6 +33,7 @@ class Member:
         layout: Of the update; its words are those of the roster.
         memory: What it remembers.
         booleans: Boolean tensors of its model, which are not sent.
+        model: What a model consists of; None: of what an update does.
         today: The date.
 
     Raises:
@@ -46,6 +48,7 @@ class Member:
         layout: Layout,
         memory: Memory,
         booleans: NamedTensors | None = None,
+        model: Mapping[str, TensorSpec] | None = None,
         today: date,
     ) -> None:
         membership.roster.check_date(today)
@@ -55,6 +58,7 @@ class Member:
         self.name = membership.name
         self.layout = layout
         self.memory = memory
+        self._model = layout.specs if model is None else model
         self._keyring = Keyring(membership)
         self._booleans = dict(booleans or {})
         check_tensors(
@@ -76,7 +80,7 @@ class Member:
 
         Args:
             run: The run's name, 16 bytes.
-            model: Named tensors of the layout.
+            model: Named tensors.
 
         Raises:
             MaskingError: The tensors do not fit, their booleans differ from the member's, or the run has a
@@ -88,7 +92,7 @@ class Member:
                 "Refused: the server sent a model of its own, but this run has a sum already, and the rules "
                 "of the roster want the sum."
             )
-        found = model_digest(self.layout, model)
+        found = model_digest(self._model, model)
         self._check_booleans(model)
         remembered.model = found.hex()
         remembered.transcript = remembered.transcript or digest("transcript", run).hex()
@@ -187,7 +191,7 @@ class Member:
         following = digest("transcript", total.transcript, context.digest, list_digest(total.listed))
         check_sequence(total, remembered, following)
         mean = self._opened(total, context)
-        remembered.model = model_digest(self.layout, mean.tensors).hex()
+        remembered.model = model_digest(self.layout.specs, mean.tensors).hex()
         remembered.opened, remembered.transcript = total.call.round, following.hex()
         self._keep(total.call.run, remembered)
         return mean
@@ -259,21 +263,26 @@ class Member:
                 raise MaskingError(f"Refused: '{name}' (bool) differs from this member's own model.")
 
 
-def model_digest(layout: Layout, tensors: NamedTensors) -> bytes:
-    """SHA-256 of a model's tensors in the layout's order, 32 bytes.
+def model_digest(specs: Mapping[str, TensorSpec], tensors: NamedTensors) -> bytes:
+    """SHA-256 of a model's names, shapes, dtypes and numbers, 32 bytes.
+
+    Args:
+        specs: What it consists of, in this order.
+        tensors: The model.
 
     Raises:
-        MaskingError: They do not fit the layout.
+        MaskingError: They do not fit.
     """
     check_tensors(
         tensors,
-        layout.specs,
+        specs,
         subject="Model refused.",
-        remedy="Send exactly the tensors of the layout, finite.",
+        remedy="Send exactly the public tensors, finite.",
         error=MaskingError,
     )
-    state = hashlib.sha256(canonical("model", layout.digest))
-    for name in layout.specs:
+    about = [(name, spec.shape, str(spec.dtype)) for name, spec in specs.items()]
+    state = hashlib.sha256(canonical("model", about))
+    for name in specs:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
         state.update(flat.view(torch.uint8).numpy().data)
     return state.digest()

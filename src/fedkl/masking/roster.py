@@ -271,8 +271,9 @@ def new_roster(
     signer: MemberKeys,
     today: date,
     previous: Roster | None = None,
+    secret: Secret | None = None,
 ) -> SealedRoster:
-    """Makes a roster with a new cohort key.
+    """Makes a roster, with a new cohort key.
 
     Args:
         name: Of the cohort.
@@ -281,11 +282,12 @@ def new_roster(
         signer: Keys of the member who makes it.
         today: The date.
         previous: The roster that is changed.
+        secret: A cohort key that was kept, to make the same roster again; None: a new one.
 
     Raises:
         MaskingError: The cards do not make a roster, one has expired, or the signer is no member.
     """
-    secret = Secret(secrets.token_bytes(32))
+    secret = secret or Secret(secrets.token_bytes(32))
     roster = Roster(
         name=name,
         epoch=0 if previous is None else previous.epoch + 1,

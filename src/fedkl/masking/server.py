@@ -42,6 +42,15 @@ class MaskedSum:
         return tuple(sorted(self._uploads))
 
     @property
+    def upload_bytes(self) -> int:
+        """Size of what one member sends; 0 if none has."""
+        first = next(iter(self._uploads.values()), None)
+        if first is None:
+            return 0
+        beside = len(first.nonce) + len(first.commitment) + sum(map(len, first.shares.values()))
+        return self.layout.size + beside
+
+    @property
     def needed(self) -> int:
         """Uploads that a sum needs."""
         if self.mode == "blind":

@@ -1,0 +1,343 @@
+"""Masked sums: the server adds up updates that it cannot read. In one process, whole protocol included.
+
+Members and server are played here, and nothing passes between them but the messages of docs/masked.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkl import rng
+from fedkl.aggregation.base import (
+    Aggregation,
+    FederationPlan,
+    RoundAggregation,
+    RoundPlan,
+    Seen,
+    SeenUpdate,
+    ServerLearns,
+)
+from fedkl.aggregation.masked_members import Cohort, sum_of, sum_tensors
+from fedkl.aggregation.plain import check_planned
+from fedkl.errors import ConfigError, MaskingError, RoundLostError, UpdateError, gathered
+from fedkl.masking import (
+    Call,
+    Contribution,
+    Layout,
+    MaskedSum,
+    Member,
+    Mode,
+    Rules,
+    SealedSum,
+    Upload,
+    opened_mean,
+)
+from fedkl.masking.neighbors import threshold
+from fedkl.masking.words import MAX_MEMBERS, MAX_SAMPLES, WordBits
+from fedkl.types import NamedTensors
+from fedkl.update import PublicUpdate
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedAggregation(Aggregation):
+    """Updates come masked; see docs/masked.md.
+
+    Attributes:
+        mode: ``"blind"``: the server reads nothing, not even the sum. ``"pairwise"``: it reads the sum.
+            ``"both"``: nothing, and members cannot read one another either.
+        bits: Of a word: 64, or 32 for large models.
+        minimum: Fewest updates in a sum, at least 3.
+        lost: Probability, in [0, 1), that a client is gone after its update is in, before it reveals.
+    """
+
+    type: Literal["masked"] = "masked"
+    mode: Mode = "blind"
+    bits: WordBits = 64
+    minimum: int = 3
+    lost: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lost < 1:
+            raise ConfigError(f"aggregation: lost: expected a probability in [0, 1), got {self.lost}.")
+        if self.minimum < 3:
+            raise ConfigError(f"aggregation: minimum: expected at least 3, got {self.minimum}.")
+
+    @property
+    def server_learns(self) -> ServerLearns:
+        """The sum in pairwise mode, otherwise nothing."""
+        return "sum" if self.mode == "pairwise" else "nothing"
+
+    def for_federation(self, plan: FederationPlan) -> MaskedFederation:
+        """A cohort of all clients.
+
+        Raises:
+            ConfigError: There are too few or too many clients, or one has too many samples.
+        """
+        return MaskedFederation(self, plan)
+
+    def begin(self, plan: RoundPlan, *, record: bool = False) -> MaskedRound:
+        """Not here: rounds need the members' memory.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("MaskedAggregation: begin rounds of what for_federation(…) gives.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SeenUpload(Seen):
+    """A masked update, as the server has it.
+
+    Attributes:
+        upload: Words, nonce, encrypted shares.
+        layout: What the words would be, if they could be read.
+    """
+
+    upload: Upload = field(repr=False)
+    layout: Layout = field(repr=False)
+
+    def as_numbers(self) -> dict[str, Tensor]:
+        """The words taken for numbers in [−1, 1): all that an attack on floats can be given."""
+        bits = self.layout.words.bits
+        words = self.upload.words[self.layout.head :].view(f"<i{bits // 8}")
+        place, found = 0, {}
+        for name, spec in self.layout.floats.items():
+            count = torch.Size(spec.shape).numel()
+            piece = words[place : place + count].astype(np.float64) / 2.0 ** (bits - 1)
+            found[name] = torch.from_numpy(piece).to(spec.dtype).reshape(spec.shape)
+            place += count
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SeenSum(SeenUpdate):
+    """A sum in the clear: what a server reads with pair masks.
+
+    Attributes:
+        update: The weighted mean; it stands for the samples of all.
+    """
+
+
+class MaskedFederation(Aggregation):
+    """The members of one federation, and what they keep between rounds.
+
+    Args:
+        options: Which masks.
+        plan: Of the federation.
+
+    Raises:
+        ConfigError: The federation cannot be masked so.
+    """
+
+    type = "masked"
+
+    def __init__(self, options: MaskedAggregation, plan: FederationPlan) -> None:
+        self.options = options
+        self._plan = plan
+        self._rules = _rules(options, plan)
+        self._cohort = Cohort.new(self._rules, plan.clients, today=date.today())
+        self._last: SealedSum | None = None
+        self._members: dict[str, Member] = {}
+
+    @property
+    def server_learns(self) -> ServerLearns:
+        """The sum in pairwise mode, otherwise nothing."""
+        return self.options.server_learns
+
+    def begin(self, plan: RoundPlan, *, record: bool = False) -> MaskedRound:
+        """Begins a round: every member that is asked takes the server's model, or opens the last sum."""
+        if not self._members:
+            self._members = self._cohort.members(plan)
+        return MaskedRound(self, plan, record=record)
+
+    def member(self, name: str) -> Member:
+        """A member, once a round has begun."""
+        return self._members[name]
+
+    @property
+    def run(self) -> bytes:
+        """The run's name."""
+        return self._cohort.run
+
+    def receive(self, member: Member, plan: RoundPlan) -> None:
+        """What a member gets at the beginning of a round."""
+        if self._last is None or self._plan.steps:
+            member.accept_model(self.run, plan.state)
+        else:
+            member.open(self._last)
+
+    def passed_on(self, total: SealedSum) -> None:
+        """Members get this sum at the beginning of the next round."""
+        self._last = total
+
+    def lost(self, round: int, attempt: int, names: tuple[str, ...]) -> list[str]:
+        """Who is gone before it reveals."""
+        draws = rng.generator(self._plan.seed, "lost", round, attempt)
+        chances = torch.rand(len(names), generator=draws).tolist()
+        return [name for name, chance in zip(names, chances, strict=True) if chance < self.options.lost]
+
+    @property
+    def secrets(self) -> dict[str, Tensor]:
+        """Keys, the cohort's key, memories, and the last sum."""
+        return self._cohort.secrets() | sum_tensors(self._last)
+
+    def restore(self, secrets: NamedTensors) -> None:
+        """Takes over what `secrets` gave.
+
+        Raises:
+            ConfigError: It is of another federation.
+        """
+        self._cohort = Cohort.restored(self._rules, self._plan.clients, secrets)
+        self._last = sum_of(secrets)
+        self._members = {}
+
+
+class MaskedRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
+    """One round of masked sums.
+
+    Args:
+        federation: The members.
+        plan: What is agreed.
+        record: Whether every upload is kept for `what_the_server_sees`.
+    """
+
+    def __init__(self, federation: MaskedFederation, plan: RoundPlan, *, record: bool) -> None:
+        super().__init__(plan.clients)
+        self._federation = federation
+        self._plan = plan
+        self._ready: set[str] = set()
+        self._attempts = [self._attempt(0, tuple(sorted(plan.clients)))]
+        self._updates: dict[str, PublicUpdate] = {}  # where a second attempt may need them
+        self._seen: list[Seen] | None = [] if record else None
+        self._schema = plan.schema
+
+    def _attempt(self, number: int, cohort: tuple[str, ...]) -> MaskedSum:
+        federation = self._federation
+        call = Call(run=federation.run, round=self._plan.round, attempt=number, cohort=cohort)
+        layout = federation.member(cohort[0]).layout
+        options = federation.options
+        return MaskedSum(call, layout=layout, mode=options.mode, minimum=options.minimum)
+
+    @property
+    def enough(self) -> bool:
+        """Whether a sum of what was offered would be opened."""
+        return len(self.offered) >= self._attempts[-1].needed
+
+    @property
+    def update_bytes(self) -> int:
+        """Size of one upload: words, nonce and shares."""
+        return self._attempts[0].upload_bytes
+
+    def what_the_server_sees(self) -> tuple[Seen, ...]:
+        """Each upload as it came, and with pair masks the sum.
+
+        Raises:
+            ConfigError: The round was begun without `record`.
+        """
+        if self._seen is None:
+            raise ConfigError("MaskedAggregation: this round is not recorded. Begin it with record=True.")
+        return tuple(self._seen)
+
+    def _take(self, client: str, update: PublicUpdate) -> None:
+        check_planned(self._plan, client, update)
+        self._upload(self._attempts[-1], client, update)
+        if self._federation.options.lost:
+            self._updates[client] = update
+
+    def _upload(self, attempt: MaskedSum, client: str, update: PublicUpdate) -> None:
+        member = self._federation.member(client)
+        contribution = Contribution(tensors=update.tensors, samples=update.num_samples)
+        try:
+            if client not in self._ready:
+                self._federation.receive(member, self._plan)
+                self._ready.add(client)
+            upload = member.upload(attempt.call, contribution)
+            attempt.offer(upload)
+        except MaskingError as error:
+            raise UpdateError(str(error)) from error
+        if self._seen is not None:
+            self._seen.append(SeenUpload(clients=(client,), upload=upload, layout=attempt.layout))
+
+    def _result(self) -> dict[str, Tensor]:
+        try:
+            total = self._total()
+            mean = self._opened(total)
+        except MaskingError as error:
+            raise RoundLostError(str(error)) from error
+        self._updates.clear()
+        self._federation.passed_on(total)
+        return mean
+
+    def _total(self) -> SealedSum:
+        """The sum of the first attempt that can be opened."""
+        while True:
+            attempt = self._attempts[-1]
+            gone = self._gone(attempt)
+            here = tuple(name for name in attempt.listed if name not in gone)
+            whole = attempt.mode == "blind" or not gone or len(attempt.listed) == len(attempt.call.cohort)
+            if whole or len(here) < self._least(here):
+                return self._revealed(attempt, here)
+            # Pair seeds of the vanished with the unlisted are missing. Nobody has revealed anything yet.
+            again = self._attempt(attempt.call.attempt + 1, here)
+            for name in here:
+                self._upload(again, name, self._updates[name])
+            self._attempts.append(again)
+
+    def _revealed(self, attempt: MaskedSum, here: tuple[str, ...]) -> SealedSum:
+        if attempt.mode != "blind":
+            for name in here:
+                attempt.offer_reveal(self._federation.member(name).reveal(attempt.list_for(name)))
+        return attempt.sealed()
+
+    def _least(self, cohort: tuple[str, ...]) -> int:
+        return max(self._federation.options.minimum, threshold(len(cohort)))
+
+    def _gone(self, attempt: MaskedSum) -> set[str]:
+        call = attempt.call
+        lost = self._federation.lost(call.round, call.attempt, tuple(attempt.listed))
+        return {*self.dropped, *lost} & set(attempt.listed)
+
+    def _opened(self, total: SealedSum) -> dict[str, Tensor]:
+        """What the sum says: to the server where it can read it, otherwise to one of the members."""
+        layout = self._attempts[-1].layout
+        if self._federation.server_learns == "sum":
+            booleans = {name: self._plan.state[name] for name in layout.booleans}
+            mean = opened_mean(total, layout=layout, booleans=booleans)
+            if self._seen is not None:
+                self._seen.append(self._sum_seen(total, mean.tensors, mean.samples))
+            return mean.tensors
+        first = next(iter(total.listed))
+        return self._federation.member(first).open(total).tensors
+
+    def _sum_seen(self, total: SealedSum, tensors: NamedTensors, samples: int) -> SeenSum:
+        update = PublicUpdate(
+            schema=self._schema, tensors=tensors, num_samples=samples, round=self._plan.round
+        )
+        return SeenSum(clients=tuple(total.listed), update=update)
+
+
+def _rules(options: MaskedAggregation, plan: FederationPlan) -> Rules:
+    count, most = len(plan.clients), max(plan.clients.values())
+    checks = {
+        f"clients: expected {options.minimum} (aggregation.minimum) to {MAX_MEMBERS}, got {count}": (
+            options.minimum <= count <= MAX_MEMBERS
+        ),
+        f"samples of a client: expected at most {MAX_SAMPLES}, got {most}": most <= MAX_SAMPLES,
+    }
+    problems = [problem for problem, fine in checks.items() if not fine]
+    if problems:
+        raise ConfigError(gathered("This federation cannot be masked.", problems, "Correct these."))
+    return Rules(
+        mode=options.mode,
+        bits=options.bits,
+        minimum=options.minimum,
+        max_samples=most,
+        sampled=plan.sampled,
+        server_model=plan.steps,
+    )

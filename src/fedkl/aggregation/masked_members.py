@@ -1,0 +1,186 @@
+"""The members of a masked federation in one process: who they are, and how they are kept in a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date
+
+import torch
+from torch import Tensor
+
+from fedkl.aggregation.base import RoundPlan
+from fedkl.errors import ConfigError, MaskingError
+from fedkl.masking import (
+    Call,
+    Layout,
+    Member,
+    MemberKeys,
+    Memory,
+    Rules,
+    SealedSum,
+    Secret,
+    new_roster,
+)
+from fedkl.types import NamedTensors
+from fedkl.update import TensorSpec
+
+
+@dataclass(kw_only=True)
+class Cohort:
+    """Who the members are: their keys and memories.
+
+    Attributes:
+        rules: What they agreed on.
+        clients: Their names.
+        run: The run's name.
+        today: When their cards and roster were made; they never expire in a simulation.
+        secret: The cohort's key.
+        keys: By member.
+        memories: By member.
+    """
+
+    rules: Rules
+    clients: tuple[str, ...]
+    run: bytes
+    today: date
+    secret: Secret
+    keys: dict[str, MemberKeys]
+    memories: dict[str, Memory]
+
+    @classmethod
+    def new(cls, rules: Rules, clients: Iterable[str], *, today: date) -> Cohort:
+        """New keys for all."""
+        keys = {name: MemberKeys.new(name, today=today) for name in clients}
+        return cls(
+            rules=rules,
+            clients=tuple(keys),
+            run=secrets.token_bytes(16),
+            today=today,
+            secret=Secret(secrets.token_bytes(32)),
+            keys=keys,
+            memories={name: Memory() for name in keys},
+        )
+
+    def members(self, plan: RoundPlan) -> dict[str, Member]:
+        """Members by name, for updates of this plan."""
+        sealed = new_roster(
+            name="federation",
+            cards=[keys.card() for keys in self.keys.values()],
+            rules=self.rules,
+            signer=next(iter(self.keys.values())),
+            today=self.today,
+            secret=self.secret,
+        )
+        layout = Layout(specs=plan.schema.specs, words=sealed.roster.words)
+        booleans = {name: plan.state[name] for name in layout.booleans}
+        model = {name: TensorSpec.of(tensor) for name, tensor in plan.state.items()}
+        return {
+            name: Member(
+                sealed.opened(keys),
+                layout=layout,
+                memory=self.memories[name],
+                booleans=booleans,
+                model=model,
+                today=self.today,
+            )
+            for name, keys in self.keys.items()
+        }
+
+    def secrets(self) -> dict[str, Tensor]:
+        """All that makes the same cohort again."""
+        about = {
+            "run": self.run.hex(),
+            "today": self.today.isoformat(),
+            "memories": {name: memory.to_json() for name, memory in self.memories.items()},
+        }
+        found = {"about": _bytes(json.dumps(about).encode()), "key": _bytes(self.secret.reveal())}
+        for name, keys in self.keys.items():
+            for kind, seed in keys.seeds.items():
+                found[f"member/{name}/{kind}"] = _bytes(seed.reveal())
+        return found
+
+    @classmethod
+    def restored(cls, rules: Rules, clients: Iterable[str], secrets: NamedTensors) -> Cohort:
+        """The cohort that `secrets` describes.
+
+        Raises:
+            ConfigError: It is of other clients, or damaged.
+        """
+        try:
+            about = json.loads(_text(secrets["about"]))
+            today = date.fromisoformat(about["today"])
+            keys = {}
+            for name in clients:
+                seeds = {kind: Secret(_text(secrets[f"member/{name}/{kind}"])) for kind in MemberKeys.SEEDS}
+                keys[name] = MemberKeys(name=name, expires=MemberKeys.expiry(today), seeds=seeds)
+            memories = {
+                name: Memory.from_json(about["memories"][name], keep=lambda memory: None) for name in keys
+            }
+            run, secret = bytes.fromhex(about["run"]), Secret(_text(secrets["key"]))
+        except (KeyError, TypeError, ValueError, MaskingError) as error:
+            raise ConfigError("The checkpoint's masks are of another federation, or damaged.") from error
+        return cls(
+            rules=rules,
+            clients=tuple(keys),
+            run=run,
+            today=today,
+            secret=secret,
+            keys=keys,
+            memories=memories,
+        )
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _text(tensor: Tensor) -> bytes:
+    return bytes(tensor.numpy())
+
+
+def sum_tensors(total: SealedSum | None) -> dict[str, Tensor]:
+    """A sum as named tensors; nothing for none."""
+    if total is None:
+        return {}
+    call = total.call
+    about = {
+        "run": call.run.hex(),
+        "round": call.round,
+        "attempt": call.attempt,
+        "cohort": call.cohort,
+        "model": total.model.hex(),
+        "transcript": total.transcript.hex(),
+        "listed": {name: nonce.hex() for name, nonce in total.listed.items()},
+    }
+    words = torch.from_numpy(total.words)
+    return {"sum/about": _bytes(json.dumps(about).encode()), "sum/words": words}
+
+
+def sum_of(tensors: Mapping[str, Tensor]) -> SealedSum | None:
+    """The sum that `sum_tensors` was given.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    if "sum/about" not in tensors:
+        return None
+    try:
+        about = json.loads(_text(tensors["sum/about"]))
+        call = Call(
+            run=bytes.fromhex(about["run"]),
+            round=about["round"],
+            attempt=about["attempt"],
+            cohort=tuple(about["cohort"]),
+        )
+        return SealedSum(
+            call=call,
+            model=bytes.fromhex(about["model"]),
+            transcript=bytes.fromhex(about["transcript"]),
+            listed={name: bytes.fromhex(nonce) for name, nonce in about["listed"].items()},
+            words=tensors["sum/words"].numpy(),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError("The checkpoint's last sum is damaged.") from error
