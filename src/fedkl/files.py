@@ -239,3 +239,43 @@ def exclusive(path: Path, *, mode: int = 0o755, follow: bool = True) -> Iterator
         yield
     finally:
         os.close(folder)  # gives the lock back; so does the end of the process, however it ends
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keeps a file for this process, where the system can (POSIX), by a lock on ``.<name>.lock`` beside it.
+
+    The lock cannot be on the file itself, which every atomic write replaces. The empty file stays: whoever
+    removed it could leave two processes with a lock each.
+
+    Args:
+        path: The file; its folder is made, a private one, if it is not there.
+
+    Raises:
+        ConfigError: Another process, or another part of this one, has it, or the lock cannot be made.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        make_folder(path.parent, mode=PRIVATE_FOLDER)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | _NO_LINK, PRIVATE_FILE) if fcntl else -1
+    except OSError as error:
+        raise ConfigError(f"{lock}: cannot be written ({error.strerror}).") from error
+    if handle < 0:
+        yield
+        return
+    try:
+        _lock(handle, path)
+        yield
+    finally:
+        os.close(handle)  # gives the lock back; so does the end of the process, however it ends
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"{path}: in use, by another process or elsewhere in this one. Wait for it, or close it there."
+        ) from error
+    except OSError:  # a file system without locks
+        return

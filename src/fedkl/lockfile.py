@@ -1,4 +1,4 @@
-"""Key, lock and checkpoint files: one container, encrypted or explicitly not, atomic, mode 0600.
+"""Key, lock, checkpoint and members' files: one container, encrypted or explicitly not, atomic, mode 0600.
 
 Layout: ``FEDKLSEC``, header length (4 bytes, big-endian), header (JSON), body. The header names the kind,
 the encryption, its public parameters and the body's length; it is authenticated together with the body.
@@ -32,7 +32,7 @@ from fedkl.keys import Key
 from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
 
-FileKind = Literal["key", "lock", "checkpoint"]
+FileKind = Literal["key", "lock", "checkpoint", "member", "memory"]
 
 PASSPHRASE_VARIABLE = "FEDKL_PASSPHRASE"  # noqa: S105 (a name, not a passphrase)
 
@@ -113,7 +113,7 @@ def keep_copy(path: Path) -> Path:
 
 
 def change_passphrase(path: str | Path, *, old: str | None, new: str | None) -> None:
-    """Encrypts a key or lock file anew; what it holds stays the same.
+    """Encrypts a key, lock or member's file anew; what it holds stays the same.
 
     Copies and backups of the file still open with the old passphrase.
 
@@ -123,12 +123,12 @@ def change_passphrase(path: str | Path, *, old: str | None, new: str | None) -> 
         new: The new one; None leaves it unencrypted.
 
     Raises:
-        KeyFileError: It does not open with `old`, is no key or lock file, or cannot be written; it stays as
+        KeyFileError: It does not open with `old`, is none of these, or cannot be written; it stays as
             it was.
     """
     path = Path(path)
     kind = _parse(path)[1]["kind"]
-    if kind not in ("key", "lock"):
+    if kind not in ("key", "lock", "member"):
         raise KeyFileError(f"{path}: expected a key or lock file, this is a {shown(kind)} file.")
     meta, tensors = read(path, kind=kind, passphrase=old)
     write(path, kind=kind, meta=meta, tensors=tensors, passphrase=new)

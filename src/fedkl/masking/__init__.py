@@ -10,10 +10,13 @@ sharing.py, neighbors.py  shares of seeds, and who holds them
 messages.py            what is sent
 member.py              the member's side; refusals.py, memory.py: what it refuses, what it must not forget
 server.py              the server's side
+texts.py, fields.py    cards and rosters as text that is sent around
+files.py, contents.py, memory_file.py  a member's encrypted files
 """
 
 from fedkl.masking.cards import MemberCard, MemberKeys
 from fedkl.masking.encoding import Contribution, Mean
+from fedkl.masking.files import MemberFile
 from fedkl.masking.layout import Layout
 from fedkl.masking.member import Member
 from fedkl.masking.memory import Memory
@@ -32,6 +35,7 @@ __all__ = [
     "Mean",
     "Member",
     "MemberCard",
+    "MemberFile",
     "MemberKeys",
     "Membership",
     "Memory",

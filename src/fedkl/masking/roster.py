@@ -221,11 +221,15 @@ class SealedRoster:
                 f"Cohort {roster.name}, epoch {roster.epoch}, does not follow epoch {before.epoch} of "
                 f"{before.name}, which is joined here. Join the epochs in between first."
             )
-        signer = before.card_of.get(self.signer)
-        if signer is None or not signer.verify(self.signature, _signed(roster)):
+        if not self.signed_by_one_of(before):
             raise MaskingError(
                 f"Cohort {roster.name}, epoch {roster.epoch}: not signed by a member of the epoch before."
             )
+
+    def signed_by_one_of(self, roster: Roster) -> bool:
+        """Whether the member who is named as signer is on a roster, and has signed this one."""
+        card = roster.card_of.get(self.signer)
+        return card is not None and card.verify(self.signature, _signed(self.roster))
 
 
 @dataclass(frozen=True, kw_only=True)

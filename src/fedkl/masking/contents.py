@@ -1,0 +1,159 @@
+"""What a member's secret file holds, as tensors and metadata of a container.
+
+Seeds of the private keys, the cohorts that were joined, with their keys, and how often the memory of each was
+written. Everything secret is a tensor of bytes.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkl import lockfile
+from fedkl.errors import KeyFileError, MaskingError
+from fedkl.masking.cards import MemberKeys
+from fedkl.masking.roster import Membership
+from fedkl.masking.schedule import Secret
+from fedkl.masking.texts import roster_of_values, roster_values
+
+_VERSION = 1
+_SEED, _COHORT, _MEMORY = "seed/", "cohort/", "memory"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """A cohort that was joined.
+
+    Attributes:
+        membership: Who it is, and the cohort's key.
+        saved: How often the memory of this roster was written.
+    """
+
+    membership: Membership
+    saved: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a secret file holds.
+
+    Attributes:
+        keys: The member's own.
+        memory_key: Encrypts the memory file, 32 bytes.
+        cohorts: Those that were joined, by name.
+        past: Digests of rosters that were left, as hexadecimal text. None of them is joined again: its memory
+            is gone.
+    """
+
+    keys: MemberKeys
+    memory_key: Secret = field(default_factory=lambda: Secret(secrets.token_bytes(32)))
+    cohorts: Mapping[str, Joined] = field(default_factory=dict)
+    past: frozenset[str] = frozenset()
+
+    @classmethod
+    def read(cls, path: Path, *, passphrase: str) -> Content:
+        """Reads a secret file.
+
+        Raises:
+            KeyFileError: It is damaged, foreign, or does not open with this passphrase.
+        """
+        meta, tensors = lockfile.read(path, kind="member", passphrase=passphrase)
+        try:
+            return _content(meta, tensors)
+        except (KeyError, TypeError, ValueError, MaskingError) as error:
+            raise KeyFileError(
+                f"{path}: holds no member's keys that can be used; written by another version of fedkl?"
+            ) from error
+
+    def write(self, path: Path, *, passphrase: str, salt: bytes, replace: bool = True) -> None:
+        """Writes it, atomically, mode 0600.
+
+        Raises:
+            KeyFileError: It cannot be written; the file before stays.
+        """
+        cohorts = {
+            name: {"roster": roster_values(joined.membership.roster), "saved": joined.saved}
+            for name, joined in self.cohorts.items()
+        }
+        meta = {
+            "version": _VERSION,
+            "name": self.keys.name,
+            "expires": self.keys.expires.isoformat(),
+            "cohorts": cohorts,
+            "past": sorted(self.past),
+        }
+        hidden = {_SEED + kind: seed for kind, seed in self.keys.seeds.items()}
+        hidden |= {_COHORT + name: joined.membership.secret for name, joined in self.cohorts.items()}
+        tensors = {name: _tensor(secret) for name, secret in {**hidden, _MEMORY: self.memory_key}.items()}
+        lockfile.write(
+            path,
+            kind="member",
+            meta=meta,
+            tensors=tensors,
+            passphrase=passphrase,
+            salt=salt,
+            replace=replace,
+        )
+
+
+def _content(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Content:
+    if set(meta) != {"version", "name", "expires", "cohorts", "past"} or meta["version"] != _VERSION:
+        raise ValueError
+    hidden = {name: _secret(tensor) for name, tensor in tensors.items()}
+    memory_key = hidden.pop(_MEMORY)
+    seeds = {name[len(_SEED) :]: hidden.pop(name) for name in list(hidden) if name.startswith(_SEED)}
+    keys = MemberKeys(name=meta["name"], expires=date.fromisoformat(meta["expires"]), seeds=seeds)
+    cohorts = {
+        str(name): _joined(values, keys=keys, secret=hidden.pop(_COHORT + name))
+        for name, values in dict(meta["cohorts"]).items()
+    }
+    if hidden or any(name != joined.membership.roster.name for name, joined in cohorts.items()):
+        raise ValueError
+    past = frozenset(digest_of(text) for text in list(meta["past"]))
+    return Content(keys=keys, memory_key=memory_key, cohorts=cohorts, past=past)
+
+
+def _joined(values: dict[str, Any], *, keys: MemberKeys, secret: Secret) -> Joined:
+    if set(values) != {"roster", "saved"}:
+        raise ValueError
+    membership = Membership(roster=roster_of_values(values["roster"]), keys=keys, secret=secret)
+    return Joined(membership=membership, saved=count_of(values["saved"]))
+
+
+def count_of(value: object) -> int:
+    """A count, as it was read.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if type(value) is not int or value < 0:
+        raise ValueError
+    return value
+
+
+def digest_of(value: object) -> str:
+    """A digest of 32 bytes, as it was read.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(value, str) or len(bytes.fromhex(value)) != 32:
+        raise ValueError
+    return value
+
+
+def _tensor(secret: Secret) -> Tensor:
+    return torch.tensor(list(secret.reveal()), dtype=torch.uint8)
+
+
+def _secret(tensor: Tensor) -> Secret:
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise ValueError
+    return Secret(tensor.numpy().tobytes())
