@@ -89,6 +89,13 @@ class Defense:
         """
         return self
 
+    def check_training(self) -> None:
+        """Refuses a training, where the defense is one for attacks only.
+
+        Raises:
+            ConfigError: It is.
+        """
+
     def transform(self, update: PublicUpdate) -> PublicUpdate:
         """What the client does to an update before it is sent."""
         return update

@@ -109,6 +109,7 @@ class Federation:
         execution: Execution | None = None,
         aggregation: Aggregation | None = None,
     ) -> None:
+        defense.check_training()
         execution = execution or Execution()
         self.defense = defense
         self.training = training
