@@ -19,16 +19,16 @@ def dataset():
 def observe_plain(dataset):
     """An undefended observation of test images, with its truth."""
 
-    def observe(first=0, *, batch_size=1, labels=True, model=None, **changes):
-        images = dataset.test_images[first : first + batch_size].contiguous()
-        truth = dataset.test_labels[first : first + batch_size]
+    def observe(first=0, *, batch_size=1, labels=True, model=None, of=dataset, **changes):
+        images = of.test_images[first : first + batch_size].contiguous()
+        truth = of.test_labels[first : first + batch_size]
         model = model or models.build_model(
             "lenet", channels=3, classes=10, seed=first, initialization="default"
         )
         fields = {
             "model": model,
             "gradient": full_gradient(model, images, truth),
-            "image_shape": (3, 32, 32),
+            "image_shape": tuple(images.shape[1:]),
             "classes": 10,
             "batch_size": batch_size,
             "labels": truth if labels else None,
