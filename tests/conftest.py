@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from types import SimpleNamespace
@@ -30,6 +31,18 @@ def _no_home(tmp_path_factory):
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
         patch.delenv("FEDKL_PASSPHRASE", raising=False)
         yield
+
+
+@pytest.fixture
+def short_refits(monkeypatch):
+    """The server's own model is fitted in 2 steps, not 200, which took longer than the trainings of tests.
+
+    What it comes to then is for tests/federated/test_fill_in.py.
+    """
+    from fedkl import training
+
+    fill_ins = functools.partial(training.server_fill_ins, refit_steps=2)
+    monkeypatch.setattr(training, "server_fill_ins", fill_ins)
 
 
 _SECRETS = random.Random()

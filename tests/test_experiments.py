@@ -20,6 +20,8 @@ from fedkl.defenses import KeyLock, PrivateNorm, arms_of
 from fedkl.errors import ConfigError, DataError
 from fedkl.federated import FederatedTraining
 
+pytestmark = pytest.mark.usefixtures("short_refits")
+
 TINY = AttackConfig(attack=DLG(evaluations=2), arms=("no-norm", "lock"), trials=2)
 
 
