@@ -33,6 +33,26 @@ def _no_home(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_scrypt():
+    """A passphrase costs nothing to turn into a key; gives the package's own cost.
+
+    It is a tenth of a second for every encrypted file, on purpose, and most tests are not about that.
+    """
+    from fedkl import lockfile  # after the import hook
+
+    own = lockfile._SCRYPT
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lockfile, "_SCRYPT", {"n": 2, "r": 1, "p": 1})
+        yield own
+
+
+@pytest.fixture
+def real_cost(_cheap_scrypt, monkeypatch):
+    """The cost of a passphrase as it is for a user."""
+    monkeypatch.setattr("fedkl.lockfile._SCRYPT", _cheap_scrypt)
+
+
 @pytest.fixture
 def short_refits(monkeypatch):
     """The server's own model is fitted in 2 steps, not 200, which took longer than the trainings of tests.

@@ -22,17 +22,6 @@ from fedkl.locking import load_memory, read_lock
 PASSPHRASE = "correct horse"
 
 
-@pytest.fixture(autouse=True)
-def _cheap_scrypt(monkeypatch, request):
-    if "real_cost" not in request.fixturenames:
-        monkeypatch.setattr(lockfile, "_SCRYPT", {"n": 2, "r": 1, "p": 1})
-
-
-@pytest.fixture
-def real_cost():
-    """Leaves the cost of the passphrase as it is."""
-
-
 @pytest.fixture
 def key():
     return Key.generate(length=16)

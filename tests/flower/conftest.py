@@ -1,12 +1,10 @@
-"""A node with a cheap store, and Flower's own environment kept off this machine."""
+"""A node with a store, and Flower's own environment kept off this machine."""
 
 from __future__ import annotations
 
 import sys
 
 import pytest
-
-from fedkl import lockfile
 
 if sys.version_info < (3, 11):  # which Flower needs
     collect_ignore_glob = ["test_*.py"]
@@ -16,7 +14,6 @@ else:
 
 @pytest.fixture(autouse=True)
 def _node(monkeypatch, tmp_path):
-    monkeypatch.setattr(lockfile, "_SCRYPT", {"n": 2, "r": 1, "p": 1})
     monkeypatch.setenv("FEDKL_PASSPHRASE", "correct horse")
     monkeypatch.setenv("FEDKL_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
