@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import random
 from types import SimpleNamespace
@@ -14,6 +15,16 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 jaxtyping.install_import_hook("fedkl", "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """The garbage collector looks at what this module's tests make only, not at a million imported objects.
+
+    Flower collects garbage after every round, which took longer than all the rest of its tests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
