@@ -26,8 +26,9 @@ imports: $(READY)
 	$(BIN)/lint-imports
 
 # Two processes of one thread each: a core each on the smallest machine that this is meant for.
+# Bytecode is kept: some tests start processes, and each would compile the package again.
 unit: $(READY)
-	$(RUN) $(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadscope
+	PYTHONDONTWRITEBYTECODE= $(RUN) $(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 
 bench: $(READY)
 	$(RUN) $(BIN)/python benchmarks/lock_overhead.py

@@ -17,6 +17,32 @@ torch.set_num_threads(1)
 jaxtyping.install_import_hook("fedkl", "beartype.beartype")
 
 
+_LONGEST = (
+    "tests/fuzzing/test_fuzz.py",
+    "tests/flower/test_deployment.py",
+    "tests/test_cli.py",
+    "tests/test_experiments.py",
+    "tests/flower/test_guard.py",
+    "tests/federated/test_checkpoint.py",
+    "tests/federated/test_kill_resume.py",
+    "tests/locking/test_architectures.py",
+    "tests/federated/test_scale.py",
+    "tests/fuzzing/test_corpus.py",
+    "tests/attacks/",
+    "tests/federated/",
+    "tests/flower/",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, so that no process is left with it while the other one has nothing."""
+
+    def place(item):
+        return next((n for n, name in enumerate(_LONGEST) if item.nodeid.startswith(name)), len(_LONGEST))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _frozen():
     """The garbage collector looks at what this module's tests make only, not at a million imported objects.
