@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import fedkl
+from fedkl.locking.layers import LockLayer
 from fedkl.locking.surgery import lock_layers
 
 
@@ -177,8 +178,6 @@ def test_a_chain_without_its_memory_gives_the_same(lock, x):
 
 
 def test_every_lock_of_a_chain_generates_once_in_a_forward_pass(lock, x, monkeypatch):
-    from fedkl.locking.layers import LockLayer
-
     calls = []
     compute = LockLayer.compute
     monkeypatch.setattr(
@@ -186,6 +185,27 @@ def test_every_lock_of_a_chain_generates_once_in_a_forward_pass(lock, x, monkeyp
     )
     lock.model(x)
     assert len(calls) == len(set(map(id, calls))) == 6
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_all_locks_generate_before_the_models_own_layers(x, chained, monkeypatch):
+    lock = fedkl.lock(Net(), key=fedkl.Key.generate(length=16), layers="all", chained=chained)
+    seen = []
+    compute = LockLayer.compute
+    monkeypatch.setattr(
+        LockLayer, "compute", lambda self, *given: seen.append("lock") or compute(self, *given)
+    )
+    lock.model.stem[0].register_forward_pre_hook(lambda *_: seen.append("network"))
+    lock.model(x)
+    assert seen == [*6 * ["lock"], "network"]
+
+
+def test_a_baked_model_holds_no_hook_with_the_key(lock):
+    plain = lock.bake()
+    assert not plain._forward_pre_hooks
+    assert not plain._forward_hooks
+    assert lock.model._forward_pre_hooks
+    assert lock.model._forward_hooks
 
 
 def test_nothing_generated_outlives_a_forward_pass(lock, x):

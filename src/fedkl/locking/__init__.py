@@ -2,6 +2,7 @@
 
 * activations.py: the activations act, and what each can represent
 * layers.py: the lock layer, act(W k + b), as a parametrization of a norm's weight or bias
+* chain.py: which lock's output is the next one's k; all of them generate at the start of a forward pass
 * norms.py: what is inserted after a layer without a norm; fedkl.norms knows the norm types
 * targets.py: which layers of a model are locked; all checks before the first change
 * start.py: where γ and β start: a trained model keeps its own

@@ -14,14 +14,8 @@ from fedkl.errors import LockError, warn
 from fedkl.keys import Key, Uniform, secure_uniform
 from fedkl.locking import elements, norms
 from fedkl.locking.activations import Activation
-from fedkl.locking.layers import (
-    Chain,
-    Initialization,
-    LockLayer,
-    Role,
-    SingleParametrization,
-    remembering,
-)
+from fedkl.locking.chain import Chain, Opener, remembering
+from fedkl.locking.layers import Initialization, LockLayer, Role, SingleParametrization
 from fedkl.locking.targets import Target
 from fedkl.locking.withholding import withhold, withhold_statistics
 
@@ -95,10 +89,10 @@ def install(
                         keep=has_start,
                     )
                     _register(layer, norm, tensor_name)
-    for chain in chains.values():
-        if len(chain) > 1:
-            model.register_forward_pre_hook(chain.open)
-            model.register_forward_hook(chain.close, always_call=True)
+    if len(targets) > 1:
+        opener = Opener({layer.chain: None for layer in lock_layers(model)})
+        model.register_forward_pre_hook(opener.open)
+        model.register_forward_hook(opener.close, always_call=True)
     if not share_statistics:
         withhold_statistics(model)
 
@@ -176,12 +170,24 @@ def generated(model: nn.Module) -> dict[nn.Module, dict[str, Tensor]]:
 
 def unlock(model: nn.Module) -> None:
     """Turns generated γ and β into ordinary parameters of their current values, in place."""
-    for norm, tensors in generated(model).items():
+    values = generated(model)
+    _take_off_openers(model)
+    for norm, tensors in values.items():
         # Not remove_parametrizations: it edits the class, which deep copies of a module share.
         norm.__class__ = parametrize.type_before_parametrizations(norm)
         del norm.parametrizations
         for name, value in tensors.items():
             norm.register_parameter(name, nn.Parameter(value))
+
+
+def _take_off_openers(model: nn.Module) -> None:
+    """A plain model needs none, and they hold the key."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), Opener):
+                    del hooks[number]
+                    module._forward_hooks_always_called.pop(number, None)
 
 
 def _is_locked(module: nn.Module) -> bool:
