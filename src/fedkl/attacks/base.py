@@ -119,7 +119,10 @@ class Attack:
         return Needs()
 
     def memory(self, observation: Observation) -> int:
-        """Bytes that its largest arrays take; 0 where they are no larger than the network's own work."""
+        """Bytes that its largest arrays take for one observation at a time.
+
+        Each thread has such arrays of its own. 0 where they are no larger than the network's own work.
+        """
         return 0
 
     def refusal(self, observation: Observation) -> Refusal | None:
@@ -167,7 +170,8 @@ class Attack:
             observations: All of the same `Observation.kind`.
             generators: One per observation.
             on_evaluation: Called with (evaluations so far, problems still running).
-            workers: Threads that share the observations out, each on one core.
+            workers: Threads that share the observations out, each on one core; fewer where the memory does
+                not suffice for the arrays of so many.
 
         Raises:
             AttackError: The observations differ in kind, or this attack cannot work on them.
@@ -190,7 +194,13 @@ class Attack:
         def run(share: list[tuple[Observation, torch.Generator]], progress: Progress) -> list[Reconstruction]:
             return self._run([o for o, _ in share], [g for _, g in share], progress)
 
-        return shared_out(run, pairs, workers=workers if self.divisible else 1, progress=on_evaluation)
+        workers = self._fitting(observations[0], workers) if self.divisible else 1
+        return shared_out(run, pairs, workers=workers, progress=on_evaluation)
+
+    def _fitting(self, observation: Observation, workers: int) -> int:
+        """How many threads the memory suffices for, of so many and at least one."""
+        wanted = self.memory(observation)
+        return max(1, min(workers, available_memory() // wanted)) if wanted else workers
 
     def _below(self, **least: int) -> list[str]:
         """Which settings are below their least value, as phrases for a message."""
