@@ -407,3 +407,48 @@ def test_calibrating_needs_images(dataset):
     model, (trial,) = build(0), trials_of(dataset, trials=1)
     with pytest.raises(DataError, match=r"lock-calibrated: expected auxiliary images .* --auxiliary 100"):
         observe(arm.defense.prepare(model), arm=arm, model=model, trial=trial, classes=10)
+
+
+def places(observations):
+    """Where the tensors of the observations' networks are in memory, by name."""
+    found = {}
+    for observation in observations:
+        for name, tensor in observation.model.named_parameters():
+            found.setdefault(name, set()).add(tensor.data_ptr())
+    return found
+
+
+def observed(dataset, arms, monkeypatch, *, attack, trials=3):
+    """The observations of a grid of trials of one network."""
+    seen = []
+    run = type(attack)._run
+    monkeypatch.setattr(
+        type(attack), "_run", lambda self, given, *rest: seen.extend(given) or run(self, given, *rest)
+    )
+    model = build(0)
+    attack_arms(
+        [arms_of(KeyLock())[name] for name in arms],
+        attack=attack,
+        build=lambda trial: model,
+        dataset=dataset,
+        trials=trials_of(dataset, trials=trials),
+        seed=0,
+        on_result=lambda result: None,
+    )
+    return seen
+
+
+def test_trials_of_one_public_network_hold_one_copy_of_it(dataset, monkeypatch):
+    seen = observed(dataset, ["no-norm"], monkeypatch, attack=DLG(evaluations=1))
+    assert len(seen) == 3
+    assert len({id(observation.model) for observation in seen}) == 1
+    for observation in seen:
+        assert all(parameter._version == 0 for parameter in observation.model.parameters())
+
+
+def test_trials_and_arms_share_all_tensors_but_what_the_server_draws(dataset, monkeypatch):
+    seen = observed(dataset, ["public-norm", "lock"], monkeypatch, attack=DLG(evaluations=1))
+    assert len({id(observation.model) for observation in seen}) == 1 + 3
+    counts = {name: len(where) for name, where in places(seen).items()}
+    drawn = {"conv1.norm.weight": 1 + 3, "conv1.norm.bias": 1 + 3}
+    assert counts == {name: drawn.get(name, 1) for name in counts}

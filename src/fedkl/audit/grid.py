@@ -15,6 +15,7 @@ from torch import nn
 from fedkl import rng
 from fedkl.attacks import Attack, Reason, Reconstruction, RefusedError
 from fedkl.attacks.learned.prior_only import class_means
+from fedkl.audit.networks import Networks
 from fedkl.audit.observing import Trial, observe
 from fedkl.audit.simulating import SimulatedClients
 from fedkl.data import Dataset
@@ -263,6 +264,7 @@ def _observed(
     first_with = {id(models[trial.index]): trial.index for trial in reversed(group)}
     own = _OwnData(dataset, seed=seed, train_mode=train_mode, local=local or Procedure(), cohort=cohort)
     victims: dict[tuple[Defense, int], list[Split]] = {}
+    networks = Networks()
     seen = []
     for arm, trial in itertools.product(arms, group):
         model = models[trial.index]
@@ -287,6 +289,7 @@ def _observed(
                 client=client if updates_per_client > 1 else None,
                 others=others,
                 generator=rng.generator(seed, "guessed", arm.name, trial.index),
+                networks=networks,
             )
         except (AttackError, LockError, UpdateError) as error:
             if on_refusal is None:

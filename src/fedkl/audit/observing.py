@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkl import rng
+from fedkl.audit.networks import Networks
 from fedkl.audit.updates import difference, local_update, mean_of, sent_statistics, trained_tensors
 from fedkl.data import Dataset
 from fedkl.defenses import Arm, Defense
@@ -83,6 +84,7 @@ def observe(
     client: int | None = None,
     others: Sequence[Split] = (),
     generator: torch.Generator | None = None,
+    networks: Networks | None = None,
 ) -> Observation:
     """What the server has after one update of the victim: the update as it is sent.
 
@@ -101,6 +103,8 @@ def observe(
         client: The victim's number, where the server has more of its updates.
         others: The rest of a cohort that shares the batch evenly; the server sees the mean of all updates.
         generator: The attacker's, of what it draws in place of secrets; None: the operating system's.
+        networks: Those of the observations that have equal tensors in common with this one; None: it has its
+            own.
 
     Raises:
         DataError: The arm fits γ and β to auxiliary images, and there are none.
@@ -130,7 +134,7 @@ def observe(
     drawn = arm.filled_in == "drawn" and arm.regress != "affine"
     simulated = knowledge.lock_gradient or arm.regress == "key" or (steps > 1 and drawn)
     return Observation(
-        model=view.model,
+        model=networks.shared(view.model, of=model, defense=arm.defense) if networks else view.model,
         gradient=gradient,
         image_shape=(channels, height, width),
         classes=classes,

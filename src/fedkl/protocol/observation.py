@@ -86,6 +86,7 @@ class Observation:
 
     Attributes:
         model: The plain model as the server can build it: public tensors, and its own fill-in for the rest.
+            Observations of one network may share it or its tensors: it is read only.
         gradient: The observed gradient by parameter name, of some of the model's parameters and `secrets`.
         image_shape: ``(channels, height, width)``.
         classes: Number of classes.

@@ -281,8 +281,8 @@ class _Gradients(GradientMatching):
 
     def residuals(self, images: ImageBatch, private: Mapping[str, Tensor]) -> Tensor:
         """Shape ``(entries,)``, in the dtype of the images."""
-        known = {name: tensor[0] for name, tensor in self._known.items()}
-        buffers = {name: tensor[0] for name, tensor in self._buffers.items()}
+        known = {name: self._known.first(name) for name in self._known}
+        buffers = {name: self._buffers.first(name) for name in self._buffers}
         update: Mapping[str, Tensor] = self._update(images, self._target, known | dict(private), buffers)
         if self._first.transform is not None:
             update = self._first.transform(update)

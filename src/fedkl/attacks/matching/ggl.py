@@ -253,10 +253,13 @@ class _Candidates(GradientMatching):
         each candidate.
         """
         shared = [
-            {name: tensor[0] for name, tensor in tensors.items()}
-            for tensors in (self._known, self._buffers, self._observed, self._weights, self._aside)
+            *(
+                {name: held.first(name) for name in held}
+                for held in (self._known, self._buffers, self._observed)
+            ),
+            *({name: t[0] for name, t in tensors.items()} for tensors in (self._weights, self._aside)),
         ]
-        size = sum(tensor[0].numel() for tensor in self._observed.values())
+        size = sum(self._observed.first(name).numel() for name in self._observed)
         value: Callable[..., Tensor] = vmap(
             self._value, (0, *[None] * 6), chunk_size=max(1, _AT_ONCE // size)
         )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value, stack_module_state, vmap
+from torch.func import functional_call, grad, grad_and_value, vmap
 
+from fedkl.attacks.matching.stacks import Stacks
 from fedkl.attacks.priors import Prior
 from fedkl.protocol import Observation
 from fedkl.protocol.differentiable import check_differentiable, differentiable_update
@@ -70,28 +71,42 @@ class GradientMatching:
         self.shape = (first.batch_size, *first.image_shape)
         self.classes = first.classes
         self.dtype = dtype
-        models = [differentiable(observation, dtype) for observation in observations]
-        self._model = models[0]
-        parameters, buffers = stack_module_state(models)
-        generated = set(first.generated)
-        self._known = {name: p.detach() for name, p in parameters.items() if name not in generated}
-        self._known |= {
-            name: _stacked([o.secrets[name] for o in observations], dtype) for name in first.secrets
-        }
-        self._buffers = dict(buffers)
-        self._observed = {
-            name: _stacked([o.gradient[name] for o in observations], dtype) for name in sorted(first.gradient)
-        }
+        self._model = differentiable(first, dtype)
+        self._known, self._buffers = self._stacked_state(observations)
+        self._observed = Stacks(
+            {name: [o.gradient[name] for o in observations] for name in sorted(first.gradient)}, dtype=dtype
+        )
         self._weights = _weights(self._observed, _EXPONENT[weighting], largest)
         if distance == "relative":
             self._weights = _normalized(self._weights, self._observed)
         self._aside: _Tensors = {}  # of each problem, for the terms of subclasses
         self._labels = None if labels is None else torch.stack(list(labels)).to(self.device)
 
+    def _stacked_state(self, observations: Sequence[Observation]) -> tuple[Stacks, Stacks]:
+        """Parameters and secrets, and buffers; the model's own tensors become views into them."""
+        own, generated = dict(self._model.named_parameters()), set(self._first.generated)
+        each = {
+            id(o.model): (dict(o.model.named_parameters()), dict(o.model.named_buffers()))
+            for o in observations
+        }
+        known = {
+            name: [each[id(o.model)][0][name] for o in observations] for name in own if name not in generated
+        }
+        known |= {name: [o.secrets[name] for o in observations] for name in self._first.secrets}
+        buffers = {
+            name: [each[id(o.model)][1][name] for o in observations]
+            for name, _ in self._model.named_buffers()
+        }
+        parameters = Stacks(known, dtype=self.dtype)
+        for name, parameter in own.items():
+            if name in parameters:  # it is replaced in every call, and need not be held twice
+                parameter.data = parameters.first(name)
+        return parameters, Stacks(buffers, dtype=self.dtype)
+
     @property
     def device(self) -> torch.device:
         """Where points must be."""
-        return next(iter(self._observed.values())).device
+        return self._observed.first(next(iter(self._observed))).device
 
     @property
     def dimension(self) -> int:
@@ -116,9 +131,10 @@ class GradientMatching:
 
     def __call__(self, points: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Values and gradients at points, for the problems of these indexes; a problem may come twice."""
-        known, buffers, observed, weights, aside = (
+        known, buffers, observed = (held.at(index) for held in (self._known, self._buffers, self._observed))
+        weights, aside = (
             {name: tensor[index] for name, tensor in tensors.items()}
-            for tensors in (self._known, self._buffers, self._observed, self._weights, self._aside)
+            for tensors in (self._weights, self._aside)
         )
         # Where the point's own logits serve, a placeholder.
         targets = points.new_zeros(len(points)) if self._labels is None else self._labels[index]
@@ -130,7 +146,7 @@ class GradientMatching:
     def _lengths(self) -> tuple[int, ...]:
         """Numbers in a point: pixels, logits, and each free tensor."""
         logits = 0 if self._labels is not None else self.shape[0] * self.classes
-        free = [self._known[name][0].numel() for name in self._first.free]
+        free = [self._known.first(name).numel() for name in self._first.free]
         return torch.Size(self.shape).numel(), logits, *free
 
     def _value(
@@ -223,11 +239,7 @@ _DISTANCES: dict[Distance, Callable[[_Tensors, _Tensors, _Tensors], Tensor]] = {
 }
 
 
-def _stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.stack([tensor.detach().to(dtype) for tensor in tensors])
-
-
-def _weights(observed: _Tensors, exponent: float, largest: int | None) -> _Tensors:
+def _weights(observed: Mapping[str, Tensor], exponent: float, largest: int | None) -> _Tensors:
     names = list(observed)
     sizes = torch.stack([observed[name].flatten(1).square().sum(1) for name in names], 1)
     raw = torch.maximum(sizes, _NOISE * sizes.sum(1, keepdim=True)) ** -exponent
@@ -237,7 +249,7 @@ def _weights(observed: _Tensors, exponent: float, largest: int | None) -> _Tenso
     return {name: raw[:, column] for column, name in enumerate(names)}
 
 
-def _normalized(weights: _Tensors, observed: _Tensors) -> _Tensors:
+def _normalized(weights: _Tensors, observed: Mapping[str, Tensor]) -> _Tensors:
     """Weights with which the observed gradient has size 1."""
     size = torch.stack([weights[name] * observed[name].flatten(1).square().sum(1) for name in observed]).sum(
         0

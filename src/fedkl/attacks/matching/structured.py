@@ -84,10 +84,13 @@ class AdaptiveMatching(InvertingGradients):
 
     def _started(self, observation: Observation, structure: Structure, *, neutral: bool) -> Observation:
         """The same observation, with another start of what is free and γ's support in the model."""
-        model = copy.deepcopy(observation.model)
+        model, found = observation.model, set(observation.free)
+        # What stays as it is is not copied.
+        shared = [t for name, t in (*model.named_parameters(), *model.named_buffers()) if name not in found]
+        model = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
         parameters = dict(model.named_parameters())
         with torch.no_grad():
-            for name in set(observation.free).intersection(parameters) if neutral else ():
+            for name in found.intersection(parameters) if neutral else ():
                 owner, _, part = name.rpartition(".")
                 if not isinstance(model.get_submodule(owner), _LAYERS):
                     parameters[name].fill_(1.0 if part == "weight" else 0.0)
@@ -186,7 +189,7 @@ class _Matching(GradientMatching):
             parts = [torch.zeros(pixels + logits, dtype=torch.bool, device=self.device)]
             for name in self._first.free:
                 live = structure.support.get(name)
-                blank = torch.zeros(self._known[name][0].numel(), dtype=torch.bool, device=self.device)
+                blank = torch.zeros(self._known.first(name).numel(), dtype=torch.bool, device=self.device)
                 parts.append(blank if live is None else ~live)
             rows.append(torch.cat(parts))
         return torch.stack(rows)
