@@ -1,10 +1,11 @@
 """Time of a training step with the lock, against the norm-matched plain model that `lock.bake()` gives.
 
 Steps of both models alternate, so that a drift of the machine's speed meets both; the ratio of every pair is
-taken and the median reported. The bar is 3 % extra, and 6 % for LeNet with all layers locked.
+taken and the median reported. The bar is 3 % extra, and 6 % for LeNet with all layers locked. The optimizer is
+PyTorch's default SGD or, with --fused, the fused one that fedkl's trainer takes.
 
     python benchmarks/lock_overhead.py --steps 30 --batch 64 --threads 1
-    python benchmarks/lock_overhead.py --model lenet --steps 300
+    python benchmarks/lock_overhead.py --model lenet --steps 300 --fused
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ def resnet18(classes: int = 10) -> nn.Sequential:
 class Trainer:
     """One model with its optimizer and the time of its steps."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, *, fused: bool = False) -> None:
         self.model = model.to(device).train()
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=fused)
         self.device = device
         # On one CPU thread, CPU time: other processes of a busy machine do not count.
         on_one_thread = device.type == "cpu" and torch.get_num_threads() == 1
@@ -77,9 +78,11 @@ class Trainer:
             torch.cuda.synchronize()
 
 
-def overhead(lock: fedkl.Lock, *, steps: int, batch: int, device: torch.device) -> tuple[float, float, float]:
+def overhead(
+    lock: fedkl.Lock, *, steps: int, batch: int, device: torch.device, fused: bool = False
+) -> tuple[float, float, float]:
     """Median seconds of a plain and a locked step, and the median of their ratios."""
-    plain, locked = Trainer(lock.bake(), device), Trainer(lock.model, device)
+    plain, locked = (Trainer(model, device, fused=fused) for model in (lock.bake(), lock.model))
     images = torch.rand(batch, 3, 32, 32, device=device)
     labels = torch.arange(batch, device=device) % 10
     pairs = []
@@ -110,6 +113,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--fused", action="store_true", help="the optimizer of fedkl's trainer")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{options.model}, 32×32, batch {options.batch}, {options.threads} thread(s), {options.device}")
@@ -118,7 +122,8 @@ def main() -> None:
         for chained in (True, False):
             lock = fedkl.lock(MODELS[options.model](), layers=layers, chained=chained)
             device = torch.device(options.device)
-            plain, locked, ratio = overhead(lock, steps=options.steps, batch=options.batch, device=device)
+            how = {"steps": options.steps, "batch": options.batch, "fused": options.fused}
+            plain, locked, ratio = overhead(lock, device=device, **how)
             row = f"{1e3 * plain:10.1f}{1e3 * locked:11.1f}{100 * (ratio - 1):9.2f}"
             print(f"{layers:8}{chained!s:9}{row}", flush=True)
 

@@ -89,7 +89,7 @@ class GradientMatching:
             id(o.model): (dict(o.model.named_parameters()), dict(o.model.named_buffers()))
             for o in observations
         }
-        known = {
+        known: dict[str, list[Tensor]] = {
             name: [each[id(o.model)][0][name] for o in observations] for name in own if name not in generated
         }
         known |= {name: [o.secrets[name] for o in observations] for name in self._first.secrets}
