@@ -1,8 +1,8 @@
 """Time of a training step with the lock, against the norm-matched plain model that `lock.bake()` gives.
 
 Steps of both models alternate, so that a drift of the machine's speed meets both; the ratio of every pair is
-taken and the median reported. The bar is 3 % extra, and 6 % for LeNet with all layers locked. The optimizer is
-PyTorch's default SGD or, with --fused, the fused one that fedkl's trainer takes.
+taken and the median reported. The bar is 3 % extra, and 6 % for LeNet with all layers locked. The optimizer
+is PyTorch's default SGD or, with --fused, the fused one that fedkl's trainer takes.
 
     python benchmarks/lock_overhead.py --steps 30 --batch 64 --threads 1
     python benchmarks/lock_overhead.py --model lenet --steps 300 --fused
