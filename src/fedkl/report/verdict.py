@@ -12,12 +12,12 @@ from fedkl.audit import verdict
 from fedkl.audit.verdict import Verdict
 from fedkl.defenses import Arm
 from fedkl.metrics import paper_psnr_to_true
+from fedkl.paper.published import published
 from fedkl.protocol import Knowledge
 from fedkl.report.collect import AttackRun, Collected, TrainRun
 from fedkl.training import ORACLE
 
 FEW_POINTS = 0.05
-_DLG_PRINTED = (32.71, 26.64)  # arXiv 2305.04095, Table 6, DLG, LeNet, MNIST: without and with the lock
 
 
 class Finding(NamedTuple):
@@ -209,10 +209,11 @@ def paper_comparison(run: AttackRun) -> str | None:
         or not config.data.name.startswith("mnist")
     ):
         return None
-    without, locked = (wording.number(paper_psnr_to_true(printed)) for printed in _DLG_PRINTED)
+    printed = published("table6")["dlg/lenet/mnist"]["printed"]["psnr"]
+    without, locked = (wording.number(paper_psnr_to_true(figure)) for figure in printed)
     return (
         f"Paper (arXiv 2305.04095, Table 6; DLG, LeNet, MNIST, 20 trials): {without} dB without and "
-        f"{locked} dB with the lock. It prints {_DLG_PRINTED[0]} and {_DLG_PRINTED[1]}, which are "
+        f"{locked} dB with the lock. It prints {printed[0]} and {printed[1]}, which are "
         f"10·log10(255² / RMSE); these are the true values. Its {without} dB are low because its images were "
         "saved without clamping, so that pixels wrapped around in 8 bits: a clean run exceeds 40 dB."
     )

@@ -10,6 +10,7 @@ published.py the paper's settings and figures
 from fedkl.audit.arrangements import ARRANGEMENTS
 from fedkl.audit.attackers import RUNGS
 from fedkl.audit.matrix import ROWS, Matrix, adaptive
+from fedkl.paper.published import Budget
 from fedkl.reproduce.accuracy import (
     ARMS,
     Cell,
@@ -33,7 +34,6 @@ from fedkl.reproduce.leakage import (
     leakage_rows,
     rows_of,
 )
-from fedkl.reproduce.published import Budget
 
 __all__ = [
     "ARMS",

@@ -14,7 +14,7 @@ from fedkl.data import IID, AnyPartition
 from fedkl.defenses import PUBLISHED_LOCK, Defense, KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError
 from fedkl.federated import Execution, FederatedTraining, LocalTraining
-from fedkl.reproduce.published import Budget, published
+from fedkl.paper.published import Budget, published
 from fedkl.runs import RunDirectory
 from fedkl.study import OpenProgress, check_names, holds_other, refuse_others, write_table
 

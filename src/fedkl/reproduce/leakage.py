@@ -15,7 +15,7 @@ from fedkl.defenses import PUBLISHED_LOCK, arms_of
 from fedkl.errors import AttackError, ConfigError, DataError, gathered
 from fedkl.locking import Activation
 from fedkl.metrics.perceptual import LPIPS
-from fedkl.reproduce.published import Budget, published
+from fedkl.paper.published import Budget, published
 from fedkl.runs import RunDirectory
 from fedkl.study import OpenProgress, check_names, refuse_others, write_table
 

@@ -1,4 +1,4 @@
-"""What the paper prints and how it was run, from `fedkl.paper`."""
+"""What the paper prints and how it was run: the one place that reads the tables beside it."""
 
 from __future__ import annotations
 
