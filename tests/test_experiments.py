@@ -19,6 +19,7 @@ from fedkl.config import AttackConfig, CheckpointConfig, DataConfig, ModelConfig
 from fedkl.defenses import KeyLock, PrivateNorm, arms_of
 from fedkl.errors import ConfigError, DataError
 from fedkl.federated import FederatedTraining
+from fedkl.runs import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("short_refits")
 
@@ -39,6 +40,41 @@ def test_an_interrupted_attack_equals_an_uninterrupted_one(tmp_path):
         return [{k: v for k, v in record.items() if k != "elapsed"} for record in run.results()]
 
     assert figures(again) == figures(whole)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_attack_of_fewer_trials_than_a_chunk_keeps_those_that_are_finished(tmp_path, workers):
+    """Interrupted in the middle of its work; the rest has the company that it would have had."""
+    config = TINY.model_copy(update={"arms": ("no-norm",), "trials": 7, "workers": workers})
+    whole = experiments.run(config, out=tmp_path / "whole")
+
+    def interrupted(done, total, note):
+        if "running" in note and done > 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        experiments.run(config, out=tmp_path / "cut", progress=interrupted)
+    kept = trials_in(RunDirectory(tmp_path / "cut"))
+    assert [record["trial"] for record in kept] == [0, 1, 2, 3]
+    again = experiments.run(config, out=tmp_path / "cut")
+    assert trials_in(again)[:4] == kept
+
+    def figures(run):
+        return [{k: v for k, v in record.items() if k != "elapsed"} for record in run.results()]
+
+    assert figures(again) == figures(whole)
+
+
+def test_progress_moves_while_the_first_trials_are_attacked(tmp_path):
+    """It never goes back, and ends where all is done."""
+    config = TINY.model_copy(update={"attack": DLG(evaluations=6), "workers": 1})
+    shown = []
+    run = experiments.run(config, out=tmp_path, progress=lambda *step: shown.append(step[:2]))
+    done = [each for each, _ in shown]
+    assert any(0 < each < 1 for each in done)
+    assert done == sorted(done)
+    assert shown[-1] == (4, 4)
+    assert len(trials_in(run)) == 4
 
 
 def trials_in(run):

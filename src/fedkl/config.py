@@ -87,8 +87,8 @@ class AttackConfig(_Config):
     as the clients of a round have. Every trial has a key of its own, or `updates_per_client` in a row
     have the same one, and the server knows which: rounds of one client, which gets the same network in
     each. The images of a batch are one client's, or a `cohort` shares them evenly and the server sees the
-    mean of its updates. A `chunk` of trials is attacked at once, shared out among `workers` threads (0:
-    one for each core; on a GPU, one).
+    mean of its updates. At most a `chunk` of trials is attacked at once, shared out among `workers`
+    threads (0: one for each core; on a GPU, one).
     """
 
     type: Literal["attack"] = "attack"

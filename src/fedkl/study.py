@@ -21,11 +21,11 @@ from fedkl.runs import RunDirectory, same_experiment
 class Progress(Protocol):
     """Where an experiment reports its progress."""
 
-    def __call__(self, done: int, total: int, note: str, /) -> None:
-        """`done` of `total` steps, and a short note on the last one."""
+    def __call__(self, done: int | float, total: int, note: str, /) -> None:
+        """`done` of `total` steps, the present one in parts, and a short note on the last one."""
 
 
-def silent(done: int, total: int, note: str, /) -> None:
+def silent(done: int | float, total: int, note: str, /) -> None:
     """Reports nothing."""
 
 

@@ -121,7 +121,7 @@ def test_chunks_and_progress(dataset):
     seen = []
     results = attack(dataset, ("no-norm",), trials=3, chunk=2, on_evaluation=lambda *step: seen.append(step))
     assert [result.trial for result in results] == [0, 1, 2]
-    assert seen == [(2, 2), (2, 1)]
+    assert seen == [(2, 2, 2.0), (2, 1, 1.0)]
 
 
 def test_the_server_sees_the_update_after_the_defenses_transform(dataset):

@@ -114,6 +114,11 @@ class Attack:
         return True
 
     @property
+    def most_evaluations(self) -> int:
+        """Evaluations of an observation that it reports at most, for displays; 0 if it cannot say."""
+        return 0
+
+    @property
     def needs(self) -> Needs:
         """What it cannot do without, as far as that can be said of any network."""
         return Needs()

@@ -40,11 +40,11 @@ def shared_out(
     workers = max(1, min(workers, len(problems)))
     if workers == 1:
         return run(list(problems), progress or _ignore)
-    board = _Board(progress or _ignore, workers)
+    shares = [list(problems[worker::workers]) for worker in range(workers)]
+    board = _Board(progress or _ignore, [len(share) for share in shares])
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-            shares = [list(problems[worker::workers]) for worker in range(workers)]
             futures = [executor.submit(run, share, board.of(worker)) for worker, share in enumerate(shares)]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -67,13 +67,18 @@ class _Stopped(Exception):  # noqa: N818 - no error: the way out of a share whos
 
 
 class _Board:
-    """The progress of all shares as one: evaluations of the furthest, running problems of all."""
+    """The progress of all shares as one: evaluations of the furthest, running problems of all.
 
-    def __init__(self, progress: Progress, workers: int) -> None:
+    Args:
+        progress: Told.
+        sizes: Problems of each share: all of them run, also while it has not reported.
+    """
+
+    def __init__(self, progress: Progress, sizes: Sequence[int]) -> None:
         self.stop = Event()
         self._progress = progress
         self._lock = Lock()
-        self._last = [(0, 0)] * workers
+        self._last = [(0, size) for size in sizes]
 
     def of(self, worker: int) -> Progress:
         def report(evaluations: int, running: int) -> None:

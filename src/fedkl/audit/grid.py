@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import nn
 from fedkl import rng
 from fedkl.attacks import Attack, Reason, Reconstruction, RefusedError
 from fedkl.attacks.learned.prior_only import class_means
+from fedkl.audit.lots import Pace, lots_of
 from fedkl.audit.networks import Networks
 from fedkl.audit.observing import Trial, observe
 from fedkl.audit.simulating import SimulatedClients
@@ -100,7 +101,7 @@ def attack_arms(
     workers: int = 1,
     on_result: Callable[[TrialResult], None],
     on_refusal: Callable[[NotRun], None] | None = None,
-    on_evaluation: Callable[[int, int], None] | None = None,
+    on_evaluation: Callable[[int, int, float], None] | None = None,
 ) -> None:
     """Attacks every trial in every arm.
 
@@ -109,8 +110,8 @@ def attack_arms(
 
     Arms with the same defense attack the same victim (same weights, same γ and β) in a trial; every arm uses
     the same images, model seeds and attack seeds. Observations of one kind are attacked as one batch, across
-    arms. Trials of a chunk that share a network share γ and β where these are public, and what is learned of
-    the server's own data.
+    arms. Trials that share a network share γ and β where these are public; those of a lot (`lots_of`) share
+    what is learned of the server's own data too.
 
     Args:
         arms: The arms.
@@ -124,27 +125,27 @@ def attack_arms(
         train_mode: Whether the client's norms use the batch's statistics.
         local: The client's local steps; one if None.
         skip: Numbers of trials that are not attacked, e.g. those of an earlier, interrupted run.
-        chunk: Trials attacked at once; all of them where one serves the others (`Attack.divisible`). Rounded
-            up to whole clients.
+        chunk: Trials attacked at once at most; all of them where one serves the others
+            (`Attack.divisible`). See `lots_of`.
         updates_per_client: So many trials in a row are updates of one client, with the same secrets; the
             server knows which. They must share a network.
         cohort: So many clients share a trial's batch; the server sees the mean of their updates.
-        workers: Threads that share a chunk out; see `Attack.reconstruct_many`.
+        workers: Threads that share a lot out; see `Attack.reconstruct_many`.
         on_result: Called with each result.
         on_refusal: Called with each trial of an arm that came to none; None: the first one ends the run.
-        on_evaluation: Called with (evaluations so far, problems still running) of the present batch.
+        on_evaluation: Called with (evaluations so far, problems still running, trials that are done in
+            parts) of the present batch, the last an estimate.
 
     Raises:
         AttackError: A trial came to no reconstruction, and nobody is there to be told.
     """
-    candidates = candidates_of(dataset, trials)
-    due = [trial for trial in trials if trial.index not in skip]
-    chunk = -(-chunk // updates_per_client) * updates_per_client if attack.divisible else len(due)
-    for first in range(0, len(due), max(chunk, 1)):
-        group = due[first : first + chunk]
+    candidates, victims = candidates_of(dataset, trials), _Victims()
+    for lot in lots_of(trials, attack, chunk=chunk, workers=workers, updates_per_client=updates_per_client):
+        group = [trial for trial in lot if trial.index not in skip]
         seen = _observed(
             arms,
             group,
+            victims=victims,
             build=build,
             dataset=dataset,
             seed=seed,
@@ -158,7 +159,8 @@ def attack_arms(
         for one in seen:
             batches.setdefault(one.observation.kind, []).append(one)
         for batch in batches.values():
-            for one, found in _attacked(batch, attack, seed=seed, workers=workers, progress=on_evaluation):
+            pace = on_evaluation and Pace(on_evaluation, trials=len(batch), most=attack.most_evaluations)
+            for one, found in _attacked(batch, attack, seed=seed, workers=workers, progress=pace):
                 if isinstance(found, Reconstruction):
                     on_result(_scored(one.arm, one.trial, found, candidates))
                 elif isinstance(found, RefusedError):
@@ -250,6 +252,7 @@ def _observed(
     arms: Sequence[Arm],
     group: Sequence[Trial],
     *,
+    victims: _Victims,
     build: Callable[[int], nn.Module],
     dataset: Dataset,
     seed: int,
@@ -259,24 +262,19 @@ def _observed(
     cohort: int,
     on_refusal: Callable[[NotRun], None] | None,
 ) -> list[_Seen]:
-    """Observes every trial of a chunk in every arm; arms with the same defense share a trial's victims."""
+    """Observes every trial of a lot in every arm; arms with the same defense share a trial's victims."""
     models = {trial.index: build(trial.index) for trial in group}
-    first_with = {id(models[trial.index]): trial.index for trial in reversed(group)}
+    victims.begin(models)
     own = _OwnData(dataset, seed=seed, train_mode=train_mode, local=local or Procedure(), cohort=cohort)
-    victims: dict[tuple[Defense, int], list[Split]] = {}
     networks = Networks()
     seen = []
     for arm, trial in itertools.product(arms, group):
         model = models[trial.index]
         public = arm.knowledge.affine_gradient  # γ and β belong to the network then, not to a client
         client = trial.index // updates_per_client
-        place = (arm.defense, first_with[id(model)] if public else client)
         try:
-            members = victims.setdefault(place, [])
-            # An arm with public γ and β may have drawn the first.
-            while len(members) < (1 if public else cohort):
-                members.append(arm.defense.prepare(model))
-            victim, *others = members[:1] * cohort if public else members
+            drawn = victims.of(arm.defense, model, client=None if public else client, cohort=cohort)
+            victim, *others = drawn * cohort if public else drawn
             observation = observe(
                 victim,
                 arm=arm,
@@ -298,6 +296,33 @@ def _observed(
             continue
         seen.append(_Seen(arm, trial, observation))
     return seen
+
+
+class _Victims:
+    """The clients that are attacked, by their defense: one of each network where γ and β are public."""
+
+    def __init__(self) -> None:
+        # The networks are kept too: the id of one that is gone may become another's.
+        self._firsts: dict[int, tuple[nn.Module, int]] = {}
+        self._drawn: dict[tuple[Defense, int], list[Split]] = {}
+
+    def begin(self, models: Mapping[int, nn.Module]) -> None:
+        """A lot of trials, by their numbers; what is of no network of it is forgotten."""
+        here = {id(model) for model in models.values()}
+        self._firsts = {name: first for name, first in self._firsts.items() if name in here}
+        kept = {number for _, number in self._firsts.values()}
+        self._drawn = {place: drawn for place, drawn in self._drawn.items() if place[1] in kept}
+        for number, model in models.items():
+            self._firsts.setdefault(id(model), (model, number))
+
+    def of(self, defense: Defense, model: nn.Module, *, client: int | None, cohort: int) -> list[Split]:
+        """A client with the rest of its cohort; None: the one whose γ and β are the network's."""
+        number = self._firsts[id(model)][1] if client is None else client
+        members = self._drawn.setdefault((defense, number), [])
+        # Where γ and β are public, the first may have been drawn already.
+        while len(members) < (1 if client is None else cohort):
+            members.append(defense.prepare(model))
+        return members[:1] if client is None else members
 
 
 class _OwnData:

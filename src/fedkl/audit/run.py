@@ -49,40 +49,14 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
         for arm in chosen_arms(config)
     )
     trials = trials_of(dataset, trials=config.trials, batch_size=config.batch_size)
-    records, left_out = _complete_trials(directory, arms, config)
-    directory.restart_from([*records, *(refused.to_dict() for refused in left_out)])
-    done = {record["trial"] for record in records} | {refused.trial for refused in left_out}
-    start = perf_counter()
-    earlier = max((record["elapsed"] for record in records), default=0.0)
-    total = len(arms) * len(trials)
-    pending: list[NotRun] = []
-
-    def keep(result: TrialResult) -> None:
-        images, truth = result.reconstruction.images, trials[result.trial].images
-        directory.save_pictures(result.arm, trial=result.trial, reconstruction=images, truth=truth)
-        record = result.to_dict() | {"labels": trials[result.trial].labels.tolist()}
-        record |= {"elapsed": earlier + perf_counter() - start}
-        directory.append(record)
-        records.append(record)
-        progress(len(records), total, result.arm)
-        while pending:
-            directory.append(pending.pop(0).to_dict())
-
-    def note(refused: NotRun) -> None:
-        left_out.append(refused)
-        pending.append(refused)  # with the next result: a run that comes to none leaves its folder free
-
-    def show(evaluations: int, running: int) -> None:
-        if evaluations % 20 == 0:
-            progress(len(records), total, f"evaluation {evaluations}, {running} running")
-
+    kept = _Kept(directory, trials, arms, config, progress)
     attack_arms(
         arms,
         attack=config.attack,
         build=_networks(config, dataset),
         dataset=dataset,
         trials=trials,
-        skip=done,
+        skip=kept.done,
         seed=config.seed,
         train_mode=config.norm_mode == "train",
         local=config.local,
@@ -90,17 +64,88 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
         updates_per_client=config.updates_per_client,
         cohort=config.cohort,
         workers=_attack_workers(config),
-        on_result=keep,
-        on_refusal=note,
-        on_evaluation=show,
+        on_result=kept.keep,
+        on_refusal=kept.note,
+        on_evaluation=kept.show,
     )
-    if not records:
-        reasons = dict.fromkeys(refused.reason for refused in left_out)
-        raise AttackError(" ".join(reasons))
-    for refused in pending:
-        directory.append(refused.to_dict())
+    kept.close()
     guesses = _floor_records(config, directory, dataset, trials)
-    directory.finish(_attack_summary(config, arms, records, left_out, guesses))
+    directory.finish(_attack_summary(config, arms, kept.records, kept.left_out, guesses))
+
+
+class _Kept:
+    """What came of the trials: on disk as it comes, and shown.
+
+    Args:
+        directory: Where an interrupted run left trials, and where these go.
+        trials: All.
+        arms: All.
+        config: The attack.
+        progress: Called after each step.
+
+    Attributes:
+        records: Of trials that were attacked.
+        left_out: Those that came to none.
+        done: Numbers of the trials that an earlier run did.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        trials: Sequence[Trial],
+        arms: Sequence[Arm],
+        config: AttackConfig,
+        progress: Progress,
+    ) -> None:
+        self._directory, self._trials, self._progress = directory, trials, progress
+        self.records, self.left_out = _complete_trials(directory, arms, config)
+        directory.restart_from([*self.records, *(refused.to_dict() for refused in self.left_out)])
+        self.done = {r["trial"] for r in self.records} | {refused.trial for refused in self.left_out}
+        self._total, self._shown = len(arms) * len(trials), 0.0
+        self._start = perf_counter()
+        self._earlier = max((record["elapsed"] for record in self.records), default=0.0)
+        self._pending: list[NotRun] = []
+
+    def keep(self, result: TrialResult) -> None:
+        """A trial that was attacked."""
+        images, trial = result.reconstruction.images, self._trials[result.trial]
+        self._directory.save_pictures(
+            result.arm, trial=result.trial, reconstruction=images, truth=trial.images
+        )
+        record = result.to_dict() | {"labels": trial.labels.tolist()}
+        record |= {"elapsed": self._earlier + perf_counter() - self._start}
+        self._directory.append(record)
+        self.records.append(record)
+        self._tell(0.0, result.arm)
+        self._write_pending()
+
+    def note(self, refused: NotRun) -> None:
+        """A trial that came to none; written with the next result: a run of none leaves its folder free."""
+        self.left_out.append(refused)
+        self._pending.append(refused)
+
+    def show(self, evaluations: int, running: int, done: float) -> None:
+        """A step of the present batch."""
+        self._tell(done, f"evaluation {evaluations}, {running} running")
+
+    def close(self) -> None:
+        """All trials were tried.
+
+        Raises:
+            AttackError: None was attacked.
+        """
+        if not self.records:
+            raise AttackError(" ".join(dict.fromkeys(refused.reason for refused in self.left_out)))
+        self._write_pending()
+
+    def _tell(self, present: float, note: str) -> None:
+        """Never goes back: the present batch's part is an estimate."""
+        self._shown = max(self._shown, len(self.records) + len(self.left_out) + present)
+        self._progress(self._shown, self._total, note)
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            self._directory.append(self._pending.pop(0).to_dict())
 
 
 def _floor_records(

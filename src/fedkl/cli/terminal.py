@@ -34,7 +34,7 @@ def progress_bar(title: str) -> Iterator[Progress]:
     with progress.Progress(*columns, console=Console(stderr=True, emoji=False)) as bar:
         task = bar.add_task(title, total=None, note="")
 
-        def step(done: int, total: int, note: str, /) -> None:
+        def step(done: int | float, total: int, note: str, /) -> None:
             bar.update(task, completed=done, total=total, note=note)
 
         yield step

@@ -56,6 +56,11 @@ class DLG(Attack):
         if not 0 <= self.box < math.inf:
             raise ConfigError(f"{type(self).__name__}: expected box ≥ 0, got box={self.box}.")
 
+    @property
+    def most_evaluations(self) -> int:
+        """Of each start; it may stop earlier."""
+        return self.evaluations
+
     def _labels(self, observations: list[Observation]) -> list[Labels] | None:
         """Labels that are not optimized, per observation; None to optimize them."""
         granted = [o.labels for o in observations if o.labels is not None]

@@ -91,6 +91,11 @@ class GGL(Attack):
         if problems:
             raise ConfigError(f"GGL: expected {'; '.join(problems)}.")
 
+    @property
+    def most_evaluations(self) -> int:
+        """Of each start; CMA-ES may stop earlier."""
+        return self.generations * self.population if self.optimizer == "cma" else self.iterations
+
     def _check(self, observation: Observation) -> None:
         if observation.batch_size != 1:
             raise AttackError(

@@ -76,6 +76,11 @@ class GRNN(Attack):
         if problems:
             raise ConfigError(f"GRNN: expected {'; '.join(problems)}.")
 
+    @property
+    def most_evaluations(self) -> int:
+        """Of each start."""
+        return self.iterations
+
     def _check(self, observation: Observation) -> None:
         _sides(observation.image_shape)
 

@@ -87,6 +87,11 @@ class InvertingGradients(Attack):
         if problems:
             raise ConfigError(f"{type(self).__name__}: expected {'; '.join(problems)}.")
 
+    @property
+    def most_evaluations(self) -> int:
+        """Of each start."""
+        return self.iterations
+
     def _run(
         self,
         observations: list[Observation],
