@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -12,9 +12,13 @@ from typing import Any, Protocol, runtime_checkable
 import fedkl
 from fedkl import config as configs
 from fedkl.config import AttackConfig, TrainConfig
-from fedkl.errors import ConfigError
-from fedkl.files import exclusive, write_atomically
-from fedkl.runs import RunDirectory, same_experiment
+from fedkl.errors import ConfigError, printable
+from fedkl.files import exclusive, make_folder, read_file, write_atomically
+from fedkl.parsing import parse_json_object
+from fedkl.runs import RunDirectory, is_run, same_experiment
+
+_MARK = "reproduce.json"
+"""Says whose a table's folder is."""
 
 
 @runtime_checkable
@@ -67,6 +71,49 @@ def holds_other(folder: Path, experiment: TrainConfig | AttackConfig) -> bool:
     if not begun or not path.is_file():
         return False
     return not same_experiment(path.read_bytes(), configs.dump(experiment).encode())
+
+
+def claim(out: Path, *, table: str, places: Iterable[Path]) -> None:
+    """Marks a folder as a table's own, before anything is written into it.
+
+    Args:
+        out: The table's folder; made if it is not there.
+        table: The table's name.
+        places: Run directories of its cells, below the folder: a table of an older version has no mark.
+
+    Raises:
+        ConfigError: It holds a run, another table or files of no table, or cannot be written.
+    """
+    try:
+        found = _table_in(out)
+        present = {path.name for path in out.iterdir()} - {_MARK} if out.exists() else set()
+        ours = found == table or (found is None and present & {"table.json", *(p.parts[0] for p in places)})
+        if is_run(out) or (present and not ours):
+            held = (
+                "a run" if is_run(out) else "files of no table" if found is None else f"the table '{found}'"
+            )
+            raise ConfigError(
+                f"{out}: reproduce {table} expects an empty folder or this table's own, and it holds {held}. "
+                "Choose another --out, or remove the folder."
+            )
+        make_folder(out)
+        write_atomically(out / _MARK, (json.dumps({"table": table}) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error
+
+
+def _table_in(out: Path) -> str | None:
+    """The name of the table that a folder is marked with; None if there is no mark."""
+    try:
+        found = parse_json_object(read_file(out / _MARK)).get("table")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(
+            f"{out / _MARK}: damaged ({error}), expected the name of a table. Remove it, or choose another "
+            "--out."
+        ) from error
+    return printable(str(found))
 
 
 def refuse_others(cells: Mapping[Path, TrainConfig | AttackConfig]) -> None:

@@ -19,7 +19,7 @@ from fedkl.audit.run import attack
 from fedkl.config import AttackConfig
 from fedkl.defenses import KeyLock
 from fedkl.errors import AttackError, ConfigError
-from fedkl.study import OpenProgress, check_names, refuse_others, write_table
+from fedkl.study import OpenProgress, check_names, claim, refuse_others, write_table
 
 UNLOCKED = "unlocked"
 """The run of a rung that has the arms without a lock: the control, and the arrangements of private layers."""
@@ -189,7 +189,7 @@ def adaptive(matrix: Matrix, *, out: Path, progress: OpenProgress) -> list[Recor
         One record per cell and arm; see `records_of`.
 
     Raises:
-        ConfigError: A folder holds a run with other settings.
+        ConfigError: The folder is another table's, or one below it holds a run with other settings.
         DataError: The data are not there.
     """
     cells = matrix.cells()
@@ -199,6 +199,7 @@ def adaptive(matrix: Matrix, *, out: Path, progress: OpenProgress) -> list[Recor
             f"{', '.join(matrix.arrangements)}; some rungs are made for some arrangements only (RUNGS). Name "
             "others, or all."
         )
+    claim(out, table="adaptive", places=[cell.place for cell in cells])
     refuse_others({out / cell.place: cell.experiment for cell in cells})
     records: list[Record] = []
     refused: list[tuple[Mapping[str, Any], str]] = []

@@ -133,7 +133,7 @@ def reproduce_threats(
         data_root=data_root,
         settings=tuple(settings or ()),
     )
-    reproduce.leakage(table, out=out, progress=progress_bar, described=True)
+    reproduce.leakage(table, out=out, progress=progress_bar, name="threats", described=True)
     print_table(out)
 
 
@@ -197,5 +197,5 @@ def reproduce_table5(
         data_root=data_root,
         settings=tuple(settings or ()),
     )
-    reproduce.gallery(table, title="Table 5: GGL", out=out, progress=progress_bar)
+    reproduce.gallery(table, title="Table 5: GGL", out=out, progress=progress_bar, name="table5")
     print_table(out, pictures=True)

@@ -16,7 +16,7 @@ from fedkl.errors import ConfigError
 from fedkl.federated import Execution, FederatedTraining, LocalTraining
 from fedkl.paper.published import Budget, published
 from fedkl.runs import RunDirectory
-from fedkl.study import OpenProgress, check_names, holds_other, refuse_others, write_table
+from fedkl.study import OpenProgress, check_names, claim, holds_other, refuse_others, write_table
 
 Pairs = Literal["matched", "published"]
 
@@ -192,10 +192,11 @@ def table1(table: Table1, *, out: Path, progress: OpenProgress) -> list[dict[str
         One record per row and arm; see `summarized`.
 
     Raises:
-        ConfigError: A folder holds a run with other settings.
+        ConfigError: The folder is another table's, or one below it holds a run with other settings.
     """
     records: list[dict[str, Any]] = []
     cells = list(table.cells())
+    claim(out, table="table1", places=[cell.place for cell in cells])
     refuse_others({out / cell.place: cell.experiment for cell in cells})
     for cell in cells:
         with progress(str(cell.place)) as step:

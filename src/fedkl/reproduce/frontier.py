@@ -21,7 +21,7 @@ from fedkl.files import write_atomically
 from fedkl.report import figures
 from fedkl.report.figures import Tradeoff
 from fedkl.report.verdict import best_fill_in
-from fedkl.study import OpenProgress, refuse_others, write_table
+from fedkl.study import OpenProgress, claim, refuse_others, write_table
 
 FIGURE = "frontier.png"
 
@@ -138,10 +138,11 @@ def frontier(wanted: Frontier, *, out: Path, progress: OpenProgress) -> list[Rec
         One record per row and arrangement.
 
     Raises:
-        ConfigError: A folder holds a run with other settings.
+        ConfigError: The folder is another table's, or one below it holds a run with other settings.
         DataError: The data are not there.
     """
     cells = wanted.cells()
+    claim(out, table="adaptive", places=[cell.place for cell in cells])
     refuse_others({out / cell.place: cell.experiment for cell in cells})
     judged = judgments(adaptive(wanted.matrix, out=out, progress=progress))
     summaries: dict[tuple[str, str], list[dict[str, Any]]] = {}

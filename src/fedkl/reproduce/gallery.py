@@ -32,7 +32,9 @@ class Shown(NamedTuple):
     png: bytes
 
 
-def gallery(table: LeakageTable, *, title: str, out: Path, progress: OpenProgress) -> list[Record]:
+def gallery(
+    table: LeakageTable, *, title: str, out: Path, progress: OpenProgress, name: str = "table4"
+) -> list[Record]:
     """Runs a table's rows and shows what every arm made of the first images.
 
     With several repeats there is one column per arm and repeat: other weights, keys and searches, the same
@@ -43,11 +45,9 @@ def gallery(table: LeakageTable, *, title: str, out: Path, progress: OpenProgres
         title: The page's title.
         out: Folder of the table; figures/, pictures.md and the self-contained pictures.html are written too.
         progress: Opens a progress display for a run's name.
-
-    Raises:
-        ConfigError: No row can be run, or a folder holds a run with other settings.
+        name: See `leakage`, as for what is raised.
     """
-    records = leakage(table, out=out, progress=progress)
+    records = leakage(table, out=out, progress=progress, name=name)
     done = {record["row"] for record in records}
     shown = [_shown(name, table, out) for name in table.rows if name in done]
     for each in shown:

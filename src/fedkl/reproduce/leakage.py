@@ -17,7 +17,7 @@ from fedkl.locking import Activation
 from fedkl.metrics.perceptual import LPIPS
 from fedkl.paper.published import Budget, published
 from fedkl.runs import RunDirectory
-from fedkl.study import OpenProgress, check_names, refuse_others, write_table
+from fedkl.study import OpenProgress, check_names, claim, refuse_others, write_table
 
 DEFAULT_ARMS = ("no-norm", "public-norm", "lock", "lock-known-both")
 """The paper's two arms, and the controls: the same norms in public, and an attacker who lacks nothing."""
@@ -194,6 +194,7 @@ def leakage(
     *,
     out: Path,
     progress: OpenProgress,
+    name: str = "table6",
     lpips: bool = False,
     described: bool = False,
 ) -> list[Record]:
@@ -206,6 +207,7 @@ def leakage(
         table: Which rows.
         out: The table's folder; table.json and table.md are written after every row.
         progress: Opens a progress display for a run's name.
+        name: Of the table, which marks the folder as its own.
         lpips: Whether to measure LPIPS on the saved reconstructions.
         described: Whether the table describes each arm.
 
@@ -213,11 +215,13 @@ def leakage(
         One record per row, seed and arm; see `records_of`.
 
     Raises:
-        ConfigError: No row can be run, or a folder holds a run with other settings.
+        ConfigError: No row can be run, the folder is another table's, or one below it holds a run with other
+            settings.
         DataError: LPIPS is asked for and its weights are not there.
     """
     measures = (LPIPS.load("vgg"), LPIPS.load("alex")) if lpips else ()
     cells, refused = _prepared(table)
+    claim(out, table=name, places=[cell.place for cell in cells])
     refuse_others({out / cell.place: cell.experiment for cell in cells})
     records: list[Record] = []
     for cell in cells:
