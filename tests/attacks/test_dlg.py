@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from fedkl import lock, models
 from fedkl.attacks import DLG, IDLG, infer_label, infer_labels, known_labels
@@ -166,6 +167,26 @@ def test_impossible_observations_are_refused_with_all_problems(observe_plain):
         observe_plain(gradient=bad, labels=True)
     for part in ("'fc.bias' has non-finite", "'fc.weight' has shape (10, 3)", "'nowhere' is not a parameter"):
         assert part in str(refusal.value)
+
+
+def test_buffers_in_an_update_are_named_and_what_to_do_with_them(observe_plain):
+    """What clients send under FedAvg has them; a gradient has none."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(196, 10))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(torch.rand(8, 3, 32, 32))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01
+    update = {name: (before[name] - after) / 0.1 for name, after in model.state_dict().items()}
+    with pytest.raises(AttackError) as refusal:
+        observe_plain(model=model, gradient=update)
+    text = str(refusal.value)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert f"'1.{name}' is a buffer of the model" in text
+    assert "leave them out, and take the names of model.named_parameters() only" in text
+    assert text.count("- ") == 3
+    told = {name: update[name] for name, _ in model.named_parameters()}
+    assert observe_plain(model=model, gradient=told)[0].gradient == told
 
 
 @pytest.mark.parametrize(

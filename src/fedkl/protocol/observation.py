@@ -132,8 +132,11 @@ class Observation:
 
     def __post_init__(self) -> None:
         known = dict(self.model.named_parameters()) | dict(self.secrets)
+        buffers = {name for name, _ in self.model.named_buffers()}.intersection(self.gradient)
         problems = [
-            f"'{name}' is not a parameter of the model" for name in self.gradient if name not in known
+            f"'{name}' is {'a buffer' if name in buffers else 'not a parameter'} of the model"
+            for name in self.gradient
+            if name not in known
         ]
         for name in set(self.gradient).intersection(known):
             expected, got = tuple(known[name].shape), tuple(self.gradient[name].shape)
@@ -153,6 +156,12 @@ class Observation:
         problems += self._problems_of_secrets(set(known))
         if problems:
             remedy = "Observe a gradient of this model, by parameter name."
+            if buffers:
+                remedy += (
+                    " Weights are sent with buffers, which have no gradient: leave them out, and take the "
+                    "names of model.named_parameters() only. What running statistics tell goes into "
+                    "`statistics`."
+                )
             raise AttackError(gathered("This observation is impossible.", sorted(problems), remedy))
 
     def _problems_of_statistics(self) -> list[str]:
