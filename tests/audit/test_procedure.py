@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fedkl.attacks import DLG, InvertingGradients, Knowledge, Procedure
 from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.audit import SimulatedClients, observe, trials_of
 from fedkl.audit.updates import difference, gradients, trained_tensors
-from fedkl.defenses import KeyLock, NoDefense, arms_of
+from fedkl.defenses import Arm, Defense, KeyLock, NoDefense, arms_of
 from fedkl.errors import AttackError, ConfigError
 from fedkl.federated import ConstantSchedule, FederatedTraining, Federation, LocalTraining
 from fedkl.protocol.local_training import LocalTrainer
@@ -122,6 +123,67 @@ def test_what_attacks_differentiate_is_what_clients_do(dataset, name, fields, al
         exact = executed(observation.model, trial, local)
         for tensor in observation.gradient:
             torch.testing.assert_close(found[tensor], exact[tensor], rtol=1e-8, atol=1e-10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bending(Defense):
+    """Changes weights in a way that no scaling of a gradient is."""
+
+    type: Literal["test-bending"] = "test-bending"
+
+    def transform(self, update):
+        return replace(update, tensors=bent(update.tensors))
+
+    @property
+    def public_transform(self):
+        return bent
+
+
+def bent(tensors):
+    return {
+        name: tensor + 10 * tensor**3 if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def of_bent_weights(dataset, fields):
+    local = Procedure(algorithm="fedavg", lr=0.1, **fields)
+    (trial,) = trials_of(dataset, trials=1, batch_size=IMAGES)
+    arm = Arm(name="bending", description="", defense=Bending())
+    victim = arm.defense.prepare(build())
+    return trial, arm, victim, observe(victim, arm=arm, model=build(), trial=trial, classes=10, local=local)
+
+
+@pytest.mark.parametrize("fields", [ONE_STEP, ALL], ids=["one", "all"])
+def test_attackers_change_weights_as_the_defense_does(dataset, fields):
+    """Those who differentiate a client, and those who play one; each without the change is far off."""
+    trial, arm, victim, observation = of_bent_weights(dataset, fields)
+    found = differentiated(observation, trial)
+    update = simulated(arm, victim, observation.local, trial)
+    unchanged = differentiated(replace(observation, transform=None), trial)
+    for tensor, expected in observation.gradient.items():
+        torch.testing.assert_close(found[tensor].float(), expected, rtol=2e-3, atol=2e-5)
+        torch.testing.assert_close(update[tensor], expected, rtol=2e-3, atol=2e-5)
+        assert (unchanged[tensor] - expected).norm() > 0.01 * expected.norm()
+
+
+def simulated(arm, victim, local, trial):
+    clients = SimulatedClients.of(arm, victim, build(), local=local)
+    updates = clients(trial.images[None], trial.labels[None])
+    return {name: stacked[0] for name, stacked in updates.items()}
+
+
+def test_an_image_is_found_behind_weights_that_a_defense_changed(dataset):
+    local = Procedure(algorithm="fedavg", lr=0.1, **ONE_STEP)
+    (trial,) = trials_of(dataset, trials=1)
+    arm = Arm(name="bending", description="", defense=Bending())
+    seen = observe(arm.defense.prepare(build()), arm=arm, model=build(), trial=trial, classes=10, local=local)
+    generator = torch.Generator().manual_seed(0)
+    attack = DLG(evaluations=300, weighting="sqrt")
+    found = attack.reconstruct(seen, generator=generator).images
+    begin = replace(attack, evaluations=1).reconstruct(seen, generator=generator.manual_seed(0)).images
+    far, near = ((images.clamp(0, 1) - trial.images).square().mean() for images in (begin, found))
+    assert near < 0.1 * far
 
 
 def differentiated(observation, trial):

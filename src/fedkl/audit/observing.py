@@ -17,7 +17,7 @@ from fedkl.data import Dataset
 from fedkl.defenses import Arm, Defense
 from fedkl.defenses.base import ServerView
 from fedkl.defenses.completion import Completion
-from fedkl.errors import AttackError, DataError
+from fedkl.errors import DataError
 from fedkl.locking import KEY, Split
 from fedkl.protocol import Auxiliary, Observation, Procedure, Transform
 from fedkl.types import ImageBatch, Labels
@@ -108,10 +108,8 @@ def observe(
 
     Raises:
         DataError: The arm fits γ and β to auxiliary images, and there are none.
-        AttackError: Weights are sent, and the defense changes updates publicly.
     """
     local, knowledge = local or Procedure(), arm.knowledge
-    check_transform(arm.defense, local)
     cohort = (victim, *others)
     shares = zip(cohort, trial.images.chunk(len(cohort)), trial.labels.chunk(len(cohort)), strict=True)
     steps = local.step_count(len(trial.images) // len(cohort))
@@ -193,15 +191,6 @@ def _seen_of(
     if knowledge.lock_gradient:
         seen |= {name: update[name] for name in client.private_parameters()}
     return seen
-
-
-def check_transform(defense: Defense, local: Procedure) -> None:
-    """Raises AttackError where the server would have to undo a change of weights in its own gradients."""
-    if local.algorithm == "fedavg" and defense.public_transform is not None:
-        raise AttackError(
-            f"{type(defense).__name__}: what it does to updates is attacked where gradients are sent only. "
-            'Use local.algorithm = "fedsgd".'
-        )
 
 
 def _completed(

@@ -17,6 +17,7 @@ from fedkl.defenses import Arm, Defense
 from fedkl.defenses.base import Known
 from fedkl.locking import Split
 from fedkl.protocol import Procedure
+from fedkl.protocol.differentiable import transformed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,12 +148,10 @@ class SimulatedClients:
         return self._transformed(updates, network)
 
     def _transformed(self, updates: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-        """What the defense does to them before they are sent, in the units in which they are sent."""
-        if self.local.algorithm != "fedavg":
-            return dict(self.defense.imitate_transform(updates, generator=self.generator))
-        start = dict(network.named_parameters())
-        before, lr = {name: start[name].detach() for name in updates}, self.local.lr
-        weights = {name: before[name] - lr * update for name, update in updates.items()}
-        sent = self.defense.imitate_transform(weights, generator=self.generator)
-        unchanged = all(sent[name] is tensor for name, tensor in weights.items())
-        return dict(updates) if unchanged else {n: (before[n] - sent[n]) / lr for n in updates}
+        """What the defense does to them before they are sent, in the units in which they are seen."""
+        return transformed(
+            updates,
+            partial(self.defense.imitate_transform, generator=self.generator),
+            received={name: parameter.detach() for name, parameter in network.named_parameters()},
+            procedure=self.local,
+        )

@@ -102,7 +102,7 @@ class Defense:
 
     @property
     def public_transform(self) -> Transform | None:
-        """What `transform` does to the tensors, for an attacker who does the same to its own gradients.
+        """What `transform` does to the tensors, for an attacker who does the same to its own tensors.
 
         Differentiable, without secrets and without chance, works under `torch.vmap`; None where nothing is
         done, or where what is done is drawn by chance (see `imitate_transform`). A defense that overrides

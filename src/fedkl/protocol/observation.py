@@ -101,8 +101,8 @@ class Observation:
             the same.
         free: Names, of the model's parameters or of `secrets`, whose values the server does not know and
             which an attack finds together with the images, from those values on.
-        transform: What a defense does publicly to an update (e.g. clipping): the attack does the same to its
-            own gradients. Works on tensors by name, under `torch.func.vmap`.
+        transform: What a defense does publicly to what is sent, gradients or weights (e.g. clipping): the
+            attack does the same to its own. Works on tensors by name, under `torch.func.vmap`.
         auxiliary: Data of the server's own, if granted.
         client: Which client sent it: those with the same number come from one client and its secrets. None
             where every update is of another client, or it is not known.

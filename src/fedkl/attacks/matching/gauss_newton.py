@@ -284,8 +284,6 @@ class _Gradients(GradientMatching):
         known = {name: self._known.first(name) for name in self._known}
         buffers = {name: self._buffers.first(name) for name in self._buffers}
         update: Mapping[str, Tensor] = self._update(images, self._target, known | dict(private), buffers)
-        if self._first.transform is not None:
-            update = self._first.transform(update)
         return torch.cat(
             [(update[name] / size - self._goal[name]).flatten() for name, size in self._sizes.items()]
         )

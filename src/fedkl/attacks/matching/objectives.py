@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 from fedkl.attacks.matching.stacks import Stacks
 from fedkl.attacks.priors import Prior
 from fedkl.protocol import Observation
-from fedkl.protocol.differentiable import check_differentiable, differentiable_update
+from fedkl.protocol.differentiable import check_differentiable, differentiable_update, transformed
 from fedkl.protocol.procedure import loss_of
 
 Weighting = Literal["none", "sqrt", "full"]
@@ -167,8 +167,6 @@ class GradientMatching:
             name: part.reshape(known[name].shape) for name, part in zip(self._first.free, free, strict=True)
         }
         dummy = self._update(images, target, tensors, buffers)
-        if self._first.transform is not None:
-            dummy = dict(self._first.transform(dummy))
         value = self._distance(dummy, observed, weights)
         if aside:
             value = value + self._forward_terms(images, tensors, buffers, aside)
@@ -187,7 +185,7 @@ class GradientMatching:
             x, y = (images, target) if whole else (images[batch], target[batch])
             return self._gradient(part, x, y, tensors, buffers)
 
-        return differentiable_update(
+        update = differentiable_update(
             local,
             batches=self._batches,
             trained={name: tensors[name] for name in (names if local.is_gradient else self._trained)},
@@ -195,6 +193,10 @@ class GradientMatching:
             private=self._first.unsent,
             gradient=gradient,
         )
+        transform = self._first.transform
+        if transform is None:
+            return update
+        return transformed(update, transform, received=tensors, procedure=local)
 
     def _gradient(
         self, of: _Tensors, images: Tensor, target: Tensor, tensors: _Tensors, buffers: _Tensors
