@@ -10,6 +10,7 @@ from fedkl import wording
 from fedkl.audit.attackers import CEILING, FLOOR, RUNGS
 from fedkl.audit.records import Record
 from fedkl.audit.verdict import CONTROL_SHARE, SAFE_FROM, Kind, judge
+from fedkl.markdown import table_lines
 
 _CELL = ("row", "batch", "steps", "cohort")
 _HEADER = ("network/data", "batch", "steps", "cohort", "private")
@@ -39,7 +40,7 @@ def markdown(records: Sequence[Record], *, refused: Sequence[tuple[Mapping[str, 
     """
     judged = [_row(cell) for cell in judgments(records)]
     header = (*_HEADER, "worst rung", "n", "identified [95 %]", "SSIM", "its control", "floor", "verdict")
-    lines = _table(header, judged)
+    lines = "\n".join(table_lines(header, judged))
     left_out = [name for name in RUNGS if name not in {r["rung"] for r in records}]
     missing = [f"Rungs not run: {', '.join(left_out)}."] if left_out else []
     reasons = dict.fromkeys(f"Not run: {given['rung']}, {_where(given)}. {why}" for given, why in refused)
@@ -148,12 +149,7 @@ def _all_rungs(records: Sequence[Record]) -> str:
         ]
         for r in records
     ]
-    return _table(header, rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(table_lines(header, rows))
 
 
 def _where(given: Mapping[str, Any]) -> str:

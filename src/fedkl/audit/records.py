@@ -18,6 +18,7 @@ from fedkl.audit.results import SSIM_SUCCESS, SUCCESS_DB, arm_figures, attack_su
 from fedkl.config import AttackConfig
 from fedkl.errors import ConfigError
 from fedkl.files import read_file, write_atomically
+from fedkl.markdown import table_lines
 from fedkl.metrics import match, paper_psnr_to_true
 from fedkl.metrics.perceptual import LPIPS
 from fedkl.parsing import parse_json_object
@@ -192,10 +193,7 @@ def markdown(records: Sequence[Record], *, refused: Mapping[str, str], described
         described: Whether to describe each arm.
     """
     columns = _columns(records, described=described)
-    lines = [" | ".join(("", *columns, "")).strip(), "|" + "---|" * len(columns)]
-    lines += [
-        " | ".join(("", *(cell(record) for cell in columns.values()), "")).strip() for record in records
-    ]
+    rows = [[cell(record) for cell in columns.values()] for record in records]
     quick = any(record["budget"] == "quick" for record in records)
     notes = [
         "**Budget quick: not the paper's iterations; a weak attack makes any defense look good.**"
@@ -204,7 +202,7 @@ def markdown(records: Sequence[Record], *, refused: Mapping[str, str], described
     if any("lpips_vgg" in record for record in records):
         notes.append("LPIPS: unverified against the reference implementation. The paper's was fed 0..255.")
     notes += [f"Not run: {name}. {' '.join(reason.split())}" for name, reason in refused.items()]
-    return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
+    return "\n\n".join(["\n".join(table_lines(list(columns), rows, tight=True)), *notes]) + "\n"
 
 
 def _columns(records: Sequence[Record], *, described: bool) -> dict[str, Callable[[Record], str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from fedkl.markdown import table_lines
 from fedkl.report.figures import ACCURACY
 from fedkl.report.page import REPEAT_NOTE, TITLE, AttackSection, Page, Repeat, Table
 
@@ -57,17 +58,11 @@ def _repeat(repeat: Repeat) -> Iterator[str]:
 
 def _table(table: Table) -> Iterator[str]:
     yield from (f"**{_text(table.title)}**", "")
-    header, *rows = table.lines()
-    yield _row(header)
-    yield _row(["---"] * len(header), escape=False)
-    yield from (_row(row) for row in rows)
+    header, *rows = ([_text(cell) for cell in line] for line in table.lines())
+    yield from table_lines(header, rows)
     yield ""
     for note in table.notes:
         yield from (_text(note), "")
-
-
-def _row(cells: list[str], *, escape: bool = True) -> str:
-    return "| " + " | ".join(_text(cell) if escape else cell for cell in cells) + " |"
 
 
 def _text(text: str) -> str:

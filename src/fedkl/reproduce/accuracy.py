@@ -14,6 +14,7 @@ from fedkl.data import IID, AnyPartition
 from fedkl.defenses import PUBLISHED_LOCK, Defense, KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError
 from fedkl.federated import Execution, FederatedTraining, LocalTraining
+from fedkl.markdown import table_lines
 from fedkl.paper.published import Budget, published
 from fedkl.runs import RunDirectory
 from fedkl.study import OpenProgress, check_names, claim, holds_other, refuse_others, write_table
@@ -246,20 +247,23 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
 
     "On own classes" is the accuracy on a test set with each client's own class frequencies.
     """
-    lines = [
-        "| row | arm | network | norm statistics | rounds | seeds | accuracy (%) | on own classes (%) | "
-        "paper (%), 200 rounds |",
-        "|---|---|---|---|---|---|---|---|---|",
+    header = ("row", "arm", "network", "norm statistics", "rounds", "seeds", "accuracy (%)")
+    columns = (*header, "on own classes (%)", "paper (%), 200 rounds")
+    return "\n".join(table_lines(columns, map(_cells, records), tight=True)) + "\n"
+
+
+def _cells(record: Mapping[str, Any]) -> list[str]:
+    return [
+        record["row"],
+        record["arm"],
+        record["network"],
+        {True: "shared", False: "private", None: "none"}[record["statistics_shared"]],
+        f"{record['rounds']} of {record['paper_rounds']}",
+        str(record["seeds"]),
+        _mean(record, "accuracy", "spread"),
+        _mean(record, "local_accuracy", "local_spread"),
+        "–" if record["paper"] is None else f"{record['paper']:.2f}",
     ]
-    for r in records:
-        shared = {True: "shared", False: "private", None: "none"}[r["statistics_shared"]]
-        paper = "–" if r["paper"] is None else f"{r['paper']:.2f}"
-        lines.append(
-            f"| {r['row']} | {r['arm']} | {r['network']} | {shared} | "
-            f"{r['rounds']} of {r['paper_rounds']} | {r['seeds']} | "
-            f"{_mean(r, 'accuracy', 'spread')} | {_mean(r, 'local_accuracy', 'local_spread')} | {paper} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def _mean(record: Mapping[str, Any], name: str, spread: str) -> str:

@@ -18,6 +18,7 @@ from fedkl.defenses import NoDefense
 from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining, LocalTraining
 from fedkl.files import write_atomically
+from fedkl.markdown import table_lines
 from fedkl.report import figures
 from fedkl.report.figures import Tradeoff
 from fedkl.report.verdict import best_fill_in
@@ -202,8 +203,7 @@ def markdown(records: Sequence[Record], *, batch: int, steps: int, cohort: int) 
     """
     header = ("network/data", "private", "rounds", "seeds", "accuracy (%)", "cost (points)", "server (%)")
     columns = (*header, "worst rung", "identified [95 %]", "SSIM", "floor", "verdict")
-    lines = [columns, ["---"] * len(columns), *(_row(record) for record in records)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(table_lines(columns, map(_row, records)))
     attacked = (
         f"Attacked: updates of {batch} images after {steps} local steps, the mean over {cohort} clients."
     )

@@ -1,0 +1,30 @@
+"""Tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+
+def table_lines(
+    header: Sequence[str], rows: Iterable[Sequence[str]], *, tight: bool = False
+) -> Iterator[str]:
+    r"""The lines of a table.
+
+    Args:
+        header: Names of the columns.
+        rows: Cells, as they are: who has text from elsewhere escapes it.
+        tight: Whether the line below the header has no spaces.
+
+    >>> print(*table_lines(("a", "b"), [("1", "2")]), sep="\n")
+    | a | b |
+    | --- | --- |
+    | 1 | 2 |
+    """
+    yield _line(header)
+    yield "|" + "---|" * len(header) if tight else _line(["---"] * len(header))
+    for row in rows:
+        yield _line(row)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
