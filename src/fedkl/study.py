@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import fedkl
 from fedkl import config as configs
 from fedkl.config import AttackConfig, TrainConfig
-from fedkl.errors import ConfigError, printable
+from fedkl.errors import ConfigError, FedKLError, printable
 from fedkl.files import exclusive, make_folder, read_file, write_atomically
 from fedkl.parsing import parse_json_object
 from fedkl.runs import RunDirectory, is_run, same_experiment
@@ -124,6 +124,64 @@ def refuse_others(cells: Mapping[Path, TrainConfig | AttackConfig]) -> None:
                 f"{folder}: holds a run with other settings than the table's. Choose another --out, or "
                 "remove the folder."
             )
+
+
+@runtime_checkable
+class Cell(Protocol):
+    """One run of a table."""
+
+    @property
+    def place(self) -> Path:
+        """Its run directory, below the table's folder."""
+
+    @property
+    def experiment(self) -> TrainConfig | AttackConfig:
+        """What is run."""
+
+
+AnyCell = TypeVar("AnyCell", bound=Cell)
+
+
+def run_cells(
+    cells: Sequence[AnyCell],
+    run: Callable[..., RunDirectory],
+    *,
+    table: str,
+    out: Path,
+    progress: OpenProgress,
+    passed_over: tuple[type[FedKLError], ...] = (),
+) -> Iterator[tuple[AnyCell, RunDirectory | FedKLError]]:
+    """Runs the cells of a table that are not done yet, each in a run directory of its own.
+
+    Args:
+        cells: All.
+        run: Called with an experiment, `out` and `progress`.
+        table: The table's name; see `claim`.
+        out: The table's folder.
+        progress: Opens a progress display for a cell's name.
+        passed_over: What ends a cell, but not the table.
+
+    Returns:
+        Each cell with its run, or with what ended it. Folders are checked at once; cells run one by one, as
+        they are asked for.
+
+    Raises:
+        ConfigError: The folder is another table's, or one below it holds a run with other settings.
+    """
+    claim(out, table=table, places=[cell.place for cell in cells])
+    refuse_others({out / cell.place: cell.experiment for cell in cells})
+
+    def found() -> Iterator[tuple[AnyCell, RunDirectory | FedKLError]]:
+        for cell in cells:
+            try:
+                with progress(str(cell.place)) as step:
+                    result = run(cell.experiment, out=out / cell.place, progress=step)
+            except passed_over as error:
+                yield cell, error
+            else:
+                yield cell, result
+
+    return found()
 
 
 def write_table(out: Path, records: Sequence[Mapping[str, Any]], markdown: str) -> None:

@@ -19,7 +19,8 @@ from fedkl.audit.run import attack
 from fedkl.config import AttackConfig
 from fedkl.defenses import KeyLock
 from fedkl.errors import AttackError, ConfigError
-from fedkl.study import OpenProgress, check_names, claim, refuse_others, write_table
+from fedkl.runs import RunDirectory
+from fedkl.study import OpenProgress, check_names, run_cells, write_table
 
 UNLOCKED = "unlocked"
 """The run of a rung that has the arms without a lock: the control, and the arrangements of private layers."""
@@ -199,16 +200,14 @@ def adaptive(matrix: Matrix, *, out: Path, progress: OpenProgress) -> list[Recor
             f"{', '.join(matrix.arrangements)}; some rungs are made for some arrangements only (RUNGS). Name "
             "others, or all."
         )
-    claim(out, table="adaptive", places=[cell.place for cell in cells])
-    refuse_others({out / cell.place: cell.experiment for cell in cells})
+    attacked = run_cells(
+        cells, attack, table="adaptive", out=out, progress=progress, passed_over=(AttackError,)
+    )
     records: list[Record] = []
     refused: list[tuple[Mapping[str, Any], str]] = []
-    for cell in cells:
-        try:
-            with progress(str(cell.place)) as step:
-                run = attack(cell.experiment, out=out / cell.place, progress=step)
-        except AttackError as error:
-            refused.append((cell.given, str(error)))
+    for cell, run in attacked:
+        if not isinstance(run, RunDirectory):
+            refused.append((cell.given, str(run)))
             continue
         alone = cell.experiment.batch_size > 1
         for record in records_of(run, given=cell.given, printed=None, distances={}, alone=alone):

@@ -17,7 +17,7 @@ from fedkl.federated import Execution, FederatedTraining, LocalTraining
 from fedkl.markdown import table_lines
 from fedkl.paper.published import Budget, published
 from fedkl.runs import RunDirectory
-from fedkl.study import OpenProgress, check_names, claim, holds_other, refuse_others, write_table
+from fedkl.study import OpenProgress, check_names, holds_other, run_cells, write_table
 
 Pairs = Literal["matched", "published"]
 
@@ -197,11 +197,7 @@ def table1(table: Table1, *, out: Path, progress: OpenProgress) -> list[dict[str
     """
     records: list[dict[str, Any]] = []
     cells = list(table.cells())
-    claim(out, table="table1", places=[cell.place for cell in cells])
-    refuse_others({out / cell.place: cell.experiment for cell in cells})
-    for cell in cells:
-        with progress(str(cell.place)) as step:
-            experiments.run(cell.experiment, out=out / cell.place, progress=step)
+    for _ in run_cells(cells, experiments.run, table="table1", out=out, progress=progress):
         records = summarized(table, out=out)
         write_table(out, records, markdown(records))
     return records

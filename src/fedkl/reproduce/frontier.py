@@ -22,7 +22,8 @@ from fedkl.markdown import table_lines
 from fedkl.report import figures
 from fedkl.report.figures import Tradeoff
 from fedkl.report.verdict import best_fill_in
-from fedkl.study import OpenProgress, claim, refuse_others, write_table
+from fedkl.runs import RunDirectory
+from fedkl.study import OpenProgress, run_cells, write_table
 
 FIGURE = "frontier.png"
 
@@ -142,14 +143,11 @@ def frontier(wanted: Frontier, *, out: Path, progress: OpenProgress) -> list[Rec
         ConfigError: The folder is another table's, or one below it holds a run with other settings.
         DataError: The data are not there.
     """
-    cells = wanted.cells()
-    claim(out, table="adaptive", places=[cell.place for cell in cells])
-    refuse_others({out / cell.place: cell.experiment for cell in cells})
+    trained = run_cells(wanted.cells(), experiments.run, table="adaptive", out=out, progress=progress)
     judged = judgments(adaptive(wanted.matrix, out=out, progress=progress))
     summaries: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for cell in cells:
-        with progress(str(cell.place)) as step:
-            run = experiments.run(cell.experiment, out=out / cell.place, progress=step)
+    for cell, run in trained:
+        assert isinstance(run, RunDirectory)  # noqa: S101 - no error is passed over
         assert run.summary is not None  # noqa: S101 - the run is finished
         summaries.setdefault((cell.row, cell.arrangement), []).append(run.summary)
     batch, steps, cohort = (

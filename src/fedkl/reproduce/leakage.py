@@ -17,7 +17,7 @@ from fedkl.locking import Activation
 from fedkl.metrics.perceptual import LPIPS
 from fedkl.paper.published import Budget, published
 from fedkl.runs import RunDirectory
-from fedkl.study import OpenProgress, check_names, claim, refuse_others, write_table
+from fedkl.study import OpenProgress, check_names, run_cells, write_table
 
 DEFAULT_ARMS = ("no-norm", "public-norm", "lock", "lock-known-both")
 """The paper's two arms, and the controls: the same norms in public, and an attacker who lacks nothing."""
@@ -221,15 +221,18 @@ def leakage(
     """
     measures = (LPIPS.load("vgg"), LPIPS.load("alex")) if lpips else ()
     cells, refused = _prepared(table)
-    claim(out, table=name, places=[cell.place for cell in cells])
-    refuse_others({out / cell.place: cell.experiment for cell in cells})
+    attacked = run_cells(
+        cells,
+        experiments.run,
+        table=name,
+        out=out,
+        progress=progress,
+        passed_over=(AttackError, DataError),
+    )
     records: list[Record] = []
-    for cell in cells:
-        try:
-            with progress(str(cell.place)) as step:
-                run = experiments.run(cell.experiment, out=out / cell.place, progress=step)
-        except (AttackError, DataError) as error:
-            refused[cell.row.name] = " ".join(filter(None, (str(error), cell.row.needs)))
+    for cell, run in attacked:
+        if not isinstance(run, RunDirectory):
+            refused[cell.row.name] = " ".join(filter(None, (str(run), cell.row.needs)))
             continue
         records += _records(table, cell, run, measures)
         write_table(out, records, markdown(records, refused=refused, described=described))
