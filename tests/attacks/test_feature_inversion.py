@@ -271,7 +271,9 @@ def test_what_it_cannot_read_it_refuses(images, observed, residual, small):
     for message, observation in cases.items():
         with pytest.raises(AttackError, match=message):
             QUICK.reconstruct(observation, generator=torch.Generator())
-    with pytest.raises(ConfigError, match=r"layers ≥ 1, finite lr > 0, simulations ≥ 100"):
+    with pytest.raises(
+        ConfigError, match=r"layers ≥ 1, got 0; simulations ≥ 100, got 5; a finite lr > 0, got 0.0"
+    ):
         FeatureInversion(layers=0, lr=0.0, simulations=5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -9,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from fedkl.attacks.parallel import Progress, available_memory, shared_out
-from fedkl.errors import AttackError
+from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import Scaling
 from fedkl.protocol import Observation
 from fedkl.registration import Kinds
@@ -207,9 +208,37 @@ class Attack:
         wanted = self.memory(observation)
         return max(1, min(workers, available_memory() // wanted)) if wanted else workers
 
-    def _below(self, **least: int) -> list[str]:
-        """Which settings are below their least value, as phrases for a message."""
-        return [f"{name} ≥ {low}" for name, low in least.items() if getattr(self, name) < low]
+    def _require(self, *others: str, **least: int) -> None:
+        """Raises ConfigError with every setting that is below its least value, and what was given.
+
+        Args:
+            others: What else was expected and is not so, as phrases.
+            least: By the names of settings; one that is None has no least value.
+        """
+        given = {name: getattr(self, name) for name in least}
+        wrong = [
+            f"{name} ≥ {least[name]}, got {value}"
+            for name, value in given.items()
+            if value is not None and value < least[name]
+        ]
+        if wrong or others:
+            raise ConfigError(f"{type(self).__name__}: expected {'; '.join([*wrong, *others])}.")
+
+    def _positive(self, *names: str) -> list[str]:
+        """Which settings are no finite numbers above 0, as phrases for `_require`."""
+        return [
+            f"a finite {name} > 0, got {getattr(self, name)}"
+            for name in names
+            if not 0 < getattr(self, name) < math.inf
+        ]
+
+    def _not_negative(self, *names: str) -> list[str]:
+        """Which settings are no finite numbers from 0 on, as phrases for `_require`."""
+        return [
+            f"a finite {name} ≥ 0, got {getattr(self, name)}"
+            for name in names
+            if not 0 <= getattr(self, name) < math.inf
+        ]
 
     def _check(self, observation: Observation) -> None:
         """Raises AttackError where this attack cannot work on observations of this kind."""

@@ -39,7 +39,7 @@ from fedkl.attacks.algebraic.access import chain_of, image_equations, open_chain
 from fedkl.attacks.algebraic.way_down import Descent, Passed
 from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.labels import infer_label
-from fedkl.errors import AttackError, ConfigError
+from fedkl.errors import AttackError
 from fedkl.protocol import Observation
 from fedkl.types import Labels
 
@@ -107,11 +107,7 @@ class ClosedForm(Attack):
     chroma: float = 10.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.smoothness < math.inf and 0 <= self.chroma < math.inf):
-            raise ConfigError(
-                "ClosedForm: expected smoothness > 0 and chroma ≥ 0, got "
-                f"smoothness={self.smoothness}, chroma={self.chroma}."
-            )
+        self._require(*self._positive("smoothness"), *self._not_negative("chroma"))
 
     def memory(self, observation: Observation) -> int:
         """Of the normal equations for an image."""

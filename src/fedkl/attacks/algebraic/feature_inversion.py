@@ -34,7 +34,7 @@ from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
 from fedkl.attacks.gaussian import Gaussian
 from fedkl.attacks.learned.kernels import Regression, Views, best_regression
 from fedkl.attacks.parallel import Progress
-from fedkl.errors import AttackError, ConfigError
+from fedkl.errors import AttackError
 from fedkl.protocol import Auxiliary, Observation
 from fedkl.types import NamedTensors
 
@@ -83,13 +83,8 @@ class FeatureInversion(Attack):
     prior: float = 0.01
 
     def __post_init__(self) -> None:
-        wrong = self._below(layers=1, images_per_client=1, components=1, iterations=0)
-        wrong += ["finite lr > 0"] if not 0 < self.lr < math.inf else []
-        wrong += ["finite prior ≥ 0"] if not 0 <= self.prior < math.inf else []
-        few = self.simulations is not None and self.simulations < _LEAST
-        wrong += [f"simulations ≥ {_LEAST}"] if few else []
-        if wrong:
-            raise ConfigError(f"FeatureInversion: expected {', '.join(wrong)}, got something else.")
+        least = {"layers": 1, "images_per_client": 1, "components": 1, "iterations": 0, "simulations": _LEAST}
+        self._require(*self._positive("lr"), *self._not_negative("prior"), **least)
 
     @property
     def divisible(self) -> bool:

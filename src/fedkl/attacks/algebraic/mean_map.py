@@ -37,7 +37,7 @@ from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
 from fedkl.attacks.gaussian import Gaussian, cholesky
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.parallel import Progress
-from fedkl.errors import AttackError, ConfigError
+from fedkl.errors import AttackError
 from fedkl.protocol import Auxiliary, Observation
 
 _LEAST = 100  # auxiliary images
@@ -74,9 +74,7 @@ class MeanMap(Attack):
     steps: int = 100
 
     def __post_init__(self) -> None:
-        wrong = self._below(components=1, draws=2, steps=1)  # of one draw the stem would seem to be known
-        if wrong:
-            raise ConfigError(f"MeanMap: expected {', '.join(wrong)}, got less.")
+        self._require(components=1, draws=2, steps=1)  # of one draw the stem would seem to be known
 
     @property
     def divisible(self) -> bool:

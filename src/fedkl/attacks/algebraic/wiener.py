@@ -41,7 +41,7 @@ from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
 from fedkl.attacks.gaussian import Gaussian, Posterior
 from fedkl.attacks.labels import infer_label
 from fedkl.attacks.parallel import Progress
-from fedkl.errors import AttackError, ConfigError
+from fedkl.errors import AttackError
 from fedkl.protocol import Auxiliary, Observation
 
 _LEAST = 100  # auxiliary images
@@ -80,9 +80,7 @@ class Wiener(Attack):
     starts: int = 10
 
     def __post_init__(self) -> None:
-        wrong = self._below(components=1, draws=2, starts=1)  # of one draw all secrets would seem to be known
-        if wrong:
-            raise ConfigError(f"Wiener: expected {', '.join(wrong)}, got less.")
+        self._require(components=1, draws=2, starts=1)  # of one draw all secrets would seem to be known
 
     @property
     def divisible(self) -> bool:

@@ -34,7 +34,7 @@ from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
 from fedkl.attacks.labels import head_names, known_labels
 from fedkl.attacks.learned.kernels import Regression, Views, best_regression
 from fedkl.attacks.parallel import Progress
-from fedkl.errors import AttackError, ConfigError
+from fedkl.errors import AttackError
 from fedkl.protocol import Auxiliary, Observation
 from fedkl.types import ImageBatch, Labels, NamedTensors
 
@@ -77,17 +77,7 @@ class LearnedInversion(Attack):
     per_label: bool = False
 
     def __post_init__(self) -> None:
-        given = {
-            "simulations": (self.simulations, _LEAST),
-            "updates_per_client": (self.updates_per_client, 1),
-        }
-        wrong = [
-            f"{name} ≥ {least}, got {value}"
-            for name, (value, least) in given.items()
-            if value is not None and value < least
-        ]
-        if wrong:
-            raise ConfigError(f"LearnedInversion: expected {', '.join(wrong)}.")
+        self._require(simulations=_LEAST, updates_per_client=1)
 
     @property
     def divisible(self) -> bool:

@@ -31,7 +31,7 @@ from fedkl.attacks.labels import known_labels
 from fedkl.attacks.matching.annealing import Fit, anneal, slopes
 from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.attacks.parallel import Progress
-from fedkl.errors import AttackError, ConfigError
+from fedkl.errors import AttackError
 from fedkl.protocol import Auxiliary, Observation
 from fedkl.types import ImageBatch, Labels
 
@@ -87,9 +87,7 @@ class GaussNewton(Attack):
     draws: int = 20
 
     def __post_init__(self) -> None:
-        wrong = self._below(components=1, iterations=1, restarts=1, draws=2)
-        if wrong:
-            raise ConfigError(f"GaussNewton: expected {', '.join(wrong)}, got less.")
+        self._require(components=1, iterations=1, restarts=1, draws=2)
 
     @property
     def divisible(self) -> bool:

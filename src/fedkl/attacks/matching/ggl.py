@@ -18,7 +18,7 @@ from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.generators.files import ImageGenerator, generator_for
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.matching.objectives import GradientMatching, Weighting
-from fedkl.errors import AttackError, ConfigError
+from fedkl.errors import AttackError
 from fedkl.protocol import Observation
 from fedkl.types import Labels
 
@@ -73,23 +73,12 @@ class GGL(Attack):
     weighting: Weighting = "none"
 
     def __post_init__(self) -> None:
-        least = {"generations": 1, "population": 4, "iterations": 1, "restarts": 1}
-        problems = [
-            f"{name} ≥ {low}, got {getattr(self, name)}"
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
-        problems += [
-            f"a finite {name} > 0, got {getattr(self, name)}"
-            for name in ("lr", "bound")
-            if not 0 < getattr(self, name) < math.inf
-        ]
+        others = self._positive("lr", "bound")
         if not 0 < self.truncation <= 1:
-            problems.append(f"0 < truncation ≤ 1, got {self.truncation}")
+            others.append(f"0 < truncation ≤ 1, got {self.truncation}")
         if self.optimizer not in ("cma", "adam"):
-            problems.append(f"optimizer cma or adam, got '{self.optimizer}'")
-        if problems:
-            raise ConfigError(f"GGL: expected {'; '.join(problems)}.")
+            others.append(f"optimizer cma or adam, got '{self.optimizer}'")
+        self._require(*others, generations=1, population=4, iterations=1, restarts=1)
 
     @property
     def most_evaluations(self) -> int:

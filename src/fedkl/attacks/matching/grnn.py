@@ -17,7 +17,7 @@ from fedkl.attacks.matching.objectives import GradientMatching, Weighting
 from fedkl.attacks.matching.restarts import Incumbents, best_of_restarts
 from fedkl.attacks.parallel import Progress
 from fedkl.attacks.priors import squared_variation, weighted
-from fedkl.errors import AttackError, ConfigError
+from fedkl.errors import AttackError
 from fedkl.protocol import Observation
 
 _SMALLEST = 4  # side of the first feature map
@@ -65,16 +65,10 @@ class GRNN(Attack):
     weighting: Weighting = "none"
 
     def __post_init__(self) -> None:
-        counts = ("iterations", "restarts", "latent")
-        problems = [f"{n} ≥ 1, got {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
-        if not 0 < self.lr < math.inf:
-            problems.append(f"a finite lr > 0, got {self.lr}")
+        others = [*self._positive("lr"), *self._not_negative("tv")]
         if not 0 <= self.momentum < 1:
-            problems.append(f"momentum in [0, 1), got {self.momentum}")
-        if not 0 <= self.tv < math.inf:
-            problems.append(f"a finite tv ≥ 0, got {self.tv}")
-        if problems:
-            raise ConfigError(f"GRNN: expected {'; '.join(problems)}.")
+            others.append(f"momentum in [0, 1), got {self.momentum}")
+        self._require(*others, iterations=1, restarts=1, latent=1)
 
     @property
     def most_evaluations(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,7 +16,6 @@ from fedkl.attacks.matching.objectives import GradientMatching, Weighting
 from fedkl.attacks.matching.restarts import Incumbents, best_of_restarts
 from fedkl.attacks.parallel import Progress
 from fedkl.attacks.priors import Prior, total_variation, weighted
-from fedkl.errors import ConfigError
 from fedkl.metrics import Scaling
 from fedkl.protocol import Observation
 from fedkl.types import ImageBatch, Labels
@@ -73,19 +71,8 @@ class InvertingGradients(Attack):
     weighting: Weighting = "none"
 
     def __post_init__(self) -> None:
-        least = {"iterations": 1, "restarts": 1, "median_every": 0}
-        if self.largest is not None:
-            least["largest"] = 1
-        problems = [
-            f"{n} ≥ {low}, got {getattr(self, n)}" for n, low in least.items() if getattr(self, n) < low
-        ]
-        for name in ("lr", "lr_free"):
-            if not 0 < getattr(self, name) < math.inf:
-                problems.append(f"a finite {name} > 0, got {getattr(self, name)}")
-        if not 0 <= self.tv < math.inf:
-            problems.append(f"a finite tv ≥ 0, got {self.tv}")
-        if problems:
-            raise ConfigError(f"{type(self).__name__}: expected {'; '.join(problems)}.")
+        others = [*self._positive("lr", "lr_free"), *self._not_negative("tv")]
+        self._require(*others, iterations=1, restarts=1, median_every=0, largest=1)
 
     @property
     def most_evaluations(self) -> int:
