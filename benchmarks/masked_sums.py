@@ -1,7 +1,7 @@
 """What masks cost: upload, opening, the server's addition; against training, and against the floor.
 
 Everything runs on one thread. Times are CPU milliseconds, medians of `--repeats`; what is compared alternates
-in one process. The floor of an upload is the key stream of one mask, the tag over the words and a copy of them.
+in one process. The floor of an upload is the key stream of one mask, the tag over the words and a copy.
 Peak memory is the process's, above what it had with model and update in it.
 
     python benchmarks/masked_sums.py --model lenet --members 3 10 100
