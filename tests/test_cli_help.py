@@ -46,6 +46,8 @@ def run(*command):
         ("train", "--help"),
         ("attack", "--help"),
         ("reproduce", "adaptive", "--help"),
+        ("member", "--help"),
+        ("cohort", "new", "--help"),
         ("--version",),
     ],
     ids=" ".join,

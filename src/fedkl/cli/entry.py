@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 import fedkl
-from fedkl.cli import adaptive, attack, data, demo, generator, key, plugins, report, reproduce, train
+from fedkl.cli import (
+    adaptive,
+    attack,
+    cohort,
+    data,
+    demo,
+    generator,
+    key,
+    member,
+    plugins,
+    report,
+    reproduce,
+    train,
+)
 from fedkl.cli.terminal import fail
 from fedkl.errors import FedKLError
 
@@ -23,7 +36,15 @@ app = typer.Typer(
 )
 for module in (train, attack, demo, report):
     module.add_to(app)
-for name, group in (("data", data), ("key", key), ("generator", generator), ("reproduce", reproduce)):
+GROUPS = {
+    "data": data,
+    "key": key,
+    "member": member,
+    "cohort": cohort,
+    "generator": generator,
+    "reproduce": reproduce,
+}
+for name, group in GROUPS.items():
     app.add_typer(group.app, name=name)
 adaptive.add_to(reproduce.app)
 

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from fedkl import lockfile
-from fedkl.errors import KeyFileError, MaskingError
+from fedkl.errors import KeyFileError, MaskingError, shown
+from fedkl.files import read_file
 from fedkl.masking.cards import MemberKeys
 from fedkl.masking.roster import Membership
 from fedkl.masking.schedule import Secret
-from fedkl.masking.texts import roster_of_values, roster_values
+from fedkl.masking.texts import SECRET_FILE, roster_of_values, roster_values
 
+SUFFIX = ".secret"
 _VERSION = 1
 _SEED, _COHORT, _MEMORY = "seed/", "cohort/", "memory"
 
@@ -100,6 +102,27 @@ class Content:
             passphrase=passphrase,
             salt=salt,
             replace=replace,
+        )
+
+
+def check_secret_file(path: Path) -> None:
+    """Checks that a file is encrypted at all; a card has a name much like it.
+
+    Raises:
+        KeyFileError: It is something else, or cannot be read.
+    """
+    try:
+        data = read_file(path)
+    except OSError as error:
+        raise KeyFileError(
+            f"{path}: cannot be read ({error.strerror}). Give the file that `fedkl member new` made, "
+            f"NAME{SUFFIX}."
+        ) from error
+    except ValueError as error:  # a null character in the name
+        raise KeyFileError(f"{shown(path)}: not the name of a file.") from error
+    if not data.startswith(SECRET_FILE):
+        raise KeyFileError(
+            f"{path}: not a member's secret file. Give the file that `fedkl member new` made, NAME{SUFFIX}."
         )
 
 

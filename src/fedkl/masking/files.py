@@ -16,17 +16,15 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, NoReturn
 
-from fedkl.errors import KeyFileError, MaskingError, SecretError, shown
-from fedkl.files import held, read_file
+from fedkl.errors import MaskingError, SecretError, shown
+from fedkl.files import held
 from fedkl.masking.cards import MemberKeys
-from fedkl.masking.contents import Content, Joined
+from fedkl.masking.contents import SUFFIX, Content, Joined, check_secret_file
 from fedkl.masking.memory import Memory
 from fedkl.masking.memory_file import MemoryFile
 from fedkl.masking.roster import Membership, SealedRoster
 from fedkl.masking.schedule import Secret
-from fedkl.masking.texts import SECRET_FILE, check_cohort_name
-
-SUFFIX = ".secret"
+from fedkl.masking.texts import check_cohort_name
 
 
 class MemberFile:
@@ -93,7 +91,7 @@ class MemberFile:
             ConfigError: Another process, or another part of this one, has it open.
         """
         path = Path(path)
-        _check_secret_file(path)
+        check_secret_file(path)
         with ExitStack() as stack:
             stack.enter_context(held(path))
             content = Content.read(path, passphrase=passphrase)
@@ -137,8 +135,18 @@ class MemberFile:
         raise MaskingError(f"{self.path}: {which}. {remedy}")
 
     def needs_fingerprint(self, sealed: SealedRoster) -> bool:
-        """Whether people have to compare a roster's fingerprint before this member joins it."""
-        return sealed.roster.name not in self._content.cohorts
+        """Whether people have to compare a roster's fingerprint before this member joins it.
+
+        They need not if a member of the epoch before has signed it. But one member alone cannot change the
+        rules: a server together with one member could take those masks away that protect from members.
+        """
+        joined = self._content.cohorts.get(sealed.roster.name)
+        return joined is None or joined.membership.roster.rules != sealed.roster.rules
+
+    def is_joined(self, sealed: SealedRoster) -> bool:
+        """Whether this very roster is the one that is joined."""
+        joined = self._content.cohorts.get(sealed.roster.name)
+        return joined is not None and joined.membership.roster.digest == sealed.roster.digest
 
     def join(self, sealed: SealedRoster, *, today: date, fingerprint: str | None = None) -> Membership:
         """Takes a roster's key into the file. One that is joined already stays as it is, with its memory.
@@ -146,8 +154,8 @@ class MemberFile:
         Args:
             sealed: The roster.
             today: The date.
-            fingerprint: The roster's, as the other members read it; only a roster that follows one which is
-                joined here may do without.
+            fingerprint: The roster's, as the other members read it; see `needs_fingerprint` for when it may
+                be missing.
 
         Returns:
             What the member holds now.
@@ -158,36 +166,51 @@ class MemberFile:
                 changed.
             KeyFileError: The file cannot be written.
         """
-        self._check_open()
         roster = sealed.roster
-        check_cohort_name(roster.name)
         if fingerprint is not None and fingerprint != roster.fingerprint:
             raise MaskingError(
                 f"Cohort {roster.name}: its fingerprint is {roster.fingerprint}, not {shown(fingerprint)}. "
                 "Either a letter was misread, or this is not the file that the others have: ask for it again."
             )
-        roster.check_date(today)
-        before = self._content.cohorts.get(roster.name)
-        if before is not None and before.membership.roster.digest == roster.digest:
-            return before.membership
-        if roster.digest.hex() in self._content.past:
-            raise MaskingError(
-                f"Cohort {roster.name}, epoch {roster.epoch}: this member has left it, and forgotten what "
-                "it has sent there. Have the cohort changed (`fedkl cohort change`), and join the new epoch."
-            )
-        membership = sealed.opened(self.keys)
-        past = set(self._content.past)
-        if before is not None:
-            _check_follows(sealed, before.membership)
-            past.add(before.membership.roster.digest.hex())
-        elif fingerprint is None:
+        membership = self._checked(sealed, today)
+        if self.is_joined(sealed):
+            return membership
+        if fingerprint is None and self.needs_fingerprint(sealed):
             raise MaskingError(
                 f"Cohort {roster.name}: nobody has compared its fingerprint, {roster.fingerprint}. Compare "
                 "it with the others by phone, and give it."
             )
-        cohorts = {**self._content.cohorts, roster.name: Joined(membership=membership)}
+        cohorts = dict(self._content.cohorts)
+        before = cohorts.get(roster.name)
+        past = [] if before is None else [before.membership.roster.digest.hex()]
+        cohorts[roster.name] = Joined(membership=membership)
         self._change(roster.name, cohorts, past=past)
         return membership
+
+    def check(self, sealed: SealedRoster, *, today: date) -> None:
+        """All checks of `join` but the fingerprint's, e.g. before people are asked to compare it.
+
+        Raises:
+            MaskingError: The roster would not be joined.
+        """
+        self._checked(sealed, today)
+
+    def _checked(self, sealed: SealedRoster, today: date) -> Membership:
+        self._check_open()
+        roster = sealed.roster
+        check_cohort_name(roster.name)
+        roster.check_date(today)
+        before = self._content.cohorts.get(roster.name)
+        if before is not None and self.is_joined(sealed):
+            return before.membership
+        if before is not None:
+            _check_follows(sealed, before.membership)
+        elif roster.digest.hex() in self._content.past:
+            raise MaskingError(
+                f"Cohort {roster.name}, epoch {roster.epoch}: this member has left it, and forgotten what "
+                "it has sent there. Have the cohort changed (`fedkl cohort change`), and join the new epoch."
+            )
+        return sealed.opened(self.keys)
 
     def end(self, cohort: str) -> None:
         """Destroys this member's copy of a cohort's key, and what it remembers of it.
@@ -202,7 +225,7 @@ class MemberFile:
         self._check_open()
         gone = self.membership(cohort).roster.digest.hex()
         rest = {name: joined for name, joined in self._content.cohorts.items() if name != cohort}
-        self._change(cohort, rest, past={*self._content.past, gone})
+        self._change(cohort, rest, past=[gone])
 
     def memory(self, cohort: str | None = None) -> Memory:
         """What the member remembers of a cohort's present roster; its `keep` writes before it returns.
@@ -241,8 +264,8 @@ class MemberFile:
         counted = Joined(membership=joined.membership, saved=saved)
         self._write(replace(self._content, cohorts={**cohorts, cohort: counted}))
 
-    def _change(self, changed: str, cohorts: dict[str, Joined], *, past: set[str]) -> None:
-        self._write(replace(self._content, cohorts=cohorts, past=frozenset(past)))
+    def _change(self, changed: str, cohorts: dict[str, Joined], *, past: list[str]) -> None:
+        self._write(replace(self._content, cohorts=cohorts, past=self._content.past.union(past)))
         self._memories.pop(changed, None)
 
     def _write(self, content: Content) -> None:
@@ -265,20 +288,3 @@ def _check_follows(sealed: SealedRoster, before: Membership) -> None:
             "cohort of this name, run `fedkl cohort end` first."
         )
     sealed.check_follows(joined)
-
-
-def _check_secret_file(path: Path) -> None:
-    """Checks that a file is encrypted at all; a card has a name much like it."""
-    try:
-        data = read_file(path)
-    except OSError as error:
-        raise KeyFileError(
-            f"{path}: cannot be read ({error.strerror}). Give the file that `fedkl member new` made, "
-            f"NAME{SUFFIX}."
-        ) from error
-    except ValueError as error:  # a null character in the name
-        raise KeyFileError(f"{shown(path)}: not the name of a file.") from error
-    if not data.startswith(SECRET_FILE):
-        raise KeyFileError(
-            f"{path}: not a member's secret file. Give the file that `fedkl member new` made, NAME{SUFFIX}."
-        )

@@ -250,18 +250,18 @@ def _values(data: bytes, *, kind: str, limit: int, source: object) -> dict[str, 
             f"{source}: expected {_KINDS[kind]}, this is an encrypted file with secrets. Keep it to "
             "yourself, and give the file that was made to be sent around."
         )
-    if len(data) > limit:
-        raise MaskingError(
-            f"{source}: {len(data)} bytes, expected at most {limit} for {_KINDS[kind]}. {_REMEDIES[kind]}"
-        )
     try:
-        values = parse_json_object(data)
+        values = parse_json_object(data) if len(data) <= MAX_COHORT else {}
     except ValueError as error:  # its text may quote what was read
         raise MaskingError(f"{source}: not {_KINDS[kind]}, or damaged. {_REMEDIES[kind]}") from error
     found = values.get("format")
     if found != kind:
         what = _KINDS.get(found, "something else") if isinstance(found, str) else "something else"
         raise MaskingError(f"{source}: expected {_KINDS[kind]}, this is {what}. Give the other file.")
+    if len(data) > limit:
+        raise MaskingError(
+            f"{source}: {len(data)} bytes, expected at most {limit} for {_KINDS[kind]}. {_REMEDIES[kind]}"
+        )
     version = values.get("version")
     if type(version) is not int or version != VERSION:
         raise MaskingError(

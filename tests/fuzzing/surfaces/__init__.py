@@ -11,6 +11,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when Flower is impo
 
 _CLASSES = {
     "keys": "Keys",
+    "members": "Members",
     "updates": "Updates",
     "configs": "Configs",
     "flags": "Flags",

@@ -1,0 +1,79 @@
+"""What `fedkl member` and `fedkl cohort` have in common: the member's secret file, the date."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date, datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedkl.cli.commands import Command
+from fedkl.cli.terminal import console
+from fedkl.errors import ConfigError, KeyFileError
+
+if TYPE_CHECKING:
+    from fedkl.masking import MemberFile
+
+MemberOption = Annotated[
+    Path | None,
+    typer.Option("--member", help="The member's secret file.", show_default="the only *.secret here"),
+]
+
+
+class WholeCommand(Command):
+    """A command after which every file is whole, however it ends."""
+
+    kept = "Every file is whole: the old one or the new one. The command again:"
+
+
+@contextmanager
+def opened(path: Path | None) -> Iterator[MemberFile]:
+    """A member's secret file: the one that is named, or else the only one in the current folder.
+
+    Raises:
+        ConfigError: There is none, or there are several.
+        KeyFileError: It does not open.
+    """
+    from fedkl.lockfile import PASSPHRASE_VARIABLE, default_passphrase
+    from fedkl.masking import MemberFile
+
+    path = path or _only_one()
+    try:
+        file = MemberFile.open(path, passphrase=default_passphrase())
+    except KeyFileError as error:
+        if "wrong passphrase" in str(error):
+            raise KeyFileError(
+                f"{error} Set {PASSPHRASE_VARIABLE} to the one that it was made with; without one it is "
+                "that of the user and the machine where it was made."
+            ) from error
+        raise
+    with file:
+        yield file
+
+
+def _only_one() -> Path:
+    found = sorted(path for path in Path().glob("*.secret") if not path.name.startswith("."))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ConfigError(
+            f"{Path.cwd()}: no member's secret file, NAME.secret, is in this folder. Go to the folder where "
+            "`fedkl member new` was run, or give the file with --member."
+        )
+    raise ConfigError(
+        f"{Path.cwd()}: several secret files are in this folder: {', '.join(map(str, found))}. Say which one "
+        "with --member."
+    )
+
+
+def today() -> date:
+    """The date in UTC: the same for all members."""
+    return datetime.now(timezone.utc).date()
+
+
+def tell(text: str) -> None:
+    """Writes a line."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
