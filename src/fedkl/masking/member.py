@@ -18,7 +18,14 @@ from fedkl.masking.layout import Layout
 from fedkl.masking.memory import Memory, RunMemory
 from fedkl.masking.messages import NONCE, ListMessage, Reveal, SealedSum, Upload, list_digest
 from fedkl.masking.neighbors import threshold
-from fedkl.masking.refusals import check_call, check_listed, check_new, check_own_entry, check_sequence
+from fedkl.masking.refusals import (
+    check_call,
+    check_listed,
+    check_new,
+    check_own_entry,
+    check_same_start,
+    check_sequence,
+)
 from fedkl.masking.roster import Membership
 from fedkl.masking.schedule import Call, Context
 from fedkl.types import NamedTensors
@@ -84,7 +91,7 @@ class Member:
 
         Raises:
             MaskingError: The tensors do not fit, their booleans differ from the member's, or the run has a
-                sum already, and the rules want sums.
+                sum or an upload on another model already, and the rules want sums.
         """
         remembered = self._remembered(run)
         if remembered.opened >= 0 and not self.roster.rules.server_model:
@@ -94,6 +101,7 @@ class Member:
             )
         found = model_digest(self._model, model)
         self._check_booleans(model)
+        check_same_start(found, remembered, self.roster)
         remembered.model = found.hex()
         remembered.transcript = remembered.transcript or digest("transcript", run).hex()
         self._keep(run, remembered)
@@ -133,7 +141,7 @@ class Member:
             commitment=self_commitment(self._keyring.self_seed(context, nonce)) if pairs else b"",
         )
         if call.round > remembered.round:
-            remembered.uploads, remembered.revealed = {}, {}
+            remembered.uploads, remembered.revealed, remembered.names = {}, {}, ""
         remembered.round, remembered.attempt = call.round, call.attempt
         remembered.uploads[context.digest.hex()] = nonce.hex()
         self._keep(call.run, remembered)
@@ -167,7 +175,7 @@ class Member:
             name: self._keyring.pair_seed(context, name) for name in around if name not in message.listed
         }
         remembered.revealed[context.digest.hex()] = list_digest(message.listed).hex()
-        self.memory.sets[remembered.model] = _names(message)
+        remembered.names = self.memory.sets[remembered.model] = _names(message)
         self._keep(call.run, remembered)
         return Reveal(member=self.name, shares=shares, pairs=pairs)
 
@@ -215,7 +223,7 @@ class Member:
         return decoded(self.layout, words, booleans=self._booleans)
 
     def _check_may_open(self, message: ListMessage, context: Context, remembered: RunMemory) -> None:
-        """One list an attempt, one set of names a model: the difference of two sums is somebody's update."""
+        """One list an attempt, one set of names a round and a model: two sums differ by somebody's update."""
         if context.mode == "blind":
             raise MaskingError("Refused: with blind masks alone nothing is ever revealed.")
         nonce = remembered.uploads.get(context.digest.hex())
@@ -226,6 +234,11 @@ class Member:
         found = list_digest(message.listed).hex()
         if remembered.revealed.get(context.digest.hex(), found) != found:
             raise MaskingError("Refused: a second list for an attempt that was revealed for already.")
+        if (remembered.names or _names(message)) != _names(message):
+            raise MaskingError(
+                "Refused: in this round this member has revealed for other members, on another model. "
+                "The difference of the two sums would give an update away."
+            )
         if self.memory.sets.get(remembered.model, _names(message)) != _names(message):
             raise MaskingError(
                 "Refused: on this model this member has revealed for other members already. The difference "

@@ -18,6 +18,7 @@ class RunMemory:
         attempt: The last attempt of that round.
         uploads: Nonces of the uploads of that round by context.
         revealed: Digests of the lists that it revealed for in that round, by context.
+        names: Digest of the names that it revealed for in that round; empty: it has not.
         model: Digest of the model that it has accepted; empty: none yet.
         opened: The round of the last sum that it opened; -1: none.
         transcript: Digest of all sums so far.
@@ -27,6 +28,7 @@ class RunMemory:
     attempt: int = -1
     uploads: dict[str, str] = field(default_factory=dict)
     revealed: dict[str, str] = field(default_factory=dict)
+    names: str = ""
     model: str = ""
     opened: int = -1
     transcript: str = ""
@@ -68,7 +70,7 @@ class Memory:
 def _run(about: dict[str, Any]) -> RunMemory:
     run = RunMemory(**about)
     integers = all(type(number) is int for number in (run.round, run.attempt, run.opened))
-    texts = [run.model, run.transcript, *run.uploads.items(), *run.revealed.items()]
+    texts = [run.names, run.model, run.transcript, *run.uploads.items(), *run.revealed.items()]
     flat = [text for item in texts for text in (item if isinstance(item, tuple) else (item,))]
     if not integers or not all(isinstance(text, str) for text in flat):
         raise TypeError

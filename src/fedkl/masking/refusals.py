@@ -61,6 +61,22 @@ def check_new(context: Context, remembered: RunMemory, *, name: str) -> None:
         raise MaskingError("Refused: this attempt was uploaded to already; its masks are used up.")
 
 
+def check_same_start(model: bytes, remembered: RunMemory, roster: Roster) -> None:
+    """Checks that a model in the clear does not follow an upload on another one, where the rules want sums.
+
+    Sums on models that hardly differ would give away who is in one of them and not in the other.
+
+    Raises:
+        MaskingError: It does.
+    """
+    changed = remembered.round >= 0 and remembered.model != model.hex()
+    if changed and not roster.rules.server_model:
+        raise MaskingError(
+            "Refused: the server sent another model, but this member has uploaded in this run already, and "
+            "the rules of the roster want the sum. Begin another run."
+        )
+
+
 def check_own_entry(total: SealedSum, context: Context, remembered: RunMemory, *, name: str) -> None:
     """Checks that a member is listed with what it sent, and only then.
 
