@@ -24,6 +24,7 @@ _MAGIC = 1.5 * 2.0**52  # a float64 around it has its nearest whole number in it
 _MAGIC_BITS = np.uint64(0x4338000000000000)
 _METRIC_FRACTION, _METRIC_LIMIT = 20, 2**13
 _INTEGER_LIMIT = 2**30
+_OUT_OF_RANGE = "Sum refused: {} has words beyond what its samples allow: a member sent what no update gives."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,22 +143,22 @@ class Opening:
         return seal.holds(total=total, pads=pads, own=own, r=self._r, blocks=self._layout.blocks)
 
 
-def decoded(layout: Layout, message: Bytes, *, booleans: NamedTensors) -> Mean:
+def decoded(layout: Layout, message: Bytes, *, members: int, booleans: NamedTensors) -> Mean:
     """The means of a sum in the clear.
 
     Args:
         layout: Where things lie.
         message: The sum.
+        members: How many uploads are in it.
         booleans: Boolean tensors of the model, which are not part of a sum.
 
     Raises:
-        MaskingError: It is the sum of nothing.
+        MaskingError: It is the sum of nothing, or has words that no sum of so many honest uploads has.
     """
     longs = message[: layout.head].view(LONG)[TAG_WORDS:]
     samples, weight = int(longs[0]), int(longs[1])
-    if samples < 1 or weight < 1:
-        raise MaskingError("Sum refused: expected at least one sample, got none.")
     place = 2 + len(layout.metrics)
+    _check_sum(layout, longs, members)
     metrics = {
         name: (int(word) / samples - (_METRIC_LIMIT << _METRIC_FRACTION)) / 2**_METRIC_FRACTION
         for name, word in zip(layout.metrics, longs[2:place], strict=True)
@@ -173,10 +174,26 @@ def decoded(layout: Layout, message: Bytes, *, booleans: NamedTensors) -> Mean:
     return Mean(tensors=ordered, samples=samples, metrics=metrics)
 
 
+def _check_sum(layout: Layout, longs: NDArray[np.uint64], members: int) -> None:
+    """A tag holds for whatever a member gave to it; the range is looked at here."""
+    samples, weight = int(longs[0]), int(longs[1])
+    words, place = layout.words, 2 + len(layout.metrics)
+    most = members * words.max_samples, members * words.weight(words.max_samples)
+    if not (1 <= samples <= most[0] and 1 <= weight <= most[1]):
+        raise MaskingError(f"Sum refused: expected 1 to {most[0]} samples of {members} members.")
+    counts = {
+        "its metrics": (longs[2:place], 2 * (_METRIC_LIMIT << _METRIC_FRACTION) * samples),
+        "its whole numbers": (longs[place : place + layout.whole_numbers], 2 * _INTEGER_LIMIT * samples),
+    }
+    for what, (found, limit) in counts.items():
+        if found.size and int(found.max()) > limit:
+            raise MaskingError(_OUT_OF_RANGE.format(what))
+
+
 def _decoded_floats(layout: Layout, message: Bytes, weight: int) -> dict[str, Tensor]:
     words = layout.words
     body = message[layout.head :].view(f"<u{words.bits // 8}")
-    offset, scale = np.int64(words.offset(weight)), 1 / words.scale(weight)
+    offset, scale = words.offset(weight), 1 / words.scale(weight)
     step = CHUNK // LONG.itemsize
     room = np.empty(step, dtype=np.int64)
     found, place = {}, 0
@@ -185,7 +202,10 @@ def _decoded_floats(layout: Layout, message: Bytes, weight: int) -> dict[str, Te
         values = torch.empty(count, dtype=spec.dtype)
         for begin in range(0, count, step):
             piece = room[: min(step, count - begin)]
-            np.subtract(body[place + begin : place + begin + len(piece)].astype(np.int64), offset, out=piece)
+            raw = body[place + begin : place + begin + len(piece)]
+            if int(raw.max()) > 2 * offset:
+                raise MaskingError(_OUT_OF_RANGE.format(f"'{name}'"))
+            np.subtract(raw.astype(np.int64), np.int64(offset), out=piece)
             values[begin : begin + len(piece)] = torch.from_numpy(piece * scale)
         found[name] = values.reshape(spec.shape)
         place += count

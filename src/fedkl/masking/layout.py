@@ -64,6 +64,11 @@ class Layout:
         return {name: spec for name, spec in self.specs.items() if spec.dtype == torch.bool}
 
     @cached_property
+    def whole_numbers(self) -> int:
+        """How many whole numbers of integer tensors an update has."""
+        return sum(map(elements, self.integers.values()))
+
+    @cached_property
     def numbers(self) -> int:
         """How many floating-point numbers an update has."""
         return sum(map(elements, self.floats.values()))
@@ -71,7 +76,7 @@ class Layout:
     @cached_property
     def head(self) -> int:
         """Bytes of the long words; a multiple of the tag's blocks."""
-        longs = TAG_WORDS + _COUNTS + len(self.metrics) + sum(map(elements, self.integers.values()))
+        longs = TAG_WORDS + _COUNTS + len(self.metrics) + self.whole_numbers
         return _whole_blocks(longs * _LONG)
 
     @cached_property

@@ -220,7 +220,7 @@ class Member:
             raise MaskingError(
                 "Refused: the sum is not that of the listed members' uploads: its tag does not fit."
             )
-        return decoded(self.layout, words, booleans=self._booleans)
+        return decoded(self.layout, words, members=len(entries), booleans=self._booleans)
 
     def _check_may_open(self, message: ListMessage, context: Context, remembered: RunMemory) -> None:
         """One list an attempt, one set of names a round and a model: two sums differ by somebody's update."""

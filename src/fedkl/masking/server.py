@@ -222,5 +222,8 @@ def opened_mean(total: SealedSum, *, layout: Layout, booleans: NamedTensors | No
         total: The sum.
         layout: Of the updates.
         booleans: Boolean tensors of the model, which are not part of a sum.
+
+    Raises:
+        MaskingError: It is no sum of updates.
     """
-    return decoded(layout, total.words, booleans=booleans or {})
+    return decoded(layout, total.words, members=len(total.listed), booleans=booleans or {})

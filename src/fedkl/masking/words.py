@@ -51,8 +51,8 @@ class Words:
 
     @property
     def fraction(self) -> int:
-        """Fraction bits: short words leave room for the sum of as many as there are members."""
-        return 20 if self.bits == 64 else 16 - (self.members - 1).bit_length()
+        """Fraction bits: a sum of as many short words as there are members stays below 2³²."""
+        return 20 if self.bits == 64 else 16 - self.members.bit_length()
 
     @property
     def limit(self) -> int:
