@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -102,6 +103,12 @@ def drawn(seed: int) -> dict[str, Tensor]:
     }
 
 
+@lru_cache
+def keys_of(size: int) -> tuple[MemberKeys, ...]:
+    """Keys of members; the same for all tests, as making them takes long."""
+    return tuple(MemberKeys.new(f"h{place:03}", today=TODAY) for place in range(size))
+
+
 def member_of(sealed: SealedRoster, keys: MemberKeys, layout: Layout, memory: Memory | None = None) -> Member:
     """A member with a memory of its own."""
     return Member(
@@ -115,7 +122,7 @@ def member_of(sealed: SealedRoster, keys: MemberKeys, layout: Layout, memory: Me
 
 def new_cohort(size: int, *, accept: bool = True, **rules: object) -> Cohort:
     """A cohort whose members have accepted a first model and trained."""
-    keys = [MemberKeys.new(f"h{place:03}", today=TODAY) for place in range(size)]
+    keys = keys_of(size)
     sealed = new_roster(
         name="study",
         cards=[each.card() for each in keys],

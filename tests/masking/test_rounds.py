@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from fedkl.errors import MaskingError
 from tests.masking.cohorts import Cohort, new_cohort
 
 MODES = ("blind", "pairwise", "both")
@@ -78,3 +81,21 @@ def test_a_round_is_tried_again_without_a_member_that_went_after_its_upload() ->
     assert list(total.listed) == left
     for name in cohort.names:
         cohort.members[name].open(total)
+
+
+def test_a_sum_that_a_false_share_stopped_is_opened_with_the_right_one():
+    cohort = new_cohort(4, mode="pairwise")
+    server = cohort.server(cohort.call())
+    for upload in cohort.uploads(cohort.call()).values():
+        server.offer(upload)
+    reveals = {name: cohort.members[name].reveal(server.list_for(name)) for name in cohort.names}
+    for reveal in reveals.values():
+        server.offer_reveal(reveal)
+    right = reveals["h000"]
+    server.offer_reveal(replace(right, shares={**right.shares, "h001": bytes(32)}))
+    with pytest.raises(MaskingError, match="a share of h001's seed is false"):
+        server.sealed()
+    server.offer_reveal(right)
+    assert cohort.members["h002"].open(server.sealed()).samples == 100 + 101 + 102 + 103
+    with pytest.raises(MaskingError, match="given once"):
+        server.sealed()

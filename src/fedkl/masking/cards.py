@@ -79,10 +79,17 @@ class MemberCard:
         return canonical("card", *self.fields()[:-1])
 
     def wrap(self, secret: Secret, *, info: bytes) -> bytes:
-        """A secret that only this member can open: 1,168 bytes for 32."""
-        lattice = MLKEM768PublicKey.from_public_bytes(self.receive_lattice)
-        curve = X25519PublicKey.from_public_bytes(self.receive_curve)
-        return _SUITE.encrypt(secret.reveal(), MLKEM768X25519PublicKey(lattice, curve), info=info)
+        """A secret that only this member can open: 1,168 bytes for 32.
+
+        Raises:
+            MaskingError: A key of the card is none, or a point of small order.
+        """
+        try:
+            lattice = MLKEM768PublicKey.from_public_bytes(self.receive_lattice)
+            curve = X25519PublicKey.from_public_bytes(self.receive_curve)
+            return _SUITE.encrypt(secret.reveal(), MLKEM768X25519PublicKey(lattice, curve), info=info)
+        except ValueError as error:
+            raise _unusable(self) from error
 
     def verify(self, signature: bytes, data: bytes) -> bool:
         """Whether this member has signed something."""
@@ -182,9 +189,7 @@ class MemberKeys:
         try:
             return self._pair.exchange(X25519PublicKey.from_public_bytes(other.pair))
         except ValueError as error:
-            raise MaskingError(
-                f"Card of {other.name}: its key cannot be used. Leave this member out."
-            ) from error
+            raise _unusable(other) from error
 
     def unwrap(self, wrapped: bytes, *, info: bytes) -> Secret:
         """What was wrapped for this member.
@@ -203,6 +208,10 @@ class MemberKeys:
     def sign(self, data: bytes) -> bytes:
         """A signature of this member's identity, 64 bytes."""
         return self._identity.sign(data)
+
+
+def _unusable(card: MemberCard) -> MaskingError:
+    return MaskingError(f"Card of {card.name}: its key cannot be used. Leave this member out.")
 
 
 def check_name(name: object) -> None:

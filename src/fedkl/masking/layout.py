@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from fedkl.errors import MaskingError, gathered
@@ -83,6 +84,15 @@ class Layout:
     def size(self) -> int:
         """Bytes of a message."""
         return self.head + _whole_blocks(self.numbers * self.words.bits // 8)
+
+    def fits(self, words: object) -> bool:
+        """Whether something has the form of a message's words."""
+        return (
+            isinstance(words, np.ndarray)
+            and words.dtype == np.uint8
+            and words.shape == (self.size,)
+            and words.flags.c_contiguous
+        )
 
     @property
     def blocks(self) -> int:

@@ -205,10 +205,8 @@ class Member:
         return mean
 
     def _opened(self, total: SealedSum, context: Context) -> Mean:
-        if len(total.words) != self.layout.size:
-            raise MaskingError(
-                f"Refused: the sum has {len(total.words)} bytes, expected {self.layout.size} (this layout)."
-            )
+        if not self.layout.fits(total.words):
+            raise MaskingError(f"Refused: expected a sum of {self.layout.size} bytes (this layout).")
         words, keyring = total.words.copy(), self._keyring
         entries = list(total.listed.items())
         blind = (

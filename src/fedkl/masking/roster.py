@@ -89,7 +89,7 @@ class Roster:
         commitment: To the cohort's key, 32 bytes.
 
     Raises:
-        MaskingError: Members are repeated, unsorted, too few or too many.
+        MaskingError: Its name does not fit a line, or members are repeated, unsorted, too few or too many.
     """
 
     name: str
@@ -101,6 +101,10 @@ class Roster:
     commitment: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and self.name.isprintable() and 1 <= len(self.name) <= 100):
+            raise MaskingError(
+                f"Roster refused: name {shown(self.name)}: expected 1 to 100 printable characters."
+            )
         names = [card.name for card in self.cards]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -289,7 +293,8 @@ def new_roster(
         secret: A cohort key that was kept, to make the same roster again; None: a new one.
 
     Raises:
-        MaskingError: The cards do not make a roster, one has expired, or the signer is no member.
+        MaskingError: The cards do not make a roster, one has expired or has a key that cannot be used, or the
+            signer is no member.
     """
     secret = secret or Secret(secrets.token_bytes(32))
     roster = Roster(
@@ -305,6 +310,8 @@ def new_roster(
     entitled = roster if previous is None else previous
     if entitled.card_of.get(signer.name) != signer.card():
         raise MaskingError(f"{signer.name} is not a member of cohort {name}, and cannot make its roster.")
+    for card in roster.cards:
+        signer.exchanged(card)  # refuses points of small order
     wrapped = {card.name: card.wrap(secret, info=roster.digest) for card in roster.cards}
     signature = signer.sign(_signed(roster))
     return SealedRoster(roster=roster, wrapped=wrapped, signer=signer.name, signature=signature)

@@ -96,9 +96,7 @@ class MaskedSum:
             "comes too late": self._closed,
             "was not asked": name not in self.call.cohort,
             "has uploaded already": name in self._uploads,
-            f"sent {len(upload.words)} bytes of words, expected {self.layout.size}": (
-                len(upload.words) != self.layout.size
-            ),
+            f"sent other words than {self.layout.size} bytes": not self.layout.fits(upload.words),
             "sent a nonce of a wrong size": len(upload.nonce) != NONCE,
             "works with another roster, model or history than the first": (
                 (upload.context, upload.model, upload.transcript) != same
@@ -173,11 +171,11 @@ class MaskedSum:
         if problems:
             remedy = "Try the round again with the members that are left."
             raise MaskingError(gathered(f"Round {self.call.round}: cannot be opened.", problems, remedy))
-        words, self._words = self._words, None
-        if words is None:
+        if self._words is None:
             raise MaskingError(f"Round {self.call.round}: its sum is given once.")
-        if self.mode != "blind":
-            unmasked(self.layout, words, masks=self._opened_masks())
+        masks = Masks() if self.mode == "blind" else self._opened_masks()
+        words, self._words = self._words, None
+        unmasked(self.layout, words, masks=masks)
         first = next(iter(self._uploads.values()))
         return SealedSum(
             call=self.call, model=first.model, transcript=first.transcript, listed=listed, words=words

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from numpy.typing import NDArray
 
+from fedkl.errors import SecretError
 from fedkl.masking.schedule import Label, derive
 
 CHUNK = 2**18
@@ -19,7 +22,17 @@ _ZEROS = bytes(CHUNK)
 _TAIL = 15  # what `update_into` wants beyond its output
 
 
-class Room:
+class _NotPickled:
+    """What holds bytes of masks."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise SecretError("Masks cannot be pickled.")
+
+    def __getstate__(self) -> NoReturn:
+        self.__reduce_ex__(2)
+
+
+class Room(_NotPickled):
     """A buffer of one chunk that streams write into, one after the other."""
 
     def __init__(self) -> None:
@@ -32,7 +45,7 @@ class Room:
         return self._array[:size]
 
 
-class MaskStream:
+class MaskStream(_NotPickled):
     """The words of a mask, from the first to the last.
 
     The key stream of AES-256 in counter mode, a key of its own for every 16 MiB. It is that of AES-256-GCM
