@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkl.errors import MaskingError
-from fedkl.masking import Contribution, Layout, Words
+from fedkl.masking import Contribution, Layout, Words, seal
 from fedkl.masking.encoding import LONG, Bytes, Masks, Mean, decoded, encoded
-from fedkl.masking.layout import TAG_WORDS
 from fedkl.update import TensorSpec
 
-KEY = (bytes(range(16)), bytes(range(32, 48)))
+KEY = (bytes(range(16)), bytes(range(32, 64)))
 WORDS = {bits: Words(bits=bits, members=5, max_samples=4000) for bits in (64, 32)}
 LIMITS = {64: 1024.0, 32: 8.0}
 
@@ -111,7 +110,7 @@ def test_the_largest_sum_of_a_roster_does_not_overflow(bits, members, sign):
         layout, contribution(extreme, samples=samples, whole=int(sign) * 2**30, loss=sign * 2**13)
     )
     assert members * max(body(layout, message, 2)) < 2**bits
-    longs = message[: layout.head].view(LONG)[TAG_WORDS:]
+    longs = message[seal.SIZE : layout.head].view(LONG)
     assert members * int(longs.max()) < 2**64
     mean = opened(layout, [message] * members)
     assert mean.tensors["v"].tolist() == extreme.tolist()
@@ -166,7 +165,7 @@ def test_a_sum_beyond_what_its_samples_allow_is_refused(what):
     place, value, text = FORGED[what]
     layout = layout_of(3, words=WORDS[64])
     total = summed(layout, [clear(layout, contribution(torch.zeros(3), samples=100))] * 3)
-    total[: layout.head].view(LONG)[TAG_WORDS + place] = value
+    total[seal.SIZE : layout.head].view(LONG)[place] = value
     with pytest.raises(MaskingError, match=text):
         decoded(layout, total, members=3, booleans={})
 

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from fedkl.errors import MaskingError, gathered
 from fedkl.masking import seal
-from fedkl.masking.layout import TAG_WORDS, Layout, elements
+from fedkl.masking.layout import Layout, elements
 from fedkl.masking.stream import CHUNK, MaskStream, Room
 from fedkl.types import NamedTensors
 from fedkl.update import check_tensors
 
 Bytes = NDArray[np.uint8]
 LONG = np.dtype("<u8")
-_TAG_BYTES = TAG_WORDS * LONG.itemsize
 _MAGIC = 1.5 * 2.0**52  # a float64 around it has its nearest whole number in its last bits
 _MAGIC_BITS = np.uint64(0x4338000000000000)
 _METRIC_FRACTION, _METRIC_LIMIT = 20, 2**13
@@ -74,7 +73,7 @@ def encoded(
         layout: Where things lie.
         contribution: What is given.
         masks: Added to all words.
-        tag_key: r and s of the tag, 16 bytes each.
+        tag_key: r and s of the tag, 16 and 32 bytes.
 
     Returns:
         Shape ``(layout.size,)``.
@@ -84,17 +83,24 @@ def encoded(
     """
     message = np.empty(layout.size, dtype=np.uint8)
     weight = _weight(layout, contribution)
-    message[: layout.head].view(LONG)[:] = _longs(layout, contribution, weight)
+    message[: seal.SIZE] = 0
+    message[seal.SIZE : layout.head].view(LONG)[:] = _longs(layout, contribution, weight)
     body = _Body(layout, contribution.tensors, weight)
-    tagger = seal.tagger(*tag_key)
+    r, s = tag_key
+    polynomial = seal.Polynomial(r)
     room = Room()
     for begin, end in _chunks(layout.size):
         body.write(message, max(begin, layout.head), end)
-        tagger.update(message[max(begin, _TAG_BYTES) : end].data)
+        polynomial.update(message[max(begin, seal.SIZE) : end].data)
         _mask(message[begin:end], layout, begin, masks, room)
-    tag = np.frombuffer(tagger.finalize(), dtype="<u4").astype(LONG)
-    message[:_TAG_BYTES].view(LONG)[:] += tag
+    add_to_tag(message, polynomial.value() + seal.number(s))
     return message
+
+
+def add_to_tag(message: Bytes, value: int) -> None:
+    """Adds a number to the tag at the front of a message, in place."""
+    tag = message[: seal.SIZE]
+    tag[:] = np.frombuffer(seal.added(tag.tobytes(), value), dtype=np.uint8)
 
 
 def unmasked(
@@ -126,21 +132,19 @@ class Opening:
 
     def __init__(self, layout: Layout, *, r: bytes) -> None:
         self._layout, self._r = layout, r
-        self._tagger = seal.tagger(r)
-        self._head = bytearray()
+        self._polynomial = seal.Polynomial(r)
+        self._tag = b""
 
     def chunk(self, begin: int, chunk: Bytes) -> None:
         """The next chunk of the sum in the clear."""
-        self._tagger.update(chunk[max(_TAG_BYTES - begin, 0) :].data)
-        if begin < self._layout.head:
-            self._head += chunk[: self._layout.head - begin].tobytes()
+        self._polynomial.update(chunk[max(seal.SIZE - begin, 0) :].data)
+        if begin == 0:
+            self._tag = chunk[: seal.SIZE].tobytes()
 
     def holds(self, pads: Sequence[bytes]) -> bool:
         """Whether the sum's tag is that of these uploads; after the last chunk."""
-        limbs = np.frombuffer(self._head[:_TAG_BYTES], dtype=LONG)
-        total = sum(int(limb) << (32 * place) for place, limb in enumerate(limbs))
-        own = self._tagger.finalize()
-        return seal.holds(total=total, pads=pads, own=own, r=self._r, blocks=self._layout.blocks)
+        own, blocks = self._polynomial.value(), self._layout.blocks
+        return seal.holds(total=self._tag, pads=pads, own=own, r=self._r, blocks=blocks)
 
 
 def decoded(layout: Layout, message: Bytes, *, members: int, booleans: NamedTensors) -> Mean:
@@ -155,7 +159,7 @@ def decoded(layout: Layout, message: Bytes, *, members: int, booleans: NamedTens
     Raises:
         MaskingError: It is the sum of nothing, or has words that no sum of so many honest uploads has.
     """
-    longs = message[: layout.head].view(LONG)[TAG_WORDS:]
+    longs = message[seal.SIZE : layout.head].view(LONG)
     samples, weight = int(longs[0]), int(longs[1])
     place = 2 + len(layout.metrics)
     _check_sum(layout, longs, members)
@@ -218,13 +222,15 @@ def _chunks(size: int) -> Iterator[tuple[int, int]]:
 
 
 def _mask(chunk: Bytes, layout: Layout, begin: int, masks: Masks, room: Room) -> None:
-    """Long words modulo 2⁶⁴, the others modulo their own size."""
-    cut = min(max(layout.head - begin, 0), len(chunk))
-    body = f"<u{layout.words.bits // 8}"
-    parts = [(part, kind) for part, kind in ((slice(0, cut), LONG), (slice(cut, None), body))]
-    for streams, apply in ((masks.plus, np.add), (masks.minus, np.subtract)):
+    """The tag modulo p, long words modulo 2⁶⁴, the others modulo their own size."""
+    tag = max(seal.SIZE - begin, 0)
+    cut = min(max(layout.head - begin, tag), len(chunk))
+    parts = [(slice(tag, cut), LONG), (slice(cut, None), np.dtype(f"<u{layout.words.bits // 8}"))]
+    for streams, apply, sign in ((masks.plus, np.add, 1), (masks.minus, np.subtract, -1)):
         for stream in streams:
             noise = stream.next(len(chunk), room)
+            if tag:
+                add_to_tag(chunk, sign * seal.number(noise[:tag].tobytes()))
             for part, kind in parts:
                 words = chunk[part].view(kind)
                 apply(words, noise[part].view(kind), out=words)
@@ -248,12 +254,12 @@ def _weight(layout: Layout, contribution: Contribution) -> int:
 
 
 def _longs(layout: Layout, contribution: Contribution, weight: int) -> NDArray[np.uint64]:
-    """The long words, the tag's still 0."""
-    longs = np.zeros(layout.head // LONG.itemsize, dtype=LONG)
+    """The long words after the tag."""
+    longs = np.zeros((layout.head - seal.SIZE) // LONG.itemsize, dtype=LONG)
     samples = contribution.samples
     values = [samples, weight, *_metric_words(layout, contribution)]
-    longs[TAG_WORDS : TAG_WORDS + len(values)] = values
-    place, problems = TAG_WORDS + len(values), []
+    longs[: len(values)] = values
+    place, problems = len(values), []
     for name in layout.integers:
         whole = contribution.tensors[name].detach().cpu().reshape(-1).to(torch.int64).numpy()
         if whole.size and (whole.min() < -_INTEGER_LIMIT or whole.max() > _INTEGER_LIMIT):

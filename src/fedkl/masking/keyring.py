@@ -8,7 +8,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedkl.errors import MaskingError, SecretError
-from fedkl.masking import sharing
+from fedkl.masking import seal, sharing
 from fedkl.masking.canonical import canonical
 from fedkl.masking.encoding import Masks
 from fedkl.masking.neighbors import neighbors, threshold
@@ -38,7 +38,7 @@ class Keyring:
         raise SecretError("A Keyring holds secrets and cannot be pickled.")
 
     def tag_key(self, context: Context, name: str, nonce: bytes) -> tuple[bytes, bytes]:
-        """Both halves of an upload's tag key, 16 bytes each."""
+        """Both halves of an upload's tag key, 16 and 32 bytes."""
         return self.tag_r(context), self.tag_s(context, name, nonce)
 
     def tag_r(self, context: Context) -> bytes:
@@ -46,8 +46,8 @@ class Keyring:
         return derive(self._key, Label.TAG_R, context.digest, length=16)
 
     def tag_s(self, context: Context, name: str, nonce: bytes) -> bytes:
-        """The half that is one upload's, 16 bytes."""
-        return derive(self._key, Label.TAG_S, context.digest, name, nonce, length=16)
+        """The half that is one upload's, 32 bytes."""
+        return derive(self._key, Label.TAG_S, context.digest, name, nonce, length=seal.SIZE)
 
     def blind_mask(self, context: Context, name: str, nonce: bytes) -> MaskStream:
         """The blind mask of an upload."""

@@ -15,7 +15,6 @@ from fedkl.masking.canonical import digest
 from fedkl.masking.words import Words
 from fedkl.update import TensorSpec
 
-TAG_WORDS = 4  # of 32 bits each, so that their sums do not overflow either
 _COUNTS = 2  # samples, weight
 _LONG = 8  # bytes
 
@@ -24,9 +23,9 @@ _LONG = 8  # bytes
 class Layout:
     """Which words a message has, in this order.
 
-    Long words (64 bits): the tag, samples, weight, metrics, then the whole numbers of integer tensors. Then
-    the words of floating-point tensors, as many bits as `words` says. Both parts are filled with zeros to
-    whole blocks of the tag. Booleans are not sent.
+    The tag, a number of 32 bytes. Long words (64 bits): samples, weight, metrics, then the whole numbers of
+    integer tensors. Then the words of floating-point tensors, as many bits as `words` says. Both parts are
+    filled with zeros to whole blocks of the tag. Booleans are not sent.
 
     Attributes:
         specs: Named tensors in order.
@@ -76,9 +75,9 @@ class Layout:
 
     @cached_property
     def head(self) -> int:
-        """Bytes of the long words; a multiple of the tag's blocks."""
-        longs = TAG_WORDS + _COUNTS + len(self.metrics) + self.whole_numbers
-        return _whole_blocks(longs * _LONG)
+        """Bytes of tag and long words; a multiple of the tag's blocks."""
+        longs = _COUNTS + len(self.metrics) + self.whole_numbers
+        return seal.SIZE + _whole_blocks(longs * _LONG)
 
     @cached_property
     def size(self) -> int:
@@ -97,7 +96,7 @@ class Layout:
     @property
     def blocks(self) -> int:
         """Blocks that a tag stands for: all of a message but the tag itself."""
-        return (self.size - TAG_WORDS * _LONG) // seal.BLOCK
+        return (self.size - seal.SIZE) // seal.BLOCK
 
     @cached_property
     def digest(self) -> bytes:

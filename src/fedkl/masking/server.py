@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 
 from fedkl.errors import MaskingError, gathered
-from fedkl.masking import sharing
-from fedkl.masking.encoding import LONG, Bytes, Masks, Mean, decoded, unmasked
+from fedkl.masking import seal, sharing
+from fedkl.masking.encoding import LONG, Bytes, Masks, Mean, add_to_tag, decoded, unmasked
 from fedkl.masking.keyring import self_commitment, self_mask
 from fedkl.masking.layout import Layout
 from fedkl.masking.messages import NONCE, ListMessage, Reveal, SealedSum, Upload
@@ -82,6 +82,7 @@ class MaskedSum:
         if self._words is None:
             self._words = words.copy()
         else:
+            add_to_tag(self._words, seal.number(words[: seal.SIZE].tobytes()))
             for part, kind in self._parts():
                 into = self._words[part].view(kind)
                 into += words[part].view(kind)
@@ -210,7 +211,7 @@ class MaskedSum:
 
     def _parts(self) -> list[tuple[slice, str]]:
         head = self.layout.head
-        return [(slice(0, head), LONG.str), (slice(head, None), f"<u{self.layout.words.bits // 8}")]
+        return [(slice(seal.SIZE, head), LONG.str), (slice(head, None), f"<u{self.layout.words.bits // 8}")]
 
 
 def opened_mean(total: SealedSum, *, layout: Layout, booleans: NamedTensors | None = None) -> Mean:
