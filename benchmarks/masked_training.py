@@ -7,7 +7,7 @@
 `accuracy`: in every round of a masked training the same updates are averaged in the clear too; the largest
 difference of a weight is noted. A plain training with the same keys and batches stands beside it.
 
-`server`: after a blind training, the server fine-tunes whatever it has on labeled images of its own: the model
+`server`: after a blind training, the server fine-tunes what it has on labeled images of its own: the model
 that it started from, and the words of the last sum taken for weights. Beside it: a training on the same
 images from scratch, and the members' model. One JSON object a line.
 """

@@ -135,6 +135,8 @@ def test_the_defaults_in_the_help_are_those_of_the_library(name):
     expected |= {"--lock": "default", "--layers": lock["layers"], "--arms": "the defense and its controls"}
     if name == "train":
         expected["--partition"] = expected["--partition"]["type"]
+        assert expected["--masking"] == {"type": "plain"}
+        expected["--masking"] = "none"
     else:
         assert values["arms"] == []
     shown = {flag.opts[0]: flag.show_default for flag in flags_of(name) if isinstance(flag.show_default, str)}
