@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 from numpy.typing import NDArray
 
 from fedkl.errors import SecretError
-from fedkl.masking.schedule import Label, derive
+from fedkl.masking.schedule import Label, Secret, derive
 
 CHUNK = 2**18
 """Bytes that are worked on at once; they stay in the processor's cache."""
@@ -56,7 +56,7 @@ class MaskStream(_NotPickled):
     """
 
     def __init__(self, seed: bytes) -> None:
-        self._seed = seed
+        self._seed = Secret(seed)
         self._done = 0
         self._context: CipherContext | None = None
 
@@ -68,7 +68,7 @@ class MaskStream(_NotPickled):
             room: Where they are written; they are valid until it is used again.
         """
         if self._done % SEGMENT == 0:
-            key = derive(self._seed, Label.SEGMENT, self._done // SEGMENT)
+            key = derive(self._seed.reveal(), Label.SEGMENT, self._done // SEGMENT)
             self._context = Cipher(algorithms.AES(key), modes.CTR(_COUNTER)).encryptor()
         if self._context is None:
             raise AssertionError("the first chunk makes a context")
