@@ -126,7 +126,7 @@ class Case:
             words=upload.words,
         )
         context = self.member._context(call, model=upload.model, transcript=upload.transcript)
-        compared = mock.patch.object(Opening, "holds", lambda opening, pads: True)
+        compared = mock.patch.object(Opening, "holds", return_value=True)
         with compared, mock.patch("fedkl.masking.member.decoded", self.decoded):
             self.member._opened(total, context)
 
