@@ -25,7 +25,7 @@ class Members(ArchiveSurface):
     name = "members"
     precious = ("notes.txt",)
     confined = True
-    target = "fedkl.masking.exchange.read_card"
+    target = "fedkl.masking.exchange.card_from_bytes"
 
     def seeds(self) -> list[bytes]:
         """A member before and after it has joined, in every mode."""
