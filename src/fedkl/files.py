@@ -223,22 +223,9 @@ def exclusive(path: Path, *, mode: int = 0o755, follow: bool = True) -> Iterator
         folder = os.open(path, os.O_RDONLY | (0 if follow else _NO_LINK)) if fcntl else -1
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from error
-    if folder < 0:
+    busy = f"{path}: another process is running in this folder. Wait for it, or choose another one."
+    with _locked(folder, busy):
         yield
-        return
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(folder)
-        raise ConfigError(
-            f"{path}: another process is running in this folder. Wait for it, or choose another one."
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(folder)  # gives the lock back; so does the end of the process, however it ends
 
 
 @contextlib.contextmanager
@@ -260,22 +247,27 @@ def held(path: Path) -> Iterator[None]:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | _NO_LINK, PRIVATE_FILE) if fcntl else -1
     except OSError as error:
         raise ConfigError(f"{lock}: cannot be written ({error.strerror}).") from error
+    busy = f"{path}: in use, by another process or elsewhere in this one. Wait for it, or close it there."
+    with _locked(handle, busy):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(handle: int, busy: str) -> Iterator[None]:
+    """Locks an open file or folder, and closes it in the end; a negative one stands for none.
+
+    Raises:
+        ConfigError: Somebody has it; the text is `busy`.
+    """
     if handle < 0:
         yield
         return
     try:
-        _lock(handle, path)
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(busy) from error
         yield
     finally:
         os.close(handle)  # gives the lock back; so does the end of the process, however it ends
-
-
-def _lock(handle: int, path: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"{path}: in use, by another process or elsewhere in this one. Wait for it, or close it there."
-        ) from error
-    except OSError:  # a file system without locks
-        return

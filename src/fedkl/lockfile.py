@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
+import torch
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
@@ -36,7 +37,8 @@ FileKind = Literal["key", "lock", "checkpoint", "member", "memory"]
 
 PASSPHRASE_VARIABLE = "FEDKL_PASSPHRASE"  # noqa: S105 (a name, not a passphrase)
 
-_MAGIC = b"FEDKLSEC"
+MAGIC = b"FEDKLSEC"
+"""How these files begin."""
 _VERSION = 1
 _SCRYPT = {"n": 2**15, "r": 8, "p": 1}
 _MAX_HEADER = 4096
@@ -90,6 +92,22 @@ def key_of(path: Path, meta: dict[str, Any], tensors: NamedTensors) -> Key:
         return Key(tensors["key"], distribution=meta["distribution"])
     except (KeyError, LockError) as error:
         raise KeyFileError(f"{path}: holds no usable key; written by another version of fedkl?") from error
+
+
+def byte_tensor(data: bytes) -> Tensor:
+    """Bytes as a tensor, uint8, shape ``(bytes,)``: what these files hold are tensors."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The bytes of `byte_tensor`.
+
+    Raises:
+        ValueError: It is another kind of tensor.
+    """
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise ValueError(f"expected bytes in a row, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+    return tensor.numpy().tobytes()
 
 
 def keep_copy(path: Path) -> Path:
@@ -252,7 +270,7 @@ def _scrypt(passphrase: bytes, salt: bytes, n: int, r: int, p: int) -> bytes:
 
 def _header(fields: dict[str, Any]) -> bytes:
     text = json.dumps({"version": _VERSION, **fields}, sort_keys=True).encode()
-    return _MAGIC + len(text).to_bytes(4, "big") + text
+    return MAGIC + len(text).to_bytes(4, "big") + text
 
 
 def _parse(path: Path) -> tuple[bytes, dict[str, Any], bytes]:
@@ -262,10 +280,10 @@ def _parse(path: Path) -> tuple[bytes, dict[str, Any], bytes]:
         raise KeyFileError(f"{path}: cannot be read ({error.strerror}).") from error
     except ValueError as error:  # a null character in the name
         raise KeyFileError(f"{shown(path)}: not the name of a file.") from error
-    if not data.startswith(_MAGIC):
+    if not data.startswith(MAGIC):
         raise KeyFileError(f"{path}: not a fedkl key or lock file.")
-    start = len(_MAGIC) + 4
-    length = int.from_bytes(data[len(_MAGIC) : start], "big")
+    start = len(MAGIC) + 4
+    length = int.from_bytes(data[len(MAGIC) : start], "big")
     if len(data) < start + length or length > _MAX_HEADER:
         raise KeyFileError(f"{path}: truncated: the header is not complete.")
     try:

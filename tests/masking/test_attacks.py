@@ -413,7 +413,7 @@ def halves(cohort: Cohort) -> list[Mean]:
 def test_one_round_has_one_sum(monkeypatch):
     with pytest.raises(MaskingError, match="has 3 names, expected 5"):
         halves(new_cohort(6, mode="pairwise"))
-    for module in ("member", "keyring", "server"):
+    for module in ("neighbors", "keyring", "server"):
         monkeypatch.setattr(f"fedkl.masking.{module}.threshold", lambda holders: holders // 2)
     assert [mean.samples for mean in halves(new_cohort(6, mode="pairwise"))] == [303, 312]
 

@@ -38,7 +38,7 @@ from fedkl.masking import (
     Upload,
     opened_mean,
 )
-from fedkl.masking.neighbors import threshold
+from fedkl.masking.neighbors import least_listed
 from fedkl.masking.words import MAX_MEMBERS, MAX_SAMPLES, WordBits
 from fedkl.types import NamedTensors
 from fedkl.update import PublicUpdate
@@ -106,12 +106,10 @@ class SeenUpload(Seen):
         """The words taken for numbers in [−1, 1): all that an attack on floats can be given."""
         bits = self.layout.words.bits
         words = self.upload.words[self.layout.head :].view(f"<i{bits // 8}")
-        place, found = 0, {}
-        for name, spec in self.layout.floats.items():
-            count = torch.Size(spec.shape).numel()
-            piece = words[place : place + count].astype(np.float64) / 2.0 ** (bits - 1)
-            found[name] = torch.from_numpy(piece).to(spec.dtype).reshape(spec.shape)
-            place += count
+        found = {}
+        for name, spec, place in self.layout.float_places():
+            numbers = words[place].astype(np.float64) / 2.0 ** (bits - 1)
+            found[name] = torch.from_numpy(numbers).to(spec.dtype).reshape(spec.shape)
         return found
 
 
@@ -193,8 +191,9 @@ class MaskedFederation(Aggregation):
         Raises:
             ConfigError: It is of another federation.
         """
-        self._cohort = Cohort.restored(self._rules, self._plan.clients, secrets)
-        self._last = sum_of(secrets)
+        # Both are read before either is taken over: a damaged checkpoint changes nothing.
+        cohort, last = Cohort.restored(self._rules, self._plan.clients, secrets), sum_of(secrets)
+        self._cohort, self._last = cohort, last
         self._members = {}
 
 
@@ -215,7 +214,6 @@ class MaskedRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
         self._attempts = [self._attempt(0, tuple(sorted(plan.clients)))]
         self._updates: dict[str, PublicUpdate] = {}  # where a second attempt may need them
         self._seen: list[Seen] | None = [] if record else None
-        self._schema = plan.schema
 
     def _attempt(self, number: int, cohort: tuple[str, ...]) -> MaskedSum:
         federation = self._federation
@@ -281,7 +279,7 @@ class MaskedRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
             gone = self._gone(attempt)
             here = tuple(name for name in attempt.listed if name not in gone)
             whole = attempt.mode == "blind" or not gone or len(attempt.listed) == len(attempt.call.cohort)
-            if whole or len(here) < self._least(here):
+            if whole or len(here) < least_listed(here, minimum=self._federation.options.minimum):
                 return self._revealed(attempt, here)
             # Pair seeds of the vanished with the unlisted are missing. Nobody has revealed anything yet.
             again = self._attempt(attempt.call.attempt + 1, here)
@@ -294,9 +292,6 @@ class MaskedRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
             for name in here:
                 attempt.offer_reveal(self._federation.member(name).reveal(attempt.list_for(name)))
         return attempt.sealed()
-
-    def _least(self, cohort: tuple[str, ...]) -> int:
-        return max(self._federation.options.minimum, threshold(len(cohort)))
 
     def _gone(self, attempt: MaskedSum) -> set[str]:
         call = attempt.call
@@ -317,7 +312,7 @@ class MaskedRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
 
     def _sum_seen(self, total: SealedSum, tensors: NamedTensors, samples: int) -> SeenSum:
         update = PublicUpdate(
-            schema=self._schema, tensors=tensors, num_samples=samples, round=self._plan.round
+            schema=self._plan.schema, tensors=tensors, num_samples=samples, round=self._plan.round
         )
         return SeenSum(clients=tuple(total.listed), update=update)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkl.aggregation.base import RoundPlan
 from fedkl.errors import ConfigError, MaskingError
+from fedkl.lockfile import byte_tensor, bytes_of
 from fedkl.masking import (
     Call,
     Layout,
@@ -24,6 +25,7 @@ from fedkl.masking import (
     Secret,
     new_roster,
 )
+from fedkl.parsing import parse_json_object
 from fedkl.types import NamedTensors
 from fedkl.update import TensorSpec
 
@@ -96,10 +98,10 @@ class Cohort:
             "today": self.today.isoformat(),
             "memories": {name: memory.to_json() for name, memory in self.memories.items()},
         }
-        found = {"about": _bytes(json.dumps(about).encode()), "key": _bytes(self.secret.reveal())}
+        found = {"about": byte_tensor(json.dumps(about).encode()), "key": byte_tensor(self.secret.reveal())}
         for name, keys in self.keys.items():
             for kind, seed in keys.seeds.items():
-                found[f"member/{name}/{kind}"] = _bytes(seed.reveal())
+                found[f"member/{name}/{kind}"] = byte_tensor(seed.reveal())
         return found
 
     @classmethod
@@ -110,16 +112,16 @@ class Cohort:
             ConfigError: It is of other clients, or damaged.
         """
         try:
-            about = json.loads(_text(secrets["about"]))
+            about = parse_json_object(bytes_of(secrets["about"]))
             today = date.fromisoformat(about["today"])
             keys = {}
             for name in clients:
-                seeds = {kind: Secret(_text(secrets[f"member/{name}/{kind}"])) for kind in MemberKeys.SEEDS}
+                seeds = {
+                    kind: Secret(bytes_of(secrets[f"member/{name}/{kind}"])) for kind in MemberKeys.SEEDS
+                }
                 keys[name] = MemberKeys(name=name, expires=MemberKeys.expiry(today), seeds=seeds)
-            memories = {
-                name: Memory.from_json(about["memories"][name], keep=lambda memory: None) for name in keys
-            }
-            run, secret = bytes.fromhex(about["run"]), Secret(_text(secrets["key"]))
+            memories = {name: Memory.from_json(about["memories"][name]) for name in keys}
+            run, secret = bytes.fromhex(about["run"]), Secret(bytes_of(secrets["key"]))
         except (KeyError, TypeError, ValueError, MaskingError) as error:
             raise ConfigError("The checkpoint's masks are of another federation, or damaged.") from error
         return cls(
@@ -131,14 +133,6 @@ class Cohort:
             keys=keys,
             memories=memories,
         )
-
-
-def _bytes(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def _text(tensor: Tensor) -> bytes:
-    return bytes(tensor.numpy())
 
 
 def sum_tensors(total: SealedSum | None) -> dict[str, Tensor]:
@@ -156,7 +150,7 @@ def sum_tensors(total: SealedSum | None) -> dict[str, Tensor]:
         "listed": {name: nonce.hex() for name, nonce in total.listed.items()},
     }
     words = torch.from_numpy(total.words)
-    return {"sum/about": _bytes(json.dumps(about).encode()), "sum/words": words}
+    return {"sum/about": byte_tensor(json.dumps(about).encode()), "sum/words": words}
 
 
 def sum_of(tensors: Mapping[str, Tensor]) -> SealedSum | None:
@@ -168,7 +162,7 @@ def sum_of(tensors: Mapping[str, Tensor]) -> SealedSum | None:
     if "sum/about" not in tensors:
         return None
     try:
-        about = json.loads(_text(tensors["sum/about"]))
+        about = parse_json_object(bytes_of(tensors["sum/about"]))
         call = Call(
             run=bytes.fromhex(about["run"]),
             round=about["round"],

@@ -42,6 +42,7 @@ from fedkl.federated.simulation import Federation
 from fedkl.files import read_file, remove_parts, write_atomically
 from fedkl.keys import Key
 from fedkl.parsing import parse_json_object, parse_tensors
+from fedkl.types import NamedTensors
 from fedkl.update import TensorSpec
 
 _VERSION = 1
@@ -291,15 +292,8 @@ class Checkpoints:
         tensors = federation.aggregation.secrets
         if not tensors:
             return ""
-        name = f"masks-{round:06d}.fedkl"
-        lockfile.write(
-            self._folder / name,
-            kind="checkpoint",
-            meta={"file": name},
-            tensors=tensors,
-            passphrase=self._passphrase,
-            salt=self._salt,
-        )
+        name = _masks_name(round)
+        self._write_secret(self._folder / name, meta={"file": name}, tensors=tensors)
         return name
 
     def _restore_masks(self, manifest: _Manifest, federation: Federation) -> None:
@@ -307,9 +301,7 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         if manifest.masks:
             path = self._folder / manifest.masks
-            if path.is_symlink():
-                raise ConfigError(f"{path}: expected a file, got a symbolic link.")
-            facts, tensors = lockfile.read(path, kind="checkpoint", passphrase=self._passphrase)
+            facts, tensors = _read_secret(path, passphrase=self._passphrase)
             if facts.get("file") != path.name:
                 raise KeyFileError(f"{path}: was once another file.")
         federation.aggregation.restore(tensors)
@@ -325,6 +317,9 @@ class Checkpoints:
                 parts["secret"] = {"key": client.key.reveal()}
             for part, named in parts.items():
                 tensors |= {f"{client.name}/{part}/{name}": tensor for name, tensor in named.items()}
+        self._write_secret(path, meta=meta, tensors=tensors)
+
+    def _write_secret(self, path: Path, *, meta: dict[str, Any], tensors: NamedTensors) -> None:
         lockfile.write(
             path, kind="checkpoint", meta=meta, tensors=tensors, passphrase=self._passphrase, salt=self._salt
         )
@@ -369,9 +364,7 @@ class _Held:
 
     @classmethod
     def read(cls, path: Path, *, passphrase: str) -> _Held:
-        if path.is_symlink():
-            raise ConfigError(f"{path}: expected a file, got a symbolic link.")
-        facts, tensors = lockfile.read(path, kind="checkpoint", passphrase=passphrase)
+        facts, tensors = _read_secret(path, passphrase=passphrase)
         by_client: dict[str, dict[str, Tensor]] = {}
         for place, tensor in tensors.items():
             client, _, name = place.partition("/")
@@ -413,6 +406,13 @@ class _Held:
         )
 
 
+def _read_secret(path: Path, *, passphrase: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What an encrypted file of a checkpoint holds: metadata and tensors; links are not followed."""
+    if path.is_symlink():
+        raise ConfigError(f"{path}: expected a file, got a symbolic link.")
+    return lockfile.read(path, kind="checkpoint", passphrase=passphrase)
+
+
 def _part(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         place.removeprefix(f"{part}/"): tensor
@@ -439,6 +439,10 @@ def _manifest_name(round: int) -> str:
 
 def _round_of(manifest: Path) -> int:
     return int(manifest.stem.removeprefix("round-"))
+
+
+def _masks_name(round: int) -> str:
+    return f"masks-{round:06d}.fedkl"
 
 
 def _public_name(round: int) -> str:
@@ -476,7 +480,7 @@ def _check_manifest(values: dict[str, Any]) -> None:
         raise ValueError("expected a round from 0 to 10¹⁸")
     if values["public"] != _public_name(round):
         raise ValueError(f"round {round} cannot have the file {shown(values['public'])}")
-    if values["masks"] not in ("", f"masks-{round:06d}.fedkl"):
+    if values["masks"] not in ("", _masks_name(round)):
         raise ValueError(f"round {round} cannot have the file {shown(values['masks'])}")
     for name in values["clients"].values():
         match = _PRIVATE.fullmatch(name) if isinstance(name, str) else None

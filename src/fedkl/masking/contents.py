@@ -13,7 +13,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedkl import lockfile
@@ -22,7 +21,7 @@ from fedkl.files import read_file
 from fedkl.masking.cards import MemberKeys
 from fedkl.masking.roster import Membership
 from fedkl.masking.schedule import Secret
-from fedkl.masking.texts import SECRET_FILE, roster_of_values, roster_values
+from fedkl.masking.texts import roster_of_values, roster_values
 
 SUFFIX = ".secret"
 _VERSION = 1
@@ -93,7 +92,8 @@ class Content:
         }
         hidden = {_SEED + kind: seed for kind, seed in self.keys.seeds.items()}
         hidden |= {_COHORT + name: joined.membership.secret for name, joined in self.cohorts.items()}
-        tensors = {name: _tensor(secret) for name, secret in {**hidden, _MEMORY: self.memory_key}.items()}
+        hidden[_MEMORY] = self.memory_key
+        tensors = {name: lockfile.byte_tensor(secret.reveal()) for name, secret in hidden.items()}
         lockfile.write(
             path,
             kind="member",
@@ -120,7 +120,7 @@ def check_secret_file(path: Path) -> None:
         ) from error
     except ValueError as error:  # a null character in the name
         raise KeyFileError(f"{shown(path)}: not the name of a file.") from error
-    if not data.startswith(SECRET_FILE):
+    if not data.startswith(lockfile.MAGIC):
         raise KeyFileError(
             f"{path}: not a member's secret file. Give the file that `fedkl member new` made, NAME{SUFFIX}."
         )
@@ -129,7 +129,7 @@ def check_secret_file(path: Path) -> None:
 def _content(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Content:
     if set(meta) != {"version", "name", "expires", "cohorts", "past"} or meta["version"] != _VERSION:
         raise ValueError
-    hidden = {name: _secret(tensor) for name, tensor in tensors.items()}
+    hidden = {name: Secret(lockfile.bytes_of(tensor)) for name, tensor in tensors.items()}
     memory_key = hidden.pop(_MEMORY)
     seeds = {name[len(_SEED) :]: hidden.pop(name) for name in list(hidden) if name.startswith(_SEED)}
     keys = MemberKeys(name=meta["name"], expires=date.fromisoformat(meta["expires"]), seeds=seeds)
@@ -170,13 +170,3 @@ def digest_of(value: object) -> str:
     if not isinstance(value, str) or len(bytes.fromhex(value)) != 32:
         raise ValueError
     return value
-
-
-def _tensor(secret: Secret) -> Tensor:
-    return torch.tensor(list(secret.reveal()), dtype=torch.uint8)
-
-
-def _secret(tensor: Tensor) -> Secret:
-    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-        raise ValueError
-    return Secret(tensor.numpy().tobytes())

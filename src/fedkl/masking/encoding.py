@@ -196,23 +196,22 @@ def _check_sum(layout: Layout, longs: NDArray[np.uint64], members: int) -> None:
 
 def _decoded_floats(layout: Layout, message: Bytes, weight: int) -> dict[str, Tensor]:
     words = layout.words
-    body = message[layout.head :].view(f"<u{words.bits // 8}")
+    body = message[layout.head :].view(words.dtype)
     offset, scale = words.offset(weight), 1 / words.scale(weight)
     step = CHUNK // LONG.itemsize
     room = np.empty(step, dtype=np.int64)
-    found, place = {}, 0
-    for name, spec in layout.floats.items():
-        count = elements(spec)
-        values = torch.empty(count, dtype=spec.dtype)
-        for begin in range(0, count, step):
-            piece = room[: min(step, count - begin)]
-            raw = body[place + begin : place + begin + len(piece)]
+    found = {}
+    for name, spec, place in layout.float_places():
+        own = body[place]
+        values = torch.empty(len(own), dtype=spec.dtype)
+        for begin in range(0, len(own), step):
+            raw = own[begin : begin + step]
+            piece = room[: len(raw)]
             if int(raw.max()) > 2 * offset:
                 raise MaskingError(_OUT_OF_RANGE.format(f"'{name}'"))
             np.subtract(raw.astype(np.int64), np.int64(offset), out=piece)
             values[begin : begin + len(piece)] = torch.from_numpy(piece * scale)
         found[name] = values.reshape(spec.shape)
-        place += count
     return found
 
 
@@ -225,7 +224,7 @@ def _mask(chunk: Bytes, layout: Layout, begin: int, masks: Masks, room: Room) ->
     """The tag modulo p, long words modulo 2⁶⁴, the others modulo their own size."""
     tag = max(seal.SIZE - begin, 0)
     cut = min(max(layout.head - begin, tag), len(chunk))
-    parts = [(slice(tag, cut), LONG), (slice(cut, None), np.dtype(f"<u{layout.words.bits // 8}"))]
+    parts = [(slice(tag, cut), LONG), (slice(cut, None), layout.words.dtype)]
     for streams, apply, sign in ((masks.plus, np.add, 1), (masks.minus, np.subtract, -1)):
         for stream in streams:
             noise = stream.next(len(chunk), room)
@@ -301,8 +300,7 @@ class _Body:
         Raises:
             MaskingError: A number is not finite or beyond the range.
         """
-        width = self._layout.words.bits // 8
-        words = message[begin:end].view(f"<u{width}")
+        words = message[begin:end].view(self._layout.words.dtype)
         filled = 0
         while filled < len(words) and self._pieces:
             name, values = self._pieces[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -72,6 +72,14 @@ class Layout:
     def numbers(self) -> int:
         """How many floating-point numbers an update has."""
         return sum(map(elements, self.floats.values()))
+
+    def float_places(self) -> Iterator[tuple[str, TensorSpec, slice]]:
+        """Floating-point tensors, in order, and where their words lie among those after the long ones."""
+        begin = 0
+        for name, spec in self.floats.items():
+            end = begin + elements(spec)
+            yield name, spec, slice(begin, end)
+            begin = end
 
     @cached_property
     def head(self) -> int:

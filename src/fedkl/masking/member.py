@@ -17,7 +17,7 @@ from fedkl.masking.keyring import Keyring, self_commitment
 from fedkl.masking.layout import Layout
 from fedkl.masking.memory import Memory, RunMemory
 from fedkl.masking.messages import NONCE, ListMessage, Reveal, SealedSum, Upload, list_digest
-from fedkl.masking.neighbors import threshold
+from fedkl.masking.neighbors import least_listed
 from fedkl.masking.refusals import (
     check_call,
     check_listed,
@@ -159,7 +159,7 @@ class Member:
         """
         call, remembered = message.call, self._remembered(message.call.run)
         check_call(call, self.roster)
-        least = max(self.roster.rules.minimum, threshold(len(call.cohort)))
+        least = least_listed(call.cohort, minimum=self.roster.rules.minimum)
         check_listed(message.listed, call, least=least)
         context = self._current(call, remembered)
         self._check_may_open(message, context, remembered)

@@ -34,6 +34,10 @@ class RunMemory:
     transcript: str = ""
 
 
+def nowhere(memory: Memory) -> None:
+    """Keeps nothing: for members that last as long as their process, or that a checkpoint keeps."""
+
+
 @dataclass
 class Memory:
     """What a member remembers of one roster.
@@ -46,15 +50,19 @@ class Memory:
 
     runs: dict[str, RunMemory] = field(default_factory=dict)
     sets: dict[str, str] = field(default_factory=dict)
-    keep: Callable[[Memory], None] = field(default=lambda memory: None, repr=False, compare=False)
+    keep: Callable[[Memory], None] = field(default=nowhere, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """As it is written down."""
         return {"runs": {name: asdict(run) for name, run in self.runs.items()}, "sets": dict(self.sets)}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], *, keep: Callable[[Memory], None]) -> Memory:
+    def from_json(cls, values: dict[str, Any], *, keep: Callable[[Memory], None] = nowhere) -> Memory:
         """As it was written down.
+
+        Args:
+            values: What `to_json` gave.
+            keep: See `Memory`.
 
         Raises:
             MaskingError: It is damaged.

@@ -35,6 +35,11 @@ def neighbors(name: str, cohort: Sequence[str], *, secret: bytes, context: bytes
     return tuple(sorted(ring[(place + step) % len(ring)] for step in steps))
 
 
+def least_listed(cohort: Sequence[str], *, minimum: int) -> int:
+    """Uploads that a sum with pair masks needs: the roster's minimum, and enough to open a mask."""
+    return max(minimum, threshold(len(cohort)))
+
+
 def threshold(holders: int) -> int:
     """How many of so many holders of shares open a mask: more than two thirds.
 

@@ -10,7 +10,7 @@ from fedkl.masking.encoding import LONG, Bytes, Masks, Mean, add_to_tag, decoded
 from fedkl.masking.keyring import self_commitment, self_mask
 from fedkl.masking.layout import Layout
 from fedkl.masking.messages import NONCE, ListMessage, Reveal, SealedSum, Upload
-from fedkl.masking.neighbors import threshold
+from fedkl.masking.neighbors import least_listed, threshold
 from fedkl.masking.schedule import Call, Mode
 from fedkl.masking.stream import MaskStream
 from fedkl.types import NamedTensors
@@ -55,7 +55,7 @@ class MaskedSum:
         """Uploads that a sum needs."""
         if self.mode == "blind":
             return self._minimum
-        return max(self._minimum, threshold(len(self.call.cohort)))
+        return least_listed(self.call.cohort, minimum=self._minimum)
 
     @cached_property
     def listed(self) -> dict[str, bytes]:
@@ -211,7 +211,7 @@ class MaskedSum:
 
     def _parts(self) -> list[tuple[slice, str]]:
         head = self.layout.head
-        return [(slice(seal.SIZE, head), LONG.str), (slice(head, None), f"<u{self.layout.words.bits // 8}")]
+        return [(slice(seal.SIZE, head), LONG.str), (slice(head, None), self.layout.words.dtype.str)]
 
 
 def opened_mean(total: SealedSum, *, layout: Layout, booleans: NamedTensors | None = None) -> Mean:

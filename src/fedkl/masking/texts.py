@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from fedkl.errors import MaskingError, shown
+from fedkl.lockfile import MAGIC
 from fedkl.masking.cards import MemberCard
 from fedkl.masking.fields import Fields
 from fedkl.masking.roster import Roster, Rules, SealedRoster
@@ -32,8 +33,6 @@ MAX_CARD, MAX_COHORT = 2**14, 2**23
 """Most bytes of a text; a card has 2 KiB, a cohort of 1,000 members less than 4 MiB."""
 
 MAX_EPOCH = 10**6
-SECRET_FILE = b"FEDKLSEC"
-"""How encrypted files begin."""
 
 _WRAPPED = 1168
 _COHORT_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 ._-]{0,62}[A-Za-z0-9_-])?")
@@ -245,7 +244,7 @@ def _parsed(
 
 
 def _values(data: bytes, *, kind: str, limit: int, source: object) -> dict[str, Any]:
-    if data.startswith(SECRET_FILE):
+    if data.startswith(MAGIC):
         raise MaskingError(
             f"{source}: expected {_KINDS[kind]}, this is an encrypted file with secrets. Keep it to "
             "yourself, and give the file that was made to be sent around."

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from fedkl.errors import MaskingError
 
 MAX_SAMPLES = 2**20
@@ -48,6 +50,11 @@ class Words:
                 f"Words: expected 64 or 32 bits, 1 to {MAX_MEMBERS} members and 1 to {MAX_SAMPLES} samples, "
                 f"got bits={self.bits}, members={self.members}, max_samples={self.max_samples}."
             )
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """Of a word in a message."""
+        return np.dtype(f"<u{self.bits // 8}")
 
     @property
     def fraction(self) -> int:
