@@ -18,7 +18,7 @@ from fedkl.flower import mask_records as records
 from fedkl.flower.aggregation import PassedOn, SeenReply
 from fedkl.flower.mask_mod import MASKS_REFUSED
 from fedkl.flower.round_files import RoundFiles
-from fedkl.masking import Layout, Member, MemberFile, Memory
+from fedkl.masking import Call, Layout, Member, MemberFile, Memory
 from fedkl.masking.sums import sum_of
 from fedkl.update import TensorSpec
 from tests.flower.cohorts import PASSPHRASE, app_of, cohort, found, run, trained
@@ -336,6 +336,13 @@ def test_a_lost_count_of_calls_costs_rounds_and_no_mask(members, tmp_path):
     assert_no_mask_twice(uploads(messages), count=6)
 
 
+def test_the_metrics_of_a_training_stay_the_same(members, tmp_path):
+    folder = members("blind")
+    run(folder, rounds=1, checkpoints=tmp_path / "rounds")
+    with pytest.raises(ConfigError, match="have 'loss' in their sums"):
+        run(folder, rounds=2, checkpoints=tmp_path / "rounds", aggregation=Masked())
+
+
 def test_rounds_with_masks_and_without_do_not_mix(members, tmp_path):
     run(members("blind"), rounds=1, checkpoints=tmp_path / "rounds")
     with pytest.raises(ConfigError, match="the rounds of a masked training"):
@@ -583,6 +590,27 @@ def test_a_model_in_the_clear_is_not_taken_where_there_is_a_sum(members, caplog)
     result = run(folder, rounds=2, observe=observe)
     assert list(result.evaluate_metrics_clientapp) == [1]
     assert "sent a model of its own" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [("train", "masks the update that there is"), ("deliver", "expected the trained model as a sum")],
+)
+def test_a_node_neither_trains_twice_for_a_round_nor_takes_any_model_for_the_trained_one(
+    stage, message, members, caplog
+):
+    folder = members("pairwise")
+    content = RecordDict({"arrays": ArrayRecord(net().state_dict())})
+    records.put_stage(content, stage)
+    run_name = bytes(16)
+    cohort_of = tuple(f"client-{number}" for number in range(3))
+    records.put_call(content, Call(run=run_name, round=1, attempt=1, cohort=cohort_of))
+    specs = {name: TensorSpec.of(tensor) for name, tensor in net().state_dict().items()}
+    base = records.Base(run=run_name, specs=specs, metrics=(), total=None, booleans={}, record="arrays")
+    records.put_base(content, base)
+    assert refused(ask(folder, Message(content, **REQUEST)))
+    assert message in caplog.text
+    assert not list(folder.glob("*.safetensors"))
 
 
 def test_no_secret_is_in_a_message_or_a_log(members, caplog):

@@ -28,7 +28,7 @@ from fedkl.flower.aggregation import (
     collect,
 )
 from fedkl.flower.records import arrays_of, tensors_of
-from fedkl.flower.replies import ReplyRules, odd_metric, record_of, sorted_out, specs_of, usable
+from fedkl.flower.replies import ReplyRules, odd_metric, record_of, refused, sorted_out, specs_of, usable
 from fedkl.flower.round_files import (
     EVALUATE,
     SERVER,
@@ -276,6 +276,9 @@ class Guard(Strategy):
     def _left_sealed(self, collected: ReplyRound, passed: list[Message]) -> tuple[SavedRound, object]:
         """A round whose result only the clients can read; all arrays are as they were."""
         plan = collected.plan
+        for reply in passed:
+            refused(plan.round, reply, str(reply.error.reason))
+        _LOG.info("Round %d: a sum of %d updates, for members to open.", plan.round, len(collected.offered))
         arrays = tensors_of(plan.arrays, subject="Global arrays", names=self._specs)
         memory = arrays_in(self.strategy)
         return SavedRound(round=plan.round, arrays=arrays, memory=memory, kept=collected.kept), None

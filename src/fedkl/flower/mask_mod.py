@@ -111,8 +111,7 @@ class _Handling:
             message = mask_records.list_of(content)
             mask_records.put_reveal(reply, self._node.reveal(mask_records.base_of(content), message))
         else:
-            base = mask_records.base_of(content)
-            path = self._node.deliver(base, self._node.receive(base, content)[1])
+            path = self._node.deliver(mask_records.base_of(content), content)
             _LOG.info("The trained model is in %s.", path)
             mask_records.put_stage(reply, "deliver")
         return reply
@@ -121,6 +120,8 @@ class _Handling:
         call = mask_records.call_of(self._message.content)
         if call.run != base.run:
             raise MaskingError("Refused: the call is of another run than the model.")
+        if call.attempt:  # two updates of one round would give their difference away
+            raise MaskingError("Refused: a further attempt masks the update that there is.")
         member, model = self._node.receive(base, self._message.content)
         update = self._app_reply(base, model)
         mask_records.put_upload(reply, self._node.upload(member, call, self._contribution(base, update)))

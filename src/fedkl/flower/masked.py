@@ -94,6 +94,11 @@ class MaskedTraining(ReplyAggregation):
         self._rules: Rules | None = None
         self._last = sum_of(plan.kept)
         self._kept = Kept.of(plan.kept)
+        if plan.kept and self._kept.metrics != options.metrics:
+            names = ", ".join(map(repr, self._kept.metrics)) or "none"
+            raise ConfigError(
+                f"Masked: metrics: the rounds so far have {names} in their sums. Go on with the same."
+            )
         self._calls = Calls(plan.folder, self._last)
 
     @property
@@ -229,7 +234,10 @@ class MaskedTraining(ReplyAggregation):
                 f"Masked: {name} makes a model of its own of the clients' mean, and this cohort's members "
                 f"take nothing but the mean. Take FedAvg, or found the cohort {remedy}."
             )
-        self._rules, self._kept = rules, Kept(mode=rules.mode, server_model=rules.server_model)
+        self._rules, self._kept = (
+            rules,
+            Kept(mode=rules.mode, server_model=rules.server_model, metrics=self._options.metrics),
+        )
         _LOG.info("Masked sums, mode %s: the server learns %s.", rules.mode, self.server_learns)
 
 

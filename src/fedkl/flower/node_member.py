@@ -132,15 +132,18 @@ class NodeMember:
         member, _ = self._kept(base, message.call)
         return member.reveal(message)
 
-    def deliver(self, base: Base, model: NamedTensors) -> Path:
-        """Writes the model down for use, in the clear: it is the cohort's.
+    def deliver(self, base: Base, content: RecordDict) -> Path:
+        """Writes the trained model down for use, in the clear: it is the cohort's.
 
         Returns:
             Where it is.
 
         Raises:
-            MaskingError: It cannot be written.
+            MaskingError: It is refused, or cannot be written.
         """
+        if base.total is None and not self._membership.roster.rules.server_model:
+            raise MaskingError("Refused: expected the trained model as a sum, got one of the server's.")
+        _, model = self.receive(base, content)
         path = self._file.beside(self._cohort, "safetensors")
         about = {"format": "pt", "fedkl": "model", "cohort": self._cohort}
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
