@@ -63,10 +63,11 @@ class Small(nn.Module):
 
 @pytest.fixture(scope="module", autouse=True)
 def _setting():
-    """The small network is in the zoo, and the server's own models are left out."""
+    """The small network is in the zoo, images are read once, and the server's own models are left out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "two-norms", ModelEntry(info="for tests", size=32, build=Small))
         patch.setattr(trainings, "server_fill_ins", lambda **options: [])
+        patch.setattr(trainings, "dataset_of", lambda config: images())
         patch.setenv("FEDKL_PASSPHRASE", PASSPHRASE)
         yield
 
