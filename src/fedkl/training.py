@@ -17,7 +17,7 @@ from fedkl.config import TrainConfig
 from fedkl.curves import curves
 from fedkl.data import Dataset, Subset
 from fedkl.errors import ConfigError
-from fedkl.federated import Checkpoints, Federation, RoundResult, server_fill_ins
+from fedkl.federated import Checkpoints, Execution, Federation, RoundResult, server_fill_ins
 from fedkl.lockfile import default_passphrase
 from fedkl.norms import statistics_names
 from fedkl.runs import Count, FillIn, Needed, RunDirectory, Seconds, Share, damaged_summary
@@ -43,11 +43,62 @@ def train(
     with begun(config, out=out) as directory:
         if directory.summary is None:
             dataset = dataset_of(config.data)
-            own = config.model_copy(
-                update={"defense": prepared(config.defense, config=config, dataset=dataset)}
-            )
+            own = _prepared(config, dataset)
             _train(own, directory, dataset, progress, tensorboard=tensorboard)
     return directory
+
+
+def restored(directory: RunDirectory) -> tuple[Federation, int]:
+    """The federation of a training as its newest sound checkpoint has it, on the CPU.
+
+    Nothing in the folder is changed. The training's images are needed: they say what network it has.
+
+    Returns:
+        The federation, and the number of rounds behind it.
+
+    Raises:
+        FedKLError: It is no training, has no checkpoint, or none that can be read, e.g. with this machine's
+            passphrase; or its images are not there.
+    """
+    config = training_of(directory)
+    dataset = dataset_of(config.data)
+    own = _prepared(config, dataset)
+    federation = _federation(own, networks_of(own, dataset)(0), dataset, Execution(workers=1))
+    checkpoints = Checkpoints(directory.path / "checkpoints", passphrase=default_passphrase())
+    rounds = checkpoints.restore(federation, going_on=False)
+    if rounds is None:
+        raise ConfigError(
+            f"{directory.path}/checkpoints: no checkpoint here. What clients keep lies in these only."
+        )
+    return federation, rounds
+
+
+def training_of(directory: RunDirectory) -> TrainConfig:
+    """The training that a run directory is of.
+
+    Raises:
+        ConfigError: It is of something else.
+    """
+    config = directory.config
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"{directory.path}: not a training, but '{config.type}'. Give one of fedkl train.")
+    return config
+
+
+def _prepared(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    """With the defense as these images and networks need it."""
+    return config.model_copy(update={"defense": prepared(config.defense, config=config, dataset=dataset)})
+
+
+def _federation(config: TrainConfig, model: nn.Module, dataset: Dataset, execution: Execution) -> Federation:
+    return Federation(
+        model,
+        defense=config.defense,
+        dataset=dataset,
+        training=config.training,
+        seed=config.seed,
+        execution=execution,
+    )
 
 
 def _train(
@@ -63,14 +114,7 @@ def _train(
             f"auxiliary: expected fewer than {len(dataset.test_images)}, got {config.auxiliary}."
         )
     model = networks_of(config, dataset)(0)
-    federation = Federation(
-        model,
-        defense=config.defense,
-        dataset=dataset,
-        training=config.training,
-        seed=config.seed,
-        execution=config.execution,
-    )
+    federation = _federation(config, model, dataset, config.execution)
     records = _rounds(config, directory, federation, progress, tensorboard=tensorboard)
     directory.save_tensors("global", federation.server.state)
     start = perf_counter()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fedkl
-from fedkl import Key, experiments
+from fedkl import Key, experiments, modelfile
 from fedkl.config import AttackConfig, DataConfig, ModelConfig, TrainConfig
 from fedkl.defenses import KeyLock
 from fedkl.federated import Checkpoints, FederatedTraining, LocalTraining
@@ -112,6 +112,14 @@ def _rounds(folder: Path) -> dict:
     return {"rounds": digest({**arrays, **memory})}
 
 
+def _models(folder: Path) -> dict:
+    lock = fedkl.lock(net(), key=Key.generate(length=8))
+    modelfile.write_model(folder / "model.safetensors", lock.public_state(), rounds=3)
+    lock.save(folder / "client.lock", passphrase=PASSPHRASE)
+    output = lock.model.eval()(torch.linspace(-1, 1, 20).reshape(5, 4)).detach()
+    return {"model.safetensors": digest(lock.public_state()), "output": output.tolist()}
+
+
 def _runs(folder: Path) -> dict:
     data, model = DataConfig(train_images=64, test_images=120), ModelConfig()
     training = FederatedTraining(clients=2, rounds=2, local=LocalTraining(batch_size=32))
@@ -131,7 +139,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True)
     values = {}
-    for write in (_keys, _locks, _updates, _checkpoint, _rounds, _runs):
+    for write in (_keys, _locks, _updates, _checkpoint, _rounds, _models, _runs):
         values |= write(folder)
     (folder / "good.json").write_text(json.dumps(values, indent=1) + "\n")
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fedkl
-from fedkl import PublicUpdate, config, report
+from fedkl import PublicUpdate, config, modelfile, report
 from fedkl.errors import ConfigError, FedKLError, KeyFileError, SecretError, UpdateError
 from fedkl.federated import Checkpoints
 from fedkl.locking import read_lock
@@ -20,7 +20,9 @@ from tests.federated.setting import everything
 from tests.vectors.make import DEFENSE, PASSPHRASE, digest, net, small_federation
 
 HERE = Path(__file__).parent
-FIRST, SECOND, MALFORMED = (HERE / name for name in ("generation-1", "generation-2", "malformed"))
+FIRST, SECOND, THIRD, MALFORMED = (
+    HERE / name for name in ("generation-1", "generation-2", "generation-3", "malformed")
+)
 GOOD = json.loads((FIRST / "good.json").read_text())
 INDEX = json.loads((MALFORMED / "index.json").read_text())
 REFUSALS: dict[str, tuple[type[FedKLError], ...]] = {
@@ -100,6 +102,14 @@ def test_the_store_of_a_flower_node(tmp_path):
         assert client.ledger.saved == 2
         tensors = {**client.lock.private_state(), **client.memory, "key": client.lock.key.reveal()}
         assert digest(tensors) == json.loads((SECOND / "good.json").read_text())["store"]
+
+
+def test_a_model_file_and_the_lock_that_goes_with_it():
+    good, path = json.loads((THIRD / "good.json").read_text()), THIRD / "model.safetensors"
+    assert digest(modelfile.read_model(path)) == good[path.name]
+    lock = fedkl.load_lock(THIRD / "client.lock", net(), passphrase=PASSPHRASE, public=path)
+    found = lock.model.eval()(torch.linspace(-1, 1, 20).reshape(5, 4)).detach()
+    torch.testing.assert_close(found, torch.tensor(good["output"]))
 
 
 @pytest.mark.parametrize("name", ["train", "attack"])

@@ -16,6 +16,7 @@ from fedkl.cli import (
     cohort,
     data,
     demo,
+    export,
     generator,
     key,
     member,
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for module in (train, attack, demo, report):
+for module in (train, attack, demo, report, export):
     module.add_to(app)
 GROUPS = {
     "data": data,

@@ -18,10 +18,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -48,6 +48,7 @@ from fedkl.update import TensorSpec
 _VERSION = 1
 _GROUP_BYTES = 64 * 2**20  # of private tensors in one file: bounds the memory that writing takes
 _MAX_MANIFEST = 2**28  # bytes; a million clients take a quarter
+_MAX_PUBLIC = 2**34  # bytes of the server's file where its model is not known
 _MAX_HEADER = 2**27  # bytes; safetensors allows for 10⁸
 _ROUND = r"([0-9]{6}|[1-9][0-9]{6,17})"
 _MANIFEST = re.compile(rf"round-{_ROUND}\.json")
@@ -55,6 +56,7 @@ _PUBLIC = re.compile(rf"public-{_ROUND}\.safetensors")
 _PRIVATE = re.compile(rf"private-{_ROUND}-[0-9]{{1,9}}\.fedkl")
 _MASKS = re.compile(rf"masks-{_ROUND}\.fedkl")
 _REMEDY = "Choose another --out, or remove the folder 'checkpoints' to start again."
+_Read = TypeVar("_Read")
 _KEPT = "The last complete checkpoint is kept: make room, then the same command goes on from it."
 
 
@@ -141,10 +143,15 @@ class Checkpoints:
             self._remember(federation.clients, places)
             self._collect(self._until(round)[: self._keep])
 
-    def restore(self, federation: Federation) -> int | None:
+    def restore(self, federation: Federation, *, going_on: bool = True) -> int | None:
         """Puts the newest sound checkpoint into a federation of the same configuration.
 
         A damaged one is passed over with a warning, and removed with everything after it.
+
+        Args:
+            federation: What it is put into.
+            going_on: Whether the training goes on from there. If not, nothing in the folder is removed, and
+                it does not matter on how many threads it was written.
 
         Returns:
             The round that comes next; None if there is no checkpoint.
@@ -153,29 +160,45 @@ class Checkpoints:
             FedKLError: There are checkpoints, but none that fits and can be read, e.g. with this passphrase;
                 or the folder is a link. The federation is as it was.
         """
+
+        def read(path: Path) -> tuple[_Manifest, dict[str, Tensor], dict[str, _ClientState]]:
+            manifest = self._read_manifest(path)
+            if manifest.round > federation.training.rounds:
+                raise ConfigError(f"{path}: later than the last round, {federation.training.rounds}.")
+            public = self._read_public(manifest, federation)
+            private = self._read_private(manifest, federation)
+            self._restore_masks(manifest, federation)
+            return manifest, public, private
+
         self._check_folder()
-        failures: list[FedKLError] = []
         manifests = self._manifests()
-        for number, path in enumerate(manifests):
-            try:
-                manifest = self._read_manifest(path)
-                if manifest.round > federation.training.rounds:
-                    raise ConfigError(f"{path}: later than the last round, {federation.training.rounds}.")
-                public = self._read_public(manifest, federation)
-                private = self._read_private(manifest, federation)
-                self._restore_masks(manifest, federation)
-            except FedKLError as error:
-                failures.append(error)
-                continue
-            for failure in failures:
-                warn(f"{failure} The checkpoint before it, of round {manifest.round}, is used instead.")
-            self._apply(federation, manifest, public, private)
+        number, found = _first_sound(manifests, read)
+        if found is None:
+            return None
+        manifest, public, private = found
+        self._apply(federation, manifest, public, private)
+        if going_on:
+            self._warn_about_threads(federation, manifest)
             with self._writing():
                 self._collect(manifests[number : number + self._keep])
-            return manifest.round
-        if failures:
-            raise failures[0]
-        return None
+        return manifest.round
+
+    def newest_public_state(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The server's part of the newest sound checkpoint; it takes no passphrase and changes nothing.
+
+        Returns:
+            The number of rounds behind it and the public state; None if there is no checkpoint.
+
+        Raises:
+            FedKLError: There are checkpoints, but none can be read; or the folder is a link.
+        """
+
+        def read(path: Path) -> tuple[int, dict[str, Tensor]]:
+            manifest = self._read_manifest(path)
+            return manifest.round, _part("state", self._read_tensors(manifest, limit=_MAX_PUBLIC))
+
+        self._check_folder()
+        return _first_sound(self._manifests(), read)[1]
 
     def _apply(
         self,
@@ -188,6 +211,8 @@ class Checkpoints:
         for client in federation.clients:
             client.restore(**private[client.name].__dict__)
         self._remember(federation.clients, manifest.clients)
+
+    def _warn_about_threads(self, federation: Federation, manifest: _Manifest) -> None:
         came, now = (manifest.workers, manifest.threads), (federation.workers, federation.threads)
         if came != now:
             warn(
@@ -255,21 +280,27 @@ class Checkpoints:
         return manifest
 
     def _read_public(self, manifest: _Manifest, federation: Federation) -> dict[str, Tensor]:
-        path, server = self._folder / manifest.public, federation.server
+        server = federation.server
         limit = 4 * server.state_bytes + _MAX_HEADER  # an optimizer keeps at most two tensors for each
+        tensors = self._read_tensors(manifest, limit=limit)
+        try:
+            server.check(tensors)
+        except FedKLError as error:
+            path = self._folder / manifest.public
+            raise ConfigError(f"{path}: the checkpoint of another model or defense. {error}") from error
+        return tensors
+
+    def _read_tensors(self, manifest: _Manifest, *, limit: int) -> dict[str, Tensor]:
+        """What the server's file holds, which is the one that was written with its manifest."""
+        path = self._folder / manifest.public
         try:
             data = read_file(path, limit=limit, follow=False)
             if hashlib.sha256(data).hexdigest() != manifest.digest:
                 raise ConfigError(f"{path}: not the file that its checkpoint was written with.")
-            tensors, _ = parse_tensors(data)
+            return parse_tensors(data)[0]
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"{path}: missing or damaged ({reason}).") from error
-        try:
-            server.check(tensors)
-        except FedKLError as error:
-            raise ConfigError(f"{path}: the checkpoint of another model or defense. {error}") from error
-        return tensors
 
     def _write_changed(self, clients: Sequence[Client], round: int) -> dict[str, str]:
         """Writes the clients that the files do not hold as they are; returns where each of them is now."""
@@ -342,6 +373,32 @@ class Checkpoints:
                         client, last=manifest.round, trained=trained, slots=slots
                     )
         return states
+
+
+def _first_sound(
+    manifests: Sequence[Path], read: Callable[[Path], _Read]
+) -> tuple[int, _Read] | tuple[int, None]:
+    """Reads the first of the checkpoints, the newest first, that can be read; warns of those before it.
+
+    Returns:
+        Its place, and what was read; None if there are none.
+
+    Raises:
+        FedKLError: There are some, but none can be read.
+    """
+    failures: list[FedKLError] = []
+    for number, path in enumerate(manifests):
+        try:
+            found = read(path)
+        except FedKLError as error:
+            failures.append(error)
+            continue
+        for failure in failures:
+            warn(f"{failure} The checkpoint before it, of round {_round_of(path)}, is used instead.")
+        return number, found
+    if failures:
+        raise failures[0]
+    return 0, None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

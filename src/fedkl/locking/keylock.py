@@ -28,7 +28,9 @@ from fedkl.locking.split import Split
 from fedkl.locking.start import Start, is_kept
 from fedkl.locking.targets import ExampleInputs, Layers, Target
 from fedkl.locking.withholding import check_not_split, release
+from fedkl.modelfile import read_model
 from fedkl.types import NamedTensors
+from fedkl.update import check_tensors
 
 
 class Lock(Split):
@@ -133,19 +135,24 @@ class Lock(Split):
         passphrase: str | None,
         memory: NamedTensors | None = None,
         about: Mapping[str, str | int] | None = None,
+        replace: bool = True,
     ) -> None:
         """Writes key and private state to one file, mode 0600, atomically.
 
+        The public tensors are not in it; `load_lock` takes them beside it.
+
         Args:
-            path: Where to; an existing file is replaced.
+            path: Where to.
             passphrase: Encrypts the file (AES-256-GCM under a scrypt key). None, given explicitly, leaves
                 it unencrypted.
             memory: What else the client keeps between rounds, e.g. its optimizer's moments; see
                 `load_memory`.
             about: What the file says of itself, e.g. whose it is; see `read_lock`.
+            replace: Whether a file that is there is replaced.
 
         Raises:
-            KeyFileError: The passphrase is empty, or the file cannot be written.
+            KeyFileError: The passphrase is empty, or the file cannot be written, or it is there and is not to
+                be replaced.
         """
         meta = {
             "options": asdict(self._options),
@@ -157,7 +164,9 @@ class Lock(Split):
         tensors |= {f"start/{name}": tensor for name, tensor in surgery.starts(self._model).items()}
         tensors |= {f"memory/{name}": tensor for name, tensor in (memory or {}).items()}
         tensors["key"] = self._key.reveal()
-        lockfile.write(Path(path), kind="lock", meta=meta, tensors=tensors, passphrase=passphrase)
+        lockfile.write(
+            Path(path), kind="lock", meta=meta, tensors=tensors, passphrase=passphrase, replace=replace
+        )
 
     def secrets(self) -> list[Tensor]:
         """Every tensor whose content must not leave: the private state, the key, γ and β."""
@@ -421,20 +430,63 @@ class SavedLock:
     about: dict[str, str | int]
 
 
-def load_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> Lock:
+def load_lock(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    passphrase: str | None,
+    public: str | Path | NamedTensors | None = None,
+) -> Lock:
     """Locks a copy of a plain model with the key and private state of a file that `Lock.save` wrote.
+
+    **A lock file holds the private tensors only.** With the public ones of the training beside it, the result
+    is the client's trained model; without, it is its lock on whatever the model holds.
 
     Args:
         path: The file.
-        model: A plain model of the structure that was locked; its public tensors are used as they are.
+        model: A plain model of the structure that was locked.
         passphrase: As given to `save`; None for an unencrypted file.
+        public: The public tensors by name, or a safetensors file of them; see `fedkl.modelfile`. None: those
+            of `model` are used as they are.
 
     Raises:
         KeyFileError: The file is missing, truncated, altered, foreign, of another kind, does not open with
             this passphrase, or belongs to another model.
         LockError: The model is locked already.
+        ConfigError: The file of public tensors cannot be read, or is another one.
+        UpdateError: Public tensors are missing, unexpected, wrongly shaped or typed, or non-finite.
+
+    >>> import tempfile
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    >>> trained = lock(net)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     trained.save(f"{folder}/client.lock", passphrase="horse")
+    ...     public = trained.public_state()
+    ...     again = load_lock(f"{folder}/client.lock", net, passphrase="horse", public=public)
     """
-    return read_lock(path, model, passphrase=passphrase).lock
+    loaded = read_lock(path, model, passphrase=passphrase).lock
+    if public is not None:
+        _put_public(loaded, public)
+    return loaded
+
+
+def _put_public(loaded: Lock, public: str | Path | NamedTensors) -> None:
+    """Puts the public tensors of a training into a lock that was loaded."""
+    if isinstance(public, str | Path):
+        place, tensors = str(public), read_model(public)
+    elif isinstance(public, Mapping):
+        place, tensors = "public", dict(public)
+    else:
+        raise LockError(
+            f"load_lock: public= must be tensors by name, or a file, got {type(public).__name__}."
+        )
+    check_tensors(
+        tensors,
+        loaded.schema("weights").specs,
+        subject=f"{place}: not the public tensors of this lock's {type(loaded.model).__name__}.",
+        remedy="Give those of the training that the lock is of, all of them and no others.",
+    )
+    loaded.load_public_state(tensors)
 
 
 def read_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> SavedLock:

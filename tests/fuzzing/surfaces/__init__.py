@@ -13,6 +13,7 @@ _CLASSES = {
     "keys": "Keys",
     "members": "Members",
     "updates": "Updates",
+    "models": "Models",
     "configs": "Configs",
     "flags": "Flags",
     "run_directories": "RunDirectories",

@@ -52,7 +52,7 @@ def _dataset() -> Dataset:
 
 
 class FederatedCheckpoints(ArchiveSurface):
-    """`Checkpoints.restore`; what was restored fits the federation, which then trains and saves on."""
+    """`Checkpoints.newest_public_state` and `restore`; what was restored fits, and trains on."""
 
     name = "checkpoints"
     precious = ("notes.txt",)
@@ -138,6 +138,7 @@ class FederatedCheckpoints(ArchiveSurface):
         files = unpacked(data)
         before = _specs(federation)
         store = Checkpoints(sandbox.place, passphrase=PASSPHRASE)
+        self.attempt(store.newest_public_state)
         number = store.restore(federation)
         if number is None:
             return

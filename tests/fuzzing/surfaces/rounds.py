@@ -10,6 +10,7 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam
 
+from fedkl.export import export
 from fedkl.flower import Guard, InProcessGrid, in_process, public_arrays
 from fedkl.flower.round_files import RoundFiles
 from tests.flower.setting import DEFENSE, net
@@ -40,7 +41,7 @@ def _app() -> ClientApp:
 
 
 class FlowerRounds(ArchiveSurface):
-    """`RoundFiles.newest` and `history`, and a guard that goes on for one round from what they give."""
+    """`RoundFiles.newest` and `history`, `export`, and a guard that goes on for one round from there."""
 
     name = "rounds"
     precious = ("notes.txt",)
@@ -75,4 +76,5 @@ class FlowerRounds(ArchiveSurface):
         if type(number) is not int or number < 0:
             raise Finding(f"a round that is none was read: {type(number).__name__}")
         files.history(until=number)
+        self.attempt(lambda: export(sandbox.place, out=sandbox.place / "exported.safetensors"))
         self._start(sandbox.place, until=number + 1)

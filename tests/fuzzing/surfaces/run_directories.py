@@ -19,6 +19,7 @@ from fedkl.config import AttackConfig, TrainConfig
 from fedkl.data import Dataset, DataSpec, Shards
 from fedkl.defenses import KeyLock, NoDefense
 from fedkl.errors import FedKLError
+from fedkl.export import export
 from fedkl.federated import FederatedTraining
 from fedkl.report import figures
 from fedkl.runs import RunDirectory
@@ -31,7 +32,7 @@ _FIGURES = ("picture_grid", "accuracy_curves", "partition_map")
 
 
 class RunDirectories(ArchiveSurface):
-    """`report.build`, and everything that `RunDirectory` reads, of one run or of several."""
+    """`report.build`, `export`, and everything that `RunDirectory` reads, of one run or of several."""
 
     name = "run_directories"
     precious = ("notes.txt",)
@@ -77,6 +78,7 @@ class RunDirectories(ArchiveSurface):
         place = sandbox.place
         self.attempt(lambda: self._read(place))
         self.attempt(lambda: report.build(place))
+        self.attempt(lambda: export(place, out=place / "exported.safetensors"))
         self.attempt(lambda: self._continue(place))
         RunDirectory.open(place)
 

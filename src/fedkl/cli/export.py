@@ -1,0 +1,80 @@
+"""`fedkl export`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedkl.cli.commands import Command
+from fedkl.cli.terminal import console
+from fedkl.errors import printable
+
+if TYPE_CHECKING:
+    from fedkl.export import Exported
+
+
+class _ExportCommand(Command):
+    kept = "Every file is whole or not there. The command again:"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("export", cls=_ExportCommand)(export)
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(help="Run directory of fedkl train, or folder of rounds of a Guard on Flower.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Safetensors file to write.")],
+    client: Annotated[
+        str | None,
+        typer.Option(help="Of a run directory: write this client's lock too, beside --out as NAME.lock."),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace files that are there.")] = False,
+) -> None:
+    """Writes a training's newest public tensors to a file, and says how they are used.
+
+    A lock is encrypted as the run's checkpoints are: with FEDKL_PASSPHRASE, or else a passphrase of this user
+    on this machine.
+    """
+    from fedkl import export as exporting
+
+    done = exporting.export(source, out=out, client=client, replace=replace)
+    for line in _lines(done, source):
+        console.print(printable(line, limit=None), markup=False, highlight=False, soft_wrap=True)
+
+
+def _lines(done: Exported, source: Path) -> list[str]:
+    lines = [f"{done.model}: the public tensors after {done.rounds} round{'s' * (done.rounds > 1)}"]
+    if not done.read_by_server:
+        lines.append("The server of this training could not read them; its members have them.")
+    plain = f"model.load_state_dict(safetensors.torch.load_file({str(done.model)!r}))"
+    if done.lock is not None:
+        lines.append(f"{done.lock}: this client's lock, encrypted. To be kept secret; it is of this round.")
+        return [*lines, "Its model, where Net() builds the network that was trained:", f"    {_locked(done)}"]
+    if done.whole:
+        return [*lines, "Use it in a model of the network that was trained:", f"    {plain}"]
+    if done.whole is None:
+        lines.append(
+            "If clients have locks, this is not their model: γ, β and what else they keep is missing."
+        )
+        return [*lines, "With a lock:", f"    {_locked(done)}", "Without locks:", f"    {plain}"]
+    again = f"fedkl export {shlex.quote(str(source))} --out FILE --client client-0"
+    return [
+        *lines,
+        "This alone is no client's model: what clients keep (γ, β, norm statistics …) is not in it.",
+        f"A client's lock: {again}",
+        "With it:",
+        f"    {_locked(done, lock='client-0.lock')}",
+    ]
+
+
+def _locked(done: Exported, *, lock: str = "lock.fedkl") -> str:
+    passphrase = "…"  # noqa: S105 (stands for one)
+    if done.lock is not None:
+        lock, passphrase = str(done.lock), "fedkl.lockfile.default_passphrase()"  # it was encrypted with that
+    return f"fedkl.load_lock({lock!r}, Net(), passphrase={passphrase}, public={str(done.model)!r}).model"
