@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import date, timedelta
 
 import pytest
 
@@ -32,6 +32,12 @@ def card_with(keys: MemberKeys, **changed: bytes) -> MemberCard:
     new = {part: getattr(card, part) for part in parts} | changed
     signed = canonical("card", card.name, card.expires.isoformat(), *new.values())
     return MemberCard(name=card.name, expires=card.expires, signature=keys.sign(signed), **new)
+
+
+def card_until(keys: MemberKeys, expires: date) -> MemberCard:
+    """A card with another last day, whose signature fits."""
+    seeds = dict(keys.seeds)
+    return MemberKeys(name=keys.name, expires=expires, seeds=seeds).card()
 
 
 @pytest.mark.parametrize("point", SMALL_ORDER, ids=lambda point: point.hex()[:8])
@@ -174,6 +180,21 @@ def test_what_is_good_today_and_not_tomorrow():
         old.check_date(tomorrow)
     with pytest.raises(MaskingError, match="h0's card expired"):
         new_roster(name="study", cards=cards, rules=Rules(), signer=keys[0], today=tomorrow)
+
+
+def test_nobody_gives_a_card_or_a_roster_a_longer_life_than_the_protocol():
+    """Whoever makes one writes its last day into it, and signs it."""
+    keys = keys_of(3)
+    roster = new_cohort(3).sealed.roster
+    day = timedelta(days=1)  # a clock may be ahead by one
+    replace(roster, expires=TODAY + timedelta(days=90) + day).check_date(TODAY)
+    with pytest.raises(MaskingError, match="the roster claims to be good until 2027-03-01, longer"):
+        replace(roster, expires=TODAY + timedelta(days=90) + 2 * day).check_date(TODAY)
+    lasting = [card_until(each, date.max) for each in keys]
+    with pytest.raises(MaskingError, match="h001's card claims to be good until 9999-12-31"):
+        replace(roster, cards=(keys[0].card(), lasting[1], keys[2].card())).check_date(TODAY)
+    with pytest.raises(MaskingError, match="h000's card claims"):
+        new_roster(name="study", cards=lasting, rules=Rules(), signer=keys[0], today=TODAY)
 
 
 @pytest.mark.parametrize(
