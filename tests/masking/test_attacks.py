@@ -413,6 +413,16 @@ def test_a_late_upload_stays_closed():
     assert torch.allclose(read.tensors["weight"], cohort.updates["h004"].tensors["weight"], atol=1e-7)
 
 
+def test_of_each_neighbor_a_share_or_a_pair_seed_and_never_both():
+    """Both would open one upload: its own mask, and the masks between it and the others."""
+    cohort = new_cohort(5, mode="pairwise")
+    server = ready(cohort, of=cohort.names[:-1])
+    for name in server.listed:
+        reveal = cohort.members[name].reveal(server.list_for(name))
+        assert set(reveal.shares) == set(server.listed)
+        assert set(reveal.pairs) == {"h004"}
+
+
 def test_a_member_that_was_shown_another_model_reveals_nothing(monkeypatch):
     def shown_another() -> tuple[Cohort, MaskedSum]:
         cohort = new_cohort(4, mode="pairwise", accept=False)

@@ -140,6 +140,13 @@ def test_every_field_of_a_roster_changes_its_digest_and_its_fingerprint():
     assert [len(group) for group in roster.fingerprint.split(" ")] == [4] * 5
 
 
+def test_a_fingerprint_is_100_bits_of_the_digest():
+    roster = new_cohort(3).sealed.roster
+    letters = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+    bits = "".join(f"{letters.index(letter):05b}" for letter in roster.fingerprint.replace(" ", ""))
+    assert bits == f"{int.from_bytes(roster.digest, 'big'):0256b}"[:100]
+
+
 def test_a_later_roster_is_signed_by_a_member_of_the_one_before():
     cohort = new_cohort(4)
     before = cohort.sealed.roster
