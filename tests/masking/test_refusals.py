@@ -261,6 +261,8 @@ def expires_meanwhile(step: str) -> Callable[[], object]:
             today=lambda: TODAY + timedelta(days=next(days)),
         )
         own.accept_model(RUN, drawn(1000))
+        if step == "upload":
+            return own.upload(cohort.call(), cohort.updates["h000"])
         cohort.members["h000"] = own
         return own.reveal(ready(cohort).list_for("h000"))
 
@@ -491,7 +493,7 @@ REFUSALS: dict[str, tuple[Case, str]] = {
         revealed(pairs={"h004": bytes(32), "h009": bytes(32)}),
         "other things than it was asked for",
     ),
-    "reveal of a share for itself too few": (revealed(shares={}), "other things than it was asked for"),
+    "reveal without shares": (revealed(shares={}), "other things than it was asked for"),
     "reveal of a wrong size": (revealed(pairs={"h004": bytes(31)}), "parts of a wrong size"),
     "shares missing": (not_yet_revealed, "1 shares of 4"),
     "equal points": (split(points=[1, 1, 2]), "different points"),
