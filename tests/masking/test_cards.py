@@ -165,6 +165,10 @@ def test_a_later_roster_is_signed_by_a_member_of_the_one_before():
     stranger = MemberKeys.new("stranger", today=TODAY)
     with pytest.raises(MaskingError, match="cannot make its roster"):
         new_roster(cards=[*cards, stranger.card()], signer=stranger, previous=before, **common)
+    enlarged = new_roster(cards=[*cards, stranger.card()], signer=cohort.keys[0], previous=before, **common)
+    signature = stranger.sign(canonical("roster.signature", enlarged.roster.digest))
+    with pytest.raises(MaskingError, match="not signed by a member of the epoch before"):
+        replace(enlarged, signer="stranger", signature=signature).check_follows(before)
     for fields in ({"epoch": 2}, {"previous": bytes(32)}, {"name": "other"}):
         with pytest.raises(MaskingError, match="does not follow"):
             replace(after, roster=replace(after.roster, **fields)).check_follows(before)

@@ -321,8 +321,8 @@ def sum_of_others() -> object:
     return own.open(found)
 
 
-def damaged_memory() -> object:
-    return Memory.from_json({"runs": {"a": {"round": "0"}}, "sets": {}}, keep=lambda memory: None)
+def damaged_memory(**about: object) -> Callable[[], object]:
+    return lambda: Memory.from_json({"runs": {"a": about}, "sets": {}}, keep=lambda memory: None)
 
 
 # The server
@@ -470,7 +470,9 @@ REFUSALS: dict[str, tuple[Case, str]] = {
     "sum of another history": (total(transcript=bytes(32)), "did not send"),
     "sum that follows others": (sum_of_others, "follows other sums"),
     "another sum of a round": (another_sum, "another sum of a round"),
-    "damaged memory": (damaged_memory, "memory is damaged"),
+    "damaged memory": (damaged_memory(round="0"), "memory is damaged"),
+    "memory with a truth value": (damaged_memory(round=True), "memory is damaged"),
+    "memory with unknown fields": (damaged_memory(more=1), "memory is damaged"),
     "two uploads of one member": (twice, "h000 has uploaded already"),
     "upload of a stranger": (offered(member="h009"), "h009 was not asked"),
     "upload of a wrong size": (offered(words=np.zeros(8, dtype=np.uint8)), "sent other words than"),
