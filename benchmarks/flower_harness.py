@@ -23,6 +23,9 @@ from typing import Any
 
 from processes import MARK, end_marked, free_ports, marked
 
+from fedkl.flower import node_member
+from fedkl.masking import MemberFile, MemberKeys, Mode, Rules, new_roster
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "flower"
 PASSPHRASE = "correct horse battery staple"  # noqa: S105 (of locks that nobody needs)
@@ -30,6 +33,30 @@ PASSPHRASE = "correct horse battery staple"  # noqa: S105 (of locks that nobody 
 sys.path.insert(0, str(EXAMPLE))
 
 from make_credentials import make_credentials  # noqa: E402
+
+
+def masked_example(folder: Path) -> Path:
+    """A copy of the example whose clients mask what they send, and write down what masks they used."""
+    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    recorded = ROOT / "benchmarks" / "recorded_client_app.py"
+    shutil.copy(recorded, folder / "fedkl_flower_example")
+    project = folder / "pyproject.toml"
+    text = project.read_text(encoding="utf-8")
+    project.write_text(text.replace(".client_app:app", ".recorded_client_app:app", 1), encoding="utf-8")
+    return folder
+
+
+def make_members(folder: Path, *, nodes: int, mode: Mode) -> None:
+    """Secret files ``client-0.secret`` … of the members of a new cohort."""
+    today = node_member.today()
+    keys = [MemberKeys.new(f"client-{node}", today=today) for node in range(nodes)]
+    cards = [each.card() for each in keys]
+    sealed = new_roster(name="study", cards=cards, rules=Rules(mode=mode), signer=keys[0], today=today)
+    folder.mkdir(mode=0o700)
+    for each in keys:
+        path = folder / f"{each.name}.secret"
+        with MemberFile.create(path, each, passphrase=PASSPHRASE) as file:
+            file.join(sealed, today=today, fingerprint=sealed.roster.fingerprint)
 
 
 class DeploymentError(RuntimeError):
@@ -44,13 +71,21 @@ class Deployment:
         nodes: Number of SuperNodes.
         tls: Certificate, registered node keys; else everything is in the clear.
         record: Every node connects through a recording proxy; without TLS only.
-        app: The folder of the Flower app.
+        masking: Mode of the cohort that the nodes' members are in; None: nothing is masked.
+        app: The folder of the Flower app; None: the example.
     """
 
     def __init__(
-        self, folder: Path, *, nodes: int = 3, tls: bool = True, record: bool = False, app: Path = EXAMPLE
+        self,
+        folder: Path,
+        *,
+        nodes: int = 3,
+        tls: bool = True,
+        record: bool = False,
+        masking: Mode | None = None,
+        app: Path | None = None,
     ) -> None:
-        self.folder, self.nodes, self.tls, self.app = folder, nodes, tls, app
+        self.folder, self.nodes, self.tls, self.masking = folder, nodes, tls, masking
         self.mark = uuid.uuid4().hex
         self.checkpoints = folder / "checkpoints"
         self.port, *self._node_ports = free_ports(1 + nodes)
@@ -62,6 +97,14 @@ class Deployment:
             make_credentials(self._credentials, nodes=nodes)
         (folder / "passphrase").write_text(PASSPHRASE + "\n", encoding="utf-8")
         (folder / "passphrase").chmod(0o600)
+        self.app = app or (masked_example(folder / "app") if masking else EXAMPLE)
+        if masking:
+            make_members(self.members, nodes=nodes, mode=masking)
+
+    @property
+    def members(self) -> Path:
+        """The folder of the members' secret files, where updates are masked."""
+        return self.folder / "members"
 
     def store(self, node: int) -> Path:
         """The store of a node's lock."""
@@ -70,6 +113,22 @@ class Deployment:
     def lock_file(self, node: int) -> Path:
         """A node's encrypted lock."""
         return self.store(node) / f"client-{node}" / "lock.fedkl"
+
+    def uploads(self) -> list[dict[str, Any]]:
+        """What every message to a member with masks was answered with, in order of time."""
+        path = self.folder / "uploads.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def masks_used_twice(self) -> int:
+        """How many uploads share a nonce, or with pair masks a member and context, with one before."""
+        found = [upload for upload in self.uploads() if "nonce" in upload]
+        pairs = {(upload["client"], upload["context"]) for upload in found}
+        distinct = {upload["nonce"] for upload in found}
+        return len(found) - min(len(distinct), len(found) if self.masking == "blind" else len(pairs))
+
+    def model_file(self, node: int) -> Path:
+        """The trained model, as a node with a member has written it down."""
+        return self.members / f"client-{node}.study.safetensors"
 
     def log(self, name: str) -> str:
         """What a process has printed so far."""
@@ -124,6 +183,8 @@ class Deployment:
             f'partition-id={node} num-partitions={self.nodes} fedkl-store="{self.store(node)}" '
             f'fedkl-passphrase-file="{self.folder / "passphrase"}"'
         )
+        if self.masking:
+            config += f' fedkl-member="{self.members}"'
         secured = [
             *("--root-certificates", str(self._credentials / "ca.crt")),
             *("--auth-supernode-private-key", str(self._credentials / f"node-{node}.key")),
@@ -137,7 +198,7 @@ class Deployment:
 
     def run(self, config: Mapping[str, bool | float | int | str]) -> subprocess.Popen[bytes]:
         """Starts `flwr run`; it ends with the run."""
-        values = {"checkpoints": str(self.checkpoints), **config}
+        values = {"checkpoints": str(self.checkpoints), "masked": self.masking is not None, **config}
         text = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
         command = ["flwr", "run", str(self.app), "dep", "--stream", "--run-config", text]
         return self._spawn("run", command, home="cli")

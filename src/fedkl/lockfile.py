@@ -33,7 +33,7 @@ from fedkl.keys import Key
 from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
 
-FileKind = Literal["key", "lock", "checkpoint", "member", "memory"]
+FileKind = Literal["key", "lock", "checkpoint", "member", "memory", "update"]
 
 PASSPHRASE_VARIABLE = "FEDKL_PASSPHRASE"  # noqa: S105 (a name, not a passphrase)
 

@@ -6,7 +6,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedkl.flower import Guard, public_arrays  # fedkl
+from fedkl.flower import Guard, Masked, public_arrays  # fedkl
 from fedkl_flower_example import task
 
 app = ServerApp()
@@ -24,7 +24,10 @@ def main(grid: Grid, context: Context) -> None:
         min_evaluate_nodes=needed,
     )
     strategy = Guard(  # fedkl
-        strategy, checkpoints=str(config["checkpoints"]) or None, min_replies=needed
+        strategy,
+        checkpoints=str(config["checkpoints"]) or None,
+        min_replies=needed,
+        aggregation=Masked(metrics=("loss",)) if config["masked"] else None,  # masks
     )
     strategy.start(
         grid=grid,

@@ -23,7 +23,7 @@ from fedkl.aggregation.base import (
     SeenUpdate,
     ServerLearns,
 )
-from fedkl.aggregation.masked_members import Cohort, sum_of, sum_tensors
+from fedkl.aggregation.masked_members import Cohort
 from fedkl.aggregation.plain import check_planned
 from fedkl.errors import ConfigError, MaskingError, RoundLostError, UpdateError, gathered
 from fedkl.masking import (
@@ -39,6 +39,7 @@ from fedkl.masking import (
     opened_mean,
 )
 from fedkl.masking.neighbors import least_listed
+from fedkl.masking.sums import sum_of, sum_tensors
 from fedkl.masking.words import MAX_MEMBERS, MAX_SAMPLES, WordBits
 from fedkl.types import NamedTensors
 from fedkl.update import PublicUpdate

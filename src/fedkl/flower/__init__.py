@@ -11,6 +11,11 @@ and one or two of the ServerApp::
     strategy = fedkl.flower.Guard(FedAvg(), checkpoints="checkpoints")
     strategy.start(grid=grid, initial_arrays=fedkl.flower.public_arrays(Net()), num_rounds=5)
 
+Where the server must not read what clients send, their nodes mask it (docs/masked.md)::
+
+    app = ClientApp(mods=[fedkl.flower.MaskMod(), fedkl.flower.LockMod(Net)])
+    strategy = fedkl.flower.Guard(FedAvg(), aggregation=fedkl.flower.Masked())
+
 A defense that changes updates and keeps nothing private takes ``TransformMod(defense)`` instead.
 """
 
@@ -26,6 +31,8 @@ except ImportError as error:
 
 from fedkl.flower.guard import Guard
 from fedkl.flower.in_process import InProcessGrid, run_in_process
+from fedkl.flower.mask_mod import MaskMod
+from fedkl.flower.masked import Masked
 from fedkl.flower.mod import LockMod, current_client
 from fedkl.flower.records import public_arrays
 from fedkl.flower.store import ClientStore, StoredClient
@@ -38,6 +45,8 @@ __all__ = [
     "Guard",
     "InProcessGrid",
     "LockMod",
+    "MaskMod",
+    "Masked",
     "StoredClient",
     "TransformMod",
     "current_client",

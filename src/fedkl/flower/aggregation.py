@@ -3,8 +3,8 @@
 A round is that of `fedkl.aggregation`: each node's reply is offered, or the node is dropped, then there is a
 result: the replies that the strategy gets. The plain one passes them on as they came. One that adds masked
 replies up writes what its nodes need into the messages to them (`requests`), says itself which reply fits
-(`checked`), may ask the nodes again before it gives a result (`ReplyPlan.grid`), and gives one reply: the
-average.
+(`checked`), may ask the nodes again before it gives a result (`ReplyPlan.grid`), and gives one reply, the
+average, or none, where the server cannot read the sum (`passes_on`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,40 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedkl.aggregation import RoundAggregation, Seen, ServerLearns
 from fedkl.errors import ConfigError, FedKLError
 from fedkl.flower.replies import ReplyRules, refused, sorted_out
+from fedkl.types import NamedTensors
 from fedkl.update import TensorSpec
 
 _LOG = logging.getLogger("flwr.fedkl")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingPlan:
+    """What is known when a training starts, or goes on.
+
+    Attributes:
+        strategy: Gets the replies.
+        evaluates: Whether the server evaluates the global arrays itself.
+        timeout: Seconds that replies are waited for.
+        folder: Of the checkpoints; None: none are written.
+        kept: `ReplyRound.kept` of the last round; empty: there was none.
+    """
+
+    strategy: Strategy = field(repr=False)
+    evaluates: bool
+    timeout: float
+    folder: Path | None
+    kept: NamedTensors = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,12 +58,14 @@ class ReplyPlan:
         round: Of the whole training, from 1.
         nodes: Who is asked.
         specs: The arrays that are sent.
+        arrays: The global arrays.
         grid: Reaches the nodes; None where the guard was never asked whom to send to.
     """
 
     round: int
     nodes: tuple[int, ...]
     specs: Mapping[str, TensorSpec] = field(repr=False)
+    arrays: ArrayRecord = field(default_factory=ArrayRecord, repr=False)
     grid: Grid | None = field(default=None, repr=False)
 
 
@@ -71,6 +96,16 @@ class ReplyRound(RoundAggregation[Message, list[Message]]):
         super().__init__(clients)
         self.plan = plan
 
+    @property
+    def passes_on(self) -> bool:
+        """Whether the strategy aggregates the result; otherwise the global arrays stay as they are."""
+        return True
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What a later round, or a training that is resumed, needs of this one; once there is a result."""
+        return {}
+
     def requests(self, messages: Sequence[Message]) -> Sequence[Message]:
         """What is sent to the nodes in place of the strategy's messages."""
         return messages
@@ -91,7 +126,30 @@ class ReplyAggregation(ABC):
         server_learns: What the server can read.
     """
 
-    server_learns: ClassVar[ServerLearns]
+    server_learns: ServerLearns
+
+    def for_training(self, plan: TrainingPlan) -> ReplyAggregation:
+        """What aggregates the rounds of one training: itself, if nothing is kept from round to round.
+
+        Raises:
+            ConfigError: There is something from earlier rounds that nobody expects, or cannot be used.
+        """
+        if plan.kept:
+            raise ConfigError(
+                f"{plan.folder}: the rounds of a masked training. Give the Guard "
+                "aggregation=fedkl.flower.Masked(…), or another folder for the checkpoints."
+            )
+        return self
+
+    def evaluation(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """What is sent to the nodes in place of the strategy's messages that ask for an evaluation."""
+        return messages
+
+    def goes_on(self, kept: NamedTensors) -> None:  # noqa: B027 (most keep nothing)
+        """A round counts, and this is what it keeps; see `ReplyRound.kept`."""
+
+    def finish(self, grid: Grid, arrays: ArrayRecord) -> None:  # noqa: B027 (most have nothing to do)
+        """All rounds are done, and these are the global arrays."""
 
     @abstractmethod
     def begin(self, plan: ReplyPlan, *, record: bool = False) -> ReplyRound:
@@ -107,7 +165,7 @@ class ReplyAggregation(ABC):
 class PassedOn(ReplyAggregation):
     """The strategy gets the replies as they came."""
 
-    server_learns: ClassVar[ServerLearns] = "updates"
+    server_learns: ClassVar[ServerLearns] = "updates"  # type: ignore[misc]  # the same for all
 
     def begin(self, plan: ReplyPlan, *, record: bool = False) -> ReplyRound:
         """Begins a round."""

@@ -24,9 +24,10 @@ from fedkl.flower.aggregation import (
     ReplyAggregation,
     ReplyPlan,
     ReplyRound,
+    TrainingPlan,
     collect,
 )
-from fedkl.flower.records import arrays_of
+from fedkl.flower.records import arrays_of, tensors_of
 from fedkl.flower.replies import ReplyRules, odd_metric, record_of, sorted_out, specs_of, usable
 from fedkl.flower.round_files import (
     EVALUATE,
@@ -37,6 +38,7 @@ from fedkl.flower.round_files import (
     SavedRound,
 )
 from fedkl.flower.strategy_memory import StrategyMemory, arrays_in, nested, put_arrays
+from fedkl.types import NamedTensors
 from fedkl.update import TensorSpec, check_tensors
 
 _LOG = logging.getLogger("flwr.fedkl")  # among Flower's own lines, in its format
@@ -89,6 +91,7 @@ class Guard(Strategy):
         self._files = None if checkpoints is None else RoundFiles(Path(checkpoints).expanduser())
         self._min_replies = min_replies
         self._aggregation = aggregation or PassedOn()
+        self._running = self._aggregation  # that of the training which is under way
         self._on_seen = on_seen
         self._round: ReplyRound | None = None  # that messages were sent for
         self._done = 0  # rounds of earlier runs
@@ -125,13 +128,24 @@ class Guard(Strategy):
         self.expect(initial_arrays)
         self._raised.clear()
         with self._alone():
-            arrays = self._resumed(initial_arrays)
+            arrays, kept = self._resumed(initial_arrays)
+            self._running = self._aggregation.for_training(
+                TrainingPlan(
+                    strategy=self.strategy,
+                    evaluates=evaluate_fn is not None,
+                    timeout=timeout,
+                    folder=self._files.folder if self._files else None,
+                    kept=kept,
+                )
+            )
             left = max(0, num_rounds - self._done)
             evaluate = self._numbered(evaluate_fn) if evaluate_fn else None
             result = super().start(grid, arrays, left, timeout, train_config, evaluate_config, evaluate)
+            self._running.finish(grid, result.arrays or arrays)
         if self._raised:
             _LOG.error("The strategy raised in %d of the rounds of this run; see above.", len(self._raised))
-        result.arrays = result.arrays or arrays  # no round was aggregated, or none was left
+        if self._running.server_learns != "nothing":  # of a model that it cannot read it has no arrays
+            result.arrays = result.arrays or arrays  # no round was aggregated, or none was left
         for kind, rounds in self._history.items():
             setattr(result, kind, {number: MetricRecord(values) for number, values in rounds.items()})
         return result
@@ -151,7 +165,8 @@ class Guard(Strategy):
         number = self._done + server_round
         messages = list(self.strategy.configure_train(number, arrays, config, grid))
         nodes = tuple(message.metadata.dst_node_id for message in messages)
-        self._round = self._begin(ReplyPlan(round=number, nodes=nodes, specs=self._specs, grid=grid))
+        plan = ReplyPlan(round=number, nodes=nodes, specs=self._specs, arrays=arrays, grid=grid)
+        self._round = self._begin(plan)
         return self._round.requests(messages)
 
     def aggregate_train(
@@ -169,17 +184,21 @@ class Guard(Strategy):
             self._on_seen(collected.plan, collected.what_the_server_sees())
         if passed is None:
             return None, None
-        saved, metrics = self._aggregated(passed, number)
-        if saved is not None and self._files is not None:
-            self._files.save(saved)
+        aggregated = self._aggregated if collected.passes_on else self._left_sealed
+        saved, metrics = aggregated(collected, passed)
+        if saved is not None:
+            if self._files is not None:
+                self._files.save(saved)
+            self._running.goes_on(saved.kept)
         noted = self._noted(TRAIN, number, metrics)
-        return None if saved is None else arrays_of(saved.arrays), noted
+        return None if saved is None or not collected.passes_on else arrays_of(saved.arrays), noted
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The strategy's, in rounds of the whole training."""
-        return self.strategy.configure_evaluate(self._done + server_round, arrays, config, grid)
+        number = self._done + server_round
+        return self._running.evaluation(list(self.strategy.configure_evaluate(number, arrays, config, grid)))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The strategy's, of sound replies only."""
@@ -191,7 +210,7 @@ class Guard(Strategy):
         return self._noted(EVALUATE, number, metrics)
 
     def _begin(self, plan: ReplyPlan) -> ReplyRound:
-        return self._aggregation.begin(plan, record=self._on_seen is not None)
+        return self._running.begin(plan, record=self._on_seen is not None)
 
     def _begun(self, number: int) -> ReplyRound:
         """The round that messages were sent for; one without them if nobody asked for any."""
@@ -202,12 +221,12 @@ class Guard(Strategy):
     def _alone(self) -> AbstractContextManager[None]:
         return exclusive(self._files.folder, follow=False) if self._files else nullcontext()
 
-    def _resumed(self, initial: ArrayRecord) -> ArrayRecord:
-        """The arrays to start from; what earlier runs left is taken over."""
+    def _resumed(self, initial: ArrayRecord) -> tuple[ArrayRecord, NamedTensors]:
+        """The arrays to start from, and what the aggregation kept; what earlier runs left is taken over."""
         self._done, self._history = 0, {}
         saved = self._files.newest() if self._files else None
         if self._files is None or saved is None:
-            return initial
+            return initial, {}
         check_tensors(
             saved.arrays,
             self._specs,
@@ -219,7 +238,7 @@ class Guard(Strategy):
         self._specs = {name: self._specs[name] for name in saved.arrays}  # the order that the memory goes by
         self._done, self._history = saved.round, self._files.history(until=saved.round)
         _LOG.info("Going on after round %d of %s.", saved.round, self._files.folder)
-        return arrays_of(saved.arrays)
+        return arrays_of(saved.arrays), saved.kept
 
     def _numbered(self, evaluate: EvaluateFunction) -> EvaluateFunction:
         def numbered(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -254,8 +273,16 @@ class Guard(Strategy):
         owners = (owner for _, owner in nested(self.strategy) if hasattr(owner, name))
         return getattr(next(owners, None), name, None)
 
-    def _aggregated(self, passed: list[Message], number: int) -> tuple[SavedRound | None, object]:
+    def _left_sealed(self, collected: ReplyRound, passed: list[Message]) -> tuple[SavedRound, object]:
+        """A round whose result only the clients can read; all arrays are as they were."""
+        plan = collected.plan
+        arrays = tensors_of(plan.arrays, subject="Global arrays", names=self._specs)
+        memory = arrays_in(self.strategy)
+        return SavedRound(round=plan.round, arrays=arrays, memory=memory, kept=collected.kept), None
+
+    def _aggregated(self, collected: ReplyRound, passed: list[Message]) -> tuple[SavedRound | None, object]:
         """The strategy's average and metrics; if it cannot be used, all arrays are what they were."""
+        number = collected.plan.round
 
         def aggregate() -> tuple[object, object]:
             arrays, metrics = self.strategy.aggregate_train(number, passed)
@@ -275,7 +302,7 @@ class Guard(Strategy):
             before.put_back()
             _LOG.error("Round %d: %s The global arrays stay as they were.", number, error)
             return None, metrics
-        return SavedRound(round=number, arrays=tensors, memory=memory), metrics
+        return SavedRound(round=number, arrays=tensors, memory=memory, kept=collected.kept), metrics
 
     def _attempted(self, aggregate: Callable[[], _T], number: int) -> _T | None:
         """What the strategy makes of replies; None, and its mistake in the log, if it raises.

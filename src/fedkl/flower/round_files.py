@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ TRAIN, EVALUATE, SERVER = (
 )
 
 _ROUND = re.compile(r"round-([0-9]{6,12})\.fedkl")
-_PARTS = ("arrays", "memory")
+_PARTS = ("arrays", "memory", "kept")
 _NUMBER = re.compile("0|[1-9][0-9]{0,11}")
 _NOT_FINITE = ("nan", "inf", "-inf")
 _MAX_HISTORY = 2**28
@@ -51,11 +51,13 @@ class SavedRound:
         round: The last round that was aggregated, from 1.
         arrays: The global arrays after it.
         memory: The strategy's own arrays; see `strategy_memory.arrays_in`.
+        kept: What the aggregation needs of it; see `aggregation.ReplyRound.kept`.
     """
 
     round: int
     arrays: NamedTensors
     memory: NamedTensors
+    kept: NamedTensors = field(default_factory=dict)
 
 
 class RoundFiles:
@@ -79,6 +81,7 @@ class RoundFiles:
         self._check_folder()
         tensors = {f"arrays/{name}": tensor for name, tensor in saved.arrays.items()}
         tensors |= {f"memory/{name}": tensor for name, tensor in saved.memory.items()}
+        tensors |= {f"kept/{name}": tensor for name, tensor in saved.kept.items()}
         meta = {"round": saved.round, "order": list(tensors)}  # some strategies go by position
         path = self.folder / _name(saved.round)
         try:

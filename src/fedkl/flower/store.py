@@ -101,8 +101,7 @@ class ClientStore:
         new_keys = node_config.get(NEW_KEYS, True)
         if not isinstance(new_keys, bool):
             raise ConfigError(f"{NEW_KEYS}: expected true or false in --node-config, got {shown(new_keys)}.")
-        file = node_config.get(PASSPHRASE_FILE)
-        passphrase = read_passphrase(Path(str(file)).expanduser()) if file else default_passphrase()
+        passphrase = node_passphrase(node_config)
         return cls(Path(str(folder)).expanduser(), passphrase=passphrase, new_keys=new_keys)
 
     def path(self, name: str) -> Path:
@@ -238,6 +237,16 @@ def _close(folder: Path) -> None:
             raise ConfigError(
                 f"{folder}: open to others, and not ours to close ({error.strerror})."
             ) from error
+
+
+def node_passphrase(node_config: Mapping[str, object]) -> str:
+    """The passphrase of a node's private files; see `ClientStore.of_node`.
+
+    Raises:
+        KeyFileError: There is none, or its file cannot be read, or others may write to it.
+    """
+    file = node_config.get(PASSPHRASE_FILE)
+    return read_passphrase(Path(str(file)).expanduser()) if file else default_passphrase()
 
 
 def client_name(node_config: Mapping[str, object]) -> str:

@@ -3,6 +3,7 @@
 ``hospital-a.secret``   private keys, cohorts' keys; see contents.py
 ``hospital-a.memory``   what it must not forget between messages, once it has taken part in a round
 ``hospital-a.member``   its card, to be sent around; see texts.py
+``hospital-a.study.update``   its last update in cohort study, on a Flower node with pair masks
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fedkl.masking.memory_file import MemoryFile
 from fedkl.masking.roster import Membership, SealedRoster
 from fedkl.masking.schedule import Secret
 from fedkl.masking.texts import check_cohort_name
+from fedkl.masking.update_file import UpdateFile
 
 
 class MemberFile:
@@ -250,6 +252,30 @@ class MemberFile:
             found = Memory(keep=keep) if values is None else Memory.from_json(values, keep=keep)
             self._memories[roster.name] = found
         return found
+
+    def update_file(self, cohort: str | None = None) -> UpdateFile:
+        """Where the member's last update in a cohort is kept, encrypted.
+
+        Args:
+            cohort: Its name; None: the only one.
+
+        Raises:
+            MaskingError: It has not joined this one.
+        """
+        return UpdateFile(self.beside(cohort, "update"), key=self._content.memory_key)
+
+    def beside(self, cohort: str | None, suffix: str) -> Path:
+        """The path of a file about a cohort, in the same folder.
+
+        Args:
+            cohort: Its name; None: the only one.
+            suffix: The file's, without a dot.
+
+        Raises:
+            MaskingError: It has not joined this one.
+        """
+        name = self.membership(cohort).roster.name
+        return self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}.{name}.{suffix}")
 
     def _keep(self, cohort: str, digest: str, memory: Memory) -> None:
         self._check_open()

@@ -1,0 +1,66 @@
+"""The server's count of the rounds that it has called for: a member answers a call once."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+
+from fedkl.errors import ConfigError, warn
+from fedkl.files import read_file, write_atomically
+from fedkl.masking import SealedSum
+from fedkl.parsing import parse_json_object
+
+_FILE, _LIMIT = "calls.json", 1000
+
+
+class Calls:
+    """Run and rounds of one training.
+
+    A round is counted, on disk, before anybody is asked: a server that was killed meanwhile begins another.
+
+    Args:
+        folder: Of the checkpoints; None: nothing is written, and a new start is a new run.
+        last: The last sum, whose run goes on.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+
+    def __init__(self, folder: Path | None, last: SealedSum | None) -> None:
+        self._path = None if folder is None else folder / _FILE
+        run, count = self._read()
+        if last is not None:
+            run, count = last.call.run, max(count, last.call.round)
+        self.run = run or secrets.token_bytes(16)
+        self._count = count
+
+    def next(self) -> int:
+        """The number of a new round, from 1.
+
+        Raises:
+            ConfigError: It cannot be written down.
+        """
+        self._count += 1
+        if self._path is not None:
+            text = json.dumps({"run": self.run.hex(), "round": self._count})
+            try:
+                write_atomically(self._path, text.encode())
+            except OSError as error:
+                raise ConfigError(f"{self._path}: cannot be written ({error.strerror}).") from error
+        return self._count
+
+    def _read(self) -> tuple[bytes, int]:
+        if self._path is None:
+            return b"", 0
+        try:
+            values = parse_json_object(read_file(self._path, limit=_LIMIT, follow=False))
+            run, count = bytes.fromhex(values["run"]), values["round"]
+            if len(run) != 16 or type(count) is not int or count < 0:
+                raise ValueError
+        except FileNotFoundError:
+            return b"", 0
+        except (OSError, ValueError, KeyError, TypeError):
+            warn(f"{self._path}: cannot be read. Members may refuse a round or two before they go on.")
+            return b"", 0
+        return run, count

@@ -1,0 +1,622 @@
+"""Masked sums on Flower: the same models as plain ones, and a server that reads what it may, no more."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Krum
+from safetensors.torch import load_file
+
+from fedkl.aggregation import SeenUpload
+from fedkl.errors import ConfigError
+from fedkl.flower import Guard, LockMod, Masked, MaskMod, current_client, public_arrays, run_in_process
+from fedkl.flower import mask_records as records
+from fedkl.flower.aggregation import PassedOn, SeenReply
+from fedkl.flower.mask_mod import MASKS_REFUSED
+from fedkl.flower.round_files import RoundFiles
+from fedkl.masking import Layout, Member, MemberFile, Memory
+from fedkl.masking.sums import sum_of
+from fedkl.update import TensorSpec
+from tests.flower.cohorts import PASSPHRASE, app_of, cohort, found, run, trained
+from tests.flower.setting import DEFENSE, found_in, honest, net, reply, server_of, step, stored
+
+MODES = ("blind", "pairwise", "both")
+REQUEST = {"dst_node_id": 7, "message_type": "train"}
+
+
+@pytest.fixture(scope="module")
+def cohorts(tmp_path_factory):
+    """One cohort of three a mode; tests take copies."""
+    return {mode: cohort(tmp_path_factory.mktemp(mode), mode=mode) for mode in MODES}
+
+
+@pytest.fixture
+def members(cohorts, tmp_path):
+    """A function that gives a copy of a cohort's folder."""
+
+    def copy(mode):
+        return shutil.copytree(cohorts[mode], tmp_path / f"members-{mode}")
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The same training without masks, two rounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLWR_HOME", str(tmp_path_factory.mktemp("flwr")))
+        patch.setenv("FEDKL_PASSPHRASE", PASSPHRASE)
+        return run(".", app=app_of(), aggregation=PassedOn())
+
+
+def state(result):
+    return result.arrays.to_torch_state_dict()
+
+
+def delivered(folder, number=0):
+    return load_file(folder / f"client-{number}.study.safetensors")
+
+
+def assert_close(found, expected, atol=1e-6):
+    assert list(found)
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=atol)
+
+
+class Lossy:
+    """A network around a mod: what it loses is answered with an error, as by a SuperLink whose node is gone.
+
+    Args:
+        loses: By stage: partition numbers whose answers never come, once each.
+        before: Whether the node is gone before it handles the message, or right afterwards.
+    """
+
+    def __init__(self, loses, *, before=True):
+        self.loses, self.before = {stage: set(numbers) for stage, numbers in loses.items()}, before
+        self.stages = []
+
+    def __call__(self, message, context, call_next):
+        stage, number = records.stage_of(message.content), int(context.node_config["partition-id"])
+        self.stages.append((number, stage))
+        gone = number in self.loses.get(stage, ())
+        if gone:
+            self.loses[stage].remove(number)
+        answer = None if gone and self.before else call_next(message, context)
+        return Message(Error(3, "node unavailable"), reply_to=message) if gone else answer
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_model_is_that_of_plain_sums_and_every_node_has_it(mode, members, plain):
+    folder = members(mode)
+    result = run(folder)
+    for number in range(3):
+        assert_close(delivered(folder, number), state(plain))
+        assert (folder / f"client-{number}.study.safetensors").stat().st_mode & 0o777 == 0o600
+    for number, metrics in plain.evaluate_metrics_clientapp.items():
+        assert result.evaluate_metrics_clientapp[number]["total"] == pytest.approx(metrics["total"], abs=1e-5)
+    if mode == "pairwise":
+        assert_close(state(result), state(plain))
+        assert result.train_metrics_clientapp[2] == {
+            "loss": pytest.approx(plain.train_metrics_clientapp[2]["loss"], abs=1e-5)
+        }
+    else:
+        assert not result.arrays
+        assert not result.train_metrics_clientapp
+
+
+@pytest.mark.parametrize("strategy", [FedAvgM, FedAdam, FedYogi, FedAdagrad])
+def test_a_servers_optimizer_works_on_the_sum_where_the_members_allow_it(strategy, tmp_path):
+    folder = cohort(tmp_path / "members", mode="pairwise", server_model=True)
+    result = run(folder, strategy=strategy())
+    expected = run(folder, strategy=strategy(), app=app_of(), aggregation=PassedOn())
+    assert_close(state(result), state(expected), atol=2e-5)
+    assert_close(delivered(folder), state(result))
+
+
+def test_members_take_turns_where_cohorts_are_sampled(tmp_path):
+    folder = cohort(tmp_path / "members", members=4, mode="both", sampled=True)
+    network = Lossy({})
+    run(folder, nodes=4, app=app_of(network, MaskMod()), strategy=FedAvg(fraction_train=0.75))
+    assert sum(stage == "train" for _, stage in network.stages) == 6
+    states = [delivered(folder, number) for number in range(4)]
+    for other in states[1:]:
+        assert_close(other, states[0], atol=0)
+
+
+# What the server sees
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_number_of_an_update_or_model_is_on_the_wire(mode, members):
+    folder, messages, updates = members(mode), [], {}
+
+    def train(message, context):
+        answer = trained(message, context)
+        for name, tensor in answer.content["arrays"].to_torch_state_dict().items():
+            updates[f"{context.node_id}/{name}"] = tensor.flatten()[:6]
+        return answer
+
+    def spied(app):
+        messages.clear()
+        run(folder, app=app, observe=messages.append, aggregation=None, rounds=1)
+        return found_in(
+            [m for m in messages if m.metadata.dst_node_id == 1],
+            {name: tensor for name, tensor in updates.items() if "num_batches" not in name},
+        )
+
+    assert spied(app_of(MaskMod(), train=train)) == []
+    messages.clear()  # the control: without the mod, all of them
+    run(folder, app=app_of(train=train), aggregation=PassedOn(), observe=messages.append, rounds=1)
+    assert found_in(messages, {"update": next(iter(updates.values()))}) == ["update"]
+
+
+def test_over_a_lock_the_public_tensors_are_masked_and_the_private_ones_stay(members):
+    folder, messages = members("blind"), []
+    app = app_of(MaskMod(), LockMod(net, defense=DEFENSE), train=honest, evaluate=honest_evaluation)
+    initial = public_arrays(net(), defense=DEFENSE)
+    run(folder, app=app, initial=initial, observe=messages.append, aggregation=Masked())
+    assert found_in(messages, stored("client-0")) == []
+    final = delivered(folder)
+    assert set(final) == set(initial)
+    replies = [message for message in messages if message.metadata.dst_node_id == 1]
+    assert found_in(replies, {n: t for n, t in final.items() if t.is_floating_point()}) == []
+    assert len({message.metadata.src_node_id for message in replies}) == 3
+
+
+def honest_evaluation(message, context):
+    assert current_client().model is not None
+    return reply(message)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_the_server_saw_can_be_recorded(mode, members):
+    shown = []
+    guard = Guard(FedAvg(), aggregation=Masked(), on_seen=lambda plan, seen: shown.append(seen))
+
+    def main(grid):
+        guard.start(grid, ArrayRecord(net().state_dict()), num_rounds=1)
+
+    folder = members(mode)
+    run_in_process(server_of(main), app_of(MaskMod()), clients=3, node_config={"fedkl-member": str(folder)})
+    [seen] = shown
+    kinds = [type(one) for one in seen]
+    assert kinds == [SeenUpload] * 3 + [SeenReply] * (mode == "pairwise")
+    numbers = seen[0].as_numbers()
+    assert {name: tensor.shape for name, tensor in numbers.items()} == {
+        name: tensor.shape for name, tensor in net().state_dict().items() if tensor.is_floating_point()
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_in_blind_modes_holds_what_only_members_can_open(mode, members, tmp_path):
+    folder = members(mode)
+    run(folder, checkpoints=tmp_path / "rounds")
+    saved = RoundFiles(tmp_path / "rounds").newest()
+    first = net().state_dict()
+    unchanged = all(torch.equal(tensor, first[name]) for name, tensor in saved.arrays.items())
+    assert unchanged == (mode != "pairwise")
+    total = sum_of(saved.kept)
+    with MemberFile.open(folder / "client-1.secret", passphrase=PASSPHRASE) as file:
+        membership = file.membership()
+    specs = {name: TensorSpec.of(tensor) for name, tensor in saved.arrays.items()}
+    layout = Layout(specs=specs, words=membership.roster.words, metrics=("loss",))
+    member = Member(membership, layout=layout, memory=Memory(), today=membership.roster.expires)
+    assert_close(member.open(total).tensors, delivered(folder), atol=0)
+
+
+# Who is gone
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_member_that_is_gone_before_or_after_its_upload_costs_nothing_more(mode, before, tmp_path):
+    folder = cohort(tmp_path / "members", members=4, mode=mode)
+    network = Lossy({"train": {3}}, before=before)
+    result = run(folder, nodes=4, rounds=2, app=app_of(network, MaskMod()))
+    assert len(result.evaluate_metrics_clientapp) == 2
+    assert_close(delivered(folder, 3), delivered(folder, 0), atol=0)
+    assert [number for number, stage in network.stages if stage == "train"].count(3) == 2
+
+
+@pytest.mark.parametrize("mode", ["pairwise", "both"])
+def test_a_member_that_is_gone_before_it_reveals_is_still_in_the_sum(mode, tmp_path):
+    folder = cohort(tmp_path / "members", members=4, mode=mode)
+    network = Lossy({"reveal": {1}})
+    run(folder, nodes=4, rounds=1, app=app_of(network, MaskMod()))
+    expected = run(folder, nodes=4, rounds=1, app=app_of(), aggregation=PassedOn())
+    assert_close(delivered(folder), state(expected))
+
+
+@pytest.mark.parametrize("mode", ["pairwise", "both"])
+def test_with_one_gone_before_and_one_after_its_upload_the_others_mask_again(mode, tmp_path, caplog):
+    folder = cohort(tmp_path / "members", members=5, mode=mode)
+    network = Lossy({"train": {4}, "here": {1}})
+    run(folder, nodes=5, rounds=1, app=app_of(network, MaskMod()))
+    assert sorted(number for number, stage in network.stages if stage == "again") == [0, 2, 3]
+    assert "tried again with 3" in caplog.text
+    three = [number for number in range(5) if number not in (1, 4)]
+    expected = mean_of(three)
+    assert_close(delivered(folder, 1), expected)
+
+
+def mean_of(numbers):
+    """The mean of what some clients train from the first model, computed here."""
+    states = []
+    for number in numbers:
+        model = net()
+        step(model, seed=number)
+        states.append((8 + number, model.state_dict()))
+    total = sum(weight for weight, _ in states)
+    mean = {
+        name: sum(weight * each[name].double() for weight, each in states) / total for name in states[0][1]
+    }
+    return {name: tensor.to(states[0][1][name].dtype) for name, tensor in mean.items()}
+
+
+def test_too_few_are_a_lost_round_and_the_next_one_goes_on(members, caplog):
+    folder = members("both")
+    network = Lossy({"train": {0, 1}})
+    result = run(folder, rounds=2, app=app_of(network, MaskMod()))
+    assert "Nothing changes" in caplog.text or "nothing changes" in caplog.text
+    assert_close(delivered(folder), mean_of(range(3)))
+    assert list(result.evaluate_metrics_clientapp) == [1, 2]
+
+
+def test_a_round_that_cannot_be_opened_is_lost_and_the_next_one_goes_on(members, caplog):
+    folder = members("pairwise")
+    network = Lossy({"reveal": {0, 1}})
+    run(folder, rounds=2, app=app_of(network, MaskMod()))
+    assert "cannot be opened" in caplog.text
+    assert_close(delivered(folder), mean_of(range(3)))
+
+
+# Going on
+
+
+def uploads(messages):
+    """All masked updates in messages to the server."""
+    return [
+        records.upload_of(message.content)
+        for message in messages
+        if message.has_content() and f"{records.PREFIX}.upload" in message.content
+    ]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_training_goes_on_after_its_last_round_and_no_mask_is_used_twice(mode, members, tmp_path):
+    folder, messages = members(mode), []
+    more = {"checkpoints": tmp_path / "rounds", "observe": messages.append}
+    run(folder, rounds=1, **more)
+    result = run(folder, rounds=3, **more)
+    assert list(result.evaluate_metrics_clientapp) == [1, 2, 3]
+    expected = run(folder, rounds=3, app=app_of(), aggregation=PassedOn())
+    assert_close(delivered(folder), state(expected))
+    assert_no_mask_twice(uploads(messages), count=9)
+
+
+def assert_no_mask_twice(found, *, count):
+    assert len(found) == count
+    assert len({upload.nonce for upload in found}) == count
+    assert len({(upload.member, upload.context) for upload in found}) == count
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_server_that_dies_before_its_checkpoint_does_the_round_again(mode, members, tmp_path, monkeypatch):
+    folder, messages = members(mode), []
+    more = {"checkpoints": tmp_path / "rounds", "observe": messages.append}
+
+    def dies(self, saved):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundFiles, "save", dies)
+        with pytest.raises(SystemExit):
+            run(folder, rounds=2, **more)
+    run(folder, rounds=2, **more)
+    expected = run(folder, rounds=2, app=app_of(), aggregation=PassedOn())
+    assert_close(delivered(folder), state(expected))
+    assert_no_mask_twice(uploads(messages), count=9)
+
+
+def test_a_lost_count_of_calls_costs_rounds_and_no_mask(members, tmp_path):
+    folder, messages = members("pairwise"), []
+    more = {"checkpoints": tmp_path / "rounds", "observe": messages.append}
+    run(folder, rounds=1, **more)
+    (tmp_path / "rounds" / "calls.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"calls\.json: cannot be read"):
+        run(folder, rounds=2, **more)
+    assert_no_mask_twice(uploads(messages), count=6)
+
+
+def test_rounds_with_masks_and_without_do_not_mix(members, tmp_path):
+    run(members("blind"), rounds=1, checkpoints=tmp_path / "rounds")
+    with pytest.raises(ConfigError, match="the rounds of a masked training"):
+        run(".", rounds=2, app=app_of(), aggregation=PassedOn(), checkpoints=tmp_path / "rounds")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("rules", "strategy", "evaluate", "message"),
+    [
+        ({"mode": "blind"}, FedAdam(), False, "FedAdam makes a model of its own"),
+        ({"mode": "both"}, FedAvgM(), False, "--mode pairwise --server-model"),
+        ({"mode": "pairwise"}, FedAdam(), False, "found the cohort with --server-model"),
+        ({"mode": "blind"}, FedAvg(), True, "no model to evaluate"),
+        ({"mode": "pairwise", "server_model": True}, Krum(), False, "each client's own update"),
+    ],
+)
+def test_a_server_that_wants_more_than_it_may_read_is_told_before_anybody_trains(
+    rules, strategy, evaluate, message, tmp_path
+):
+    folder = cohort(tmp_path / "members", **rules)
+    network = Lossy({})
+    with pytest.raises(ConfigError, match=message):
+        run(
+            folder,
+            strategy=strategy,
+            evaluate_fn=(lambda number, arrays: None) if evaluate else None,
+            app=app_of(network, MaskMod()),
+        )
+    assert {stage for _, stage in network.stages} == {"who"}
+
+
+def ask(folder, message, *, app=None):
+    """A node's answer to one message."""
+    message.metadata.__dict__["_message_id"] = "1"
+    config = {"partition-id": 0, "fedkl-member": str(folder)}
+    return (app or app_of(MaskMod()))(message=message, context=Context(1, 7, config, RecordDict(), {}))
+
+
+def refused(answer):
+    return answer.has_error() and answer.error.reason == MASKS_REFUSED
+
+
+def plain_request(**records_):
+    return Message(RecordDict({"arrays": ArrayRecord(net().state_dict()), **records_}), **REQUEST)
+
+
+def test_nothing_is_ever_sent_unmasked(members, caplog):
+    folder = members("blind")
+    assert refused(ask(folder, plain_request()))
+    assert "sends nothing unmasked" in caplog.text
+    message = plain_request()
+    message.metadata.message_type = "evaluate"
+    assert refused(ask(folder, message))
+
+
+def test_stages_belong_to_a_type_of_message(members):
+    content = RecordDict()
+    records.put_stage(content, "who")
+    assert refused(ask(members("blind"), Message(content, dst_node_id=7, message_type="evaluate")))
+    odd = RecordDict({f"{records.PREFIX}.stage": ConfigRecord({"stage": "upload-plain"})})
+    assert refused(ask(members("both"), Message(odd, **REQUEST)))
+
+
+def test_an_evaluation_sends_single_numbers_only(members, caplog):
+    def leaks(message, context):
+        content = RecordDict(
+            {"metrics": MetricRecord({"num-examples": 8}), "arrays": message.content["arrays"]}
+        )
+        return Message(content, reply_to=message)
+
+    def lists(message, context):
+        values = message.content["arrays"]["0.weight"].numpy().ravel().tolist()
+        return Message(
+            RecordDict({"metrics": MetricRecord({"num-examples": 8, "w": values})}), reply_to=message
+        )
+
+    for number, evaluate in enumerate((leaks, lists)):
+        folder = members(MODES[number])
+        result = run(folder, rounds=1, app=app_of(MaskMod(), evaluate=evaluate))
+        assert not result.evaluate_metrics_clientapp
+        assert "would leave this node unmasked" in caplog.text
+        caplog.clear()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"loss": 1.0}, "'num-examples' as a whole number"),
+        ({"num-examples": 2.5, "loss": 1.0}, "'num-examples' as a whole number"),
+        ({"num-examples": float("inf"), "loss": 1.0}, "'num-examples' as a whole number"),
+        ({"num-examples": 2**21, "loss": 1.0}, "the roster's bound"),
+        ({"num-examples": 0, "loss": 1.0}, "the roster's bound"),
+        ({"num-examples": 8}, "the metric 'loss', which this app does not give"),
+        ({"num-examples": 8, "loss": float("nan")}, "not a number within"),
+    ],
+)
+def test_an_update_that_does_not_fit_stays_on_its_node(metrics, message, members, caplog):
+    def train(request, context):
+        content = {"arrays": request.content["arrays"], "metrics": MetricRecord(metrics)}
+        return Message(RecordDict(content), reply_to=request)
+
+    run(members("blind"), rounds=1, app=app_of(MaskMod(), train=train))
+    assert message in caplog.text
+    assert "no node has written" in caplog.text or "0 of" not in caplog.text
+
+
+def test_the_mod_comes_first(members, monkeypatch):
+    app = app_of(LockMod(net, defense=DEFENSE), MaskMod(), train=honest)
+    answer = ask(members("blind"), plain_request(), app=app)
+    assert answer.has_error()
+
+
+def test_a_failure_of_the_app_tells_the_server_nothing(members, caplog):
+    def train(message, context):
+        raise ValueError("patient 4711")
+
+    messages = []
+    run(members("blind"), rounds=1, app=app_of(MaskMod(), train=train), observe=messages.append)
+    reasons = {message.error.reason for message in messages if message.has_error()}
+    assert reasons == {MASKS_REFUSED}
+    assert "4711" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("node_config", "message"),
+    [
+        ({}, "no member's secret file"),
+        ({"fedkl-member": "/nowhere/x.secret"}, "cannot be read"),
+        ({"fedkl-cohort": "other"}, "no cohort 'other'"),
+    ],
+)
+def test_a_node_without_its_member_says_so_in_its_own_log(node_config, message, members, caplog):
+    folder = members("blind")
+    config = {"partition-id": 0, **({"fedkl-member": str(folder)} if "fedkl-cohort" in node_config else {})}
+    content = RecordDict()
+    records.put_stage(content, "who")
+    request = Message(content, **REQUEST)
+    request.metadata.__dict__["_message_id"] = "1"
+    answer = app_of(MaskMod())(
+        message=request, context=Context(1, 7, {**config, **node_config}, RecordDict(), {})
+    )
+    assert refused(answer)
+    assert message in caplog.text
+
+
+def test_a_member_of_another_cohort_and_a_double_are_not_asked(members, tmp_path, caplog):
+    folder = members("blind")
+    cohort(tmp_path / "others", members=4)
+    shutil.copy(tmp_path / "others" / "client-3.secret", folder / "client-3.secret")
+    result = run(folder, nodes=4, rounds=1)
+    assert "is of another cohort or epoch" in caplog.text
+    assert result.evaluate_metrics_clientapp
+    shutil.copy(folder / "client-0.secret", folder / "client-3.secret")
+    shutil.copy(folder / "client-0.memory", folder / "client-3.memory")
+    caplog.clear()
+    run(folder, nodes=4, rounds=1)
+    assert "as another does; it is not asked" in caplog.text
+
+
+def test_nodes_without_the_mod_are_named(caplog):
+    run(".", rounds=1, app=app_of())
+    assert "Has its app a MaskMod?" in caplog.text
+    assert "no node has said who its member is" in caplog.text
+
+
+class Forged:
+    """A node that answers trainings with something else."""
+
+    def __init__(self, change, number=1):
+        self.change, self.number = change, number
+
+    def __call__(self, message, context, call_next):
+        answer = call_next(message, context)
+        mine = int(context.node_config["partition-id"]) == self.number
+        if mine and not answer.has_error() and records.stage_of(message.content) == "train":
+            content = RecordDict(dict(answer.content.items()))
+            self.change(content)
+            return Message(content, reply_to=message)
+        return answer
+
+
+def as_another(content):
+    upload = records.upload_of(content)
+    records.put_upload(content, type(upload)(**{**vars(upload), "member": "client-2"}))
+
+
+def shorter(content):
+    upload = records.upload_of(content)
+    records.put_upload(content, type(upload)(**{**vars(upload), "words": upload.words[:-16].copy()}))
+
+
+def in_the_clear(content):
+    content.clear()
+    content["arrays"] = ArrayRecord(net().state_dict())
+
+
+def without_nonce(content):
+    content[f"{records.PREFIX}.upload"] = ConfigRecord({"member": "client-1"})
+
+
+@pytest.mark.parametrize("change", [as_another, shorter, in_the_clear, without_nonce])
+def test_a_reply_that_is_no_upload_is_left_out(change, tmp_path, caplog):
+    folder = cohort(tmp_path / "members", members=4)
+    run(folder, nodes=4, rounds=1, app=app_of(Forged(change), MaskMod()))
+    assert "refused" in caplog.text
+    assert_close(delivered(folder, 0), mean_of([0, 2, 3]))
+
+
+def altered(message):
+    """The words of the sum in a message with one bit flipped."""
+    name = f"{records.PREFIX}.words"
+    words = records.words_of(message.content).copy()
+    words[100] ^= 1
+    message.content[name] = ArrayRecord({"words": Array(words)})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sum_with_one_bit_changed_is_taken_by_nobody(mode, members, caplog):
+    folder = members(mode)
+
+    def observe(message):
+        stage = records.stage_of(message.content) if message.has_content() else None
+        if stage == "evaluate" and f"{records.PREFIX}.words" in message.content:
+            altered(message)
+
+    result = run(folder, rounds=1, observe=observe)
+    assert not result.evaluate_metrics_clientapp
+    assert "its tag does not fit" in caplog.text
+
+
+def test_a_model_in_the_clear_is_not_taken_where_there_is_a_sum(members, caplog):
+    folder, asked = members("blind"), []
+
+    def observe(message):
+        stage = records.stage_of(message.content) if message.has_content() else None
+        asked.append(stage)
+        if stage == "evaluate" and asked.count(stage) > 3:  # in round 2: all have opened the first sum
+            for name in (f"{records.PREFIX}.sum", f"{records.PREFIX}.words", f"{records.PREFIX}.booleans"):
+                message.content.pop(name, None)
+            message.content["arrays"] = ArrayRecord(net().state_dict())
+
+    result = run(folder, rounds=2, observe=observe)
+    assert list(result.evaluate_metrics_clientapp) == [1]
+    assert "sent a model of its own" in caplog.text
+
+
+def test_no_secret_is_in_a_message_or_a_log(members, caplog):
+    caplog.set_level(logging.DEBUG)
+    folder, messages = members("both"), []
+    run(folder, observe=messages.append)
+    secrets = {}
+    for path in sorted(folder.glob("*.secret")):
+        with MemberFile.open(path, passphrase=PASSPHRASE) as file:
+            for kind, seed in file.keys.seeds.items():
+                secrets[f"{path.stem}/{kind}"] = seed.reveal()
+            secrets[f"{path.stem}/cohort"] = file.membership().secret.reveal()
+    wire = b"|".join(
+        piece if isinstance(piece, bytes) else str(piece).encode()
+        for message in messages
+        if message.has_content()
+        for record in message.content.values()
+        for value in record.values()
+        for piece in (value if isinstance(value, list) else [getattr(value, "data", value)])
+    )
+    assert uploads(messages)[0].nonce in wire  # the search finds what is there
+    for name, secret in secrets.items():
+        assert secret not in wire, name
+        assert secret.hex() not in caplog.text, name
+
+
+def test_a_changed_cohort_is_found_by_asking_again(members, tmp_path):
+    """Who fails in a round is asked anew who it is."""
+    folder = members("blind")
+    run(folder, rounds=1)
+    files = {
+        path.stem: MemberFile.open(path, passphrase=PASSPHRASE) for path in sorted(folder.glob("*.secret"))
+    }
+    previous = files["client-0"].membership().roster
+    found(files, previous=previous, mode="blind")
+    run(folder, rounds=1)
+    assert_close(delivered(folder), mean_of(range(3)))
