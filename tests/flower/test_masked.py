@@ -18,7 +18,7 @@ from fedkl.flower import mask_records as records
 from fedkl.flower.aggregation import PassedOn, SeenReply
 from fedkl.flower.mask_mod import MASKS_REFUSED
 from fedkl.flower.round_files import RoundFiles
-from fedkl.masking import Layout, Member, MemberFile, Memory
+from fedkl.masking import Layout, Member, MemberFile
 from fedkl.masking.sums import sum_of
 from fedkl.update import TensorSpec
 from tests.flower.cohorts import PASSPHRASE, app_of, cohort, found, run, trained
@@ -204,12 +204,12 @@ def test_a_checkpoint_in_blind_modes_holds_what_only_members_can_open(mode, memb
     unchanged = all(torch.equal(tensor, first[name]) for name, tensor in saved.arrays.items())
     assert unchanged == (mode != "pairwise")
     total = sum_of(saved.kept)
-    with MemberFile.open(folder / "client-1.secret", passphrase=PASSPHRASE) as file:
-        membership = file.membership()
     specs = {name: TensorSpec.of(tensor) for name, tensor in saved.arrays.items()}
-    layout = Layout(specs=specs, words=membership.roster.words, metrics=("loss",))
-    member = Member(membership, layout=layout, memory=Memory(), today=membership.roster.expires)
-    assert_close(member.open(total).tensors, delivered(folder), atol=0)
+    with MemberFile.open(folder / "client-1.secret", passphrase=PASSPHRASE) as file:
+        membership, memory = file.membership(), file.memory()
+        layout = Layout(specs=specs, words=membership.roster.words, metrics=("loss",))
+        member = Member(membership, layout=layout, memory=memory, today=membership.roster.expires)
+        assert_close(member.open(total).tensors, delivered(folder), atol=0)
 
 
 # Who is gone

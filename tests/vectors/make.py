@@ -18,12 +18,12 @@ from torch import nn
 
 import fedkl
 from fedkl import Key, experiments, lockfile
-from fedkl.aggregation.masked_members import sum_tensors
 from fedkl.config import AttackConfig, DataConfig, ModelConfig, TrainConfig
 from fedkl.defenses import KeyLock
 from fedkl.federated import Checkpoints, FederatedTraining, LocalTraining
 from fedkl.masking import Call, Contribution, Layout, MaskedSum, Member, MemberFile, Rules
 from fedkl.masking.exchange import found_cohort, new_member
+from fedkl.masking.sums import sum_tensors
 from fedkl.masking.texts import card_values
 from fedkl.update import TensorSpec
 from tests.federated.setting import TwoNorms, everything, federation, sample, seeded

@@ -14,12 +14,12 @@ from torch import nn
 
 import fedkl
 from fedkl import PublicUpdate, config, report
-from fedkl.aggregation.masked_members import sum_of
 from fedkl.errors import ConfigError, FedKLError, KeyFileError, MaskingError, SecretError, UpdateError
 from fedkl.federated import Checkpoints
 from fedkl.locking import read_lock
 from fedkl.masking import Call, Contribution, MemberFile, Rules
 from fedkl.masking.exchange import read_card, read_cohort
+from fedkl.masking.sums import sum_of
 from fedkl.masking.texts import card_values
 from tests.federated.setting import everything
 from tests.vectors.make import (
