@@ -13,9 +13,9 @@ import typer
 from fedkl import lockfile
 from fedkl.cli import cohort, membership
 from fedkl.errors import FedKLError
-from fedkl.masking import MemberFile, Mode
+from fedkl.masking import MemberFile, MemberKeys, Mode
 from fedkl.masking.exchange import read_card, read_cohort
-from fedkl.masking.texts import roster_to_bytes
+from fedkl.masking.texts import card_to_bytes, roster_to_bytes
 from tests.masking.cohorts import TODAY
 from tests.test_cli import fedkl as fedkl
 
@@ -404,6 +404,19 @@ def test_cards_that_have_expired(founded, monkeypatch):
     monkeypatch.setattr("fedkl.cli.member.today", lambda: TODAY + timedelta(days=366))
     assert "expired on 2027-11-29: ask for a new one" in founded("a", "member", "show", "a.member")[1]
     assert "EXPIRED on 2027-02-27" in founded("a", "cohort", "show", "study.cohort")[1]
+
+
+def test_a_card_that_claims_a_longer_life(hospitals):
+    for name in NAMES:
+        hospitals.send(f"{name}.member", name)
+    with MemberFile.open(hospitals.root / "b" / "b.secret", passphrase=PASSPHRASE) as file:
+        keys = MemberKeys(name="b", expires=TODAY + timedelta(days=400), seeds=dict(file.keys.seeds))
+    (hospitals.root / "a" / "b.member").write_bytes(card_to_bytes(keys.card()))
+    message = hospitals.refused("a", "cohort", "new", "study.cohort", *[f"{name}.member" for name in NAMES])
+    assert "the card of b claims to be good until 2028-01-03, longer than the 365 days" in message
+    assert "Ask b for a new one" in message
+    shown = hospitals("a", "member", "show", "b.member")[1]
+    assert "claims to be good until 2028-01-03" in shown
 
 
 def test_a_roster_with_my_card_exchanged(hospitals):

@@ -18,6 +18,7 @@ from fedkl.errors import ConfigError, FedKLError, shown, warn
 from fedkl.federated import Checkpoints
 from fedkl.lockfile import default_passphrase
 from fedkl.locking import Lock, Split
+from fedkl.masking import MemberFile
 from fedkl.modelfile import check_finite, write_model
 from fedkl.runs import RunDirectory, is_run
 from fedkl.training import restored, training_of, training_summary
@@ -56,7 +57,12 @@ class _Facts(TypedDict):
 
 
 def export(
-    source: str | Path, *, out: str | Path, client: str | None = None, replace: bool = False
+    source: str | Path,
+    *,
+    out: str | Path,
+    client: str | None = None,
+    member: MemberFile | None = None,
+    replace: bool = False,
 ) -> Exported:
     """Writes the newest public tensors of a training to a model file, and one client's lock beside it.
 
@@ -67,6 +73,7 @@ def export(
         out: The model file.
         client: Of a run directory: whose lock is written too, as ``<client>.lock`` beside `out`, encrypted
             with the passphrase of the run's checkpoints. Model and lock are of the same round then.
+        member: Of a Flower server's rounds with masks that the server cannot read: whoever opens their sum.
         replace: Whether files that are there are replaced.
 
     Returns:
@@ -78,12 +85,13 @@ def export(
     """
     source, out = Path(source), Path(out)
     lock: Lock | None = None
+    sealed = False
     if not is_run(source):
         if client is not None:
             raise ConfigError(
                 f"{source}: a Flower server has no locks. Each is in the store of its own node."
             )
-        rounds, state = _state_of_server(source)
+        rounds, state, sealed = _state_of_server(source, member)
     elif client is None:
         rounds, state = _state_of_run(RunDirectory.open(source))
     else:
@@ -97,7 +105,9 @@ def export(
     if lock is not None and path is not None:
         about = {"client": str(client)}
         lock.save(path, passphrase=default_passphrase(), about=about, replace=replace)
-    return Exported(model=out, rounds=rounds, lock=path, **_facts(source))
+    facts = _facts(source)
+    facts["read_by_server"] &= not sealed
+    return Exported(model=out, rounds=rounds, lock=path, **facts)
 
 
 def _facts(source: Path) -> _Facts:
@@ -194,7 +204,8 @@ def _final_state(run: RunDirectory) -> State | None:
     return None if summary is None else (summary["rounds"], run.load_tensors("global"))
 
 
-def _state_of_server(folder: Path) -> State:
+def _state_of_server(folder: Path, member: MemberFile | None) -> tuple[int, dict[str, Tensor], bool]:
+    """Rounds, public tensors, and whether the server could not read them."""
     neither = ConfigError(
         f"{folder}: expected the run directory of a training, or a Flower server's folder of rounds "
         "(round-000001.fedkl and so on)."
@@ -204,9 +215,18 @@ def _state_of_server(folder: Path) -> State:
             raise neither
     except (OSError, ValueError) as error:
         raise neither from error
-    from fedkl.flower.round_files import RoundFiles  # the only part that needs Flower
+    from fedkl.flower import masked_round  # the only part that needs Flower
+    from fedkl.flower.round_files import RoundFiles
 
     saved = RoundFiles(folder).newest()
     if saved is None:
         raise neither
-    return saved.round, dict(saved.arrays)
+    if not masked_round.is_sealed(saved):
+        return saved.round, dict(saved.arrays), False
+    if member is None:
+        raise ConfigError(
+            f"{folder}: the sum in it is masked, and only members can open it. Take the folder to a member's "
+            "machine, and give the secret file with --member. Or take the model that every node has written "
+            "down at the end, beside its secret file."
+        )
+    return saved.round, masked_round.opened_by(member, saved), True

@@ -23,7 +23,9 @@ _MODE = 0o644
 _MAX_MODEL = 2**34  # bytes
 
 
-def write_model(path: str | Path, tensors: NamedTensors, *, rounds: int, replace: bool = False) -> None:
+def write_model(
+    path: str | Path, tensors: NamedTensors, *, rounds: int, replace: bool = False, mode: int = _MODE
+) -> None:
     """Writes a model file, atomically.
 
     Args:
@@ -31,6 +33,7 @@ def write_model(path: str | Path, tensors: NamedTensors, *, rounds: int, replace
         tensors: The public tensors by name, and no others.
         rounds: How many rounds of training they have behind them.
         replace: Whether a file that is there is replaced.
+        mode: Of the file.
 
     Raises:
         UpdateError: There are no tensors, or one is not finite.
@@ -43,8 +46,8 @@ def write_model(path: str | Path, tensors: NamedTensors, *, rounds: int, replace
     try:
         remove_parts(path.parent, of=path.name)
         if replace:
-            write_atomically(path, data, mode=_MODE)
-        elif not create_once(path, data, mode=_MODE):
+            write_atomically(path, data, mode=mode)
+        elif not create_once(path, data, mode=mode):
             raise ConfigError(f"{path}: exists already. Choose another path, or let it be replaced.")
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = error.strerror if isinstance(error, OSError) else error

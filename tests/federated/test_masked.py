@@ -149,6 +149,19 @@ def test_too_few_clients_are_refused(dataset):
         federation(dataset, MaskedAggregation(), clients=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"minimum": 2}, "minimum: expected at least 3"),
+        ({"lost": 1.0}, "lost: expected a probability"),
+        ({"lost": -0.1}, "lost: expected a probability"),
+    ],
+)
+def test_options_that_protect_nothing_are_refused(options, text):
+    with pytest.raises(ConfigError, match=text):
+        MaskedAggregation(**options)
+
+
 def test_the_command_line_names_the_modes():
     for mode in MODES:
         config = TrainConfig.model_validate({"training": {"aggregation": aggregation_fields(mode)}})

@@ -11,18 +11,21 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Krum
 from safetensors.torch import load_file
 
+import fedkl
+from fedkl import cli
 from fedkl.aggregation import SeenUpload
-from fedkl.errors import ConfigError
+from fedkl.errors import ConfigError, MaskingError
+from fedkl.export import export
 from fedkl.flower import Guard, LockMod, Masked, MaskMod, current_client, public_arrays, run_in_process
 from fedkl.flower import mask_records as records
 from fedkl.flower.aggregation import PassedOn, SeenReply
 from fedkl.flower.mask_mod import MASKS_REFUSED
+from fedkl.flower.masked_round import opened_by
 from fedkl.flower.round_files import RoundFiles
-from fedkl.masking import Call, Layout, Member, MemberFile, Memory
-from fedkl.masking.sums import sum_of
+from fedkl.masking import Call, MemberFile
 from fedkl.update import TensorSpec
 from tests.flower.cohorts import PASSPHRASE, app_of, cohort, found, run, trained
-from tests.flower.setting import DEFENSE, found_in, honest, net, reply, server_of, step, stored
+from tests.flower.setting import DEFENSE, found_in, honest, net, reply, server_of, step, store, stored
 
 MODES = ("blind", "pairwise", "both")
 REQUEST = {"dst_node_id": 7, "message_type": "train"}
@@ -196,20 +199,59 @@ def test_what_the_server_saw_can_be_recorded(mode, members):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_checkpoint_in_blind_modes_holds_what_only_members_can_open(mode, members, tmp_path):
-    folder = members(mode)
-    run(folder, checkpoints=tmp_path / "rounds")
-    saved = RoundFiles(tmp_path / "rounds").newest()
-    first = net().state_dict()
-    unchanged = all(torch.equal(tensor, first[name]) for name, tensor in saved.arrays.items())
-    assert unchanged == (mode != "pairwise")
-    total = sum_of(saved.kept)
-    with MemberFile.open(folder / "client-1.secret", passphrase=PASSPHRASE) as file:
-        membership = file.membership()
-    specs = {name: TensorSpec.of(tensor) for name, tensor in saved.arrays.items()}
-    layout = Layout(specs=specs, words=membership.roster.words, metrics=("loss",))
-    member = Member(membership, layout=layout, memory=Memory(), today=membership.roster.expires)
-    assert_close(member.open(total).tensors, delivered(folder), atol=0)
+def test_what_the_server_has_only_members_can_open_unless_it_is_the_sum(mode, members, tmp_path, monkeypatch):
+    folder, rounds = members(mode), tmp_path / "rounds"
+    run(folder, checkpoints=rounds)
+    first, saved = net().state_dict(), RoundFiles(rounds).newest()
+    assert all(torch.equal(saved.arrays[name], first[name]) for name in first) == (mode != "pairwise")
+    if mode != "pairwise":
+        with pytest.raises(ConfigError, match="only members can open it"):
+            export(rounds, out=tmp_path / "model.safetensors")
+    out, secret = tmp_path / "m.safetensors", folder / "client-1.secret"
+    monkeypatch.setattr(
+        "sys.argv", ["fedkl", "export", str(rounds), "--out", str(out), "--member", str(secret)]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert_close(load_file(out), delivered(folder), atol=0)
+
+
+def test_a_stranger_or_a_changed_byte_opens_no_checkpoint(members, tmp_path):
+    rounds, other = tmp_path / "rounds", cohort(tmp_path / "others")
+    folder = members("blind")
+    run(folder, rounds=1, checkpoints=rounds)
+    with (
+        MemberFile.open(other / "client-0.secret", passphrase=PASSPHRASE) as file,
+        pytest.raises(MaskingError, match="of another cohort or epoch, or was altered"),
+    ):
+        export(rounds, out=tmp_path / "m.safetensors", member=file)
+    saved = RoundFiles(rounds).newest()
+    saved.kept["sum/words"][200] ^= 1
+    with (
+        MemberFile.open(folder / "client-0.secret", passphrase=PASSPHRASE) as file,
+        pytest.raises(MaskingError, match="or was altered"),
+    ):
+        opened_by(file, saved)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_node_has_its_model_from_its_lock_and_the_delivered_file(mode, members):
+    folder, said = members(mode), {}
+    x = torch.linspace(-1, 1, 20).reshape(5, 4)
+
+    def evaluate(message, context):
+        said[current_client().name] = current_client().model.eval()(x).detach()
+        return reply(message)
+
+    app = app_of(MaskMod(), LockMod(net, defense=DEFENSE), train=honest, evaluate=evaluate)
+    run(folder, app=app, initial=public_arrays(net(), defense=DEFENSE), aggregation=Masked())
+    assert len(said) == 3
+    for name, expected in said.items():
+        lock = fedkl.load_lock(
+            store().path(name), net(), passphrase=PASSPHRASE, public=folder / f"{name}.study.safetensors"
+        )
+        torch.testing.assert_close(lock.model.eval()(x).detach(), expected, rtol=0, atol=0)
 
 
 # Who is gone
@@ -606,7 +648,8 @@ def test_a_node_neither_trains_twice_for_a_round_nor_takes_any_model_for_the_tra
     cohort_of = tuple(f"client-{number}" for number in range(3))
     records.put_call(content, Call(run=run_name, round=1, attempt=1, cohort=cohort_of))
     specs = {name: TensorSpec.of(tensor) for name, tensor in net().state_dict().items()}
-    base = records.Base(run=run_name, specs=specs, metrics=(), total=None, booleans={}, record="arrays")
+    nothing = {"metrics": (), "rounds": 0, "total": None, "booleans": {}}
+    base = records.Base(run=run_name, specs=specs, record="arrays", **nothing)
     records.put_base(content, base)
     assert refused(ask(folder, Message(content, **REQUEST)))
     assert message in caplog.text

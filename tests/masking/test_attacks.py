@@ -14,6 +14,7 @@ from fedkl.errors import MaskingError
 from fedkl.masking import (
     Call,
     Contribution,
+    Layout,
     ListMessage,
     MaskedSum,
     Mean,
@@ -21,12 +22,14 @@ from fedkl.masking import (
     Reveal,
     SealedSum,
     Upload,
+    Words,
     opened_mean,
     seal,
 )
 from fedkl.masking.encoding import Bytes, Masks, Opening, add_to_tag, decoded, encoded, unmasked
 from fedkl.masking.keyring import self_mask
 from fedkl.masking.stream import MaskStream
+from fedkl.update import TensorSpec
 from tests.masking.cohorts import RUN, Cohort, drawn, member_of, new_cohort
 
 MODES = ("blind", "pairwise", "both")
@@ -134,6 +137,24 @@ def test_uploads_of_zeros_look_like_random_bytes(mode, monkeypatch):
     assert nonuniformity(words) > 1000
 
 
+def test_a_million_zeros_look_like_random_bytes(monkeypatch):
+    """More words than one chunk has, so that a mask that began anew would show."""
+    specs = {"v": TensorSpec(shape=(1_000_000,), dtype=torch.float32)}
+    layout = Layout(specs=specs, words=Words(bits=64, members=3, max_samples=9))
+    given = Contribution(tensors={"v": torch.zeros(1_000_000)}, samples=3)
+
+    def message() -> Bytes:
+        masks = Masks(plus=[MaskStream(secrets.token_bytes(32))], minus=[MaskStream(secrets.token_bytes(32))])
+        return encoded(layout, given, masks=masks, tag_key=(secrets.token_bytes(16), secrets.token_bytes(32)))
+
+    found = message()
+    assert abs(nonuniformity([found])) < 12
+    words = found[layout.head :].view("<u8")
+    assert len(np.unique(words)) == len(words)  # by chance twice the same: once in 37 million
+    no_masks(monkeypatch)
+    assert nonuniformity([message()]) > 1_000_000
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_two_uploads_of_one_update_differ_by_words_that_say_nothing(mode, monkeypatch):
     """Also where a member has forgotten the first: each upload has a nonce, and its own mask hangs on it."""
@@ -169,6 +190,26 @@ def test_nothing_leaves_before_it_is_written_down(mode):
     if mode != "blind":
         with pytest.raises(MaskingError, match="used up"):
             restarted.upload(cohort.call(), cohort.updates["h000"])
+
+
+def test_a_sum_is_written_down_before_it_is_given():
+    """Else a crash would bring the member back to where the server may show it another sum."""
+    written: list[dict] = []
+    cohort = new_cohort(3, mode="blind", accept=False)
+    member = member_of(cohort.sealed, cohort.keys[0], cohort.layout)
+    for each in (member, *cohort.members.values()):
+        each.accept_model(RUN, drawn(1000))
+    total = cohort.summed(cohort.call(), of=cohort.names)
+    cohort.members["h000"].memory.keep = lambda memory: written.append(memory.to_json())
+    cohort.members["h000"].open(total)
+    restarted = member_of(cohort.sealed, cohort.keys[0], cohort.layout, memory=Memory.from_json(written[-1]))
+    with pytest.raises(MaskingError, match="this run has a sum already"):
+        restarted.accept_model(RUN, drawn(2000))
+    with pytest.raises(MaskingError, match="a past round"):
+        restarted.upload(cohort.call(), cohort.updates["h000"])
+    cohort.members["h001"].memory.keep = full_disk
+    with pytest.raises(OSError):
+        cohort.members["h001"].open(total)
 
 
 def full_disk(memory: Memory) -> None:
@@ -268,6 +309,7 @@ def test_a_sum_of_others_than_the_listed_is_refused(masks, monkeypatch):
     cohort.members["h000"].open(right)
     no_tags(monkeypatch)
     no_masks(monkeypatch)
+    monkeypatch.setattr("fedkl.masking.member.check_own_entry", lambda *_, **__: None)  # it has sent nothing
     taken = {}
     for name, total in wrong_sums(new := new_cohort(5, mode="blind")).items():
         fresh = member_of(new.sealed, new.keys[0], new.layout)
@@ -371,6 +413,16 @@ def test_a_late_upload_stays_closed():
     assert torch.allclose(read.tensors["weight"], cohort.updates["h004"].tensors["weight"], atol=1e-7)
 
 
+def test_of_each_neighbor_a_share_or_a_pair_seed_and_never_both():
+    """Both would open one upload: its own mask, and the masks between it and the others."""
+    cohort = new_cohort(5, mode="pairwise")
+    server = ready(cohort, of=cohort.names[:-1])
+    for name in server.listed:
+        reveal = cohort.members[name].reveal(server.list_for(name))
+        assert set(reveal.shares) == set(server.listed)
+        assert set(reveal.pairs) == {"h004"}
+
+
 def test_a_member_that_was_shown_another_model_reveals_nothing(monkeypatch):
     def shown_another() -> tuple[Cohort, MaskedSum]:
         cohort = new_cohort(4, mode="pairwise", accept=False)
@@ -454,6 +506,31 @@ def test_a_false_share_is_noticed_by_the_server(monkeypatch):
 
 
 # What does not hold, as docs/masked.md says.
+
+
+def test_a_member_may_lie_about_its_samples_and_poison_within_the_bounds_and_not_beyond():
+    cohort = new_cohort(3, mode="blind", max_samples=200)
+    honest = cohort.updates["h000"]
+    far = {**honest.tensors, "bias": torch.full((7,), 1024.0)}
+    cohort.updates["h000"] = replace(honest, tensors=far, samples=200)
+    mean = cohort.members["h001"].open(cohort.summed(cohort.call()))
+    assert mean.samples == 200 + 101 + 102
+    assert (mean.tensors["bias"] > 400).all()
+    for beyond in (replace(honest, samples=201), replace(honest, tensors={**far, "bias": far["bias"] * 2})):
+        with pytest.raises(MaskingError, match=r"expected 1 to 200 samples|beyond ±1024"):
+            cohort.members["h000"].upload(cohort.call(), beyond)
+
+
+def test_one_member_can_stop_a_round_and_nobody_learns_which(monkeypatch):
+    """Whoever gives another tag, or other words than it tagged, spoils the sum of all."""
+    cohort = new_cohort(4, mode="both")
+    keyring = cohort.members["h002"]._keyring
+    monkeypatch.setattr(keyring, "tag_key", lambda *_: (bytes(16), bytes(32)))
+    total = cohort.summed(cohort.call())
+    for member in cohort.members.values():
+        with pytest.raises(MaskingError, match="its tag does not fit") as caught:
+            member.open(total)
+        assert not any(name in str(caught.value) for name in cohort.names)
 
 
 def test_blind_two_honest_subsets_are_both_taken_and_noticed_one_round_later():

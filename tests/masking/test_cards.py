@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import date, timedelta
 
 import pytest
 
@@ -32,6 +32,12 @@ def card_with(keys: MemberKeys, **changed: bytes) -> MemberCard:
     new = {part: getattr(card, part) for part in parts} | changed
     signed = canonical("card", card.name, card.expires.isoformat(), *new.values())
     return MemberCard(name=card.name, expires=card.expires, signature=keys.sign(signed), **new)
+
+
+def card_until(keys: MemberKeys, expires: date) -> MemberCard:
+    """A card with another last day, whose signature fits."""
+    seeds = dict(keys.seeds)
+    return MemberKeys(name=keys.name, expires=expires, seeds=seeds).card()
 
 
 @pytest.mark.parametrize("point", SMALL_ORDER, ids=lambda point: point.hex()[:8])
@@ -134,6 +140,13 @@ def test_every_field_of_a_roster_changes_its_digest_and_its_fingerprint():
     assert [len(group) for group in roster.fingerprint.split(" ")] == [4] * 5
 
 
+def test_a_fingerprint_is_100_bits_of_the_digest():
+    roster = new_cohort(3).sealed.roster
+    letters = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+    bits = "".join(f"{letters.index(letter):05b}" for letter in roster.fingerprint.replace(" ", ""))
+    assert bits == f"{int.from_bytes(roster.digest, 'big'):0256b}"[:100]
+
+
 def test_a_later_roster_is_signed_by_a_member_of_the_one_before():
     cohort = new_cohort(4)
     before = cohort.sealed.roster
@@ -152,6 +165,10 @@ def test_a_later_roster_is_signed_by_a_member_of_the_one_before():
     stranger = MemberKeys.new("stranger", today=TODAY)
     with pytest.raises(MaskingError, match="cannot make its roster"):
         new_roster(cards=[*cards, stranger.card()], signer=stranger, previous=before, **common)
+    enlarged = new_roster(cards=[*cards, stranger.card()], signer=cohort.keys[0], previous=before, **common)
+    signature = stranger.sign(canonical("roster.signature", enlarged.roster.digest))
+    with pytest.raises(MaskingError, match="not signed by a member of the epoch before"):
+        replace(enlarged, signer="stranger", signature=signature).check_follows(before)
     for fields in ({"epoch": 2}, {"previous": bytes(32)}, {"name": "other"}):
         with pytest.raises(MaskingError, match="does not follow"):
             replace(after, roster=replace(after.roster, **fields)).check_follows(before)
@@ -174,6 +191,21 @@ def test_what_is_good_today_and_not_tomorrow():
         old.check_date(tomorrow)
     with pytest.raises(MaskingError, match="h0's card expired"):
         new_roster(name="study", cards=cards, rules=Rules(), signer=keys[0], today=tomorrow)
+
+
+def test_nobody_gives_a_card_or_a_roster_a_longer_life_than_the_protocol():
+    """Whoever makes one writes its last day into it, and signs it."""
+    keys = keys_of(3)
+    roster = new_cohort(3).sealed.roster
+    day = timedelta(days=1)  # a clock may be ahead by one
+    replace(roster, expires=TODAY + timedelta(days=90) + day).check_date(TODAY)
+    with pytest.raises(MaskingError, match="the roster claims to be good until 2027-03-01, longer"):
+        replace(roster, expires=TODAY + timedelta(days=90) + 2 * day).check_date(TODAY)
+    lasting = [card_until(each, date.max) for each in keys]
+    with pytest.raises(MaskingError, match="h001's card claims to be good until 9999-12-31"):
+        replace(roster, cards=(keys[0].card(), lasting[1], keys[2].card())).check_date(TODAY)
+    with pytest.raises(MaskingError, match="h000's card claims"):
+        new_roster(name="study", cards=lasting, rules=Rules(), signer=keys[0], today=TODAY)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import torch
 
 from fedkl.errors import MaskingError, SecretError
 from fedkl.masking import (
+    Call,
+    Contribution,
     Layout,
     ListMessage,
     MaskedSum,
@@ -28,7 +30,9 @@ from fedkl.masking import (
     sharing,
     stream,
 )
+from fedkl.masking.encoding import Masks, encoded
 from fedkl.masking.stream import Room
+from fedkl.update import TensorSpec
 from tests.masking.cohorts import RUN, SPECS, TODAY, Cohort, drawn, member_of, new_cohort
 
 Case = Callable[[], object]
@@ -243,6 +247,58 @@ def expired(days: int) -> Callable[[], object]:
     return case
 
 
+def expires_meanwhile(step: str) -> Callable[[], object]:
+    """A member that goes on running: the date is looked at in every round."""
+
+    def case() -> object:
+        cohort = new_cohort(3, mode="pairwise")
+        days = iter([0, 0, 91] if step == "reveal" else [0, 91])
+        own = Member(
+            cohort.sealed.opened(cohort.keys[0]),
+            layout=cohort.layout,
+            memory=Memory(),
+            booleans={"flag": drawn(0)["flag"]},
+            today=lambda: TODAY + timedelta(days=next(days)),
+        )
+        own.accept_model(RUN, drawn(1000))
+        if step == "upload":
+            return own.upload(cohort.call(), cohort.updates["h000"])
+        cohort.members["h000"] = own
+        return own.reveal(ready(cohort).list_for("h000"))
+
+    return case
+
+
+def listed_without_an_upload() -> object:
+    """Of a round that comes after all that it took part in."""
+    cohort, own = member(mode="blind")
+    found = cohort.summed(cohort.call(), of=("h000", "h002", "h003"))
+    return own.open(replace(found, listed=dict(sorted({**found.listed, "h001": bytes(32)}.items()))))
+
+
+def complex_layout() -> object:
+    specs = {"c": TensorSpec(shape=(2,), dtype=torch.complex64)}
+    return Layout(specs=specs, words=Words(bits=64, members=3, max_samples=1))
+
+
+def huge_whole_number() -> object:
+    """What does not fit into 64 bits with a sign would come out as a small negative number."""
+    cohort = new_cohort(3)
+    layout = replace(cohort.layout, specs={"seed": TensorSpec(shape=(1,), dtype=torch.uint64)}, metrics=())
+    given = Contribution(tensors={"seed": torch.tensor([2**64 - 1], dtype=torch.uint64)}, samples=1)
+    return encoded(layout, given, masks=Masks(), tag_key=(bytes(16), bytes(32)))
+
+
+def without_booleans() -> object:
+    cohort, _ = member()
+    opened = cohort.sealed.opened(cohort.keys[0])
+    return Member(opened, layout=cohort.layout, memory=Memory(), today=TODAY)
+
+
+def words(**changed: int) -> Callable[[], object]:
+    return lambda: Words(**{"bits": 64, "members": 3, "max_samples": 9} | changed)
+
+
 def another_sum() -> object:
     cohort, own = member()
     uploads = cohort.uploads(cohort.call())
@@ -265,8 +321,8 @@ def sum_of_others() -> object:
     return own.open(found)
 
 
-def damaged_memory() -> object:
-    return Memory.from_json({"runs": {"a": {"round": "0"}}, "sets": {}}, keep=lambda memory: None)
+def damaged_memory(**about: object) -> Callable[[], object]:
+    return lambda: Memory.from_json({"runs": {"a": about}, "sets": {}}, keep=lambda memory: None)
 
 
 # The server
@@ -326,8 +382,15 @@ REFUSALS: dict[str, tuple[Case, str]] = {
     "another suite": (other_suite, "the roster's words"),
     "roster expired": (expired(91), "the roster expired"),
     "card expired": (expired(366), "h000's card expired"),
+    "expired before an upload": (expires_meanwhile("upload"), "the roster expired"),
+    "expired before a reveal": (expires_meanwhile("reveal"), "the roster expired"),
+    "booleans missing": (without_booleans, "'flag' is missing"),
+    "complex numbers": (complex_layout, "'c' has dtype torch.complex64"),
+    "words for too many members": (words(members=1001), "1 to 1000 members"),
+    "words for too many samples": (words(max_samples=2**20 + 1), "1 to 1048576 samples"),
     "run's name": (upload(run=bytes(15)), "a run's name of 16 bytes"),
     "round below 0": (upload(round=-1), "round and attempt from 0"),
+    "round as a truth value": (upload(round=True), "round and attempt from 0"),
     "attempt too high": (upload(attempt=2**40), "round and attempt from 0"),
     "cohort unsorted": (upload(cohort=NAMES[::-1]), "the cohort is not sorted"),
     "cohort repeated": (upload(cohort=(*NAMES, "h004")), "the cohort repeats a name"),
@@ -346,6 +409,8 @@ REFUSALS: dict[str, tuple[Case, str]] = {
     "infinite": (tensor("bias", torch.full((7,), INF)), "'bias' has values beyond"),
     "out of range": (tensor("bias", torch.full((7,), 1024.1)), "'bias' has values beyond"),
     "whole numbers out of range": (tensor("batches", torch.tensor(2**30 + 1)), "beyond ±2"),
+    "whole numbers below the range": (tensor("batches", torch.tensor(-(2**30) - 1)), "beyond ±2"),
+    "whole numbers that are huge": (huge_whole_number, "'seed' has whole numbers beyond ±2"),
     "other booleans": (tensor("flag", torch.tensor([True, True])), "'flag' .bool. differs"),
     "wrong shape": (tensor("bias", torch.zeros(8)), "'bias' has shape"),
     "wrong dtype": (tensor("bias", torch.zeros(7, dtype=torch.float64)), "'bias' has dtype"),
@@ -355,6 +420,7 @@ REFUSALS: dict[str, tuple[Case, str]] = {
     "too many samples": (contribution(samples=1001), "expected 1 to 1000 samples"),
     "samples as a truth value": (contribution(samples=True), "expected 1 to 1000 samples"),
     "metric missing": (contribution(metrics={}), "expected the metrics loss"),
+    "metric unknown": (contribution(metrics={"loss": 0.5, "more": 1.0}), "expected the metrics loss"),
     "metric not finite": (contribution(metrics={"loss": NAN}), "metric 'loss' is not a number within"),
     "metric out of range": (contribution(metrics={"loss": 9000.0}), "metric 'loss' is not a number within"),
     "model after a sum": (model_after_a_sum, "this run has a sum already"),
@@ -391,6 +457,12 @@ REFUSALS: dict[str, tuple[Case, str]] = {
     "share of a stranger": (reveal(lambda m: shares(m, h009=bytes(48))), "one share of each listed neighbor"),
     "false tag": (entries(lambda found: {**found, "h000": bytes(32)}), "tag does not fit"),
     "my entry altered": (entries(lambda found: {**found, "h001": bytes(32)}), "did not send"),
+    "listed without an upload": (listed_without_an_upload, "did not send"),
+    "sum's nonce of a wrong size": (entries(lambda found: {**found, "h000": b""}), "nonces of 32 bytes"),
+    "sum of an unsorted cohort": (
+        total(call=Call(run=RUN, round=0, attempt=0, cohort=NAMES[::-1])),
+        "the cohort is not sorted",
+    ),
     "sum's list unsorted": (entries(lambda found: dict(sorted(found.items(), reverse=True))), "not sorted"),
     "sum's list foreign": (entries(lambda found: {**found, "h009": bytes(32)}), "do not belong"),
     "sum's list short": (entries(lambda found: dict(list(found.items())[:2])), "2 names, expected 3"),
@@ -398,10 +470,16 @@ REFUSALS: dict[str, tuple[Case, str]] = {
     "sum of another history": (total(transcript=bytes(32)), "did not send"),
     "sum that follows others": (sum_of_others, "follows other sums"),
     "another sum of a round": (another_sum, "another sum of a round"),
-    "damaged memory": (damaged_memory, "memory is damaged"),
+    "damaged memory": (damaged_memory(round="0"), "memory is damaged"),
+    "memory with a truth value": (damaged_memory(round=True), "memory is damaged"),
+    "memory with unknown fields": (damaged_memory(more=1), "memory is damaged"),
     "two uploads of one member": (twice, "h000 has uploaded already"),
     "upload of a stranger": (offered(member="h009"), "h009 was not asked"),
     "upload of a wrong size": (offered(words=np.zeros(8, dtype=np.uint8)), "sent other words than"),
+    "upload of another shape": (
+        lambda: offered(words=np.zeros((1, member()[0].layout.size), dtype=np.uint8))(),
+        "sent other words than",
+    ),
     "upload's nonce of a wrong size": (offered(nonce=bytes(31)), "a nonce of a wrong size"),
     "upload of another context": (offered(context=bytes(32)), "another roster, model or history"),
     "upload without shares": (offered(shares={}), "shares for others"),
@@ -417,6 +495,7 @@ REFUSALS: dict[str, tuple[Case, str]] = {
         revealed(pairs={"h004": bytes(32), "h009": bytes(32)}),
         "other things than it was asked for",
     ),
+    "reveal without shares": (revealed(shares={}), "other things than it was asked for"),
     "reveal of a wrong size": (revealed(pairs={"h004": bytes(31)}), "parts of a wrong size"),
     "shares missing": (not_yet_revealed, "1 shares of 4"),
     "equal points": (split(points=[1, 1, 2]), "different points"),

@@ -16,11 +16,13 @@ MODES = ("blind", "pairwise", "both")
 def check(cohort: Cohort, call_round: int, *, of: tuple[str, ...] | None = None) -> None:
     """One round, compared with the mean in the clear."""
     total = cohort.summed(cohort.call(round=call_round), of=of)
+    came = total.words.copy()
     means = [member.open(total) for member in cohort.members.values()]
     for name in ("weight", "bias"):
         error = (means[0].tensors[name].double() - cohort.expected(name, of=of)).abs().max()
         assert error <= 2.0**-21 / 100 + 2.0**-25  # the encoding's bound, then float32's rounding below 1
         assert all(torch.equal(mean.tensors[name], means[0].tensors[name]) for mean in means)
+    assert (total.words == came).all()  # it is the caller's
     assert means[0].tensors["batches"] == 5
     assert means[0].tensors["flag"].tolist() == [True, False]
     updates = [cohort.updates[name] for name in of or cohort.names]

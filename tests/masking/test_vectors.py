@@ -104,6 +104,7 @@ def test_canonical_bytes_are_the_same_only_for_the_same_fields(one, other):
 def test_canonical_bytes_tell_where_fields_end():
     lists = [
         *[("ab",), ("a", "b"), (b"ab",), (("a", "b"),), ("a", ("b",)), ((), "ab"), ("ab", ())],
+        *[("aS", "b"), ("a", "Sb"), (b"aB", b"b"), (b"a", b"Bb")],
         *[(1,), ("1",), (b"\x01",), (-1,), (256,), (0,), ("",), (b"",), ((),), (((),),)],
     ]
     found = [canonical("x", *each) for each in lists]

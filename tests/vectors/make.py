@@ -1,4 +1,4 @@
-"""Writes the good vectors of this version: ``python -m tests.vectors.make FOLDER``.
+"""Writes the good vectors of this version: ``python -m tests.vectors.make FOLDER [KIND …]``.
 
 They are written once, when a format is new, and then committed under a folder of their own: never
 again, for they show that later versions still read what this one wrote.
@@ -9,16 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from datetime import date
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import nn
 
 import fedkl
-from fedkl import Key, experiments, modelfile
+from fedkl import Key, experiments, lockfile, modelfile
 from fedkl.config import AttackConfig, DataConfig, ModelConfig, TrainConfig
 from fedkl.defenses import KeyLock
 from fedkl.federated import Checkpoints, FederatedTraining, LocalTraining
+from fedkl.masking import Call, Contribution, Layout, MaskedSum, Member, MemberFile, Rules
+from fedkl.masking.exchange import found_cohort, new_member
+from fedkl.masking.sums import sum_tensors
+from fedkl.masking.texts import card_values
+from fedkl.update import TensorSpec
 from tests.federated.setting import TwoNorms, everything, federation, sample, seeded
 
 PASSPHRASE = "correct horse"
@@ -132,15 +139,95 @@ def _runs(folder: Path) -> dict:
     return {"train": None, "attack": None}
 
 
+MADE = date(2026, 11, 29)
+"""When members and their cohort were made: read them with this date."""
+
+RUN = bytes(range(16))
+MEMBERS = ("ward-a", "ward-b", "ward-c")
+
+
+def trained(place: int) -> dict[str, torch.Tensor]:
+    """The model that masked sums are of (place 0), and what each member made of it."""
+    return {"weight": torch.arange(12).reshape(3, 4) / 8 + place, "batches": torch.tensor(5 * place)}
+
+
+def member_of(membership, memory) -> Member:
+    """A member in rounds of `trained`."""
+    specs = {name: TensorSpec.of(tensor) for name, tensor in trained(0).items()}
+    layout = Layout(specs=specs, words=membership.roster.words, metrics=("loss",))
+    return Member(membership, layout=layout, memory=memory, today=MADE)
+
+
+def secrets_of(file: MemberFile) -> dict[str, torch.Tensor]:
+    """All secrets of a member's file."""
+    hidden = {**file.keys.seeds, "memory": file._content.memory_key}
+    hidden |= {f"cohort/{name}": membership.secret for name, membership in file.cohorts.items()}
+    return {name: lockfile.byte_tensor(secret.reveal()) for name, secret in hidden.items()}
+
+
+def text_digest(value: object) -> str:
+    """Of what JSON has."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _members(folder: Path) -> dict:
+    """A member's secret file, memory and card, its cohort, and a sum that it has not opened yet."""
+    cards = [new_member(name, folder=folder, passphrase=PASSPHRASE, today=MADE)[1] for name in MEMBERS]
+    rules = Rules(mode="both", max_samples=1000)
+    files = [MemberFile.open(folder / f"{name}.secret", passphrase=PASSPHRASE) for name in MEMBERS]
+    path = folder / "study.cohort"
+    sealed = found_cohort(path, cards=cards, rules=rules, signer=files[0].keys, today=MADE)
+    members = {}
+    for file in files:
+        file.join(sealed, today=MADE, fingerprint=sealed.roster.fingerprint)
+        members[file.keys.name] = member_of(file.membership(), file.memory())
+    call = Call(run=RUN, round=0, attempt=0, cohort=MEMBERS)
+    server = MaskedSum(call, layout=members["ward-a"].layout, mode="both", minimum=3)
+    for place, member in enumerate(members.values(), start=1):
+        member.accept_model(RUN, trained(0))
+        given = Contribution(tensors=trained(place), samples=place, metrics={"loss": place / 4})
+        server.offer(member.upload(call, given))
+    for member in members.values():
+        server.offer_reveal(member.reveal(server.list_for(member.name)))
+    total = server.sealed()
+    safetensors.torch.save_file(sum_tensors(total), folder / "study.sum")
+    values = {
+        "ward-a.secret": digest(secrets_of(files[0])),
+        "ward-a.memory": text_digest(files[0].memory().to_json()),
+        "ward-a.member": text_digest(card_values(files[0].keys.card())),
+        "study.cohort": f"{sealed.roster.digest.hex()} {sealed.roster.fingerprint}",
+        "study.sum": digest(members["ward-b"].open(total).tensors),
+    }
+    for file in files:
+        file.close()
+        kept = file.keys.name == "ward-a"
+        ends = (".secret.lock",) if kept else (".secret.lock", ".secret", ".memory", ".member")
+        for end in ends:
+            (folder / f"{'.' if 'lock' in end else ''}{file.keys.name}{end}").unlink()
+    return values
+
+
+KINDS = {
+    "keys": _keys,
+    "locks": _locks,
+    "updates": _updates,
+    "checkpoint": _checkpoint,
+    "rounds": _rounds,
+    "models": _models,
+    "runs": _runs,
+    "members": _members,
+}
+
+
 def main() -> None:
-    """Writes all of them, and ``good.json`` with the digest of each."""
+    """Writes all of them, or those that are named, and ``good.json`` with the digest of each."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True)
     values = {}
-    for write in (_keys, _locks, _updates, _checkpoint, _rounds, _models, _runs):
-        values |= write(folder)
+    for kind in sys.argv[2:] or KINDS:
+        values |= KINDS[kind](folder)
     (folder / "good.json").write_text(json.dumps(values, indent=1) + "\n")
 
 

@@ -8,21 +8,38 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 import fedkl
 from fedkl import PublicUpdate, config, modelfile, report
-from fedkl.errors import ConfigError, FedKLError, KeyFileError, SecretError, UpdateError
+from fedkl.errors import ConfigError, FedKLError, KeyFileError, MaskingError, SecretError, UpdateError
 from fedkl.federated import Checkpoints
 from fedkl.locking import read_lock
+from fedkl.masking import Call, Contribution, MemberFile, Rules
+from fedkl.masking.exchange import read_card, read_cohort
+from fedkl.masking.sums import sum_of
+from fedkl.masking.texts import card_values
 from tests.federated.setting import everything
-from tests.vectors.make import DEFENSE, PASSPHRASE, digest, net, small_federation
+from tests.vectors.make import (
+    DEFENSE,
+    MADE,
+    MEMBERS,
+    PASSPHRASE,
+    RUN,
+    digest,
+    member_of,
+    net,
+    secrets_of,
+    small_federation,
+    text_digest,
+    trained,
+)
 
 HERE = Path(__file__).parent
-FIRST, SECOND, THIRD, MALFORMED = (
-    HERE / name for name in ("generation-1", "generation-2", "generation-3", "malformed")
-)
+FIRST, SECOND, THIRD, FOURTH = (HERE / f"generation-{number}" for number in (1, 2, 3, 4))
+MALFORMED = HERE / "malformed"
 GOOD = json.loads((FIRST / "good.json").read_text())
 INDEX = json.loads((MALFORMED / "index.json").read_text())
 REFUSALS: dict[str, tuple[type[FedKLError], ...]] = {
@@ -110,6 +127,60 @@ def test_a_model_file_and_the_lock_that_goes_with_it():
     lock = fedkl.load_lock(THIRD / "client.lock", net(), passphrase=PASSPHRASE, public=path)
     found = lock.model.eval()(torch.linspace(-1, 1, 20).reshape(5, 4)).detach()
     torch.testing.assert_close(found, torch.tensor(good["output"]))
+
+
+@pytest.fixture
+def members(tmp_path):
+    shutil.copytree(FOURTH, tmp_path / "members")
+    return tmp_path / "members"
+
+
+FOURTH_GOOD = json.loads((FOURTH / "good.json").read_text())
+
+
+def test_every_vector_of_members_is_in_the_index():
+    assert {path.name for path in FOURTH.iterdir()} == {*FOURTH_GOOD, "good.json"}
+
+
+def test_a_members_card_and_its_cohort():
+    card, sealed = read_card(FOURTH / "ward-a.member"), read_cohort(FOURTH / "study.cohort")
+    assert text_digest(card_values(card)) == FOURTH_GOOD["ward-a.member"]
+    roster = sealed.roster
+    assert f"{roster.digest.hex()} {roster.fingerprint}" == FOURTH_GOOD["study.cohort"]
+    assert card in roster.cards
+    roster.check_date(MADE)
+    assert roster.members == MEMBERS
+    assert roster.rules == Rules(mode="both", max_samples=1000)
+
+
+def test_a_members_secret_file_and_its_memory(members):
+    with MemberFile.open(members / "ward-a.secret", passphrase=PASSPHRASE) as file:
+        assert digest(secrets_of(file)) == FOURTH_GOOD["ward-a.secret"]
+        assert file.keys.card() == read_card(members / "ward-a.member")
+        sealed = read_cohort(members / "study.cohort")
+        assert file.is_joined(sealed)
+        assert sealed.opened(file.keys).secret.reveal() == file.membership().secret.reveal()
+        assert text_digest(file.memory().to_json()) == FOURTH_GOOD["ward-a.memory"]
+        member = member_of(file.membership(), file.memory())
+        call = Call(run=RUN, round=0, attempt=0, cohort=MEMBERS)
+        with pytest.raises(MaskingError, match="used up"):
+            member.upload(call, Contribution(tensors=trained(1), samples=1, metrics={"loss": 0.25}))
+
+
+def test_a_member_opens_a_sum_that_an_earlier_version_gave(members):
+    """Its keys, masks and tags are those of protocol 1."""
+    total = sum_of(safetensors.torch.load_file(members / "study.sum"))
+    with MemberFile.open(members / "ward-a.secret", passphrase=PASSPHRASE) as file:
+        member = member_of(file.membership(), file.memory())
+        mean = member.open(total)
+        again = member.upload(
+            Call(run=RUN, round=1, attempt=0, cohort=MEMBERS),
+            Contribution(tensors=trained(1), samples=1, metrics={"loss": 0.25}),
+        )
+    assert digest(mean.tensors) == FOURTH_GOOD["study.sum"]
+    assert (mean.samples, mean.metrics["loss"]) == (6, pytest.approx((1 + 4 + 9) / 24))
+    assert torch.equal(mean.tensors["weight"], trained(0)["weight"] + torch.tensor(14 / 6))
+    assert again.model != total.model
 
 
 @pytest.mark.parametrize("name", ["train", "attack"])

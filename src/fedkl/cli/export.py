@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedkl.cli.commands import Command
+from fedkl.cli.membership import opened
 from fedkl.cli.terminal import console
 from fedkl.errors import printable
 
@@ -34,6 +36,10 @@ def export(
         str | None,
         typer.Option(help="Of a run directory: write this client's lock too, beside --out as NAME.lock."),
     ] = None,
+    member: Annotated[
+        Path | None,
+        typer.Option(help="Of a Guard's rounds with masks: the secret file of a member, who can open them."),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace files that are there.")] = False,
 ) -> None:
     """Writes a training's newest public tensors to a file, and says how they are used.
@@ -43,7 +49,8 @@ def export(
     """
     from fedkl import export as exporting
 
-    done = exporting.export(source, out=out, client=client, replace=replace)
+    with nullcontext() if member is None else opened(member) as file:
+        done = exporting.export(source, out=out, client=client, member=file, replace=replace)
     for line in _lines(done, source):
         console.print(printable(line, limit=None), markup=False, highlight=False, soft_wrap=True)
 

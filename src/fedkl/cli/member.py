@@ -35,9 +35,10 @@ def member_new(
 @app.command("show", cls=WholeCommand)
 def member_show(path: Annotated[Path, typer.Argument(help="A card, NAME.member.")]) -> None:
     """Checks a card, and says whose it is."""
+    from fedkl.masking.cards import CARD_DAYS, date_problem
     from fedkl.masking.exchange import read_card
 
     card = read_card(path)
-    late = card.expires < today()
-    good = f"expired on {card.expires}: ask for a new one" if late else f"good until {card.expires}"
+    problem = date_problem(card.expires, today=today(), days=CARD_DAYS)
+    good = f"{problem}: ask for a new one" if problem else f"good until {card.expires}"
     tell(f"{path}: the card of {card.name}, whole, {good}.")

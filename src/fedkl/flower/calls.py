@@ -15,7 +15,7 @@ _FILE, _LIMIT = "calls.json", 1000
 
 
 class Calls:
-    """Run and rounds of one training.
+    """Run and rounds of one training: `run` is its name, `count` the rounds so far.
 
     A round is counted, on disk, before anybody is asked: a server that was killed meanwhile begins another.
 
@@ -33,7 +33,7 @@ class Calls:
         if last is not None:
             run, count = last.call.run, max(count, last.call.round)
         self.run = run or secrets.token_bytes(16)
-        self._count = count
+        self.count = count
 
     def next(self) -> int:
         """The number of a new round, from 1.
@@ -41,14 +41,14 @@ class Calls:
         Raises:
             ConfigError: It cannot be written down.
         """
-        self._count += 1
+        self.count += 1
         if self._path is not None:
-            text = json.dumps({"run": self.run.hex(), "round": self._count})
+            text = json.dumps({"run": self.run.hex(), "round": self.count})
             try:
                 write_atomically(self._path, text.encode())
             except OSError as error:
                 raise ConfigError(f"{self._path}: cannot be written ({error.strerror}).") from error
-        return self._count
+        return self.count
 
     def _read(self) -> tuple[bytes, int]:
         if self._path is None:

@@ -79,6 +79,7 @@ class Base:
         run: The run's name.
         specs: What the model consists of, in order.
         metrics: That are averaged.
+        rounds: That the server has called for so far.
         total: The last sum; None: the model comes in the clear.
         booleans: Boolean tensors, which are in no sum.
         record: Name of the record that the app expects the model in; empty, where the app is not asked.
@@ -87,6 +88,7 @@ class Base:
     run: bytes = field(repr=False)
     specs: Mapping[str, TensorSpec] = field(repr=False)
     metrics: tuple[str, ...]
+    rounds: int
     total: SealedSum | None = field(repr=False)
     booleans: NamedTensors = field(repr=False)
     record: str = ""
@@ -191,6 +193,7 @@ def put_base(content: RecordDict, base: Base) -> None:
             "dtypes": [str(spec.dtype) for spec in base.specs.values()],
             "shapes": [",".join(map(str, spec.shape)) for spec in base.specs.values()],
             "metrics": list(base.metrics),
+            "rounds": base.rounds,
         }
     )
     total = base.total
@@ -235,6 +238,7 @@ def base_of(content: RecordDict) -> Base:
         run=fields.one("run", bytes),
         specs=specs,
         metrics=tuple(fields.many("metrics", str)),
+        rounds=fields.one("rounds", int),
         total=total,
         booleans=booleans,
         record=fields.one("record", str),

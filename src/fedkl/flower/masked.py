@@ -160,6 +160,7 @@ class MaskedTraining(ReplyAggregation):
             run=self._calls.run,
             specs=specs,
             metrics=self._options.metrics,
+            rounds=self._calls.count,
             total=None if self._kept.server_model else self._last,
             booleans=mask_records.booleans_of(arrays, specs),
         )

@@ -19,12 +19,24 @@ from fedkl.flower.aggregation import ReplyPlan, ReplyRound, SeenReply
 from fedkl.flower.mask_records import Base, Stage, Who
 from fedkl.flower.records import arrays_of, only_arrays
 from fedkl.flower.replies import ReplyRules, refused
+from fedkl.flower.round_files import SavedRound
 from fedkl.lockfile import byte_tensor, bytes_of
-from fedkl.masking import Call, MaskedSum, Mode, SealedSum, opened_mean
+from fedkl.masking import (
+    Call,
+    Layout,
+    MaskedSum,
+    Member,
+    MemberFile,
+    Memory,
+    Mode,
+    SealedSum,
+    opened_mean,
+)
 from fedkl.masking.neighbors import least_listed
-from fedkl.masking.sums import sum_tensors
+from fedkl.masking.sums import sum_of, sum_tensors
 from fedkl.parsing import parse_json_object
 from fedkl.types import NamedTensors
+from fedkl.update import TensorSpec
 
 _LOG = logging.getLogger("flwr.fedkl")
 
@@ -87,6 +99,42 @@ class Kept:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError("The checkpoint's last sum is damaged.") from error
         return cls(mode=mode, server_model=server_model, metrics=tuple(metrics))
+
+
+def is_sealed(saved: SavedRound) -> bool:
+    """Whether only members can read what a round of a server gave."""
+    return Kept.of(saved.kept).mode != "pairwise" if saved.kept else False
+
+
+def opened_by(file: MemberFile, saved: SavedRound) -> dict[str, Tensor]:
+    """The public tensors that a round of a server gave, opened by a member.
+
+    Args:
+        file: The member's; it has joined the roster of that round.
+        saved: The round; see `is_sealed`.
+
+    Raises:
+        MaskingError: It is of another roster, or was altered.
+        ConfigError: What was kept is damaged.
+    """
+    total, about = sum_of(saved.kept), Kept.of(saved.kept)
+    if total is None:
+        raise ConfigError("The checkpoint's last sum is damaged.")
+    specs = {name: TensorSpec.of(tensor) for name, tensor in saved.arrays.items()}
+    problem: MaskingError | None = None
+    for membership in file.cohorts.values():
+        layout = Layout(specs=specs, words=membership.roster.words, metrics=about.metrics)
+        booleans = {name: saved.arrays[name] for name in layout.booleans}
+        try:
+            roster = membership.roster  # what has expired since is still read: nothing is sent
+            good = min(roster.expires, *(card.expires for card in roster.cards))
+            member = Member(membership, layout=layout, memory=Memory(), booleans=booleans, today=good)
+            return member.read(total).tensors
+        except MaskingError as error:
+            problem = error
+    raise MaskingError(
+        f"{file.path}: this member cannot open the sum: it is of another cohort or epoch, or was altered."
+    ) from problem
 
 
 def addressed(message: Message, base: Base, stage: Stage, *, node: int | None = None) -> Message:

@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from datetime import date, datetime, timezone
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from flwr.app import RecordDict
 
 from fedkl.errors import ConfigError, MaskingError, UpdateError
-from fedkl.files import PRIVATE_FILE, write_atomically
+from fedkl.files import PRIVATE_FILE
 from fedkl.flower.mask_records import Base, Who
 from fedkl.flower.records import tensors_of
 from fedkl.flower.store import client_name, node_passphrase
 from fedkl.masking import Call, Contribution, ListMessage, Member, MemberFile, Reveal, Upload
 from fedkl.masking.contents import SUFFIX
+from fedkl.modelfile import write_model
 from fedkl.types import NamedTensors
 
 MEMBER, COHORT = "fedkl-member", "fedkl-cohort"
@@ -139,19 +139,14 @@ class NodeMember:
             Where it is.
 
         Raises:
-            MaskingError: It is refused, or cannot be written.
+            MaskingError: It is refused.
+            ConfigError: It cannot be written.
         """
         if base.total is None and not self._membership.roster.rules.server_model:
             raise MaskingError("Refused: expected the trained model as a sum, got one of the server's.")
         _, model = self.receive(base, content)
         path = self._file.beside(self._cohort, "safetensors")
-        about = {"format": "pt", "fedkl": "model", "cohort": self._cohort}
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
-        data = safetensors.torch.save(contiguous, about)
-        try:
-            write_atomically(path, data, mode=PRIVATE_FILE)
-        except OSError as error:
-            raise MaskingError(f"{path}: cannot be written ({error.strerror}).") from error
+        write_model(path, model, rounds=base.rounds, replace=True, mode=PRIVATE_FILE)
         self._file.update_file(self._cohort).remove()
         return path
 
@@ -167,7 +162,7 @@ class NodeMember:
             layout=base.layout(self._membership.roster.words),
             memory=self._file.memory(self._cohort),
             booleans=booleans,
-            today=today(),
+            today=today,
         )
 
 

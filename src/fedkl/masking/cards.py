@@ -26,7 +26,9 @@ from fedkl.masking.canonical import canonical
 from fedkl.masking.schedule import Secret
 
 CARD_DAYS = 365
-"""After so many days a card is refused."""
+"""After so many days a card is refused; one that claims more as well."""
+
+_CLOCK_DAYS = 1  # the maker's clock may be ahead by so many
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9_-])?")
 _SUITE = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
@@ -212,6 +214,21 @@ class MemberKeys:
 
 def _unusable(card: MemberCard) -> MaskingError:
     return MaskingError(f"Card of {card.name}: its key cannot be used. Leave this member out.")
+
+
+def date_problem(expires: date, *, today: date, days: int) -> str | None:
+    """What is wrong with the last day of a card or a roster; None: nothing.
+
+    Args:
+        expires: The last day.
+        today: The date.
+        days: How long it is good when it is new. Whoever makes one can write any date into it.
+    """
+    if expires < today:
+        return f"expired on {expires}"
+    if (expires - today).days > days + _CLOCK_DAYS:
+        return f"claims to be good until {expires}, longer than the {days} days that are allowed"
+    return None
 
 
 def check_name(name: object) -> None:

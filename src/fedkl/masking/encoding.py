@@ -260,8 +260,10 @@ def _longs(layout: Layout, contribution: Contribution, weight: int) -> NDArray[n
     longs[: len(values)] = values
     place, problems = len(values), []
     for name in layout.integers:
-        whole = contribution.tensors[name].detach().cpu().reshape(-1).to(torch.int64).numpy()
-        if whole.size and (whole.min() < -_INTEGER_LIMIT or whole.max() > _INTEGER_LIMIT):
+        tensor = contribution.tensors[name].detach().cpu().reshape(-1)
+        whole = tensor.to(torch.int64).numpy()
+        least = -_INTEGER_LIMIT if tensor.dtype.is_signed else 0  # 2⁶³ and more came out negative
+        if whole.size and (whole.min() < least or whole.max() > _INTEGER_LIMIT):
             problems.append(f"'{name}' has whole numbers beyond ±2^30")
             continue
         longs[place : place + whole.size] = (whole + _INTEGER_LIMIT) * samples

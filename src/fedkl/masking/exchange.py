@@ -10,7 +10,7 @@ from pathlib import Path
 from fedkl import lockfile
 from fedkl.errors import MaskingError, shown
 from fedkl.files import create_once, read_file, write_atomically
-from fedkl.masking.cards import MemberCard, MemberKeys, check_name
+from fedkl.masking.cards import CARD_DAYS, MemberCard, MemberKeys, check_name, date_problem
 from fedkl.masking.contents import SUFFIX
 from fedkl.masking.files import MemberFile
 from fedkl.masking.roster import Roster, Rules, SealedRoster, new_roster
@@ -222,10 +222,11 @@ def _by_name(paths: Sequence[Path], *, today: date) -> dict[str, MemberCard]:
 
 
 def _check_date(subject: str, card: MemberCard, today: date) -> None:
-    if card.expires < today:
+    problem = date_problem(card.expires, today=today, days=CARD_DAYS)
+    if problem:
         raise MaskingError(
-            f"{subject} expired on {card.expires}. Ask {card.name} for a new one, of `fedkl member new "
-            f"{card.name}` in a new folder."
+            f"{subject} {problem}. Ask {card.name} for a new one, of `fedkl member new {card.name}` in a new "
+            "folder."
         )
 
 

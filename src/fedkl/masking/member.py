@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from typing import Any, NoReturn
 
@@ -41,7 +41,7 @@ class Member:
         memory: What it remembers.
         booleans: Boolean tensors of its model, which are not sent.
         model: What a model consists of; None: of what an update does.
-        today: The date.
+        today: The date; one that is asked for anew at every upload and reveal, or one that stays.
 
     Raises:
         MaskingError: Roster or a card has expired, booleans are missing, or the layout's words are not those
@@ -56,9 +56,10 @@ class Member:
         memory: Memory,
         booleans: NamedTensors | None = None,
         model: Mapping[str, TensorSpec] | None = None,
-        today: date,
+        today: date | Callable[[], date],
     ) -> None:
-        membership.roster.check_date(today)
+        self._today = today
+        membership.roster.check_date(self._date)
         if layout.words != membership.roster.words:
             raise MaskingError("Member: expected a layout with the roster's words. Use roster.words.")
         self.roster = membership.roster
@@ -81,6 +82,10 @@ class Member:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise SecretError("A Member holds secrets and cannot be pickled.")
+
+    @property
+    def _date(self) -> date:
+        return self._today() if callable(self._today) else self._today
 
     def accept_model(self, run: bytes, model: NamedTensors) -> None:
         """Takes a model that the server sent in the clear: the first one, or any, where the rules allow it.
@@ -115,8 +120,10 @@ class Member:
                 the attempt before.
 
         Raises:
-            MaskingError: The call is refused, no model was accepted, or the update does not fit into words.
+            MaskingError: Roster or a card has expired, the call is refused, no model was accepted, or the
+                update does not fit into words.
         """
+        self.roster.check_date(self._date)
         check_call(call, self.roster)
         self._check_booleans(contribution.tensors)
         remembered = self._remembered(call.run)
@@ -143,7 +150,8 @@ class Member:
         if call.round > remembered.round:
             remembered.uploads, remembered.revealed, remembered.names = {}, {}, ""
         remembered.round, remembered.attempt = call.round, call.attempt
-        remembered.uploads[context.digest.hex()] = nonce.hex()
+        sent = remembered.uploads.get(context.digest.hex(), "")  # with blind masks it may be asked again
+        remembered.uploads[context.digest.hex()] = f"{sent} {nonce.hex()}".lstrip()
         self._keep(call.run, remembered)
         return upload
 
@@ -154,9 +162,11 @@ class Member:
             message: The list and this member's shares.
 
         Raises:
-            MaskingError: It is refused: there is nothing to reveal in this mode, the list is not in order or
-                not the first one, or a share was altered. Nothing is then revealed.
+            MaskingError: It is refused: roster or a card has expired, there is nothing to reveal in this
+                mode, the list is not in order or not the first one, or a share was altered. Nothing is then
+                revealed.
         """
+        self.roster.check_date(self._date)
         call, remembered = message.call, self._remembered(message.call.run)
         check_call(call, self.roster)
         least = least_listed(call.cohort, minimum=self.roster.rules.minimum)
@@ -203,6 +213,19 @@ class Member:
         remembered.opened, remembered.transcript = total.call.round, following.hex()
         self._keep(total.call.run, remembered)
         return mean
+
+    def read(self, total: SealedSum) -> Mean:
+        """What a sum says, e.g. the last one of a training. It is not taken for the new model.
+
+        Args:
+            total: The sum; not changed.
+
+        Raises:
+            MaskingError: It is not that of the listed members' uploads.
+        """
+        check_call(total.call, self.roster)
+        check_listed(total.listed, total.call, least=self.roster.rules.minimum)
+        return self._opened(total, self._context(total.call, model=total.model, transcript=total.transcript))
 
     def _opened(self, total: SealedSum, context: Context) -> Mean:
         if not self.layout.fits(total.words):

@@ -16,7 +16,8 @@ class RunMemory:
     Attributes:
         round: The last round that it uploaded to; -1: none.
         attempt: The last attempt of that round.
-        uploads: Nonces of the uploads of that round by context.
+        uploads: Nonces of the uploads of that round by context; several, with blanks between them, where it
+            was asked again.
         revealed: Digests of the lists that it revealed for in that round, by context.
         names: Digest of the names that it revealed for in that round; empty: it has not.
         model: Digest of the model that it has accepted; empty: none yet.

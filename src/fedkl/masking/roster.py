@@ -12,12 +12,12 @@ from typing import get_args
 
 from fedkl.errors import MaskingError, gathered, shown
 from fedkl.masking.canonical import PROTOCOL, Field, canonical, digest
-from fedkl.masking.cards import MemberCard, MemberKeys
+from fedkl.masking.cards import CARD_DAYS, MemberCard, MemberKeys, date_problem
 from fedkl.masking.schedule import Label, Mode, Secret, derive
 from fedkl.masking.words import MAX_MEMBERS, MAX_SAMPLES, WordBits, Words
 
 ROSTER_DAYS = 90
-"""After so many days a roster is refused."""
+"""After so many days a roster is refused; one that claims more as well."""
 
 LEAST_MEMBERS = 3
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's: no I, L, O, U to be misheard or misread
@@ -160,19 +160,18 @@ class Roster:
         return " ".join(groups)
 
     def check_date(self, today: date) -> None:
-        """Checks that roster and cards are still good.
+        """Checks that roster and cards are good on a day.
 
         Raises:
-            MaskingError: One has expired.
+            MaskingError: One has expired, or claims a longer life than is allowed.
         """
-        late = [
-            f"{card.name}'s card expired on {card.expires}" for card in self.cards if card.expires < today
-        ]
-        if self.expires < today:
-            late.insert(0, f"the roster expired on {self.expires}")
-        if late:
+        dates = [("the roster", self.expires, ROSTER_DAYS)]
+        dates += [(f"{card.name}'s card", card.expires, CARD_DAYS) for card in self.cards]
+        found = [(what, date_problem(day, today=today, days=days)) for what, day, days in dates]
+        problems = [f"{what} {problem}" for what, problem in found if problem]
+        if problems:
             remedy = "Run `fedkl cohort change`, with new cards where they are needed."
-            raise MaskingError(gathered(f"Cohort {self.name} has expired.", late, remedy))
+            raise MaskingError(gathered(f"Cohort {self.name} is not good on {today}.", problems, remedy))
 
 
 @dataclass(frozen=True, kw_only=True)
