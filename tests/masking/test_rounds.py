@@ -101,3 +101,31 @@ def test_a_sum_that_a_false_share_stopped_is_opened_with_the_right_one():
     assert cohort.members["h002"].open(server.sealed()).samples == 100 + 101 + 102 + 103
     with pytest.raises(MaskingError, match="given once"):
         server.sealed()
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_with_blind_masks_a_member_may_be_asked_again_and_takes_a_sum_with_either_upload(taken: int) -> None:
+    cohort = new_cohort(3, mode="blind")
+    call = cohort.call()
+    twice = [cohort.uploads(call, of=["h000"])["h000"] for _ in range(2)]
+    assert twice[0].nonce != twice[1].nonce
+    server = cohort.server(call)
+    for upload in (twice[taken], *cohort.uploads(call, of=["h001", "h002"]).values()):
+        server.offer(upload)
+    total = server.sealed()
+    means = [member.open(total) for member in cohort.members.values()]
+    assert all(torch.equal(mean.tensors["weight"], means[0].tensors["weight"]) for mean in means)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sum_can_be_read_without_being_taken(mode: str) -> None:
+    cohort = new_cohort(3, mode=mode)
+    total = cohort.summed(cohort.call())
+    member = cohort.members["h001"]
+    before = member.memory.to_json()
+    read = member.read(total)
+    assert member.memory.to_json() == before
+    assert torch.equal(read.tensors["weight"], member.open(total).tensors["weight"])
+    total.words[50] ^= 1
+    with pytest.raises(MaskingError, match="its tag does not fit"):
+        member.read(total)

@@ -201,9 +201,7 @@ class Member:
         Raises:
             MaskingError: Anything about it is not right; nothing of it is then returned.
         """
-        check_call(total.call, self.roster)
-        check_listed(total.listed, total.call, least=self.roster.rules.minimum)
-        context = self._context(total.call, model=total.model, transcript=total.transcript)
+        context = self._context_of(total)
         remembered = self._remembered(total.call.run)
         check_own_entry(total, context, remembered, name=self.name)
         following = digest("transcript", total.transcript, context.digest, list_digest(total.listed))
@@ -223,9 +221,12 @@ class Member:
         Raises:
             MaskingError: It is not that of the listed members' uploads.
         """
+        return self._opened(total, self._context_of(total))
+
+    def _context_of(self, total: SealedSum) -> Context:
         check_call(total.call, self.roster)
         check_listed(total.listed, total.call, least=self.roster.rules.minimum)
-        return self._opened(total, self._context(total.call, model=total.model, transcript=total.transcript))
+        return self._context(total.call, model=total.model, transcript=total.transcript)
 
     def _opened(self, total: SealedSum, context: Context) -> Mean:
         if not self.layout.fits(total.words):
