@@ -36,7 +36,7 @@ EXPERIMENTS: dict[str, TrainConfig | AttackConfig] = {
     "train-locked": TrainConfig(training=TRAINING, defense=PUBLISHED_LOCK),
     "train-masked": TrainConfig(training=MASKED),
     "attack-dlg": _attack(
-        DLG(evaluations=600, weighting="sqrt", box=1e-3), "no-norm", "public-norm", "lock", "masked"
+        DLG(evaluations=500, weighting="sqrt", box=1e-3), "no-norm", "public-norm", "lock", "masked"
     ),
     "attack-knowing-the-lock": _attack(ClosedForm(), "no-norm", "lock", "masked"),
 }
