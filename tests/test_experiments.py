@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -387,6 +388,21 @@ def test_the_demo_runs_every_experiment_once(tmp_path, monkeypatch):
     demo.run(tmp_path / "demo", progress=Shown)
     assert seen == ["train", "attack"] * 2
     assert (tmp_path / "demo" / "attack" / "results.jsonl").read_text() == first
+
+
+def test_the_demos_attacks_stand_side_by_side_and_its_trainings_differ_in_one_thing():
+    """Of the demo as it is: the same four images, network and seed; accuracies that can be compared."""
+    trains = [each for each in demo.EXPERIMENTS.values() if isinstance(each, TrainConfig)]
+    attacks = [each for each in demo.EXPERIMENTS.values() if isinstance(each, AttackConfig)]
+    same = {repr(each.model_copy(update={"attack": None, "arms": ()})) for each in attacks}
+    assert len(same) == 1 < len(attacks)
+    assert all({"no-norm", "lock", "masked"} <= set(each.arms) for each in attacks)
+    plain, locked, masked = trains
+    assert locked.model_copy(update={"defense": plain.defense}) == plain
+    assert locked.defense == attacks[0].defense
+    training = dataclasses.replace(masked.training, aggregation=plain.training.aggregation)
+    assert masked.model_copy(update={"training": training}) == plain
+    assert masked.training.aggregation.server_learns == "nothing"
 
 
 def test_reconstructions_are_kept_with_their_truth(tmp_path):

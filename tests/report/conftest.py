@@ -57,6 +57,7 @@ def attack_run(tmp_path):
         not_run: list[dict] | None = None,
         **options,
     ) -> RunDirectory:
+        """`options` are the configuration's."""
         trials = len(next(iter(psnr.values())))
         config = AttackConfig(arms=tuple(psnr), trials=trials, **options)
         run = RunDirectory.create(tmp_path / name, config=config, version="0")

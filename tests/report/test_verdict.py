@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedkl import report
+from fedkl.aggregation import MaskedAggregation
 from fedkl.attacks import ClosedForm
 from fedkl.defenses import KeyLock, PublicNorm
 from fedkl.report import verdict
@@ -68,6 +69,29 @@ def test_the_norm_matched_control_comes_first_and_must_match(tmp_path, train_run
     collected = collect(tmp_path)
     locked = next(run for run in collected.trains if run.name == "fedkl")
     assert [run.name for run, _ in verdict.controls_of(locked, collected)] == ["matched", "fedavg"]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "tone", "said"),
+    [(0.92, "good", "+0.0 points, within"), (0.91, "open", "within"), (0.7, "bad", "beyond")],
+)
+def test_masked_updates_are_compared_with_the_same_in_the_clear(tmp_path, train_run, accuracy, tone, said):
+    train_run("plain", accuracy=0.92)
+    train_run("other", accuracy=0.5, rounds=4, done=4)
+    train_run("masked", accuracy=accuracy, aggregation=MaskedAggregation())
+    finding = verdicts(tmp_path)["What do masked updates cost in accuracy?"]
+    assert finding.tone == tone
+    assert said in finding.verdict
+    assert "plain (in the clear): 92.0 %" in finding.measured
+    assert "With masked updates (masked) it is" in text(tmp_path)
+    page = (report.build(tmp_path).html).read_text(encoding="utf-8")
+    assert "The server reads" in page
+    assert "<td>nothing</td>" in page
+
+
+def test_what_the_server_reads_has_no_column_where_it_reads_every_update(tmp_path, train_run):
+    train_run("plain")
+    assert "The server reads" not in report.build(tmp_path).html.read_text(encoding="utf-8")
 
 
 def shared(rate, n=100):

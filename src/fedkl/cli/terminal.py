@@ -55,6 +55,8 @@ def finish(path: Path) -> None:
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
+    if built.pictures:
+        console.print(f"Pictures: {built.pictures}", soft_wrap=True)
     console.print(f"Report: {built.html}", soft_wrap=True)
 
 

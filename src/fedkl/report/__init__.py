@@ -10,6 +10,7 @@ from fedkl.files import write_atomically
 from fedkl.report import figures, html, markdown, partitions, pictures, tables, verdict
 from fedkl.report.collect import AttackRun, Collected, collect
 from fedkl.report.page import NOTE, AttackSection, Figure, Page, Repeat
+from fedkl.report.side_by_side import side_by_side
 
 __all__ = ["Built", "build"]
 
@@ -19,10 +20,12 @@ class Built(NamedTuple):
 
     Attributes:
         html: The self-contained page.
+        pictures: The attacks side by side, where several were tried on the same images.
         tables: Title, header and rows of each table, in the columns that a terminal has room for.
     """
 
     html: Path
+    pictures: Path | None
     tables: list[tuple[str, list[str], list[list[str]]]]
 
 
@@ -50,17 +53,22 @@ def build(path: Path) -> Built:
             "the folder writable, or copy them to one that is, then `fedkl report FOLDER`."
         ) from error
     shown = [table.essential() for table in page.tables()]
-    return Built(path / "report.html", shown)
+    opening = path / "figures" / figures.SIDE_BY_SIDE if page.opening else None
+    return Built(path / "report.html", opening, shown)
 
 
 def _page(collected: Collected) -> Page:
     sections = [_attack_section(run, collected) for run in collected.attacks]
     images = {section.figure: figures.picture_grid(section.grid) for section in sections}
+    opening = side_by_side(collected.attacks)
+    if opening:
+        images[figures.SIDE_BY_SIDE] = figures.picture_grid(opening.grid)
     if collected.trains:
         images[figures.ACCURACY] = figures.accuracy_curves(collected.trains)
     divisions = _named(partitions.divisions(collected.trains))
     images |= {name: figures.partition_map(division.shown) for name, division in divisions.items()}
     return Page(
+        opening=opening,
         verdict=verdict.paragraph(collected),
         note=NOTE if collected.attacks else "",
         verdict_table=tables.verdict_table(verdict.findings(collected)),

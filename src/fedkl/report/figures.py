@@ -23,6 +23,7 @@ from fedkl.report.partitions import Counts
 from fedkl.report.pictures import Grid, Picture
 
 ACCURACY = "accuracy.png"
+SIDE_BY_SIDE = "side-by-side.png"
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*")
@@ -124,7 +125,8 @@ def _write_counts(axes: Axes, counts: Counts) -> None:
 def picture_grid(grid: Grid) -> bytes:
     """The grid as one PNG: rows of true images, columns of arms, PSNR below each picture."""
     columns, rows = len(grid.columns), max(len(grid.rows), 1)
-    figure = _figure(1.1 * columns, 1.3 * rows + 0.35)
+    head = 0.12 + 0.18 * max(name.count("\n") + 1 for name in grid.columns)
+    figure = _figure(1.1 * columns, 1.3 * rows + 0.05 + head)
     axes: Any = figure.subplots(rows, columns, squeeze=False)
     for row, cells in zip(axes, [row.cells for row in grid.rows], strict=False):
         for place, picture in zip(row, cells, strict=True):
@@ -132,7 +134,7 @@ def picture_grid(grid: Grid) -> bytes:
     for place, name in zip(axes[0], grid.columns, strict=True):
         place.set_title(_plain(name), size=8)
     figure.subplots_adjust(
-        left=0.01, right=0.99, top=1 - 0.3 / figure.get_figheight(), bottom=0.02, hspace=0.25
+        left=0.01, right=0.99, top=1 - head / figure.get_figheight(), bottom=0.02, hspace=0.25
     )
     return _png(figure)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from fedkl.markdown import table_lines
-from fedkl.report.figures import ACCURACY
+from fedkl.report.figures import ACCURACY, SIDE_BY_SIDE
 from fedkl.report.page import REPEAT_NOTE, TITLE, AttackSection, Page, Repeat, Table
 
 _SPECIAL = re.compile(r"([\\`*_\[\]|<>])")
@@ -18,7 +18,11 @@ def render(page: Page) -> str:
 
 
 def _lines(page: Page) -> Iterator[str]:
-    yield from (f"# {TITLE}", "", _text(page.verdict), "")
+    yield from (f"# {TITLE}", "")
+    if page.opening:
+        yield from (f"![{_text(page.opening.alt)}](figures/{SIDE_BY_SIDE})", "")
+        yield from (_text(page.opening.caption), "")
+    yield from (_text(page.verdict), "")
     if page.note:
         yield from (f"**{_text(page.note)}**", "")
     for line in page.unfinished:

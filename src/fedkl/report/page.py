@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fedkl.report.pictures import Grid
+from fedkl.report.side_by_side import SideBySide
 
 TITLE = "What does it leak, and what stops it?"
 
@@ -83,6 +84,7 @@ class AttackSection:
 class Page:
     """The whole report, in its order."""
 
+    opening: SideBySide | None
     verdict: str
     note: str
     verdict_table: Table

@@ -27,6 +27,7 @@ _PAPER_ARMS = {
 }
 """The paper's name of a defense and a number of clients."""
 _SCALING = {"clip": "clipped to [0, 1]", "prior": "stretched to [0, 1]"}
+_READS = {"updates": "every update", "sum": "the sum", "nothing": "nothing"}
 _FILL_INS = {
     "neutral": "neutral: γ = 1, β = 0",
     "random-key": "random-key: a key and lock layers of its own",
@@ -58,6 +59,7 @@ def training_table(trains: Sequence[TrainRun]) -> Table:
     cells: dict[str, Callable[[TrainRun], str]] = {
         "Run": lambda run: run.name,
         "Defense": lambda run: run.config.defense.describe(),
+        "The server reads": lambda run: _READS[run.config.training.aggregation.server_learns],
         "Norm statistics": _statistics,
         "Clients": lambda run: str(run.summary["clients"]),
         "Rounds": lambda run: str(run.summary["rounds"]),
@@ -71,8 +73,9 @@ def training_table(trains: Sequence[TrainRun]) -> Table:
         PAPER_COLUMN: _paper,
     }
     columns = {name: [cell(run) for run in trains] for name, cell in cells.items()}
-    columns = {name: column for name, column in columns.items() if set(column) != {wording.NONE}}
-    essential = ("Run", "Rounds", ACCURACY_COLUMN, OWN_COLUMN, PAPER_COLUMN)
+    usual = ({wording.NONE}, {_READS["updates"]})
+    columns = {name: column for name, column in columns.items() if set(column) not in usual}
+    essential = ("Run", "The server reads", "Rounds", ACCURACY_COLUMN, OWN_COLUMN, PAPER_COLUMN)
     return Table(
         title="Training runs",
         header=list(columns),

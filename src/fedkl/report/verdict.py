@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fedkl import wording
 from fedkl.audit import verdict
 from fedkl.audit.verdict import Verdict
+from fedkl.config import TrainConfig
 from fedkl.defenses import Arm
 from fedkl.metrics import paper_psnr_to_true
 from fedkl.paper.published import published
@@ -43,6 +44,7 @@ _TONES: dict[str, str] = {"leaks": "bad", "at the floor": "good", "says nothing"
 def findings(collected: Collected) -> list[Finding]:
     """The verdict table."""
     cost = [f for run in _locked(collected) for f in _cost_findings(run, collected)]
+    cost += [_masking_finding(run, other) for run, other in _masked(collected)]
     arms = [_arm_finding(run, arm, collected) for run in collected.attacks for arm in run.arms.values()]
     worth = [_worth_finding(run) for run in _locked(collected) if run.fill_ins]
     return cost + arms + worth
@@ -53,6 +55,7 @@ def paragraph(collected: Collected) -> str:
     accuracy = [_accuracy_sentence(run, collected) for run in _locked(collected)]
     if not accuracy:
         accuracy = [_unlocked_sentence(run) for run in collected.trains]
+    accuracy += [_masking_sentence(run, other) for run, other in _masked(collected)]
     attacks = [_attack_sentences(run, collected) for run in collected.attacks]
     worth = [_worth_sentence(run) for run in _locked(collected) if run.fill_ins]
     sentences = " ".join(accuracy + attacks + worth)
@@ -61,6 +64,23 @@ def paragraph(collected: Collected) -> str:
 
 def _locked(collected: Collected) -> list[TrainRun]:
     return [run for run in collected.trains if run.config.defense.guesses()]
+
+
+def _masked(collected: Collected) -> list[tuple[TrainRun, TrainRun]]:
+    """Runs whose server cannot read single updates, each with one that is the same in the clear."""
+    return [
+        (run, other)
+        for run in collected.trains
+        for other in collected.trains
+        if run.config.training.aggregation.server_learns != "updates"
+        and other.config.training.aggregation.server_learns == "updates"
+        and _in_the_clear(run, other) == other.config
+    ]
+
+
+def _in_the_clear(run: TrainRun, other: TrainRun) -> TrainConfig:
+    training = replace(run.config.training, aggregation=other.config.training.aggregation)
+    return run.config.model_copy(update={"training": training})
 
 
 def controls_of(run: TrainRun, collected: Collected) -> list[tuple[TrainRun, str]]:
@@ -112,6 +132,22 @@ def _cost_findings(run: TrainRun, collected: Collected) -> list[Finding]:
         tone = "good" if loss <= 0 else "open" if loss <= spread else "bad"
         rows.append(Finding(question, measured, _compared(run, control), tone))
     return rows
+
+
+def _masking_finding(run: TrainRun, control: TrainRun) -> Finding:
+    loss = control.summary["accuracy"] - run.summary["accuracy"]
+    own, clear = (wording.percent(each.summary["accuracy"]) for each in (run, control))
+    measured = f"{run.name}: {own}; {control.name} (in the clear): {clear}"
+    tone = "good" if loss <= 0 else "open" if loss <= (noise(run, control) or 0.0) else "bad"
+    return Finding("What do masked updates cost in accuracy?", measured, _compared(run, control), tone)
+
+
+def _masking_sentence(run: TrainRun, control: TrainRun) -> str:
+    own, clear = (wording.percent(each.summary["accuracy"]) for each in (run, control))
+    return (
+        f"With masked updates ({run.name}) it is {own}, against {clear} for {control.name} in the clear "
+        f"({_compared(run, control)})."
+    )
 
 
 def _accuracy_sentence(run: TrainRun, collected: Collected) -> str:
