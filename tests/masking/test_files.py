@@ -376,6 +376,16 @@ def test_a_file_is_open_once(path, file):
         file.end("study")
 
 
+def test_a_link_is_not_opened(path, file, tmp_path):
+    """What is written would take its place: two files, of which each forgets what the other has done."""
+    file.close()
+    link = tmp_path / "link.secret"
+    link.symlink_to(path)
+    with pytest.raises(KeyFileError, match="got a symbolic link"):
+        opened(link)
+    opened(path).close()
+
+
 def test_a_failed_open_gives_the_lock_back(path, file):
     file.close()
     with pytest.raises(KeyFileError, match="wrong passphrase"):

@@ -19,6 +19,7 @@ from fedkl.masking import Contribution
 from fedkl.types import NamedTensors
 
 _LOG = logging.getLogger("fedkl.flower")
+_NEWS = logging.getLogger("flwr.fedkl")  # among Flower's own lines, in its format
 _ERROR_CODE = 2  # as LockMod
 
 MASKS_REFUSED = "fedkl: this member refused the message; the reason is in its node's log."
@@ -112,7 +113,7 @@ class _Handling:
             mask_records.put_reveal(reply, self._node.reveal(mask_records.base_of(content), message))
         else:
             path = self._node.deliver(mask_records.base_of(content), content)
-            _LOG.info("The trained model is in %s.", path)
+            _NEWS.info("The trained model is in %s.", path)
             mask_records.put_stage(reply, "deliver")
         return reply
 

@@ -26,7 +26,7 @@ MEMBER, COHORT = "fedkl-member", "fedkl-cohort"
 """Entries of a SuperNode's ``--node-config``."""
 
 MEMBER_VARIABLE = "FEDKL_MEMBER"
-_LOG = logging.getLogger("fedkl.flower")
+_LOG = logging.getLogger("flwr.fedkl")  # among Flower's own lines, in its format
 
 
 class NodeMember:

@@ -111,6 +111,8 @@ def check_secret_file(path: Path) -> None:
     Raises:
         KeyFileError: It is something else, or cannot be read.
     """
+    if path.is_symlink():  # what is written would take the link's place, and leave the file behind, older
+        raise KeyFileError(f"{path}: expected a file, got a symbolic link. Give the file itself.")
     try:
         data = read_file(path)
     except OSError as error:
