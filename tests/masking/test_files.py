@@ -125,7 +125,8 @@ def test_nothing_is_joined_that_nobody_has_compared(file, sealed):
     assert not file.cohorts
 
 
-def test_the_next_epoch_needs_no_call_and_has_another_key(file, keys, sealed):
+def test_the_next_epoch_has_another_key_and_needs_no_call_with_blind_masks(file, keys):
+    sealed = roster_of(keys, mode="blind")
     old = joined(file, sealed)
     new = keys_of(4)[3:]
     after = roster_of([*keys, *new], previous=sealed.roster, signer=keys[1])
@@ -135,6 +136,18 @@ def test_the_next_epoch_needs_no_call_and_has_another_key(file, keys, sealed):
     with pytest.raises(MaskingError, match="not the one that the roster names"):
         Membership(roster=after.roster, keys=keys[0], secret=old.secret)
     assert file.join(after, today=TODAY) == file.membership()
+
+
+def test_one_member_cannot_put_others_into_the_cohort_where_masks_protect_from_members(file, keys, sealed):
+    joined(file, sealed)
+    same = roster_of(keys, previous=sealed.roster, signer=keys[1])  # a new key only
+    assert not file.needs_fingerprint(same)
+    after = roster_of([keys[0], keys[1], *keys_of(5)[3:]], previous=sealed.roster, signer=keys[1])
+    assert file.needs_fingerprint(after)
+    with pytest.raises(MaskingError, match="nobody has compared"):
+        file.join(after, today=TODAY)
+    assert file.membership().roster == sealed.roster
+    assert file.join(after, today=TODAY, fingerprint=after.roster.fingerprint).roster == after.roster
 
 
 def test_one_member_cannot_change_the_rules(file, keys, sealed):

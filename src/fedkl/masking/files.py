@@ -140,10 +140,13 @@ class MemberFile:
         """Whether people have to compare a roster's fingerprint before this member joins it.
 
         They need not if a member of the epoch before has signed it. But one member alone cannot change the
-        rules: a server together with one member could take those masks away that protect from members.
+        rules, nor, where masks protect members from one another, who the members are: together with a server
+        it could take those masks away, or put its own members into the others' place.
         """
         joined = self._content.cohorts.get(sealed.roster.name)
-        return joined is None or joined.membership.roster.rules != sealed.roster.rules
+        if joined is None or joined.membership.roster.rules != sealed.roster.rules:
+            return True
+        return sealed.roster.rules.mode != "blind" and joined.membership.roster.cards != sealed.roster.cards
 
     def is_joined(self, sealed: SealedRoster) -> bool:
         """Whether this very roster is the one that is joined."""
