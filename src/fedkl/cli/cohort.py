@@ -72,8 +72,8 @@ def cohort_join(
     """Joins a cohort, or its next epoch.
 
     At the first time all members compare the fingerprint by phone: it tells the file that one of them made
-    from one that was exchanged on its way. A later epoch is signed by a member of the one before; it is compared
-    again if its rules differ, or, but for blind masks, its members.
+    from one that was exchanged on its way. A later epoch is signed by a member of the one before; it is
+    compared again if its rules differ, or, but for blind masks, its members.
     """
     from fedkl.masking.exchange import read_cohort
 
