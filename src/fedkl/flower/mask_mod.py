@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 
-from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
 from fedkl.errors import ConfigError, MaskingError, shown
@@ -123,12 +123,15 @@ class _Handling:
             raise MaskingError("Refused: the call is of another run than the model.")
         if call.attempt:  # two updates of one round would give their difference away
             raise MaskingError("Refused: a further attempt masks the update that there is.")
+        if call.settings != mask_records.settings_of(self._message, model=base.record):
+            raise MaskingError("Refused: the app would get other settings than the call says.")
         member, model = self._node.receive(base, self._message.content)
+        member.check(call)  # before the app trains: a second update of one round is never made, nor kept
         update = self._app_reply(base, model)
         mask_records.put_upload(reply, self._node.upload(member, call, self._contribution(base, update)))
 
     def _evaluate(self, base: Base, reply: RecordDict) -> None:
-        _, model = self._node.receive(base, self._message.content)
+        _, model = self._node.receive_mean(base, self._message.content)
         for name, record in self._app_reply(base, model).items():
             single = isinstance(record, MetricRecord) and not any(
                 isinstance(value, list) for value in record.values()
@@ -142,9 +145,12 @@ class _Handling:
 
     def _app_reply(self, base: Base, model: NamedTensors) -> RecordDict:
         """What the app makes of a model."""
-        own = mask_records.without_masks(self._message.content)
+        own = _but(mask_records.without_masks(self._message.content), base.record)
+        others = [name for name, record in own.items() if isinstance(record, ArrayRecord)]
+        if others:  # the app might take one of them for the model
+            raise MaskingError(f"Refused: arrays beside the model: {', '.join(map(shown, others[:5]))}.")
         inner = copy.copy(self._message)
-        inner.content = RecordDict({base.record: arrays_of(model), **_but(own, base.record)})
+        inner.content = RecordDict({base.record: arrays_of(model), **own})
         reply = self._call_next(inner, self._context)
         if reply.has_error():  # its text is the app's own, and nobody has checked it
             raise MaskingError("The app itself replied with an error; see above.")

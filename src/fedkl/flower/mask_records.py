@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from struct import pack
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedkl.errors import MaskingError, UpdateError, shown
 from fedkl.flower.records import arrays_of, tensors_of
 from fedkl.masking import Call, Layout, ListMessage, Mode, Reveal, Rules, SealedSum, Upload, Words
+from fedkl.masking.canonical import Field, digest
+from fedkl.masking.cards import check_name
 from fedkl.masking.words import MAX_MEMBERS
 from fedkl.types import NamedTensors
 from fedkl.update import TensorSpec
@@ -152,6 +155,8 @@ def who_of(content: RecordDict) -> Who:
     member = fields.one("member", str)
     if list(members) != sorted(set(members)) or member not in members or len(members) > MAX_MEMBERS:
         raise fields.odd("members")
+    for name in members:  # they will stand in a log
+        check_name(name)
     return Who(
         member=member,
         cohort=fields.one("cohort", str),
@@ -221,6 +226,9 @@ def base_of(content: RecordDict) -> Base:
     names, dtypes, shapes = (fields.many(part, str) for part in ("names", "dtypes", "shapes"))
     if not len(names) == len(dtypes) == len(shapes) <= _MAX_TENSORS or len(set(names)) < len(names):
         raise fields.odd("names")
+    metrics = tuple(fields.many("metrics", str))
+    if not all(map(str.isprintable, (*names, *metrics))):  # they will stand in a log
+        raise fields.odd("names")
     specs = {name: _spec(*about) for name, *about in zip(names, dtypes, shapes, strict=True)}
     total, booleans = None, {}
     if _SUM in content:
@@ -237,7 +245,7 @@ def base_of(content: RecordDict) -> Base:
     return Base(
         run=fields.one("run", bytes),
         specs=specs,
-        metrics=tuple(fields.many("metrics", str)),
+        metrics=metrics,
         rounds=fields.one("rounds", int),
         total=total,
         booleans=booleans,
@@ -337,6 +345,37 @@ def without_masks(content: RecordDict) -> dict[str, Record]:
     return {name: record for name, record in content.items() if not name.startswith(PREFIX)}
 
 
+def settings_of(message: Message, *, model: str) -> bytes:
+    """Digest of all that an app gets beside the model, 32 bytes: members of one sum are asked the same.
+
+    Otherwise a server that reads the sum has one member train, the others not, and reads one update.
+
+    Args:
+        message: As it is for the app, or with the records of masked sums.
+        model: Name of the record that holds the model.
+    """
+    records: list[Field] = []
+    for name, record in sorted(without_masks(message.content).items()):
+        if name != model:
+            values = [[key, _field(value)] for key, value in sorted(record.items())]
+            records.append([name, type(record).__name__, values])
+    about = message.metadata
+    return digest("settings", about.message_type, about.group_id, model, records)
+
+
+def _field(value: object) -> Field:
+    """A value of a record; one of another kind is another one."""
+    if isinstance(value, list):
+        return ["list", *map(_field, value)]
+    if isinstance(value, bool):
+        return ["bool", int(value)]
+    if isinstance(value, float):
+        return ["float", pack("<d", value)]
+    if isinstance(value, (str, bytes, int)):
+        return value
+    raise MaskingError("Refused: arrays beside the model. An app gets one model, the one that was checked.")
+
+
 class _Fields:
     """The fields of a ConfigRecord that came from elsewhere."""
 
@@ -365,7 +404,13 @@ class _Fields:
 
 
 def _call_fields(call: Call) -> dict[str, Any]:
-    return {"run": call.run, "round": call.round, "attempt": call.attempt, "cohort": list(call.cohort)}
+    return {
+        "run": call.run,
+        "round": call.round,
+        "attempt": call.attempt,
+        "cohort": list(call.cohort),
+        "settings": call.settings,
+    }
 
 
 def _call(fields: _Fields) -> Call:
@@ -374,6 +419,7 @@ def _call(fields: _Fields) -> Call:
         round=fields.one("round", int),
         attempt=fields.one("attempt", int),
         cohort=tuple(fields.many("cohort", str)),
+        settings=fields.one("settings", bytes),
     )
 
 

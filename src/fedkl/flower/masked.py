@@ -92,6 +92,7 @@ class MaskedTraining(ReplyAggregation):
         self._options, self._plan = options, plan
         self._who: dict[int, Who] = {}
         self._rules: Rules | None = None
+        self._roster = b""  # the last one that was asked
         self._last = sum_of(plan.kept)
         self._kept = Kept.of(plan.kept)
         if plan.kept and self._kept.metrics != options.metrics:
@@ -119,6 +120,7 @@ class MaskedTraining(ReplyAggregation):
         if asked is None:
             return _Nobody(plan)
         self._adopt(asked.who.rules)
+        self._roster = asked.who.roster
         return MaskedReplies(
             plan,
             asked=asked,
@@ -130,7 +132,9 @@ class MaskedTraining(ReplyAggregation):
         )
 
     def evaluation(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The model as it is sent for training."""
+        """The model as it is sent for training; none before there is one that members have made."""
+        if self._last is None:
+            return []
         return [
             addressed(message, self._base(only_arrays(message.content, subject="Message")), "evaluate")
             for message in messages
@@ -170,14 +174,22 @@ class MaskedTraining(ReplyAggregation):
         self._who.pop(node, None)
 
     def _asked(self, plan: ReplyPlan, grid: Grid) -> Asked | None:
-        """Whom to ask: those who are of the cohort that most are of."""
+        """Whom to ask: those who are of the cohort that most are of, or were of; None: too few say so.
+
+        A node can claim any cohort, with any rules: what few claim neither ends a training nor changes it.
+        """
         self._learn_who(plan, grid)
         known = {node: self._who[node] for node in plan.nodes if node in self._who}
         if not known:
             _LOG.warning("Round %d: no node has said who its member is; nothing changes.", plan.round)
             return None
         votes = Counter((who.roster, who.members, who.rules) for who in known.values())
-        usual = votes.most_common(1)[0][0]
+        enough = [about for about, count in votes.most_common() if count >= about[2].minimum]
+        usual = next((about for about in enough if about[0] == self._roster), (*enough, None)[0])
+        if usual is None:
+            _LOG.warning("Round %d: too few nodes are of one cohort; nothing changes.", plan.round)
+            self._who.clear()
+            return None
         names: dict[int, str] = {}
         for node, who in known.items():
             if (who.roster, who.members, who.rules) != usual:

@@ -239,14 +239,26 @@ class MaskedReplies(ReplyRound):
         return tuple(self._seen)
 
     def requests(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The strategy's messages to nodes whose members are known, with the call."""
+        """The strategy's messages to nodes whose members are known, with the call.
+
+        Raises:
+            ConfigError: They ask different nodes for different things.
+        """
+        chosen = [message for message in messages if message.metadata.dst_node_id in self._asked.names]
         made = []
-        for message in messages:
+        for message in chosen:
             self._record = model_record(message.content)
-            if message.metadata.dst_node_id in self._asked.names:
-                own = addressed(message, self._base, "train")
-                mask_records.put_call(own.content, self._attempt.call)
-                made.append(own)
+            made.append(addressed(message, self._base, "train"))
+        asked = {mask_records.settings_of(message, model=self._record) for message in made}
+        if len(asked) > 1:
+            raise ConfigError(
+                "Masked: the strategy asks different nodes for different things. Members take part in one "
+                "sum only if all are asked the same. Send the same records to all, beside the model."
+            )
+        if asked:
+            self._attempt = self._attempted(replace(self._attempt.call, settings=asked.pop()))
+        for own in made:
+            mask_records.put_call(own.content, self._attempt.call)
         return made
 
     def checked(self, reply: Message, *, rules: ReplyRules) -> Message:
@@ -296,7 +308,7 @@ class MaskedReplies(ReplyRound):
     def _again(self, before: Call, here: tuple[str, ...]) -> None:
         """A further attempt, by those who are left."""
         _LOG.warning("Round %d: members have gone; it is tried again with %d.", self.plan.round, len(here))
-        call = Call(run=before.run, round=before.round, attempt=before.attempt + 1, cohort=here)
+        call = replace(before, attempt=before.attempt + 1, cohort=here)
         self._attempt = self._attempted(call)
         for name, reply in self._replies("again", here, call=call).items():
             try:
@@ -305,9 +317,12 @@ class MaskedReplies(ReplyRound):
                 refused(self.plan.round, reply, str(error))
 
     def _reveal(self, attempt: MaskedSum) -> None:
-        for reply in self._replies("reveal", attempt.listed).values():
+        for name, reply in self._replies("reveal", attempt.listed).items():
             try:
-                attempt.offer_reveal(mask_records.reveal_of(reply.content))
+                reveal = mask_records.reveal_of(reply.content)
+                if reveal.member != name:
+                    raise MaskingError("Reveal refused: it is of another member than this node's.")
+                attempt.offer_reveal(reveal)
             except FedKLError as error:
                 refused(self.plan.round, reply, str(error))
 

@@ -107,6 +107,18 @@ class NodeMember:
         member.accept_model(base.run, {name: model[name] for name in base.specs})
         return member, model
 
+    def receive_mean(self, base: Base, content: RecordDict) -> tuple[Member, NamedTensors]:
+        """Takes the model of a message as `receive` does, if members have made it.
+
+        What an evaluation of models of the server's choice says of the data has no bound.
+
+        Raises:
+            MaskingError: It is refused.
+        """
+        if base.total is None and not self._membership.roster.rules.server_model:
+            raise MaskingError("Refused: expected the trained model as a sum, got one of the server's.")
+        return self.receive(base, content)
+
     def upload(self, member: Member, call: Call, contribution: Contribution) -> Upload:
         """Masks an update; with pair masks it is kept until the round is over."""
         update = self._file.update_file(self._cohort)
@@ -142,9 +154,7 @@ class NodeMember:
             MaskingError: It is refused.
             ConfigError: It cannot be written.
         """
-        if base.total is None and not self._membership.roster.rules.server_model:
-            raise MaskingError("Refused: expected the trained model as a sum, got one of the server's.")
-        _, model = self.receive(base, content)
+        _, model = self.receive_mean(base, content)
         path = self._file.beside(self._cohort, "safetensors")
         write_model(path, model, rounds=base.rounds, replace=True, mode=PRIVATE_FILE)
         self._file.update_file(self._cohort).remove()

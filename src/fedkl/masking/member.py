@@ -23,6 +23,7 @@ from fedkl.masking.refusals import (
     check_listed,
     check_new,
     check_own_entry,
+    check_run,
     check_same_start,
     check_sequence,
 )
@@ -84,6 +85,14 @@ class Member:
         raise SecretError("A Member holds secrets and cannot be pickled.")
 
     @property
+    def _layout_digest(self) -> bytes:
+        """Booleans are in no sum, and no tag holds them: they are part of what members agree on."""
+        if not self._booleans:
+            return self.layout.digest
+        values = [self._booleans[name].cpu().contiguous().numpy().tobytes() for name in self.layout.booleans]
+        return digest("layout.booleans", self.layout.digest, values)
+
+    @property
     def _date(self) -> date:
         return self._today() if callable(self._today) else self._today
 
@@ -95,9 +104,10 @@ class Member:
             model: Named tensors.
 
         Raises:
-            MaskingError: The tensors do not fit, their booleans differ from the member's, or the run has a
-                sum or an upload on another model already, and the rules want sums.
+            MaskingError: The run's name or the tensors do not fit, their booleans differ from the member's,
+                or the run has a sum or an upload on another model already, and the rules want sums.
         """
+        check_run(run)
         remembered = self._remembered(run)
         if remembered.opened >= 0 and not self.roster.rules.server_model:
             raise MaskingError(
@@ -109,7 +119,16 @@ class Member:
         check_same_start(found, remembered, self.roster)
         remembered.model = found.hex()
         remembered.transcript = remembered.transcript or digest("transcript", run).hex()
+        self.memory.forget_unused()  # a server can begin any number of runs
         self._keep(run, remembered)
+
+    def check(self, call: Call) -> None:
+        """Checks that an upload would be made for a call, before anything is trained or kept for it.
+
+        Raises:
+            MaskingError: Roster or a card has expired, no model was accepted, or the call is refused.
+        """
+        self._new(call)
 
     def upload(self, call: Call, contribution: Contribution) -> Upload:
         """Masks an update for an attempt of a round; what must not be forgotten is written down before.
@@ -123,12 +142,8 @@ class Member:
             MaskingError: Roster or a card has expired, the call is refused, no model was accepted, or the
                 update does not fit into words.
         """
-        self.roster.check_date(self._date)
-        check_call(call, self.roster)
+        context, remembered = self._new(call)
         self._check_booleans(contribution.tensors)
-        remembered = self._remembered(call.run)
-        context = self._current(call, remembered)
-        check_new(context, remembered, name=self.name)
         nonce = secrets.token_bytes(NONCE)
         pairs = context.mode != "blind"
         words = encoded(
@@ -267,10 +282,18 @@ class Member:
                 "of the two sums would give an update away."
             )
 
+    def _new(self, call: Call) -> tuple[Context, RunMemory]:
+        self.roster.check_date(self._date)
+        check_call(call, self.roster)
+        remembered = self._remembered(call.run)
+        context = self._current(call, remembered)
+        check_new(context, remembered, name=self.name)
+        return context, remembered
+
     def _context(self, call: Call, *, model: bytes, transcript: bytes) -> Context:
         return Context(
             roster=self.roster.digest,
-            layout=self.layout.digest,
+            layout=self._layout_digest,
             suite=self.roster.suite,
             mode=self.roster.rules.mode,
             call=call,

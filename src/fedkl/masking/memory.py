@@ -53,6 +53,11 @@ class Memory:
     sets: dict[str, str] = field(default_factory=dict)
     keep: Callable[[Memory], None] = field(default=nowhere, repr=False, compare=False)
 
+    def forget_unused(self) -> None:
+        """Forgets runs without upload and sum: a model that was accepted may be accepted again."""
+        for name in [name for name, run in self.runs.items() if run.round < 0 and run.opened < 0]:
+            del self.runs[name]
+
     def to_json(self) -> dict[str, Any]:
         """As it is written down."""
         return {"runs": {name: asdict(run) for name, run in self.runs.items()}, "sets": dict(self.sets)}

@@ -35,14 +35,19 @@ def neighbors(name: str, cohort: Sequence[str], *, secret: bytes, context: bytes
     return tuple(sorted(ring[(place + step) % len(ring)] for step in steps))
 
 
+def holders(members: int) -> int:
+    """How many hold a share of a member's seed in a cohort of so many: it itself and its neighbors."""
+    return members if members <= ALL_UP_TO else DEGREE + 1
+
+
 def least_listed(cohort: Sequence[str], *, minimum: int) -> int:
     """Uploads that a sum with pair masks needs: the roster's minimum, and enough to open a mask."""
     return max(minimum, threshold(len(cohort)))
 
 
-def threshold(holders: int) -> int:
+def threshold(count: int) -> int:
     """How many of so many holders of shares open a mask: more than two thirds.
 
     Two lists of one round then cannot both find enough honest ones.
     """
-    return 2 * holders // 3 + 1
+    return 2 * count // 3 + 1

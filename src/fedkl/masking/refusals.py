@@ -13,17 +13,32 @@ from fedkl.masking.schedule import Call, Context
 RUN = 16
 """Bytes of a run's name."""
 
+_SETTINGS = (0, 32)
+
+
+def check_run(run: bytes) -> None:
+    """Checks a run's name, which is written down.
+
+    Raises:
+        MaskingError: It has another size.
+    """
+    if len(run) != RUN:
+        raise MaskingError(f"Refused: expected a run's name of {RUN} bytes.")
+
 
 def check_call(call: Call, roster: Roster) -> None:
     """Checks that the roster's members may be asked so.
 
     Raises:
-        MaskingError: Run, round or attempt make no sense, or the cohort is unsorted, repeated, foreign, too
-            small, or not all members where the rules want all.
+        MaskingError: Run, round, attempt or settings make no sense, or the cohort is unsorted, repeated,
+            foreign, too small, or not all members where the rules want all.
     """
+    check_run(call.run)
     numbers = (call.round, call.attempt)
-    if len(call.run) != RUN or any(type(number) is not int or not 0 <= number < 2**40 for number in numbers):
-        raise MaskingError(f"Refused: expected a run's name of {RUN} bytes, and round and attempt from 0.")
+    if any(type(number) is not int or not 0 <= number < 2**40 for number in numbers):
+        raise MaskingError("Refused: expected round and attempt from 0.")
+    if len(call.settings) not in _SETTINGS:
+        raise MaskingError("Refused: expected a digest of the settings, 32 bytes, or none.")
     _check_names(call.cohort, what="cohort", among=roster.members, least=roster.rules.minimum)
     may_be_part = call.attempt > 0 or roster.rules.sampled
     if not may_be_part and call.cohort != roster.members:

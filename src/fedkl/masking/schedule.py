@@ -85,12 +85,15 @@ class Call:
         round: From 0.
         attempt: From 0; a round is tried again with the members that are left.
         cohort: Names of the members that are asked, in order.
+        settings: Digest of what else they are asked, e.g. for how long to train, 32 bytes; empty: nothing.
+            Members who were asked differently have different contexts.
     """
 
     run: bytes
     round: int
     attempt: int
     cohort: tuple[str, ...]
+    settings: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,4 +134,5 @@ class Context:
             call.cohort,
             self.model,
             self.transcript,
+            *([call.settings] if call.settings else []),
         )

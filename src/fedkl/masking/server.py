@@ -10,10 +10,12 @@ from fedkl.masking.encoding import LONG, Bytes, Masks, Mean, add_to_tag, decoded
 from fedkl.masking.keyring import self_commitment, self_mask
 from fedkl.masking.layout import Layout
 from fedkl.masking.messages import NONCE, ListMessage, Reveal, SealedSum, Upload
-from fedkl.masking.neighbors import least_listed, threshold
+from fedkl.masking.neighbors import holders, least_listed, threshold
 from fedkl.masking.schedule import Call, Mode
 from fedkl.masking.stream import MaskStream
 from fedkl.types import NamedTensors
+
+_DIGEST, _SHARE = 32, sharing.SIZE + 16  # bytes; a share with the tag of its encryption
 
 
 class MaskedSum:
@@ -103,7 +105,14 @@ class MaskedSum:
                 (upload.context, upload.model, upload.transcript) != same
             ),
             "sent shares for others than its neighbors": (
-                not set(upload.shares) <= set(self.call.cohort) or pairs != (name in upload.shares)
+                not set(upload.shares) <= set(self.call.cohort)
+                or pairs != (name in upload.shares)
+                or len(upload.shares) != (holders(len(self.call.cohort)) if pairs else 0)
+            ),
+            "sent parts of a wrong size": (
+                {*map(len, same)} != {_DIGEST}
+                or len(upload.commitment) not in (0, _DIGEST)
+                or not {*map(len, upload.shares.values())} <= {_SHARE}
             ),
             "sent no commitment": pairs != bool(upload.commitment),
         }

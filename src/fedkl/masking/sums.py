@@ -25,6 +25,7 @@ def sum_tensors(total: SealedSum | None) -> dict[str, Tensor]:
         "round": call.round,
         "attempt": call.attempt,
         "cohort": call.cohort,
+        "settings": call.settings.hex(),
         "model": total.model.hex(),
         "transcript": total.transcript.hex(),
         "listed": {name: nonce.hex() for name, nonce in total.listed.items()},
@@ -48,6 +49,7 @@ def sum_of(tensors: Mapping[str, Tensor]) -> SealedSum | None:
             round=about["round"],
             attempt=about["attempt"],
             cohort=tuple(about["cohort"]),
+            settings=bytes.fromhex(about.get("settings", "")),
         )
         return SealedSum(
             call=call,

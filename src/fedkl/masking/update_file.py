@@ -52,7 +52,7 @@ class UpdateFile:
         """The update that was made for a round.
 
         Raises:
-            MaskingError: There is none, or it is of another round.
+            MaskingError: There is none, or it is of another round or other settings.
         """
         try:
             meta, tensors = lockfile.read(self.path, kind="update", passphrase=self._key.reveal().hex())
@@ -68,4 +68,4 @@ class UpdateFile:
 
 
 def _round(call: Call) -> list[str | int]:
-    return [call.run.hex(), call.round]
+    return [call.run.hex(), call.round, call.settings.hex()]
