@@ -112,7 +112,8 @@ def faults(
         for node in range(NODES):
             deployed.kill(f"node-{node}")
             deployed.start_node(node)
-        deployed.finish({**config, "rounds": options.rounds}, rounds=options.rounds, seconds=options.seconds)
+        run = deployed.run({**config, "rounds": options.rounds})  # the history of blind modes is empty
+        deployed.wait(lambda: run.poll() is not None, "the run to end", seconds=options.seconds)
         finished(deployed, mode)
         log = deployed.log("run")
         return {
