@@ -269,24 +269,27 @@ def test_booleans_are_those_of_the_members(server):
 def test_no_message_makes_a_memory_grow(server):
     """A memory that is too large does not open again."""
     nodes = server()
-    long = nodes.content("train", name=bytes(10**6))
-    assert refused(
-        nodes.train(0, content=long, call=Call(run=bytes(10**6), round=1, attempt=0, cohort=NAMES))[0]
-    )
-    few = Call(run=RUN, round=1, attempt=0, cohort=NAMES[:1])
-    for number in range(5):
-        name = bytes([number] * 16)
+
+    def begun(name, names=NAMES):
+        """A training of another run."""
         content = nodes.content("train", name=name)
         request = Message(content, dst_node_id=7, message_type="train")
         settings = mask_records.settings_of(request, model="arrays")
-        call = Call(**{**vars(few), "run": name, "settings": settings})
-        assert refused(nodes.train(0, content=content, call=call)[0])
-    with nodes.member(0) as file:
-        assert len(file.memory().runs) == 1
-    assert not nodes.train(0)[0].has_error()  # and nothing has to be forgotten that matters
-    nodes.train(0, content=nodes.content("train", name=bytes([9] * 16)))
-    with nodes.member(0) as file:
-        assert file.memory().runs[RUN.hex()].round == 1
+        call = Call(run=name, round=1, attempt=0, cohort=names, settings=settings)
+        return nodes.train(0, content=content, call=call)[0]
+
+    def remembered():
+        with nodes.member(0) as file:
+            return set(file.memory().runs)
+
+    assert refused(begun(bytes(10**6)))
+    assert not remembered()
+    for number in range(5):
+        assert refused(begun(bytes([number] * 16), NAMES[:1]))
+    assert len(remembered()) == 1
+    assert not begun(bytes([7] * 16)).has_error()
+    assert refused(begun(bytes([8] * 16), NAMES[:1]))  # nothing is forgotten that matters
+    assert remembered() == {(bytes([number]) * 16).hex() for number in (7, 8)}
 
 
 @pytest.mark.parametrize(
