@@ -23,7 +23,12 @@ def test_what_was_finished_is_kept_and_the_same_command_goes_on(tmp_path, words)
     command = [*words, "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FEDKL_PASSPHRASE": "correct horse"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "fedkl", *command], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fedkl", *command],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite in the background of a script ignores Ctrl-C, and its children with it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         _wait_for_lines(out / "results.jsonl", 3, process)

@@ -376,7 +376,7 @@ def test_honest_extreme_sums_are_never_refused(bits):
             tensors = {**drawn(0), "weight": signs}
             given = Contribution(tensors=tensors, samples=4096, metrics={"loss": 2.0**13})
             words = encoded(layout, given, masks=Masks(), tag_key=(r, pad))
-            about = {"context": b"", "model": b"", "transcript": b"", "nonce": bytes(32)}
+            about = dict.fromkeys(("context", "model", "transcript", "nonce"), bytes(32))
             server.offer(Upload(member=name, words=words, **about))
         words, opening = server.sealed().words, Opening(layout, r=r)
         unmasked(layout, words, masks=Masks(), on_chunk=opening.chunk)
