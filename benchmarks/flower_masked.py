@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from fedkl.masking import MemberFile
 
-NODES = 3
+NODES, WITH_KILLS = 3, 4  # with kills one node more: a sum needs three
 
 
 def main() -> None:
@@ -92,9 +92,9 @@ def faults(
         "images": options.images,
         "timeout": 90.0,
         "fraction-evaluate": 0.0,
-        "min-replies": 2,
+        "min-replies": 3,
     }
-    with started(folder, mode) as deployed:
+    with started(folder, mode, nodes=WITH_KILLS) as deployed:
         run = deployed.run({**config, "rounds": options.rounds})
         told = [f"client of node 0 killed {kill_between(deployed, 0, options.seconds)}"]
         deployed.wait(lambda: deployed.rounds() >= 1, "round 1", seconds=options.seconds)
@@ -109,7 +109,7 @@ def faults(
         run.kill()
         told.append(f"SuperLink killed after round {before}")
         deployed.start_link()
-        for node in range(NODES):
+        for node in range(deployed.nodes):
             deployed.kill(f"node-{node}")
             deployed.start_node(node)
         run = deployed.run({**config, "rounds": options.rounds})  # the history of blind modes is empty
@@ -138,16 +138,16 @@ def kill_between(deployed: Deployment, node: int, seconds: float) -> str:
     return "while it revealed" if not answered("reveal") else "after it revealed"
 
 
-def started(folder: Path, mode: str) -> Any:
+def started(folder: Path, mode: str, *, nodes: int = NODES) -> Any:
     """A deployment of a mode."""
     masking = None if mode == "plain" else mode
-    return deployment(folder / mode, nodes=NODES, tls=True, masking=masking)
+    return deployment(folder / mode, nodes=nodes, tls=True, masking=masking)
 
 
 def finished(deployed: Deployment, mode: str) -> None:
     """Waits until every node has its model."""
     if mode != "plain":
-        there = [deployed.model_file(node).exists for node in range(NODES)]
+        there = [deployed.model_file(node).exists for node in range(deployed.nodes)]
         deployed.wait(lambda: all(exists() for exists in there), "the models to be delivered", seconds=120)
 
 
@@ -158,9 +158,9 @@ def model_of(deployed: Deployment, mode: str) -> dict[str, torch.Tensor]:
 
 def masks_of(deployed: Deployment) -> dict[str, Any]:
     """What the recorded uploads say, and whether members' files and models are whole."""
-    models = [load_file(deployed.model_file(node)) for node in range(NODES)]
+    models = [load_file(deployed.model_file(node)) for node in range(deployed.nodes)]
     whole = 0
-    for node in range(NODES):
+    for node in range(deployed.nodes):
         with MemberFile.open(deployed.members / f"client-{node}.secret", passphrase=PASSPHRASE) as file:
             file.memory()
             whole += 1
@@ -177,7 +177,7 @@ def secrets_in_logs(deployed: Deployment) -> int:
     """How many of the members' secrets stand in any process's log, as hexadecimal text."""
     text = "".join(path.read_text(errors="replace") for path in deployed.folder.glob("*.log"))
     found = 0
-    for node in range(NODES):
+    for node in range(deployed.nodes):
         with MemberFile.open(deployed.members / f"client-{node}.secret", passphrase=PASSPHRASE) as file:
             secrets = [*file.keys.seeds.values(), file.membership().secret]
         found += sum(secret.reveal().hex() in text for secret in secrets)

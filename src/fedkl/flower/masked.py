@@ -252,6 +252,13 @@ class MaskedTraining(ReplyAggregation):
             Kept(mode=rules.mode, server_model=rules.server_model, metrics=self._options.metrics),
         )
         _LOG.info("Masked sums, mode %s: the server learns %s.", rules.mode, self.server_learns)
+        available = getattr(strategies[-1], "min_available_nodes", rules.minimum)
+        if available < rules.minimum:
+            _LOG.warning(
+                "A sum needs %d members, and the strategy begins a round with %d nodes: set its "
+                "min_available_nodes to %d or more, or rounds are lost while nodes are away.",
+                *(rules.minimum, available, rules.minimum),
+            )
 
 
 class _Nobody(ReplyRound):
