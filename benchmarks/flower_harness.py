@@ -23,7 +23,7 @@ from typing import Any
 
 from processes import MARK, end_marked, free_ports, marked
 
-from fedkl.flower import node_member
+from fedkl import dates
 from fedkl.masking import MemberFile, MemberKeys, Mode, Rules, new_roster
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def masked_example(folder: Path) -> Path:
 
 def make_members(folder: Path, *, nodes: int, mode: Mode) -> None:
     """Secret files ``client-0.secret`` … of the members of a new cohort."""
-    today = node_member.today()
+    today = dates.today()
     keys = [MemberKeys.new(f"client-{node}", today=today) for node in range(nodes)]
     cards = [each.card() for each in keys]
     sealed = new_roster(name="study", cards=cards, rules=Rules(mode=mode), signer=keys[0], today=today)

@@ -48,8 +48,11 @@ def main() -> None:
         new_locks(locks)
         models: dict[str, dict[str, torch.Tensor]] = {}
         for mode in options.modes:
-            scenario = rounds if options.scenario == "rounds" else faults
-            print(json.dumps(scenario(Path(folder), locks, mode, options, models)), flush=True)
+            if options.scenario == "rounds":
+                result = rounds(Path(folder), locks, mode, options, models)
+            else:
+                result = faults(Path(folder), mode, options)
+            print(json.dumps(result), flush=True)
 
 
 def rounds(
@@ -79,13 +82,7 @@ def rounds(
         return result
 
 
-def faults(
-    folder: Path,
-    locks: Path,
-    mode: str,
-    options: argparse.Namespace,
-    models: dict[str, dict[str, torch.Tensor]],
-) -> dict[str, Any]:
+def faults(folder: Path, mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """Kills (-9) in three rounds, then goes on to the end."""
     config = {
         "dataset": options.dataset,

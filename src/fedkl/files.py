@@ -67,6 +67,28 @@ def create_once(path: Path, data: bytes, *, mode: int) -> bool:
     return True
 
 
+def put(path: Path, data: bytes, *, mode: int, replace: bool) -> bool:
+    """Writes a file, whole; what writes of it that were killed have left beside it is removed.
+
+    Args:
+        path: Where to.
+        data: Its content.
+        mode: Its permissions.
+        replace: Whether a file that is there is replaced.
+
+    Returns:
+        Whether it was written: False, if one is there that stays.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    remove_parts(path.parent, of=path.name)
+    if not replace:
+        return create_once(path, data, mode=mode)
+    write_atomically(path, data, mode=mode)
+    return True
+
+
 def _folder_mode(mode: int) -> int:
     return PRIVATE_FOLDER if mode == PRIVATE_FILE else 0o755
 

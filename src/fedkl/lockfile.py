@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from torch import Tensor
 
 from fedkl.errors import KeyFileError, LockError, shown, warn
-from fedkl.files import PRIVATE_FILE, create_once, open_to_others, read_file, remove_parts, write_atomically
+from fedkl.files import PRIVATE_FILE, create_once, open_to_others, put, read_file, remove_parts
 from fedkl.keys import Key
 from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
@@ -383,10 +383,7 @@ def read_passphrase(path: Path) -> str:
 
 def _write_container(path: Path, data: bytes, *, replace: bool) -> None:
     try:
-        remove_parts(path.parent, of=path.name)
-        if replace:
-            write_atomically(path, data, mode=PRIVATE_FILE)
-        elif not create_once(path, data, mode=PRIVATE_FILE):
+        if not put(path, data, mode=PRIVATE_FILE, replace=replace):
             raise KeyFileError(f"{path}: exists already. Choose another path.")
     except OSError as error:
         raise KeyFileError(f"{path}: cannot be written ({error.strerror}).") from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedkl.errors import ConfigError, UpdateError, gathered, shown
-from fedkl.files import create_once, read_file, remove_parts, write_atomically
+from fedkl.files import put, read_file
 from fedkl.parsing import parse_tensors
 from fedkl.types import NamedTensors
 
@@ -44,10 +44,7 @@ def write_model(
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     data = safetensors.torch.save(own, {"format": _FORMAT, "kind": _KIND, "rounds": str(rounds)})
     try:
-        remove_parts(path.parent, of=path.name)
-        if replace:
-            write_atomically(path, data, mode=mode)
-        elif not create_once(path, data, mode=mode):
+        if not put(path, data, mode=mode, replace=replace):
             raise ConfigError(f"{path}: exists already. Choose another path, or let it be replaced.")
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = error.strerror if isinstance(error, OSError) else error

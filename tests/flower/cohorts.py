@@ -7,8 +7,8 @@ from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
+from fedkl.dates import today
 from fedkl.flower import Guard, Masked, MaskMod, run_in_process
-from fedkl.flower.node_member import today
 from fedkl.masking import MemberFile, MemberKeys, Rules, new_roster
 from tests.flower.setting import net, server_of, step
 

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import pytest
 
-from fedkl import lockfile
+from fedkl import files, lockfile
 from fedkl.errors import ConfigError, FedKLError, KeyFileError, MaskingError, SecretError
 from fedkl.masking import MemberFile, MemberKeys, Membership, Rules, new_roster
 from fedkl.masking.canonical import canonical
@@ -349,7 +349,7 @@ def test_a_memory_that_cannot_be_written_is_not_kept(path, file, sealed, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lockfile, "write_atomically", fail)
+        patch.setattr(files, "write_atomically", fail)
         with pytest.raises(KeyFileError, match="No space left"):
             keep(file, a="2")
     file.close()
@@ -364,7 +364,7 @@ def test_a_failed_join_changes_nothing(path, file, sealed, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lockfile, "write_atomically", fail)
+        patch.setattr(files, "write_atomically", fail)
         with pytest.raises(KeyFileError):
             joined(file, sealed)
     assert not file.cohorts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ import typer
 
 from fedkl.cli.commands import Command
 from fedkl.cli.terminal import console
+from fedkl.dates import today as today  # commands know the date from here
 from fedkl.errors import ConfigError, KeyFileError
 
 if TYPE_CHECKING:
@@ -67,11 +67,6 @@ def _only_one() -> Path:
         f"{Path.cwd()}: several secret files are in this folder: {', '.join(map(str, found))}. Say which one "
         "with --member."
     )
-
-
-def today() -> date:
-    """The date in UTC: the same for all members."""
-    return datetime.now(timezone.utc).date()
 
 
 def tell(text: str) -> None:

@@ -133,12 +133,10 @@ class MaskedTraining(ReplyAggregation):
 
     def evaluation(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The model as it is sent for training; none before there is one that members have made."""
-        if self._last is None:
+        if self._last is None or not messages:
             return []
-        return [
-            addressed(message, self._base(only_arrays(message.content, subject="Message")), "evaluate")
-            for message in messages
-        ]
+        base = self._base(only_arrays(messages[0].content, subject="Message"))  # one model for all nodes
+        return [addressed(message, base, "evaluate") for message in messages]
 
     def goes_on(self, kept: NamedTensors) -> None:
         """Takes a sum for the last one."""

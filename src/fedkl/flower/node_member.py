@@ -6,12 +6,12 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import date, datetime, timezone
 from pathlib import Path
 
 import torch
 from flwr.app import RecordDict
 
+from fedkl.dates import today
 from fedkl.errors import ConfigError, MaskingError, UpdateError
 from fedkl.files import PRIVATE_FILE
 from fedkl.flower.mask_records import Base, Who
@@ -174,11 +174,6 @@ class NodeMember:
             booleans=booleans,
             today=today,
         )
-
-
-def today() -> date:
-    """The date in UTC: the same for all members."""
-    return datetime.now(timezone.utc).date()
 
 
 def _secret_file(node_config: Mapping[str, object]) -> Path:
