@@ -29,11 +29,11 @@ from torch.nn import functional as F
 
 import fedkl.attacks.matching.dlg
 from fedkl import data, models
+from fedkl.attacking import full_gradient
 from fedkl.attacks import DLG, Attack, Observation
 from fedkl.attacks.matching.grnn import GRNN
 from fedkl.attacks.matching.inverting import InvertingGradients
 from fedkl.attacks.matching.objectives import GradientMatching
-from fedkl.audit import full_gradient
 from fedkl.metrics import psnr
 
 SUCCESS = 30.0  # dB

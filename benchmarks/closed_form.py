@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fedkl import data, models, rng
+from fedkl.attacking import CANDIDATES, Trial, observe, trials_of
 from fedkl.attacks import ClosedForm, Knowledge
 from fedkl.attacks.algebraic.closed_form import ClosedFormReconstruction
-from fedkl.audit import CANDIDATES, Trial, observe, trials_of
 from fedkl.defenses import Arm, Defense, KeyLock, NoDefense, PrivateNorm
 from fedkl.locking import Split
 from fedkl.metrics import score

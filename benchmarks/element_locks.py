@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkl import data, models, rng
+from fedkl.attacking import CANDIDATES, SimulatedClients, Trial, observe, trials_of
 from fedkl.attacks import (
     Attack,
     Auxiliary,
@@ -34,7 +35,6 @@ from fedkl.attacks import (
     Reconstruction,
     Wiener,
 )
-from fedkl.audit import CANDIDATES, SimulatedClients, Trial, observe, trials_of
 from fedkl.defenses import Arm, PrivateLayers
 from fedkl.keys import Key
 from fedkl.locking import Split, withhold, withhold_statistics

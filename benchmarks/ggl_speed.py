@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedkl import data, models
+from fedkl.attacking import full_gradient
 from fedkl.attacks import GGL, Observation
 from fedkl.attacks.generators.files import load_generator
 from fedkl.attacks.matching.ggl import _Candidates, _Drawing
-from fedkl.audit import full_gradient
 
 POPULATION = 50
 ROUNDS = 5

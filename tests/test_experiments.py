@@ -14,8 +14,8 @@ import torch
 
 from fedkl import data, demo, experiments
 from fedkl import training as trainings
+from fedkl.attacking.results import arm_summary
 from fedkl.attacks import DLG
-from fedkl.audit.results import arm_summary
 from fedkl.config import AttackConfig, CheckpointConfig, DataConfig, ModelConfig, TrainConfig
 from fedkl.defenses import KeyLock, PrivateNorm, arms_of
 from fedkl.errors import ConfigError, DataError

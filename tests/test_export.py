@@ -16,6 +16,7 @@ from fedkl import cli, experiments, models
 from fedkl import training as trainings
 from fedkl.aggregation.masked import MaskedAggregation
 from fedkl.config import AttackConfig, CheckpointConfig, DataConfig, ModelConfig, TrainConfig
+from fedkl.configured import dataset_of
 from fedkl.defenses import KeyLock, NoDefense, PrivateLayers, PrivateNorm
 from fedkl.defenses.noise import GaussianNoise
 from fedkl.errors import ConfigError, FedKLError, KeyFileError, UpdateError
@@ -25,7 +26,6 @@ from fedkl.metrics import evaluate
 from fedkl.models.registry import MODELS, ModelEntry
 from fedkl.parsing import parse_tensors
 from fedkl.runs import RunDirectory
-from fedkl.subject import dataset_of
 
 PASSPHRASE = "correct horse"
 LOCAL = LocalTraining(batch_size=16, lr=0.05, epochs=4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedkl.audit.run import attack
+from fedkl.attacking.run import attack
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.runs import RunDirectory
 from fedkl.study import Progress, silent

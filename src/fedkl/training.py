@@ -14,6 +14,7 @@ from torch import nn
 
 from fedkl import rng
 from fedkl.config import TrainConfig
+from fedkl.configured import dataset_of, networks_of, prepared
 from fedkl.curves import curves
 from fedkl.data import Dataset, Subset
 from fedkl.errors import ConfigError
@@ -22,7 +23,6 @@ from fedkl.lockfile import default_passphrase
 from fedkl.norms import statistics_names
 from fedkl.runs import Count, FillIn, Needed, RunDirectory, Seconds, Share, damaged_summary
 from fedkl.study import Progress, begun, silent
-from fedkl.subject import dataset_of, networks_of, prepared
 from fedkl.validation import problems_of
 
 

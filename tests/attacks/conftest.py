@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from fedkl import data, models
+from fedkl.attacking import full_gradient, observe, trials_of
 from fedkl.attacks import Knowledge, Observation
-from fedkl.audit import full_gradient, observe, trials_of
 from fedkl.defenses import Arm, NoDefense
 
 

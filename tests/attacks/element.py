@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from fedkl.attacking import SimulatedClients, observe, trials_of
 from fedkl.attacks import Auxiliary, Knowledge, Procedure
-from fedkl.audit import SimulatedClients, observe, trials_of
 from fedkl.defenses import Arm, PrivateLayers
 from fedkl.locking import Split, withhold
 

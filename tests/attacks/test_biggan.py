@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedkl.attacking import full_gradient
 from fedkl.attacks import GGL, Observation
 from fedkl.attacks.generators.biggan import BigGANConfig
 from fedkl.attacks.generators.files import load_generator
-from fedkl.audit import full_gradient
 from fedkl.errors import AttackError, ConfigError
 from fedkl.generator_training import write_samples
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from fedkl import data
+from fedkl.attacking.grid import attack_arms, floor
+from fedkl.attacking.observing import trials_of
 from fedkl.attacks import Attack, ClosedForm
 from fedkl.attacks.algebraic.linear_rows import LinearRows
-from fedkl.audit.grid import attack_arms, floor
-from fedkl.audit.observing import trials_of
 from fedkl.defenses import plain_arm
 
 

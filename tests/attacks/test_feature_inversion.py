@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedkl.attacking import attack_arms, observe, trials_of
 from fedkl.attacks import FeatureInversion, Knowledge, Procedure
 from fedkl.attacks.algebraic.convolution import reads_of
 from fedkl.attacks.algebraic.feature_inversion import _agreeing, _World
 from fedkl.attacks.algebraic.features import read_features, readable_convolutions
 from fedkl.attacks.algebraic.structure import read_structure
 from fedkl.attacks.algebraic.subspace import blind_inputs
-from fedkl.audit import attack_arms, observe, trials_of
 from fedkl.defenses import Arm, KeyLock, NoDefense
 from fedkl.errors import AttackError, ConfigError
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from fedkl import rng
+from fedkl.attacking import SimulatedClients, attack_arms, trials_of
 from fedkl.attacks import Knowledge, LearnedInversion, PriorOnly, Procedure
 from fedkl.attacks.learned import inversion as learned
 from fedkl.attacks.learned import kernels
 from fedkl.attacks.learned.kernels import Views, best_regression
-from fedkl.audit import SimulatedClients, attack_arms, trials_of
 from fedkl.defenses import Arm, KeyLock, NoDefense
 from fedkl.errors import AttackError, ConfigError, DataError
 

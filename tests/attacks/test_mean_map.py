@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedkl.attacking import observe, trials_of
 from fedkl.attacks import Knowledge, MeanMap, PriorOnly, Procedure
 from fedkl.attacks.algebraic.access import open_above_first
-from fedkl.audit import observe, trials_of
 from fedkl.defenses import Arm, NoDefense, PrivateLayers
 from fedkl.errors import AttackError, ConfigError
 from tests.attacks.element import ElementLock, correlations, seen_of

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from fedkl.attacking import observe, sent_statistics
 from fedkl.attacks import ClosedForm, Procedure
 from fedkl.attacks.algebraic.chain import read_chain
-from fedkl.audit import observe, sent_statistics
 from fedkl.defenses import Arm, KeyLock, NoDefense
 from fedkl.errors import AttackError
 from fedkl.metrics import psnr

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from fedkl.attacking import observe
 from fedkl.attacks import AdaptiveMatching, Attack, InvertingGradients
 from fedkl.attacks.algebraic.structure import read_structure
 from fedkl.attacks.matching.structured import _Matching
-from fedkl.audit import observe
 from fedkl.defenses import PUBLISHED_LOCK, KeyLock, PrivateLayers, arms_of
 from fedkl.errors import ConfigError
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fedkl import data, experiments, report
+from fedkl.attacking import SimulatedClients
 from fedkl.attacks import PriorOnly
-from fedkl.audit import SimulatedClients
 from fedkl.config import AttackConfig
 from fedkl.defenses import DEFENSES, Defense, KeyLock, NoDefense, own_arms, register_defense
 from fedkl.defenses.noise import GaussianNoise

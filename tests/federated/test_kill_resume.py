@@ -20,6 +20,7 @@ import pytest
 from fedkl import config as configs
 from fedkl import data
 from fedkl.config import CheckpointConfig, TrainConfig
+from fedkl.configured import networks_of
 from fedkl.defenses import KeyLock
 from fedkl.federated import (
     Checkpoints,
@@ -30,7 +31,6 @@ from fedkl.federated import (
     ServerSGD,
 )
 from fedkl.runs import RunDirectory
-from fedkl.subject import networks_of
 from tests.federated.setting import differences, everything
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")

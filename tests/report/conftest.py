@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedkl.audit.results import arm_summary
-from fedkl.audit.views import chosen_arms
+from fedkl.attacking.results import arm_summary
+from fedkl.attacking.views import chosen_arms
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.defenses import Arm, NoDefense
 from fedkl.federated import FederatedTraining

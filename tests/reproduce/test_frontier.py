@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedkl.audit.matrix import ROWS
+from fedkl.attacking.matrix import ROWS
 from fedkl.errors import ConfigError
 from fedkl.reproduce import RUNGS, Frontier, Matrix, frontier
 from fedkl.reproduce.frontier import markdown, points

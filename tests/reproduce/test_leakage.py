@@ -8,9 +8,9 @@ from contextlib import nullcontext
 import pytest
 
 from fedkl import config as configs
+from fedkl.attacking.records import _paper, perceptual_distances
+from fedkl.attacking.results import SSIM_SUCCESS, SUCCESS_DB
 from fedkl.attacks.generators.files import load_generator
-from fedkl.audit.records import _paper, perceptual_distances
-from fedkl.audit.results import SSIM_SUCCESS, SUCCESS_DB
 from fedkl.data import DATASETS
 from fedkl.defenses import PUBLISHED_LOCK
 from fedkl.errors import ConfigError, DataError

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fedkl import config as configs
-from fedkl.audit.results import attack_summary
-from fedkl.audit.views import chosen_arms
+from fedkl.attacking.results import attack_summary
+from fedkl.attacking.views import chosen_arms
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.defenses import Arm
 from fedkl.errors import ConfigError

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedkl import wording
+from fedkl.attacking.results import SSIM_SUCCESS, SUCCESS_DB
+from fedkl.attacking.verdict import CONTROL_SHARE, SAFE_FROM, Verdict
+from fedkl.attacking.views import chosen_arms
 from fedkl.attacks import IDLG
-from fedkl.audit.results import SSIM_SUCCESS, SUCCESS_DB
-from fedkl.audit.verdict import CONTROL_SHARE, SAFE_FROM, Verdict
-from fedkl.audit.views import chosen_arms
 from fedkl.data import IID
 from fedkl.paper.published import published
 from fedkl.report import verdict

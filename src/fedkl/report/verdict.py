@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fedkl import wording
-from fedkl.audit import verdict
-from fedkl.audit.verdict import Verdict
+from fedkl.attacking import verdict
+from fedkl.attacking.verdict import Verdict
 from fedkl.config import TrainConfig
 from fedkl.defenses import Arm
 from fedkl.metrics import paper_psnr_to_true
@@ -170,7 +170,7 @@ def _unlocked_sentence(run: TrainRun) -> str:
 
 
 def judge(arm: dict[str, Any], run: AttackRun) -> Verdict:
-    """The verdict on one arm; see `fedkl.audit.verdict`."""
+    """The verdict on one arm; see `fedkl.attacking.verdict`."""
     known = run.chosen[arm["name"]]
     return verdict.judge(
         arm,

@@ -7,9 +7,9 @@ frontier.py  the audit's matrix beside what each arrangement costs in accuracy
 published.py the paper's settings and figures
 """
 
-from fedkl.audit.arrangements import ARRANGEMENTS
-from fedkl.audit.attackers import RUNGS
-from fedkl.audit.matrix import ROWS, Matrix, adaptive
+from fedkl.attacking.arrangements import ARRANGEMENTS
+from fedkl.attacking.attackers import RUNGS
+from fedkl.attacking.matrix import ROWS, Matrix, adaptive
 from fedkl.paper.published import Budget
 from fedkl.reproduce.accuracy import (
     ARMS,

@@ -9,10 +9,10 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from fedkl import experiments, wording
-from fedkl.audit.arrangements import ARRANGEMENTS, CONTROL
-from fedkl.audit.matrix import ROWS, Matrix, adaptive
-from fedkl.audit.matrix_table import Judgment, judgments, name_of
-from fedkl.audit.records import Record
+from fedkl.attacking.arrangements import ARRANGEMENTS, CONTROL
+from fedkl.attacking.matrix import ROWS, Matrix, adaptive
+from fedkl.attacking.matrix_table import Judgment, judgments, name_of
+from fedkl.attacking.records import Record
 from fedkl.config import DataConfig, ModelConfig, TrainConfig
 from fedkl.defenses import NoDefense
 from fedkl.errors import ConfigError

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedkl.audit.records import Record
+from fedkl.attacking.records import Record
 from fedkl.errors import ConfigError
 from fedkl.files import write_atomically
 from fedkl.report import figures, pictures

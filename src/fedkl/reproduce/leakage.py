@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fedkl import config as configs
 from fedkl import experiments
-from fedkl.audit.records import Record, markdown, perceptual_distances, records_of
+from fedkl.attacking.records import Record, markdown, perceptual_distances, records_of
 from fedkl.config import AttackConfig
 from fedkl.defenses import PUBLISHED_LOCK, arms_of
 from fedkl.errors import AttackError, ConfigError, DataError, gathered

@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 
 from fedkl import experiments, report
-from fedkl.audit.results import arm_summary
-from fedkl.audit.views import chosen_arms
+from fedkl.attacking.results import arm_summary
+from fedkl.attacking.views import chosen_arms
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.data import Dataset, DataSpec, Shards
 from fedkl.defenses import KeyLock, NoDefense
@@ -133,13 +133,13 @@ def _dataset(*arguments: object, **options: object) -> Dataset:
 
 # What takes long when an experiment is run; the run's folder is read and written as ever.
 _STUBS: dict[str, dict[str, Any]] = {
-    "fedkl.audit.run": {"attack_arms": _stop},
+    "fedkl.attacking.run": {"attack_arms": _stop},
     "fedkl.training": {
         "Federation": _Federation,
         "Checkpoints": _Checkpoints,
         "default_passphrase": lambda: "horse",
     },
-    "fedkl.subject": {
+    "fedkl.configured": {
         "data": SimpleNamespace(load=_dataset),
         "models": SimpleNamespace(build_model=lambda *arguments, **options: torch.nn.Identity()),
     },

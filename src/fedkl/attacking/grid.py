@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from fedkl import rng
+from fedkl.attacking.lots import Pace, lots_of
+from fedkl.attacking.networks import Networks
+from fedkl.attacking.observing import Trial, observe
+from fedkl.attacking.simulating import SimulatedClients
 from fedkl.attacks import Attack, Reason, Reconstruction, RefusedError
 from fedkl.attacks.learned.prior_only import class_means
-from fedkl.audit.lots import Pace, lots_of
-from fedkl.audit.networks import Networks
-from fedkl.audit.observing import Trial, observe
-from fedkl.audit.simulating import SimulatedClients
 from fedkl.data import Dataset
 from fedkl.defenses import Arm, Defense
 from fedkl.errors import AttackError, DataError, LockError, UpdateError

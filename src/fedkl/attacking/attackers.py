@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedkl.audit.arrangements import CONTROL, LOCK_CONTROL
+from fedkl.attacking.arrangements import CONTROL, LOCK_CONTROL
 
 FLOOR = "floor"
 """The rung that looks at the label only."""

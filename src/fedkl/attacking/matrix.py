@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fedkl import config as configs
-from fedkl.audit.arrangements import ARRANGEMENTS, CONTROL, LOCK_CONTROL, control_of, is_lock
-from fedkl.audit.attackers import RUNGS, Rung
-from fedkl.audit.matrix_table import markdown
-from fedkl.audit.records import Record, records_of
-from fedkl.audit.run import attack
+from fedkl.attacking.arrangements import ARRANGEMENTS, CONTROL, LOCK_CONTROL, control_of, is_lock
+from fedkl.attacking.attackers import RUNGS, Rung
+from fedkl.attacking.matrix_table import markdown
+from fedkl.attacking.records import Record, records_of
+from fedkl.attacking.run import attack
 from fedkl.config import AttackConfig
 from fedkl.defenses import KeyLock
 from fedkl.errors import AttackError, ConfigError

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from fedkl.attacking.grid import NotRun
+from fedkl.attacking.views import chosen_arms
 from fedkl.attacks import Reason
-from fedkl.audit.grid import NotRun
-from fedkl.audit.views import chosen_arms
 from fedkl.config import AttackConfig
 from fedkl.defenses import Arm
 from fedkl.errors import ConfigError, shown

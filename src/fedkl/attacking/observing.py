@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkl import rng
-from fedkl.audit.networks import Networks
-from fedkl.audit.updates import difference, local_update, mean_of, sent_statistics, trained_tensors
+from fedkl.attacking.networks import Networks
+from fedkl.attacking.updates import difference, local_update, mean_of, sent_statistics, trained_tensors
 from fedkl.data import Dataset
 from fedkl.defenses import Arm, Defense
 from fedkl.defenses.base import ServerView

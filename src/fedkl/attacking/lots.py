@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from fedkl.attacking.observing import Trial
 from fedkl.attacks import Attack
-from fedkl.audit.observing import Trial
 
 
 def lots_of(

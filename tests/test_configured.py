@@ -9,10 +9,10 @@ import safetensors.torch
 import torch
 
 from fedkl import config as configs
-from fedkl.audit.run import attack
+from fedkl.attacking.run import attack
+from fedkl.configured import dataset_of, networks_of
 from fedkl.errors import ConfigError
 from fedkl.runs import RunDirectory
-from fedkl.subject import dataset_of, networks_of
 from fedkl.training import train
 
 MODEL = {"name": "lenet", "initialization": "default"}

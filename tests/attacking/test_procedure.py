@@ -11,10 +11,10 @@ import torch
 
 from fedkl import config as configs
 from fedkl import data, models, rng
+from fedkl.attacking import SimulatedClients, observe, trials_of
+from fedkl.attacking.updates import difference, gradients, trained_tensors
 from fedkl.attacks import DLG, InvertingGradients, Knowledge, Procedure
 from fedkl.attacks.matching.objectives import GradientMatching
-from fedkl.audit import SimulatedClients, observe, trials_of
-from fedkl.audit.updates import difference, gradients, trained_tensors
 from fedkl.defenses import Arm, Defense, KeyLock, NoDefense, arms_of
 from fedkl.errors import AttackError, ConfigError
 from fedkl.federated import ConstantSchedule, FederatedTraining, Federation, LocalTraining

@@ -11,6 +11,10 @@ import torch
 from torch import nn
 
 from fedkl import data, experiments, report
+from fedkl.attacking.grid import candidates_of, floor
+from fedkl.attacking.observing import observe, trials_of
+from fedkl.attacking.simulating import SimulatedClients
+from fedkl.attacking.verdict import judge
 from fedkl.attacks import (
     ATTACKS,
     Attack,
@@ -22,10 +26,6 @@ from fedkl.attacks import (
     Wiener,
     register_attack,
 )
-from fedkl.audit.grid import candidates_of, floor
-from fedkl.audit.observing import observe, trials_of
-from fedkl.audit.simulating import SimulatedClients
-from fedkl.audit.verdict import judge
 from fedkl.config import AttackConfig, ModelConfig
 from fedkl.defenses import Arm, Defense, KeyLock, NoDefense, PrivateNorm, PublicNorm, arms_of, own_arms
 from fedkl.errors import AttackError

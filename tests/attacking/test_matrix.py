@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from fedkl.audit.attackers import RUNGS
-from fedkl.audit.matrix import ROWS, adaptive
-from fedkl.audit.matrix_table import markdown, verdict
+from fedkl.attacking.attackers import RUNGS
+from fedkl.attacking.matrix import ROWS, adaptive
+from fedkl.attacking.matrix_table import markdown, verdict
 from fedkl.cli import app
 from fedkl.errors import ConfigError
 from fedkl.reproduce import Matrix

@@ -10,11 +10,11 @@ matrix.py     many attacks against many arrangements; arrangements.py: of what; 
 records.py    their figures; verdict.py: what they say
 """
 
-from fedkl.audit.grid import CANDIDATES, TrialResult, attack_arms
-from fedkl.audit.observing import Trial, observe, trials_of
-from fedkl.audit.simulating import SimulatedClients
-from fedkl.audit.updates import full_gradient, local_update, sent_statistics
-from fedkl.audit.views import chosen_arms
+from fedkl.attacking.grid import CANDIDATES, TrialResult, attack_arms
+from fedkl.attacking.observing import Trial, observe, trials_of
+from fedkl.attacking.simulating import SimulatedClients
+from fedkl.attacking.updates import full_gradient, local_update, sent_statistics
+from fedkl.attacking.views import chosen_arms
 
 __all__ = [
     "CANDIDATES",

@@ -13,8 +13,8 @@ import torch
 from pydantic import Field, TypeAdapter
 
 from fedkl import wording
+from fedkl.attacking.results import SSIM_SUCCESS, SUCCESS_DB, arm_figures, attack_summary
 from fedkl.attacks import DLG, IDLG
-from fedkl.audit.results import SSIM_SUCCESS, SUCCESS_DB, arm_figures, attack_summary
 from fedkl.config import AttackConfig
 from fedkl.errors import ConfigError
 from fedkl.files import read_file, write_atomically

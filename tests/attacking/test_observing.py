@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from fedkl import PublicUpdate, data, models
+from fedkl.attacking import SimulatedClients, attack_arms, full_gradient, grid, observe, trials_of
 from fedkl.attacks import DLG, Auxiliary, Knowledge, PriorOnly, Procedure
 from fedkl.attacks.matching.objectives import GradientMatching
-from fedkl.audit import SimulatedClients, attack_arms, full_gradient, grid, observe, trials_of
 from fedkl.defenses import Arm, KeyLock, arms_of
 from fedkl.errors import AttackError, DataError
 
@@ -439,7 +439,7 @@ def observed(dataset, arms, monkeypatch, *, attack, trials=3):
 
 
 def test_trials_of_one_public_network_hold_one_copy_of_it(dataset, monkeypatch):
-    monkeypatch.setattr("fedkl.audit.grid.lots_of", lambda trials, *rest, **options: [trials])
+    monkeypatch.setattr("fedkl.attacking.grid.lots_of", lambda trials, *rest, **options: [trials])
     seen = observed(dataset, ["no-norm"], monkeypatch, attack=DLG(evaluations=1))
     assert len(seen) == 3
     assert len({id(observation.model) for observation in seen}) == 1
@@ -448,7 +448,7 @@ def test_trials_of_one_public_network_hold_one_copy_of_it(dataset, monkeypatch):
 
 
 def test_trials_and_arms_share_all_tensors_but_what_the_server_draws(dataset, monkeypatch):
-    monkeypatch.setattr("fedkl.audit.grid.lots_of", lambda trials, *rest, **options: [trials])
+    monkeypatch.setattr("fedkl.attacking.grid.lots_of", lambda trials, *rest, **options: [trials])
     seen = observed(dataset, ["public-norm", "lock"], monkeypatch, attack=DLG(evaluations=1))
     assert len({id(observation.model) for observation in seen}) == 1 + 3
     counts = {name: len(where) for name, where in places(seen).items()}

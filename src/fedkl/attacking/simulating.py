@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkl import rng
-from fedkl.audit.updates import gradients, mean_of, stacked, updated
+from fedkl.attacking.updates import gradients, mean_of, stacked, updated
 from fedkl.defenses import Arm, Defense
 from fedkl.defenses.base import Known
 from fedkl.locking import Split

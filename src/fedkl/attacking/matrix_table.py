@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedkl import wording
-from fedkl.audit.attackers import CEILING, FLOOR, RUNGS
-from fedkl.audit.records import Record
-from fedkl.audit.verdict import CONTROL_SHARE, SAFE_FROM, Kind, judge
+from fedkl.attacking.attackers import CEILING, FLOOR, RUNGS
+from fedkl.attacking.records import Record
+from fedkl.attacking.verdict import CONTROL_SHARE, SAFE_FROM, Kind, judge
 from fedkl.markdown import table_lines
 
 _CELL = ("row", "batch", "steps", "cohort")

@@ -12,17 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from fedkl.audit.grid import NotRun, TrialResult, attack_arms, floor
-from fedkl.audit.observing import Trial, trials_of
-from fedkl.audit.results import VERSION, arm_summary, not_run, shares
-from fedkl.audit.views import chosen_arms
+from fedkl.attacking.grid import NotRun, TrialResult, attack_arms, floor
+from fedkl.attacking.observing import Trial, trials_of
+from fedkl.attacking.results import VERSION, arm_summary, not_run, shares
+from fedkl.attacking.views import chosen_arms
 from fedkl.config import AttackConfig
+from fedkl.configured import dataset_of, networks_of, prepared
 from fedkl.data import Dataset
 from fedkl.defenses import Arm
 from fedkl.errors import AttackError, ConfigError
 from fedkl.runs import RunDirectory
 from fedkl.study import Progress, begun, silent
-from fedkl.subject import dataset_of, networks_of, prepared
 
 
 def attack(config: AttackConfig, *, out: Path, progress: Progress = silent) -> RunDirectory:
