@@ -12,11 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fedkl.auditing import Subject
     from fedkl.errors import FedKLError
     from fedkl.keys import Key
     from fedkl.lockfile import load_key, save_key
     from fedkl.locking import Lock, load_lock, lock, lock_
     from fedkl.norms import register_norm
+    from fedkl.protocol import Procedure
     from fedkl.update import PublicUpdate
 
 __version__ = "0.1.0"
@@ -25,7 +27,9 @@ __all__ = [
     "FedKLError",
     "Key",
     "Lock",
+    "Procedure",
     "PublicUpdate",
+    "Subject",
     "load_key",
     "load_lock",
     "lock",
@@ -40,7 +44,9 @@ if not TYPE_CHECKING:  # a type checker would take any name from a module's __ge
         "FedKLError": "errors",
         "Key": "keys",
         "Lock": "locking",
+        "Procedure": "protocol",
         "PublicUpdate": "update",
+        "Subject": "auditing",
         "load_key": "lockfile",
         "load_lock": "locking",
         "lock": "locking",

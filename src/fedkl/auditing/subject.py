@@ -1,0 +1,269 @@
+"""What is audited: somebody's model, their images, and what a client of theirs does with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedkl.errors import ConfigError, DataError, gathered, printable
+from fedkl.files import read_file
+from fedkl.models.preprocessing import Standardize
+from fedkl.parsing import parse_tensors
+from fedkl.protocol import Procedure
+from fedkl.update import TensorSpec, check_tensors
+
+LocalLoop = Callable[[nn.Module, Tensor, Tensor], object]
+"""A training loop of one's own: trains a model, in place, on images and labels."""
+
+_MAX_WEIGHTS = 2**32  # bytes of a file
+_LEAST_IMAGES = 40
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """A model, images with labels, and what a client does with them.
+
+    Attributes:
+        model: A function without arguments that builds the network; called more than once.
+        images: What the network is called with, before `normalization`: float32, shape ``(images, channels,
+            height, width)``, in [0, 1]. Or integer tokens, shape ``(images, length)``: only presence is
+            tested then. Best are images that the weights were never trained on: what is asked is what a
+            client's next update tells of new images.
+        labels: int64, shape ``(images,)``.
+        weights: Trained weights: a safetensors file, or tensors by the network's names; all of its
+            parameters, and its buffers if it has any. None: those that `model` builds.
+        procedure: What a client does in a round, and what of it is sent. Or a function that trains: called
+            as ``procedure(network, inputs, labels)`` with the network as `model` builds it and inputs as it
+            takes them, it trains the network in place; what is sent are the weights.
+        images_per_client: How many images a client trains on in a round.
+        norm_mode: Whether norms use a batch's statistics while a client trains; a function that trains sets
+            the mode itself.
+        normalization: Mean and standard deviation per channel, of what is done to images before the network
+            sees them; None: nothing is.
+        classes: How many there are; None: the largest label, and one.
+        name: What reports call it.
+
+    Raises:
+        ConfigError: Fields are not usable; the message lists all of them.
+
+    >>> images, labels = torch.rand(50, 1, 8, 8), torch.arange(50) % 10
+    >>> subject = Subject(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), images=images,
+    ...                   labels=labels, procedure=Procedure(algorithm="fedavg", batch_size=8),
+    ...                   images_per_client=8)
+    >>> subject.classes, subject.is_pictures
+    (10, True)
+    """
+
+    model: Callable[[], nn.Module]
+    images: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    weights: Path | str | Mapping[str, Tensor] | None = field(default=None, repr=False)
+    procedure: Procedure | LocalLoop = field(default_factory=Procedure)
+    images_per_client: int = 1
+    norm_mode: Literal["train", "eval"] = "train"
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None
+    classes: int = 0
+    name: str = "subject"
+
+    def __post_init__(self) -> None:
+        problems = [problem for problem, wrong in self._checks() if wrong]
+        if not problems and not self.classes:
+            object.__setattr__(self, "classes", int(self.labels.max()) + 1)
+        if not problems and int(self.labels.max()) >= self.classes:
+            problems.append(
+                f"labels: expected 0 .. {self.classes - 1}, as there are {self.classes} classes, got "
+                f"{int(self.labels.max())}"
+            )
+        if problems:
+            raise ConfigError(gathered("Subject is not usable.", problems, "Correct these fields."))
+
+    def _checks(self) -> list[tuple[str, bool]]:
+        """Problems, and whether each is there; later ones are only looked at where earlier ones are not."""
+        tensors = isinstance(self.images, Tensor) and isinstance(self.labels, Tensor)
+        checks = [
+            (
+                "model: expected a function that builds the network, e.g. `lambda: Net()`, got a network",
+                (isinstance(self.model, nn.Module)),
+            ),
+            ("model: expected a function that builds the network", not callable(self.model)),
+            (
+                "procedure: expected a fedkl.Procedure, or a function that trains",
+                (not isinstance(self.procedure, Procedure) and not callable(self.procedure)),
+            ),
+            (
+                f"images_per_client: expected at least 1, got {self.images_per_client}",
+                self.images_per_client < 1,
+            ),
+            (
+                f"norm_mode: expected 'train' or 'eval', got {self.norm_mode!r}",
+                self.norm_mode not in ("train", "eval"),
+            ),
+            (
+                "images, labels: expected tensors, got "
+                f"{type(self.images).__name__} and {type(self.labels).__name__}",
+                not tensors,
+            ),
+        ]
+        return checks + (self._tensor_checks() if tensors else [])
+
+    def _tensor_checks(self) -> list[tuple[str, bool]]:
+        shape, pictures = tuple(self.images.shape), self.images.is_floating_point()
+        sizes = len(shape) == (4 if pictures else 2)
+        counted = tuple(self.labels.shape) == shape[:1] and self.labels.dtype == torch.int64
+        checks = [
+            (
+                "images: expected floats of shape (images, channels, height, width), or integers of shape "
+                f"(images, length), got {self.images.dtype} of shape {shape}",
+                not sizes,
+            ),
+            (
+                f"labels: expected int64 of shape {shape[:1]}, got {self.labels.dtype} of shape "
+                f"{tuple(self.labels.shape)}",
+                not counted,
+            ),
+            (
+                f"images: expected at least {_LEAST_IMAGES}, got {len(self.images)}",
+                len(self.images) < _LEAST_IMAGES,
+            ),
+        ]
+        if sizes and pictures and len(self.images):
+            low, high = (float(end) for end in self.images.aminmax())
+            checks.append(
+                (
+                    f"images: expected values in [0, 1], got {low:.3g} to {high:.3g}. Give images as they "
+                    "are before normalization, and its mean and standard deviation as `normalization`",
+                    not 0 <= low <= high <= 1,
+                )
+            )
+        if counted and len(self.labels):
+            checks.append(
+                (
+                    f"labels: expected values of at least 0, got {int(self.labels.min())}",
+                    int(self.labels.min()) < 0,
+                )
+            )
+        return checks
+
+    @property
+    def is_pictures(self) -> bool:
+        """Whether images are pictures, which can be reconstructed and shown; else they are tokens."""
+        return self.images.is_floating_point()
+
+    @property
+    def has_own_loop(self) -> bool:
+        """Whether clients train with a function of the user's."""
+        return not isinstance(self.procedure, Procedure)
+
+    def build(self) -> nn.Module:
+        """The network as its owner builds and calls it, with the weights that clients receive.
+
+        Raises:
+            ConfigError: It cannot be built, or the weights do not fit it.
+        """
+        try:
+            network = self.model()
+        except Exception as error:
+            raise ConfigError(
+                f"Subject.model: raised {type(error).__name__} ({printable(str(error))}). Give a function "
+                "without arguments that returns the network."
+            ) from error
+        if not isinstance(network, nn.Module):
+            raise ConfigError(
+                f"Subject.model: expected a function that returns an nn.Module, got {type(network).__name__}."
+            )
+        network = copy.deepcopy(network).cpu()  # the function may give the same one again
+        _load_(network, self.weights)
+        return network
+
+    def classifier(self, network: nn.Module | None = None) -> nn.Module:
+        """The same as attackers call it: images in [0, 1] go in, class scores come out.
+
+        Names of modules and tensors are those of the network.
+
+        Args:
+            network: One that `build` built, changed in place; None: a new one.
+        """
+        network = self.build() if network is None else network
+        if self.normalization is not None:
+            network.register_forward_pre_hook(_StandardizeFirst(Standardize(*self.normalization)))
+        network.register_forward_hook(_scores_last)
+        return network
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Images as the network takes them, normalized."""
+        if self.normalization is None:
+            return images
+        found: Tensor = Standardize(*self.normalization)(images)
+        return found
+
+    def check(self) -> None:
+        """Builds the network and calls it with two images.
+
+        Raises:
+            ConfigError: It cannot be built, or does not fit its weights.
+            DataError: It cannot be called with the images, or returns no class scores.
+        """
+        network = self.classifier().eval()
+        try:
+            with torch.no_grad():
+                scores = network(self.images[:2])
+        except Exception as error:
+            raise DataError(
+                f"{self.name}: the network cannot be called with images of shape "
+                f"{tuple(self.images.shape[1:])} ({type(error).__name__}: {printable(str(error))}). Give "
+                "images as it takes them, on the CPU."
+            ) from error
+        if not isinstance(scores, Tensor) or tuple(scores.shape) != (2, self.classes):
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise DataError(
+                f"{self.name}: expected class scores of shape (2, {self.classes}) for two images, got {got}. "
+                "Return the scores, or an object with a field `logits`; set `classes` to their number."
+            )
+
+
+class _StandardizeFirst:
+    """A forward pre-hook; an object, so that copies of the network have a copy of it."""
+
+    def __init__(self, standardize: Standardize) -> None:
+        self._standardize = standardize
+
+    def __call__(self, network: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._standardize.to(args[0].device, args[0].dtype)(args[0]), *args[1:])
+
+
+def _scores_last(network: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """A forward hook: class scores out of what networks of other libraries return."""
+    return getattr(output, "logits", output)
+
+
+def _load_(network: nn.Module, weights: Path | str | Mapping[str, Tensor] | None) -> None:
+    if weights is None:
+        return
+    source = "a mapping" if isinstance(weights, Mapping) else str(weights)
+    try:
+        tensors = (
+            dict(weights)
+            if isinstance(weights, Mapping)
+            else parse_tensors(read_file(Path(weights), limit=_MAX_WEIGHTS))[0]
+        )
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"Subject.weights: {source} cannot be read ({reason}). Give a safetensors file, or tensors "
+            "by name."
+        ) from error
+    own = network.state_dict()
+    check_tensors(
+        tensors,
+        {name: TensorSpec.of(tensor) for name, tensor in own.items()},
+        subject=f"Subject.weights: {source} does not fit the network.",
+        remedy="Give the weights of this architecture, with buffers.",
+        error=ConfigError,
+    )
+    network.load_state_dict(tensors)
