@@ -1,0 +1,194 @@
+"""Whether an image was among those that a client trained on, as a server tells it from the update alone.
+
+Two scores of every layer. With A the second moments of the layer's inputs, B those of what the loss sends
+back (both of the server's own images), Δ the layer's part of the update, and whitened Δ̃ = B^{-½} Δ A^{-½}:
+
+* span: the share of the candidate's whitened inputs that lies in the row space of Δ A^{-½}. A sum of outer
+  products δ aᵀ has the inputs of the client's images in its row space. No label, no backward pass.
+* ratio: the cosine of Δ̃ and the candidate's own whitened gradient, the likelihood ratio of "its gradient is
+  in the sum" with the layer's gradients taken as Gaussian of covariance B ⊗ A, without the norm.
+
+What weight each score has, the server learns from clients that it plays itself, by logistic regression. So
+nothing is chosen by looking at the truth.
+
+Source:
+    The span: Li et al., "Effective passive membership inference attacks in federated learning against
+    overparameterized models", ICLR 2023 (gradients of different images are nearly orthogonal); here on the
+    inputs, whitened. The covariance B ⊗ A: Martens and Grosse, "Optimizing neural networks with
+    Kronecker-factored approximate curvature", 2015.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fedkl.auditing.rows import Layer, layers_of, rows_of
+
+_RIDGE = 1e-3  # of the mean eigenvalue
+_RANK = 1e-4  # singular values below this share of the largest are rounding
+_PENALTY = 1.0  # of squared weights, for standardized scores
+_TINY = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Whitening:
+    """What makes a layer's inputs, and what comes back, uncorrelated and of one size on the server's images.
+
+    Attributes:
+        inputs: A^{-½}, shape ``(inputs, inputs)``.
+        outputs: B^{-½}, shape ``(outputs, outputs)``.
+    """
+
+    inputs: Tensor = field(repr=False)
+    outputs: Tensor = field(repr=False)
+
+
+class LayerScores:
+    """Both scores of every layer.
+
+    Args:
+        model: The classifier at the weights that clients received, as far as the server knows it.
+        observed: An update, of which names and shapes are read.
+        images: The server's own.
+        labels: Theirs.
+    """
+
+    def __init__(
+        self, model: nn.Module, observed: Mapping[str, Tensor], *, images: Tensor, labels: Tensor
+    ) -> None:
+        self._model = model
+        called = layers_of(model, observed)
+        moments: dict[str, tuple[Tensor, Tensor]] = {}
+        for chunk in rows_of(model, images, labels, layers=called):
+            for name, rows in chunk.items():
+                a, b = _second_moment(rows.inputs), _second_moment(rows.outputs)
+                before = moments.get(name, (torch.zeros_like(a), torch.zeros_like(b)))
+                moments[name] = (before[0] + a, before[1] + b)
+        self.layers: list[Layer] = [layer for layer in called if layer.name in moments]
+        self._whitening = {
+            name: Whitening(inputs=_inverse_root(a), outputs=_inverse_root(b))
+            for name, (a, b) in moments.items()
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """Of the scores, as in the last dimension of what a call returns."""
+        return [f"{score} {layer.name}" for layer in self.layers for score in ("span", "ratio")]
+
+    def __call__(self, updates: Sequence[Mapping[str, Tensor]], images: Tensor, labels: Tensor) -> Tensor:
+        """Scores of candidates under updates.
+
+        Args:
+            updates: By tensor name; each of a client's or a sum of several.
+            images: The candidates.
+            labels: Theirs.
+
+        Returns:
+            Shape ``(updates, images, scores)``; between 0 and 1, or −1 and 1.
+        """
+        found = []
+        observed = {layer.name: [self._of(layer, update) for update in updates] for layer in self.layers}
+        for chunk in rows_of(self._model, images, labels, layers=self.layers):
+            scores = []
+            for layer in self.layers:
+                rows, white = chunk[layer.name], self._whitening[layer.name]
+                inputs, outputs = rows.inputs @ white.inputs, rows.outputs @ white.outputs
+                energy = inputs.square().sum((1, 2)).clamp_min(_TINY)
+                own = torch.einsum("npo,npi->noi", outputs, inputs).flatten(1)
+                own = own / own.norm(dim=1, keepdim=True).clamp_min(_TINY)
+                for basis, _ in observed[layer.name]:
+                    scores.append((inputs @ basis).square().sum((1, 2)) / energy)
+                for _, direction in observed[layer.name]:
+                    scores.append(own @ direction)
+            found.append(torch.stack(scores).view(len(self.layers), 2, len(updates), -1))
+        return torch.cat(found, -1).permute(2, 3, 0, 1).flatten(2)
+
+    def _of(self, layer: Layer, update: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """An orthonormal basis of the whitened row space, and the whitened update's direction."""
+        white = self._whitening[layer.name]
+        rows = layer.matrix(update) @ white.inputs
+        _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
+        whole = (white.outputs @ rows).flatten()
+        return basis[sizes > _RANK * sizes[0]].T, whole / whole.norm().clamp_min(_TINY)
+
+
+def _second_moment(rows: Tensor) -> Tensor:
+    flat = rows.flatten(0, 1)
+    moment: Tensor = flat.T.double() @ flat.double()
+    return moment
+
+
+def _inverse_root(moments: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(moments)
+    values = values.clamp_min(0)
+    scale = (values + _RIDGE * values.mean().clamp_min(_TINY)).rsqrt()
+    root: Tensor = ((vectors * (scale / scale.mean())) @ vectors.T).float()
+    return root
+
+
+class PresenceTest:
+    """The scores of all layers as one number, with weights from clients that the server played.
+
+    Args:
+        scores: Of the layers.
+        played: Updates of clients that the server played.
+        members: Which of `images` each trained on; shape ``(updates, images)``, bool.
+        images: The server's own.
+        labels: Theirs.
+    """
+
+    def __init__(
+        self,
+        scores: LayerScores,
+        *,
+        played: Sequence[Mapping[str, Tensor]],
+        members: Tensor,
+        images: Tensor,
+        labels: Tensor,
+    ) -> None:
+        self._scores, self._images, self._labels = scores, images, labels
+        found = scores(played, images, labels)
+        null = [_null(each[~member]) for each, member in zip(found, members, strict=True)]
+        standard = torch.stack([(each - mean) / std for each, (mean, std) in zip(found, null, strict=True)])
+        self.weights = _fitted(standard.flatten(0, 1), members.flatten())
+
+    def __call__(self, updates: Sequence[Mapping[str, Tensor]], images: Tensor, labels: Tensor) -> Tensor:
+        """How much speaks for each candidate; shape ``(updates, images)``.
+
+        Of every update, 0 is the mean of the server's own images, which no client trained on.
+        """
+        own = self._scores(updates, self._images, self._labels)
+        found = self._scores(updates, images, labels)
+        totals = []
+        for each, mine in zip(found, own, strict=True):
+            mean, std = _null(mine)
+            totals.append(((each - mean) / std) @ self.weights)
+        return torch.stack(totals)
+
+
+def _null(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over images that were not trained on."""
+    return scores.mean(0), scores.std(0).clamp_min(1e-9)
+
+
+def _fitted(scores: Tensor, members: Tensor) -> Tensor:
+    """Logistic regression with a squared penalty; both classes count the same."""
+    wanted = members.to(scores.dtype)
+    balance = torch.where(members, 0.5 / wanted.mean(), 0.5 / (1 - wanted.mean()))
+    weights = torch.zeros(scores.shape[1] + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        said = scores @ weights[:-1] + weights[-1]
+        loss = nn.functional.binary_cross_entropy_with_logits(said, wanted, weight=balance)
+        loss = loss + _PENALTY * weights[:-1].square().sum() / max(1, int(wanted.sum()))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return weights[:-1].detach()

@@ -1,0 +1,262 @@
+"""What an audit found, as typed records with a version; they are what its folder keeps and reports read.
+
+audit.json      what was audited and how: `Settings`
+results.jsonl   one `Finding` or `NotRun` a line, appended as it comes
+pictures/       of a finding: originals and reconstructions, safetensors
+summary.json    written last: an audit without it was interrupted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from fedkl.errors import ConfigError, gathered
+from fedkl.files import read_file
+from fedkl.parsing import parse_json_object
+from fedkl.runs import Count, Seconds, Share, Word
+from fedkl.validation import problems_of
+
+VERSION: Literal[1] = 1
+_MAX_BYTES = 2**28
+
+Question = Literal["rebuilt", "identified", "presence", "labels"]
+"""Of a client's images: which come out again as pictures; which are known from what comes out among many;
+which of many are recognized as trained on; of which classes they are."""
+
+Outcome = Literal["leaks", "at the floor", "says nothing"]
+"""As `fedkl.attacking.verdict.Kind`: more than without the update; no more, by an attack that succeeds where
+nothing is hidden; or neither can be said."""
+
+Cause = Literal["does not apply", "too large", "broke", "no time left"]
+
+Name = Annotated[str, Field(pattern=r"^[\w.-]{1,100}$")]  # names files too
+
+
+class Record(BaseModel):
+    """Frozen, strict, of known fields only."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True, extra="forbid")
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+class Measured(Record):
+    """A share with its 95 % interval, from n trials."""
+
+    rate: Share
+    low: Share
+    high: Share
+    n: Annotated[Count, Field(ge=1)]
+
+    @property
+    def percent(self) -> str:
+        """E.g. ``67 % [61–72 %], n = 300``."""
+        return f"{100 * self.rate:.0f} % [{100 * self.low:.0f}–{100 * self.high:.0f} %], n = {self.n}"
+
+
+class Exposure(Record):
+    """What the server sees of clients at once.
+
+    Attributes:
+        name: Short; findings refer to it.
+        title: In plain words, e.g. "your client: one epoch of 300 images".
+        headline: Whether it is what really happens; else it is an upper bound.
+        trained: Whether the weights are the subject's, or those of an untrained network.
+        images: Of one client.
+        steps: Local steps; 0 if a function of the user's trains.
+        clients: Whose mean the server sees.
+        norm_mode: Of the clients' norms.
+    """
+
+    name: Name
+    title: Word
+    headline: bool
+    trained: bool = True
+    images: Annotated[Count, Field(ge=1)]
+    steps: Count
+    clients: Annotated[Count, Field(ge=1)] = 1
+    norm_mode: Literal["train", "eval"] = "train"
+
+
+class Settings(Record):
+    """What is audited, and how.
+
+    Attributes:
+        version: Of these records.
+        fedkl: The package's version.
+        target: As given, ``package.module:function``, or the subject's name.
+        source: The target's file, as it may stand in a report: relative to where the audit was started.
+        line: Where in it the target begins.
+        subject: The subject's name.
+        images: Whose images there are.
+        classes: How many.
+        defense: In words.
+        masking: Mode, or ``"none"``.
+        seed: Of everything that is drawn.
+        minutes: Given.
+        exposures: What is looked at.
+    """
+
+    version: Literal[1] = VERSION
+    fedkl: Word
+    target: Word
+    source: Word | None = None
+    line: Count | None = None
+    subject: Word
+    images: Count
+    classes: Count
+    defense: Word = "none"
+    masking: Literal["none", "blind", "pairwise", "both"] = "none"
+    seed: int = 0
+    minutes: Annotated[float, Field(gt=0)] = 10.0
+    exposures: tuple[Exposure, ...]
+
+
+class Finding(Record):
+    """What one attacker got out of one exposure.
+
+    Attributes:
+        question: What was asked.
+        attacker: Its name.
+        exposure: The exposure's name.
+        threat_model: Letter of Carletti et al., USENIX Security 2025.
+        knew: What the attacker had beside model and update, in words.
+        found: Share of the client's images.
+        floor: What is found of the same images without the update.
+        control: What the same attacker finds where nothing is hidden; None where it was not tried.
+        outcome: The verdict.
+        reason: Why, with the numbers.
+        figures: Further numbers by name, e.g. ``auc``, ``auc_low``, ``psnr``.
+        pictures: File below the audit's folder with ``truth`` and ``found``, both ``(images, channels,
+            height, width)`` in [0, 1]; None if there are none.
+        seconds: Of one core.
+    """
+
+    event: Literal["finding"] = "finding"
+    question: Question
+    attacker: Name
+    exposure: Name
+    threat_model: Literal["A", "B", "C", "D", "E", "F", "G", "H"]
+    knew: Word
+    found: Measured
+    floor: Measured | None = None
+    control: Measured | None = None
+    outcome: Outcome
+    reason: Word
+    figures: dict[str, float] = {}
+    pictures: Annotated[str, Field(pattern=r"^pictures/[\w.-]{1,200}\.safetensors$")] | None = None
+    seconds: Seconds
+
+
+class NotRun(Record):
+    """An attacker that came to no figures, and why, in one sentence."""
+
+    event: Literal["not-run"] = "not-run"
+    attacker: Name
+    exposure: Name
+    kind: Cause
+    reason: Word
+
+
+class Summary(Record):
+    """Written when everything was tried."""
+
+    seconds: Seconds
+    findings: Count
+    not_run: Count
+
+
+_LINE: TypeAdapter[Finding | NotRun] = TypeAdapter(Annotated[Finding | NotRun, Field(discriminator="event")])
+_SEVERITY: dict[Question, int] = {"rebuilt": 0, "identified": 1, "presence": 2, "labels": 3}
+
+
+class Audit(Record):
+    """An audit's results.
+
+    Attributes:
+        settings: What was audited, and how.
+        findings: In the order in which they came.
+        not_run: Attackers that came to nothing.
+        summary: None where the audit was interrupted.
+    """
+
+    settings: Settings
+    findings: tuple[Finding, ...] = ()
+    not_run: tuple[NotRun, ...] = ()
+    summary: Summary | None = None
+
+    def exposure(self, name: str) -> Exposure:
+        """The exposure of a finding."""
+        return next(each for each in self.settings.exposures if each.name == name)
+
+    def headlines(self) -> list[Finding]:
+        """Of what really happens, worst first."""
+        return [each for each in self.worst_first() if self.exposure(each.exposure).headline]
+
+    def worst_first(self) -> list[Finding]:
+        """Leaks first, of real clients before upper bounds, pictures before presence, high shares first."""
+        return sorted(
+            self.findings,
+            key=lambda each: (
+                each.outcome != "leaks",
+                not self.exposure(each.exposure).headline,
+                _SEVERITY[each.question],
+                -each.found.low,
+            ),
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Audit:
+        """What an audit's folder holds; the last line may be half, where a machine stopped.
+
+        Raises:
+            ConfigError: It is no audit's folder, or a file is damaged or of a newer version.
+        """
+        settings = _parsed(Settings, folder / "audit.json")
+        found = list(_lines(folder / "results.jsonl"))
+        done = folder / "summary.json"
+        names = {each.name for each in settings.exposures}
+        if any(each.exposure not in names for each in found):
+            raise ConfigError(f"{folder}/results.jsonl: names an exposure that audit.json does not have.")
+        return cls(
+            settings=settings,
+            findings=tuple(each for each in found if isinstance(each, Finding)),
+            not_run=tuple(each for each in found if isinstance(each, NotRun)),
+            summary=_parsed(Summary, done) if done.exists() else None,
+        )
+
+
+def _parsed(kind: type[AnyRecord], path: Path) -> AnyRecord:
+    try:
+        values = parse_json_object(read_file(path, limit=_MAX_BYTES))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: not there. Give the folder of a `fedkl audit`.") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error}). Repeat the audit into another folder."
+        ) from error
+    if values.get("version", VERSION) != VERSION:
+        raise ConfigError(f"{path}: of another version of fedkl. Read it with that, or repeat the audit.")
+    try:
+        return kind.model_validate_json(read_file(path, limit=_MAX_BYTES))
+    except ValidationError as error:
+        problems = problems_of(error)
+        raise ConfigError(gathered(f"{path}: damaged.", problems, "Repeat the audit.")) from error
+
+
+def _lines(path: Path) -> Iterator[Finding | NotRun]:
+    if not path.exists():
+        return
+    whole, _, _ = read_file(path, limit=_MAX_BYTES).rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        try:
+            yield _LINE.validate_json(line)
+        except ValidationError as error:
+            raise ConfigError(
+                gathered(f"{path}, line {number}: damaged.", problems_of(error), "Repeat the audit.")
+            ) from error
