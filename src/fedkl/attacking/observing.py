@@ -117,7 +117,7 @@ def observe(
     plain = train_mode and steps == 1 and not others and local.augmentation == "none"
     gradient = mean_of(
         [
-            _seen_of(
+            sent_by(
                 *(one, arm, x, y),
                 train_mode=train_mode,
                 local=local,
@@ -157,7 +157,7 @@ def _public_transform(defense: Defense) -> Transform | None:
     return defense.public_transform
 
 
-def _seen_of(
+def sent_by(
     client: Split,
     arm: Arm,
     images: ImageBatch,
@@ -167,7 +167,20 @@ def _seen_of(
     local: Procedure,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """One client's update as it is sent, and what else of it the server was granted."""
+    """One client's update as it is sent, and what else of it the server was granted.
+
+    Args:
+        client: Its split, by the arm's defense; not changed.
+        arm: What the server is granted.
+        images: The client's.
+        labels: Theirs.
+        train_mode: Whether its norms use the batch's statistics.
+        local: What it does.
+        generator: Of its augmentation.
+
+    Returns:
+        By name: the gradient, or (before − after) / lr where weights are sent.
+    """
     knowledge, public = arm.knowledge, client.public_parameters()
     # Public γ and β are trained as such, not through the lock.
     trained = client.bake() if knowledge.affine_gradient else client.model

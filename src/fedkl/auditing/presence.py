@@ -150,29 +150,43 @@ class PresenceTest:
         images: Tensor,
         labels: Tensor,
     ) -> None:
-        self._scores, self._images, self._labels = scores, images, labels
+        self._scores = scores
         found = scores(played, images, labels)
         null = [_null(each[~member]) for each, member in zip(found, members, strict=True)]
         standard = torch.stack([(each - mean) / std for each, (mean, std) in zip(found, null, strict=True)])
         self.weights = _fitted(standard.flatten(0, 1), members.flatten())
 
-    def __call__(self, updates: Sequence[Mapping[str, Tensor]], images: Tensor, labels: Tensor) -> Tensor:
-        """How much speaks for each candidate; shape ``(updates, images)``.
+    def both(
+        self,
+        updates: Sequence[Mapping[str, Tensor]],
+        *,
+        kept_back: tuple[Tensor, Tensor],
+        images: Tensor,
+        labels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """How much speaks for each image that the server kept back, and for each candidate.
 
-        Of every update, 0 is the mean of the server's own images, which no client trained on.
+        No client trained on what was kept back, and nothing was learned from it: under every update these
+        images have mean 0 and standard deviation 1 in each score, and say how often an image that was not
+        trained on reaches a threshold.
+
+        Args:
+            updates: By tensor name.
+            kept_back: Images and labels.
+            images: The candidates.
+            labels: Theirs.
+
+        Returns:
+            Shapes ``(updates, images kept back)`` and ``(updates, images)``.
         """
-        own = self._scores(updates, self._images, self._labels)
-        found = self._scores(updates, images, labels)
-        totals = []
-        for each, mine in zip(found, own, strict=True):
-            mean, std = _null(mine)
-            totals.append(((each - mean) / std) @ self.weights)
-        return torch.stack(totals)
+        null, found = self._scores(updates, *kept_back), self._scores(updates, images, labels)
+        mean, std = null.mean(1, keepdim=True), null.std(1, keepdim=True).clamp_min(_TINY)
+        return ((null - mean) / std) @ self.weights, ((found - mean) / std) @ self.weights
 
 
 def _null(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation over images that were not trained on."""
-    return scores.mean(0), scores.std(0).clamp_min(1e-9)
+    return scores.mean(0), scores.std(0).clamp_min(_TINY)
 
 
 def _fitted(scores: Tensor, members: Tensor) -> Tensor:

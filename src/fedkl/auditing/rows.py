@@ -87,7 +87,7 @@ def rows_of(
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for part in torch.arange(len(images)).split(chunk):
+        for part in torch.split(torch.arange(len(images)), chunk):
             yield _rows(model, images[part], labels[part], layers)
     finally:
         for module, mode in training.items():

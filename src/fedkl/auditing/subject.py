@@ -160,8 +160,11 @@ class Subject:
         """Whether clients train with a function of the user's."""
         return not isinstance(self.procedure, Procedure)
 
-    def build(self) -> nn.Module:
+    def build(self, *, trained: bool = True) -> nn.Module:
         """The network as its owner builds and calls it, with the weights that clients receive.
+
+        Args:
+            trained: Whether to load the weights.
 
         Raises:
             ConfigError: It cannot be built, or the weights do not fit it.
@@ -178,7 +181,8 @@ class Subject:
                 f"Subject.model: expected a function that returns an nn.Module, got {type(network).__name__}."
             )
         network = copy.deepcopy(network).cpu()  # the function may give the same one again
-        _load_(network, self.weights)
+        if trained:
+            _load_(network, self.weights)
         return network
 
     def classifier(self, network: nn.Module | None = None) -> nn.Module:

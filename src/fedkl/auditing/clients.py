@@ -1,0 +1,193 @@
+"""Clients of a subject, and what a server sees of them: real ones, and those that the server plays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fedkl import rng
+from fedkl.attacking import SimulatedClients
+from fedkl.attacking.observing import sent_by
+from fedkl.attacking.updates import difference, mean_of
+from fedkl.auditing.results import Exposure
+from fedkl.auditing.subject import LocalLoop, Subject
+from fedkl.defenses import Arm, Defense, plain_arm
+from fedkl.defenses.completion import Completion
+from fedkl.errors import FedKLError, TrainingError, printable
+from fedkl.locking import Split
+from fedkl.protocol import Procedure
+
+_LOOP_LR = 1.0  # weights of a function that trains are compared as they are
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Clients:
+    """Clients that do the same.
+
+    Attributes:
+        subject: Whose.
+        exposure: How many, of how many images.
+        procedure: What each does.
+        defense: What each does against a curious server.
+        seed: Of what is drawn; clients' own secrets come from the operating system.
+        network: What they receive; as `Subject.classifier` gives it, or as the owner calls it where a
+            function of the owner's trains.
+    """
+
+    subject: Subject
+    exposure: Exposure
+    procedure: Procedure | LocalLoop
+    defense: Defense
+    seed: int
+    network: nn.Module = field(repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        subject: Subject,
+        *,
+        exposure: Exposure,
+        procedure: Procedure | LocalLoop,
+        defense: Defense,
+        seed: int,
+    ) -> Clients:
+        """Clients of a subject."""
+        network = subject.build(trained=exposure.trained)
+        if isinstance(procedure, Procedure):
+            network = subject.classifier(network)
+        if subject.is_pictures:
+            channels, height, width = subject.images.shape[1:]
+            defense = defense.for_images((channels, height, width))
+        if not exposure.trained:
+            defense = defense.for_untrained()
+        return cls(
+            subject=subject,
+            exposure=exposure,
+            procedure=procedure,
+            defense=defense,
+            seed=seed,
+            network=network,
+        )
+
+    @property
+    def arm(self) -> Arm:
+        """The server that knows the defense and nothing of a client's secrets."""
+        return next(iter(self.defense.guesses()), plain_arm())
+
+    def view(self) -> nn.Module:
+        """The network as a server can call it, with γ = 1 and β = 0 where it does not know them."""
+        split = self.defense.prepare(self.network)
+        generator = rng.generator(self.seed, "guessed")
+        view = self.defense.server_view(split, self.network, granted=self.arm.knowledge, generator=generator)
+        model = Completion(view.model, split).neutral().model
+        return model if isinstance(self.procedure, Procedure) else self.subject.classifier(model)
+
+    def update(self, images: Tensor, labels: Tensor, *, number: int) -> dict[str, Tensor]:
+        """What the server sees of real clients that share images evenly, each with secrets of its own.
+
+        Args:
+            images: In [0, 1], or tokens; of all of the exposure's clients.
+            labels: Theirs.
+            number: Makes what these clients draw their own.
+
+        Returns:
+            By name: the mean of the clients' gradients, or of (before − after) / lr. Of a function that
+            trains: before − after.
+
+        Raises:
+            TrainingError: The function that trains raised, or trains nothing.
+        """
+        shares = self._shared(images, labels)
+        return mean_of(
+            [
+                self._real(self.defense.prepare(self.network), x, y, number=f"{number}-{member}")
+                for member, (x, y) in enumerate(shares)
+            ]
+        )
+
+    def played(self, images: Tensor, labels: Tensor, *, number: int) -> dict[str, Tensor]:
+        """The same of clients that the server plays, which draws what it does not know; see `update`."""
+        generator = rng.generator(self.seed, "imitated", number)
+        split = self.defense.prepare(self.network)
+        if isinstance(self.procedure, Procedure):
+            simulate = SimulatedClients.of(
+                self.arm,
+                split,
+                self.network,
+                train_mode=self.exposure.norm_mode == "train",
+                local=self.procedure,
+                cohort=self.exposure.clients,
+                generator=generator,
+            )
+            return {name: tensor[0] for name, tensor in simulate(images[None], labels[None]).items()}
+        known = self.defense.known(split, granted=self.arm.knowledge)
+        alike = partial(self.defense.imitated, self.network, known=known, generator=generator)
+        found = mean_of(
+            [
+                self._looped(alike(), x, y, number=f"played-{number}-{member}")
+                for member, (x, y) in enumerate(self._shared(images, labels))
+            ]
+        )
+        changed = self.defense.imitate_transform(
+            {name: tensor[None] for name, tensor in found.items()}, generator=generator
+        )
+        return {name: tensor[0] for name, tensor in changed.items()}
+
+    def _shared(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        parts = torch.arange(len(images)).chunk(self.exposure.clients)
+        return [(images[part], labels[part]) for part in parts]
+
+    def _real(self, client: Split, images: Tensor, labels: Tensor, *, number: str) -> dict[str, Tensor]:
+        if isinstance(self.procedure, Procedure):
+            return sent_by(
+                client,
+                self.arm,
+                images,
+                labels,
+                train_mode=self.exposure.norm_mode == "train",
+                local=self.procedure,
+                generator=rng.generator(self.seed, "audited-augmentation", number),
+            )
+        before = _copied(client)
+        state = self._looped_state(client, images, labels, number=number)
+        sent = client.public_update(state, kind="weights", num_samples=len(images), round=0, search=False)
+        return difference(before, self.defense.transform(sent).tensors, lr=_LOOP_LR)
+
+    def _looped(self, client: Split, images: Tensor, labels: Tensor, *, number: str) -> dict[str, Tensor]:
+        before = _copied(client)
+        return difference(before, self._looped_state(client, images, labels, number=number), lr=_LOOP_LR)
+
+    def _looped_state(
+        self, client: Split, images: Tensor, labels: Tensor, *, number: str
+    ) -> dict[str, Tensor]:
+        """The public state after the owner's function trained a client."""
+        loop = cast(LocalLoop, self.procedure)
+        before = _copied(client)
+        seed = rng.generator(self.seed, "loop", number).initial_seed()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                loop(client.model.train(), self.subject.inputs(images), labels)
+            except FedKLError:
+                raise
+            except Exception as error:
+                raise TrainingError(
+                    f"{self.subject.name}: the function that trains raised {type(error).__name__} "
+                    f"({printable(str(error))}) on {len(images)} images. It is called as "
+                    "procedure(network, inputs, labels), on the CPU."
+                ) from error
+        state = client.public_state()
+        if all(torch.equal(before[name], state[name]) for name in before):
+            raise TrainingError(
+                f"{self.subject.name}: the function that trains changed no weight of the network that it was "
+                "given. Train that network in place, not a copy."
+            )
+        return state
+
+
+def _copied(client: Split) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in client.public_parameters().items()}

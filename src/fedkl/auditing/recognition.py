@@ -1,0 +1,210 @@
+"""How many of a client's images a server recognizes: the presence test, measured on clients that are known.
+
+Images are drawn anew for every client from one pool, and all others of the pool are no members of it. So
+members and non-members are of one kind, and differ in nothing but whether they were trained on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedkl import rng
+from fedkl.auditing.clients import Clients
+from fedkl.auditing.presence import LayerScores, PresenceTest
+from fedkl.errors import DataError
+from fedkl.metrics import mean_interval, success_rate
+from fedkl.metrics.statistics import Rate
+
+FALSE_ALARMS = 0.01
+"""Share of images that were not trained on at which the share of recognized ones is given."""
+
+MEMBERS = 240
+"""Images that are looked for, over all audited clients, at least; and in as many clients that are played."""
+
+_FEWEST, _MOST = 6, 40  # clients
+_POOL = 1000  # images of each pool at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recognized:
+    """Of images that clients trained on.
+
+    Attributes:
+        share: Recognized, at a threshold that 1 % of the images reach that the server kept back; with an
+            interval by client.
+        false_alarms: Of images that these clients did not train on, as many reach it.
+        swapped: Of the images of another client as many reach it: a check of the test itself.
+        auc: Probability that an image that was trained on has a higher score than one that was not; mean of
+            the clients.
+        auc_low: Lower end of its interval, by client.
+        auc_high: Upper end.
+        swapped_auc: The same with another client's images for the members; 0.5 where the test is sound.
+        clients: Audited updates.
+    """
+
+    share: Rate
+    false_alarms: Rate
+    swapped: Rate
+    auc: float
+    auc_low: float
+    auc_high: float
+    swapped_auc: float
+    clients: int
+
+
+class Pool(NamedTuple):
+    """Some images with their labels."""
+
+    images: Tensor
+    labels: Tensor
+
+    def of(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Some of them."""
+        return self.images[places], self.labels[places]
+
+    def first(self, count: int) -> Pool:
+        """At most so many."""
+        return Pool(images=self.images[:count], labels=self.labels[:count])
+
+
+class Pools(NamedTuple):
+    """Images by whose they are; no image is in two of them.
+
+    Attributes:
+        own: The server's, which it learns from.
+        kept_back: The server's, which it learns nothing from: they set the threshold.
+        audited: The clients'.
+    """
+
+    own: Pool
+    kept_back: Pool
+    audited: Pool
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor, *, seed: int) -> Pools:
+        """Random parts: 40, 20 and 40 %."""
+        order = torch.randperm(len(images), generator=rng.generator(seed, "pools"))
+        first, last = int(0.4 * len(images)), int(0.6 * len(images))
+        parts = order[:first], order[first:last], order[last:]
+        return cls(*(Pool(images=images[part], labels=labels[part]) for part in parts))
+
+    @property
+    def server(self) -> Pool:
+        """All of the server's."""
+        images, labels = (
+            torch.cat([getattr(pool, name) for pool in (self.own, self.kept_back)])
+            for name in ("images", "labels")
+        )
+        return Pool(images=images, labels=labels)
+
+
+def recognize(
+    clients: Clients,
+    *,
+    pools: Pools,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Recognized:
+    """Plays clients to learn the test, then applies it to real ones.
+
+    Args:
+        clients: What they do.
+        pools: Whose images are whose.
+        progress: Called with the share that is done, in [0, 1].
+
+    Raises:
+        DataError: There are too few images for clients of this size.
+        TrainingError: See `Clients.update`.
+    """
+    size = clients.exposure.images * clients.exposure.clients
+    own, audited = (pool.first(max(_POOL, 2 * size)) for pool in (pools.own, pools.audited))
+    check_enough(size, pools)
+    count = min(_MOST, max(_FEWEST, math.ceil(MEMBERS / size)))
+    seed = clients.seed
+
+    def steps(done: int) -> None:
+        progress(0.7 * done / (2 * count))
+
+    played, members = _drawn(own, count, size, clients.played, seed=seed, purpose="played", told=steps)
+    scores = LayerScores(clients.view(), played[0], images=own.images, labels=own.labels)
+    test = PresenceTest(scores, played=played, members=members, images=own.images, labels=own.labels)
+    seen, present = _drawn(
+        audited, count, size, clients.update, seed=seed, purpose="audited", told=lambda n: steps(count + n)
+    )
+    null, found = test.both(
+        seen, kept_back=pools.kept_back.first(_POOL), images=audited.images, labels=audited.labels
+    )
+    progress(1.0)
+    return _figures(null, found, present)
+
+
+def check_enough(size: int, pools: Pools) -> None:
+    """Raises DataError where there are fewer than two images for each that clients train on."""
+    if min(len(pools.own.images), len(pools.audited.images)) < 2 * size:
+        got = sum(len(pool.images) for pool in pools)
+        raise DataError(
+            f"Presence: expected at least {5 * size} images, of which the server and the audited clients get "
+            f"two fifths each, twice as many as the {size} of an update; got {got}. Give more images, or "
+            "lower images_per_client."
+        )
+
+
+def _drawn(
+    pool: Pool,
+    count: int,
+    size: int,
+    update: Callable[..., dict[str, Tensor]],
+    *,
+    seed: int,
+    purpose: str,
+    told: Callable[[int], None],
+) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Updates of clients with images of a pool, and which each trained on; shape ``(clients, images)``."""
+    updates, members = [], torch.zeros(count, len(pool.images), dtype=torch.bool)
+    for number in range(count):
+        generator = rng.generator(seed, "presence", purpose, number)
+        places = torch.randperm(len(pool.images), generator=generator)[:size]
+        members[number, places] = True
+        updates.append(update(*pool.of(places), number=number))
+        told(number + 1)
+    return updates, members
+
+
+def _figures(null: Tensor, scores: Tensor, members: Tensor) -> Recognized:
+    threshold = float(null.flatten().quantile(1 - FALSE_ALARMS))
+    others = members.roll(1, 0) & ~members
+    areas = [_area(each[m], each[~m]) for each, m in zip(scores, members, strict=True)]
+    swapped = [
+        _area(each[o], each[~m & ~o]) for each, m, o in zip(scores, members, others, strict=True) if o.any()
+    ]
+    low, high = mean_interval(areas) or (0.0, 1.0)  # there are several clients
+    return Recognized(
+        share=_reached(scores, members, threshold),
+        false_alarms=_reached(scores, ~members, threshold),
+        swapped=_reached(scores, others, threshold),
+        auc=sum(areas) / len(areas),
+        auc_low=max(0.0, low),
+        auc_high=min(1.0, high),
+        swapped_auc=sum(swapped) / len(swapped),
+        clients=len(scores),
+    )
+
+
+def _reached(scores: Tensor, chosen: Tensor, threshold: float) -> Rate:
+    """The share of chosen ones at or above a threshold, with an interval by client."""
+    groups: Sequence[int] = chosen.nonzero()[:, 0].tolist()
+    return success_rate(scores[chosen].tolist(), threshold=threshold, groups=groups)
+
+
+def _area(members: Tensor, others: Tensor) -> float:
+    """Area under the curve, by ranks; equal scores count half."""
+    values, counts = torch.unique(torch.cat([members, others]), return_counts=True)
+    ranks = counts.cumsum(0) - (counts - 1) / 2
+    mine = ranks[torch.searchsorted(values, members)].double().sum()
+    pairs = len(members) * len(others)
+    return float((mine - len(members) * (len(members) + 1) / 2) / pairs)
