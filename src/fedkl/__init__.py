@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedkl.auditing import Subject
+    from fedkl.auditing import Subject, audit
     from fedkl.errors import FedKLError
     from fedkl.keys import Key
     from fedkl.lockfile import load_key, save_key
@@ -30,6 +30,7 @@ __all__ = [
     "Procedure",
     "PublicUpdate",
     "Subject",
+    "audit",
     "load_key",
     "load_lock",
     "lock",
@@ -47,6 +48,7 @@ if not TYPE_CHECKING:  # a type checker would take any name from a module's __ge
         "Procedure": "protocol",
         "PublicUpdate": "update",
         "Subject": "auditing",
+        "audit": "auditing",
         "load_key": "lockfile",
         "load_lock": "locking",
         "lock": "locking",

@@ -67,6 +67,37 @@ def judge(
     return Verdict("at the floor", "resists this attack")
 
 
+def judge_share(
+    found: Mapping[str, Any],
+    *,
+    floor: Mapping[str, Any] | None,
+    control: Mapping[str, Any] | None,
+    what: str,
+) -> Verdict:
+    """The same rule for one share of a client's images: of those recognized, say.
+
+    Args:
+        found: The share, with rate, low, high and n.
+        floor: The same without the update; None: not known.
+        control: The same of this attack on the same client with nothing hidden; None: not run.
+        what: What happened to an image that counts, e.g. ``"recognized"``.
+    """
+    if floor is not None and found["low"] > floor["high"]:
+        return Verdict("leaks", f"{wording.count(found)} images {what}")
+    missing = None
+    if floor is None:
+        missing = "what is found without the update is not known"
+    elif control is None:
+        missing = "its control was not attacked"
+    elif float(control["rate"]) < CONTROL_SHARE:
+        missing = f"the attack finds only {wording.count(control)} of its control"
+    elif min(found["n"], floor["n"]) < SAFE_FROM:
+        missing = f"too few images, {min(found['n'], floor['n'])} of {SAFE_FROM}"
+    if missing is not None:
+        return Verdict("says nothing", missing)
+    return Verdict("at the floor", "resists this attack")
+
+
 def _leak(found: Mapping[str, Any], floor: Mapping[str, Any] | None, chance: float) -> str | None:
     """What lies above the floor, in words."""
     recovered = found.get("success")

@@ -1,8 +1,17 @@
-"""What somebody's own federated training leaks: subjects, attackers, a plan, findings.
+"""What somebody's own federated training leaks.
 
-subject.py    what is audited
+subject.py      what is audited
+clients.py      its clients, real ones and those that the server plays
+rows.py         what goes into and comes back out of layers
+presence.py     whether an image was trained on; recognition.py: measured on clients that are known
+attackers.py    who rebuilds images, in which order; rebuilding.py: how many
+plan.py         who is run on what, and why not the others
+run.py          the plan carried out, within minutes, into a folder
+findings.py     verdicts; results.py: typed records
 """
 
+from fedkl.auditing.results import Audit, Exposure, Finding, Measured, NotRun
+from fedkl.auditing.run import audit
 from fedkl.auditing.subject import LocalLoop, Subject
 
-__all__ = ["LocalLoop", "Subject"]
+__all__ = ["Audit", "Exposure", "Finding", "LocalLoop", "Measured", "NotRun", "Subject", "audit"]

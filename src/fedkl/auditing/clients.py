@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -77,6 +77,15 @@ class Clients:
     def arm(self) -> Arm:
         """The server that knows the defense and nothing of a client's secrets."""
         return next(iter(self.defense.guesses()), plain_arm())
+
+    @property
+    def hides(self) -> bool:
+        """Whether the defense hides anything."""
+        return bool(self.defense.guesses())
+
+    def open(self) -> Clients:
+        """The same clients with nothing hidden: an attacker that fails on them says nothing."""
+        return replace(self, defense=plain_arm().defense)
 
     def view(self) -> nn.Module:
         """The network as a server can call it, with γ = 1 and β = 0 where it does not know them."""

@@ -27,8 +27,9 @@ FALSE_ALARMS = 0.01
 MEMBERS = 240
 """Images that are looked for, over all audited clients, at least; and in as many clients that are played."""
 
-_FEWEST, _MOST = 6, 40  # clients
-_POOL = 1000  # images of each pool at most
+_FEWEST, _MOST = 6, 100  # clients
+_POOL = 400  # images that are looked at under each update, of each kind, at least
+_LEARNED_FROM = 2000  # images whose layers' inputs are looked at, once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +123,17 @@ def recognize(
         TrainingError: See `Clients.update`.
     """
     size = clients.exposure.images * clients.exposure.clients
-    own, audited = (pool.first(max(_POOL, 2 * size)) for pool in (pools.own, pools.audited))
     check_enough(size, pools)
-    count = min(_MOST, max(_FEWEST, math.ceil(MEMBERS / size)))
+    own, audited = (pool.first(max(_POOL, 2 * size)) for pool in (pools.own, pools.audited))
+    count = clients_of(size)
     seed = clients.seed
 
     def steps(done: int) -> None:
         progress(0.7 * done / (2 * count))
 
     played, members = _drawn(own, count, size, clients.played, seed=seed, purpose="played", told=steps)
-    scores = LayerScores(clients.view(), played[0], images=own.images, labels=own.labels)
+    images, labels = pools.own.first(_LEARNED_FROM)
+    scores = LayerScores(clients.view(), played[0], images=images, labels=labels)
     test = PresenceTest(scores, played=played, members=members, images=own.images, labels=own.labels)
     seen, present = _drawn(
         audited, count, size, clients.update, seed=seed, purpose="audited", told=lambda n: steps(count + n)
@@ -141,6 +143,11 @@ def recognize(
     )
     progress(1.0)
     return _figures(null, found, present)
+
+
+def clients_of(size: int) -> int:
+    """How many clients are played, and as many audited, where so many images are in an update."""
+    return min(_MOST, max(_FEWEST, math.ceil(MEMBERS / size)))
 
 
 def check_enough(size: int, pools: Pools) -> None:

@@ -31,6 +31,9 @@ Outcome = Literal["leaks", "at the floor", "says nothing"]
 """As `fedkl.attacking.verdict.Kind`: more than without the update; no more, by an attack that succeeds where
 nothing is hidden; or neither can be said."""
 
+Masking = Literal["none", "blind", "pairwise", "both"]
+"""Mode of masks, see `fedkl.masking.Mode`."""
+
 Cause = Literal["does not apply", "too large", "broke", "no time left"]
 
 Name = Annotated[str, Field(pattern=r"^[\w.-]{1,100}$")]  # names files too
@@ -111,7 +114,7 @@ class Settings(Record):
     images: Count
     classes: Count
     defense: Word = "none"
-    masking: Literal["none", "blind", "pairwise", "both"] = "none"
+    masking: Masking = "none"
     seed: int = 0
     minutes: Annotated[float, Field(gt=0)] = 10.0
     exposures: tuple[Exposure, ...]

@@ -1,0 +1,84 @@
+"""The attackers of an audit, the cheapest strong ones first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fedkl.attacks import ATTACKS, Attack
+
+PRESENCE = "presence"
+"""The attacker that looks for given images in an update, see presence.py; it rebuilds none."""
+
+ThreatModel = Literal["A", "B", "C", "D", "E", "F", "G", "H"]
+"""Carletti et al., "SoK: Gradient Inversion Attacks in Federated Learning", USENIX Security 2025.
+
+Who sees updates (A), and knows what every participant does, such as sizes and normalization (B), how clients
+train (C), has images of the same kind (D), knows the client's own statistics (E). F, G, H change the model.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacker:
+    """One that rebuilds images.
+
+    Attributes:
+        name: Of findings.
+        type: Of the attack.
+        options: Of the attack.
+        threat_model: What it takes to be it.
+        own_images: Images of the server's own, at most; less where the subject has fewer.
+        images: Attacked at most.
+        gradients: Gradients of the network that an image costs, about; for the plan.
+    """
+
+    name: str
+    type: str
+    options: dict[str, Any] = field(default_factory=dict)
+    threat_model: ThreatModel
+    own_images: int = 0
+    images: int = 100
+    gradients: int
+
+    def attack(self) -> Attack:
+        """The attack, with its options."""
+        return ATTACKS[self.type](**self.options)
+
+
+ATTACKERS: tuple[Attacker, ...] = (
+    Attacker(name="linear-rows", type="linear-rows", threat_model="B", gradients=10),
+    Attacker(name="positions", type="positions", threat_model="D", own_images=1000, gradients=20),
+    Attacker(name="disaggregation", type="disaggregation", threat_model="B", images=48, gradients=100),
+    Attacker(name="closed-form", type="closed-form", threat_model="B", images=20, gradients=500),
+    Attacker(
+        name="feature-inversion",
+        type="feature-inversion",
+        threat_model="D",
+        own_images=1000,
+        images=20,
+        gradients=1000,
+    ),
+    Attacker(
+        name="matching",
+        type="ig",
+        options={"iterations": 500},
+        threat_model="C",
+        images=20,
+        gradients=1500,
+    ),
+    Attacker(name="learned", type="learned", threat_model="D", own_images=1000, gradients=100),
+    Attacker(
+        name="gauss-newton",
+        type="gauss-newton",
+        threat_model="D",
+        own_images=1000,
+        images=10,
+        gradients=8000,
+    ),
+)
+"""In the order in which they are run; an attack that is not registered is left out."""
+
+
+def available() -> tuple[Attacker, ...]:
+    """Those whose attack is registered."""
+    return tuple(each for each in ATTACKERS if each.type in ATTACKS.names())

@@ -1,0 +1,139 @@
+"""From figures to findings: one rule, and a control for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from fedkl.attacking.verdict import judge_share
+from fedkl.auditing.plan import CONTROL, Planned
+from fedkl.auditing.rebuilding import Rebuilt, knew
+from fedkl.auditing.recognition import Pools, Recognized
+from fedkl.auditing.results import Cause, Finding, Measured, NotRun, Outcome, Question
+
+_SHARES: dict[Question, str] = {"rebuilt": "success", "identified": "identified"}
+
+
+def of_pictures(
+    entry: Planned,
+    rebuilt: Rebuilt,
+    *,
+    pools: Pools,
+    earlier: Sequence[Finding],
+    pictures: str,
+    seconds: float,
+) -> list[Finding]:
+    """What an attacker rebuilt, and what of it is identified.
+
+    Args:
+        entry: Who attacked what.
+        rebuilt: What came out.
+        pools: Whose images were whose.
+        earlier: Findings so far, for controls.
+        pictures: Where they are kept, below the audit's folder.
+        seconds: Of one core.
+    """
+    if entry.attacker is None:
+        raise ValueError("the presence test rebuilds no pictures")
+    figures = {"psnr": rebuilt.psnr, "ssim": rebuilt.ssim}
+    found = []
+    for question, name in _SHARES.items():
+        share, floor = Measured(**rebuilt.found[name]), Measured(**rebuilt.floor[name])
+        control = Measured(**rebuilt.control[name]) if rebuilt.control else None
+        control = control or _simplest(entry, question, earlier)
+        outcome, reason = _verdict(share, floor, control, what=question)
+        found.append(
+            Finding(
+                question=question,
+                attacker=entry.name,
+                exposure=entry.exposure.name,
+                threat_model=entry.attacker.threat_model,
+                knew=knew(entry.attacker, entry.clients, pools),
+                found=share,
+                floor=floor,
+                control=control,
+                outcome=outcome,
+                reason=reason,
+                figures={name: value for name, value in figures.items() if value is not None},
+                pictures=pictures,
+                seconds=seconds,
+            )
+        )
+    return found
+
+
+def of_presence(
+    entry: Planned,
+    found: Recognized,
+    open: Recognized | None,
+    *,
+    pools: Pools,
+    earlier: Sequence[Finding],
+    seconds: float,
+) -> Finding:
+    """How many images are recognized.
+
+    Args:
+        entry: What was looked at.
+        found: Of the clients as they are.
+        open: Of the same with nothing hidden; None where nothing is.
+        pools: Whose images were whose.
+        earlier: Findings so far, for controls.
+        seconds: Of one core.
+    """
+    alarms = max(found.false_alarms, found.swapped, key=lambda rate: rate.high)
+    share, floor = Measured(**found.share._asdict()), Measured(**alarms._asdict())
+    control = Measured(**open.share._asdict()) if open else _simplest(entry, "presence", earlier)
+    outcome, reason = _verdict(share, floor, control, what="recognized")
+    own = len(pools.server.images)
+    return Finding(
+        question="presence",
+        attacker=entry.name,
+        exposure=entry.exposure.name,
+        threat_model="D",
+        knew=f"{own} labeled images of the same kind, how clients train, and the images that it looks for",
+        found=share,
+        floor=floor,
+        control=control,
+        outcome=outcome,
+        reason=reason,
+        figures={
+            "auc": found.auc,
+            "auc_low": found.auc_low,
+            "auc_high": found.auc_high,
+            "swapped_auc": found.swapped_auc,
+            "false_alarms": found.false_alarms.rate,
+            "clients": float(found.clients),
+        },
+        seconds=seconds,
+    )
+
+
+def not_run(entry: Planned, kind: Cause, reason: str) -> NotRun:
+    """An attacker that came to no figures; the reason as one line."""
+    line = "".join(c if c.isprintable() else " " for c in " ".join(reason.split()))
+    return NotRun(attacker=entry.name, exposure=entry.exposure.name, kind=kind, reason=line[:1000])
+
+
+def _simplest(entry: Planned, question: Question, earlier: Sequence[Finding]) -> Measured | None:
+    """Where nothing is hidden, an attacker is held against the simplest update: one gradient of one image."""
+    if entry.clients.hides or entry.exposure.name == CONTROL:
+        return None
+    return next(
+        (
+            each.found
+            for each in earlier
+            if (each.attacker, each.exposure, each.question) == (entry.name, CONTROL, question)
+        ),
+        None,
+    )
+
+
+def _verdict(share: Measured, floor: Measured, control: Measured | None, *, what: str) -> tuple[Outcome, str]:
+    kind, reason = judge_share(
+        share.model_dump(),
+        floor=floor.model_dump(),
+        control=None if control is None else control.model_dump(),
+        what=what,
+    )
+    return cast(Outcome, kind), reason

@@ -1,0 +1,228 @@
+"""What an audit will do: which attacker on which exposure, why not the others, and what each costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import process_time
+
+from fedkl.auditing.attackers import PRESENCE, Attacker, available
+from fedkl.auditing.clients import Clients
+from fedkl.auditing.rebuilding import refusal
+from fedkl.auditing.recognition import Pools, check_enough, clients_of
+from fedkl.auditing.results import Cause, Exposure, Masking, NotRun
+from fedkl.auditing.subject import Subject
+from fedkl.defenses import DEFENSES, Defense
+from fedkl.defenses.masked import MaskedUpload
+from fedkl.errors import ConfigError, DataError, shown
+from fedkl.protocol import Procedure
+
+ONE_GRADIENT = Procedure()
+
+CONTROL = "gradient-of-1"
+"""The exposure on which an attacker that fails elsewhere must succeed to say anything."""
+
+_SUM = 3  # clients whose sum a server sees at least, with pairwise masks
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Planned:
+    """One attacker on one exposure.
+
+    Attributes:
+        attacker: Who; None: the presence test.
+        clients: Whose updates.
+        seconds: Of one core, about; for as many images as it attacks at most.
+        obstacle: Why it is not run; None where it is.
+    """
+
+    attacker: Attacker | None
+    clients: Clients
+    seconds: float
+    obstacle: NotRun | None = field(default=None)
+
+    @property
+    def name(self) -> str:
+        """The attacker's."""
+        return PRESENCE if self.attacker is None else self.attacker.name
+
+    @property
+    def exposure(self) -> Exposure:
+        """What the server sees."""
+        return self.clients.exposure
+
+
+def defense_of(name: str) -> Defense:
+    """What clients do against a curious server.
+
+    Args:
+        name: A registered type, with its usual options.
+
+    Raises:
+        ConfigError: There is no such defense, or it is named as masks are.
+    """
+    if name == MaskedUpload.type:
+        raise ConfigError("defense: masks are `masking`, over any defense. Give masking = 'blind', say.")
+    if name not in DEFENSES.names():
+        known = ", ".join(each for each in DEFENSES.names() if each != MaskedUpload.type)
+        raise ConfigError(f"defense: expected one of {known}, got {shown(name)}.")
+    return DEFENSES[name]()
+
+
+def exposures_of(
+    subject: Subject, *, defense: Defense, masking: Masking, batch_sizes: Sequence[int], seed: int
+) -> list[Clients]:
+    """What is looked at: the subject's own clients, and upper bounds on what any client shows.
+
+    Args:
+        subject: Whose.
+        defense: See `defense_of`.
+        masking: Mode of masks over it, or ``"none"``.
+        batch_sizes: Images behind single gradients, for the upper bounds.
+        seed: Of what is drawn.
+    """
+
+    def clients(exposure: Exposure, **changed: object) -> Clients:
+        given = {"procedure": subject.procedure, "defense": defense} | changed
+        return Clients.of(subject, exposure=exposure, seed=seed, **given)  # type: ignore[arg-type]
+
+    hidden = MaskedUpload(mode=masking) if masking != "none" else defense
+    real = _real(subject)
+    found = [clients(real, defense=hidden)]
+    if masking == "pairwise":
+        seen = {
+            "name": f"sum-of-{_SUM}",
+            "title": f"the sum of {_SUM} clients, {real.title}",
+            "clients": _SUM,
+        }
+        found.append(clients(real.model_copy(update=seen)))
+    upper = [_one_gradient(subject, size) for size in batch_sizes if not _is_gradient_of(subject, size)]
+    if subject.weights is not None:
+        upper.append(_one_gradient(subject, 1, trained=False))
+    return found + [clients(each, procedure=ONE_GRADIENT, defense=hidden) for each in upper]
+
+
+def _real(subject: Subject) -> Exposure:
+    size, images = subject.images_per_client, _images(subject.images_per_client)
+    if not isinstance(subject.procedure, Procedure):
+        steps, what = 0, f"your training loop on {images}"
+    elif subject.procedure.is_gradient:
+        steps, what = 1, f"one gradient of {images}"
+    else:
+        steps = subject.procedure.step_count(size)
+        what = f"{steps} local step{'s' * (steps > 1)} on {images}"
+    return Exposure(
+        name="your-client",
+        title=what,
+        headline=True,
+        trained=subject.weights is not None,
+        images=size,
+        steps=steps,
+        norm_mode=subject.norm_mode,
+    )
+
+
+def _one_gradient(subject: Subject, size: int, *, trained: bool = True) -> Exposure:
+    kind = "" if trained else ", untrained network"
+    return Exposure(
+        name=f"gradient-of-{size}" if trained else "untrained",
+        title=f"one gradient of {_images(size)}{kind}",
+        headline=False,
+        trained=trained and subject.weights is not None,
+        images=size,
+        steps=1,
+        norm_mode=subject.norm_mode,
+    )
+
+
+def _images(size: int) -> str:
+    return "one image" if size == 1 else f"{size} images"
+
+
+def _is_gradient_of(subject: Subject, size: int) -> bool:
+    """Whether that is what the real clients do."""
+    own = isinstance(subject.procedure, Procedure) and subject.procedure.is_gradient
+    return own and subject.images_per_client == size
+
+
+def plan(
+    exposures: Sequence[Clients], *, pools: Pools, told: Callable[[str], None] = lambda text: None
+) -> list[Planned]:
+    """Every attacker on every exposure, in the order in which they are run.
+
+    Presence comes first, then the others from the cheapest on. Of each the control comes first: it says
+    whether the attacker can do anything at all. Then real clients, then the other upper bounds.
+
+    Args:
+        exposures: See `exposures_of`.
+        pools: Whose images are whose.
+        told: Called with what is looked at.
+
+    Raises:
+        TrainingError: See `Clients.update`.
+    """
+    found = []
+    for clients in exposures:
+        told(clients.exposure.title)
+        seconds = _seconds_of_update(clients, pools)
+        found.append(_presence(clients, pools, seconds))
+        found += [_rebuilding(attacker, clients, pools, seconds) for attacker in available()]
+    order = {id(each): place for place, each in enumerate(found)}
+    return sorted(
+        found,
+        key=lambda each: (
+            each.attacker is not None,
+            0 if each.attacker is None else available().index(each.attacker),
+            each.exposure.name != CONTROL,
+            not each.exposure.headline,
+            order[id(each)],
+        ),
+    )
+
+
+def _seconds_of_update(clients: Clients, pools: Pools) -> float:
+    size = clients.exposure.images * clients.exposure.clients
+    images, labels = pools.audited.first(size)
+    if len(images) < size:
+        return 0.0
+    start = process_time()
+    clients.update(images, labels, number=0)
+    return process_time() - start
+
+
+def _presence(clients: Clients, pools: Pools, seconds: float) -> Planned:
+    exposure = clients.exposure
+    count = clients_of(exposure.images * exposure.clients)
+    try:
+        check_enough(exposure.images * exposure.clients, pools)
+    except DataError as error:
+        return Planned(
+            attacker=None, clients=clients, seconds=0.0, obstacle=_not_run(PRESENCE, exposure, str(error))
+        )
+    hidden = 2 if clients.hides else 1  # the control is measured too
+    return Planned(attacker=None, clients=clients, seconds=hidden * (2 * count * seconds + 10))
+
+
+def _rebuilding(attacker: Attacker, clients: Clients, pools: Pools, seconds: float) -> Planned:
+    exposure = clients.exposure
+    size = exposure.images * exposure.clients
+    if size > len(pools.audited.images):
+        reason = f"There are only {len(pools.audited.images)} images of clients, {size} are in an update."
+        return Planned(
+            attacker=attacker,
+            clients=clients,
+            seconds=0.0,
+            obstacle=_not_run(attacker.name, exposure, reason),
+        )
+    refused = refusal(attacker, clients, pools)
+    if refused is None:
+        return Planned(
+            attacker=attacker, clients=clients, seconds=seconds * attacker.gradients * attacker.images
+        )
+    obstacle = _not_run(attacker.name, exposure, refused.reason, refused.kind)
+    return Planned(attacker=attacker, clients=clients, seconds=0.0, obstacle=obstacle)
+
+
+def _not_run(attacker: str, exposure: Exposure, reason: str, kind: Cause = "does not apply") -> NotRun:
+    line = " ".join(reason.split())
+    return NotRun(attacker=attacker, exposure=exposure.name, kind=kind, reason=line[:1000])

@@ -1,0 +1,219 @@
+"""How many of a client's images an attacker rebuilds, beside what it finds where nothing is hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkl import rng
+from fedkl.attacking import Trial, TrialResult, attack_arms, observe, trials_of
+from fedkl.attacking.grid import NotRun, floor
+from fedkl.attacking.results import shares
+from fedkl.attacks import Refusal
+from fedkl.auditing.attackers import Attacker
+from fedkl.auditing.clients import Clients
+from fedkl.auditing.recognition import Pools
+from fedkl.data import Dataset, DataSpec
+from fedkl.defenses import Arm, own_arms
+from fedkl.errors import AttackError, LockError, UpdateError
+from fedkl.metrics import summarize
+from fedkl.protocol import Auxiliary, Knowledge, Procedure
+
+SHOWN = 8
+"""Pictures of a finding."""
+
+_FIRST_LOT = 2  # trials; each later lot is twice as large, as long as there is time
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rebuilt:
+    """What one attacker made of some trials.
+
+    Attributes:
+        found: Shares ``success`` (recovered) and ``identified``, of the best of its guesses; see
+            `fedkl.attacking.results.shares`.
+        floor: The same of a guess from the labels alone.
+        control: The same of the attacker where nothing is hidden; None where nothing is hidden anyway.
+        psnr: Median, in dB.
+        ssim: Median.
+        truth: Some originals, in [0, 1].
+        images: What came out, in [0, 1].
+    """
+
+    found: dict[str, Any]
+    floor: dict[str, Any]
+    control: dict[str, Any] | None
+    psnr: float | None
+    ssim: float | None
+    truth: Tensor = field(repr=False)
+    images: Tensor = field(repr=False)
+
+
+def dataset_of(clients: Clients, pools: Pools) -> Dataset:
+    """A subject's images as attacks take them: the server's to learn from, the clients' to be attacked."""
+    subject, own = clients.subject, pools.server
+    channels, height, width = subject.images.shape[1:]
+    return Dataset(
+        spec=DataSpec(
+            name=subject.name,
+            shape=(channels, height, width),
+            classes=subject.classes,
+            mean=(0.5,) * channels,
+            std=(0.25,) * channels,
+        ),
+        train_images=own.images,
+        train_labels=own.labels,
+        test_images=pools.audited.images,
+        test_labels=pools.audited.labels,
+    )
+
+
+def refusal(attacker: Attacker, clients: Clients, pools: Pools) -> Refusal | None:
+    """Why an attacker does not begin with what these clients send; None where it does.
+
+    Raises:
+        TrainingError: See `Clients.update`.
+    """
+    if not clients.subject.is_pictures:
+        return _no("There are no pictures to rebuild: inputs are tokens.")
+    if not isinstance(clients.procedure, Procedure):
+        return _no(
+            "It replays what a client does, which cannot be done with a function that trains. Describe it as "
+            "a Procedure, or see the upper bounds."
+        )
+    dataset, size = dataset_of(clients, pools), clients.exposure.images * clients.exposure.clients
+    trial = trials_of(dataset, trials=1, batch_size=size)[0]
+    arm = _arms(attacker, clients, dataset)[-1]
+    own = Auxiliary(
+        images=dataset.train_images[torch.arange(arm.knowledge.auxiliary)],
+        labels=dataset.train_labels[: arm.knowledge.auxiliary],
+        simulate=lambda images, labels: {},  # a refusal only asks whether there is something
+        draw=dict,
+    )
+    victims = [clients.defense.prepare(clients.network) for _ in range(clients.exposure.clients)]
+    try:
+        observation = observe(
+            victims[0],
+            arm=arm,
+            model=clients.network,
+            trial=trial,
+            classes=clients.subject.classes,
+            train_mode=clients.exposure.norm_mode == "train",
+            local=clients.procedure,
+            auxiliary=own if attacker.own_images else None,
+            others=victims[1:],
+            generator=rng.generator(clients.seed, "planned"),
+        )
+        return attacker.attack().refusal(observation)
+    except (AttackError, LockError, UpdateError) as error:
+        return _no(str(error))
+
+
+def rebuild(
+    attacker: Attacker, clients: Clients, *, pools: Pools, enough: Callable[[], bool]
+) -> Rebuilt | NotRun:
+    """Attacks updates, a few first and then more as long as there is time.
+
+    Args:
+        attacker: Who.
+        clients: Whose updates.
+        pools: Whose images are whose.
+        enough: Says after each lot whether to stop.
+
+    Returns:
+        What came out; or why nothing did.
+    """
+    dataset, size = dataset_of(clients, pools), clients.exposure.images * clients.exposure.clients
+    count = max(1, min(attacker.images, len(dataset.test_images)) // size)
+    trials, arms = trials_of(dataset, trials=count, batch_size=size), _arms(attacker, clients, dataset)
+    found: list[TrialResult] = []
+    refused: list[NotRun] = []
+    attack, done = attacker.attack(), 0
+    for last in _lots(count) if attack.divisible else [count]:
+        attack_arms(
+            arms,
+            attack=attack,
+            build=lambda trial: clients.network,
+            dataset=dataset,
+            trials=trials,
+            seed=clients.seed,
+            train_mode=clients.exposure.norm_mode == "train",
+            local=clients.procedure if isinstance(clients.procedure, Procedure) else None,
+            skip={*range(done), *range(last, count)},
+            cohort=clients.exposure.clients,
+            on_result=found.append,
+            on_refusal=refused.append,
+        )
+        done = last
+        if enough() or not found:
+            break
+    if not any(each.arm == arm.name for each in found for arm in arms if arm.control or len(arms) == 1):
+        return refused[0]
+    return _figures(arms, found, trials, dataset, clients.seed, attacker)
+
+
+def _lots(count: int) -> Iterator[int]:
+    """Ends of lots that grow."""
+    last = _FIRST_LOT
+    while last < count:
+        yield last
+        last *= 2
+    yield count
+
+
+def _arms(attacker: Attacker, clients: Clients, dataset: Dataset) -> list[Arm]:
+    """The control, if there is something to hide, and what a server that knows the defense guesses."""
+    own = own_arms(clients.defense)
+    guesses = [each for each in clients.defense.guesses() if each.main] or [clients.arm]
+    controls = dict.fromkeys(each.control for each in guesses if each.control)
+    arms = [*(own[name] for name in controls), *guesses]
+    auxiliary = min(attacker.own_images, len(dataset.train_images))
+    granted = {arm.name: replace(arm.knowledge, labels=True, auxiliary=auxiliary) for arm in arms}
+    return [replace(arm, knowledge=granted[arm.name]) for arm in arms]
+
+
+def knew(attacker: Attacker, clients: Clients, pools: Pools) -> str:
+    """What the attacker has beside model and update, in words."""
+    own = min(attacker.own_images, len(pools.server.images))
+    return Knowledge(labels=True, auxiliary=own).describe()
+
+
+def _figures(
+    arms: Sequence[Arm],
+    found: Sequence[TrialResult],
+    trials: Sequence[Trial],
+    dataset: Dataset,
+    seed: int,
+    attacker: Attacker,
+) -> Rebuilt:
+    by_arm = {arm.name: [each for each in found if each.arm == arm.name] for arm in arms}
+    rates = {
+        name: shares([each.to_dict() for each in results]) for name, results in by_arm.items() if results
+    }
+    guesses = [arm for arm in arms if arm.name in rates and (arm.control or len(arms) == 1)]
+    # Of several guesses the best counts, which is to the attacker's advantage.
+    best = max(guesses, key=lambda arm: tuple(rates[arm.name][n]["rate"] for n in ("success", "identified")))
+    results = by_arm[best.name]
+    attacked = [trials[each.trial] for each in results]
+    known = floor(dataset, attacked, seed=seed, auxiliary=attacker.own_images)
+    guessed = [{"scores": [score.to_dict() for score in scores]} for _, scores in known]
+    scores = [score.to_dict() for each in results for score in each.scores]
+    return Rebuilt(
+        found=rates[best.name],
+        floor=shares(guessed),
+        control=rates.get(best.control or ""),
+        psnr=summarize([score["psnr"] for score in scores]).median,
+        ssim=summarize([score["ssim"] for score in scores]).median,
+        truth=torch.cat([trial.images for trial in attacked])[:SHOWN],
+        images=torch.cat([each.reconstruction.images for each in results])[:SHOWN]
+        .nan_to_num(0.5)
+        .clamp(0, 1),
+    )
+
+
+def _no(reason: str) -> Refusal:
+    return Refusal(kind="does not apply", reason=reason)

@@ -1,0 +1,226 @@
+"""An audit: the plan carried out within the time given, into a folder from where it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import monotonic, process_time
+from typing import NamedTuple, Protocol
+
+import safetensors.torch
+
+import fedkl
+from fedkl.attacking.grid import NotRun as Unattacked
+from fedkl.auditing.findings import not_run, of_pictures, of_presence
+from fedkl.auditing.plan import Planned, defense_of, exposures_of, plan
+from fedkl.auditing.rebuilding import Rebuilt, rebuild
+from fedkl.auditing.recognition import Pools, Recognized, recognize
+from fedkl.auditing.results import Audit, Finding, Masking, NotRun, Settings, Summary
+from fedkl.auditing.subject import Subject
+from fedkl.errors import ConfigError, FedKLError
+from fedkl.files import exclusive, make_folder, write_atomically
+
+_LEFT_FOR_ONE = 0.25  # share of the time that is left, for one attacker that could use more
+
+
+class Told(Protocol):
+    """Where an audit says how far it is."""
+
+    def __call__(self, share: float, text: str, /) -> None:
+        """The share of the time that is used up, in [0, 1], and what is being done or was found."""
+
+
+def silent(share: float, text: str, /) -> None:
+    """Says nothing."""
+
+
+def audit(
+    subject: Subject,
+    *,
+    out: Path | str,
+    defense: str = "none",
+    masking: Masking = "none",
+    batch_sizes: Sequence[int] = (1, 16),
+    minutes: float = 10.0,
+    seed: int = 0,
+    target: str | None = None,
+    source: str | None = None,
+    line: int | None = None,
+    planned: Callable[[Sequence[Planned]], None] = lambda entries: None,
+    told: Told = silent,
+) -> Audit:
+    """Audits somebody's federated training; an interrupted audit goes on, a finished one is only read.
+
+    Args:
+        subject: What is audited.
+        out: The audit's folder.
+        defense: What clients do against a curious server, by its registered type.
+        masking: Mode of masks over it.
+        batch_sizes: Images behind single gradients, for the upper bounds.
+        minutes: For the attackers. The one that runs when they are over is ended at its next step, and at
+            least one is run.
+        seed: Of everything that is drawn but clients' secrets.
+        target: As it was named, for reports; the subject's name if None.
+        source: File of the target, for reports.
+        line: Where in it the target begins.
+        planned: Called with the plan before the work.
+        told: Called with the progress.
+
+    Raises:
+        ConfigError: An option is not usable, or the folder holds something else.
+        DataError: The network does not fit the images.
+        TrainingError: A client cannot train.
+    """
+    if not minutes > 0:
+        raise ConfigError(f"audit: minutes: expected more than 0, got {minutes}.")
+    subject.check()
+    pools = Pools.of(subject.images, subject.labels, seed=seed)
+    exposures = exposures_of(
+        subject, defense=defense_of(defense), masking=masking, batch_sizes=batch_sizes, seed=seed
+    )
+    settings = Settings(
+        fedkl=fedkl.__version__,
+        target=target or subject.name,
+        source=source,
+        line=line,
+        subject=subject.name,
+        images=len(subject.images),
+        classes=subject.classes,
+        defense=exposures[-1].defense.describe(),
+        masking=masking,
+        seed=seed,
+        minutes=minutes,
+        exposures=tuple(each.exposure for each in exposures),
+    )
+    folder = _Folder(Path(out))
+    with exclusive(folder.path):
+        present = folder.begin(settings)
+        if present.summary is None:
+            start = monotonic()
+            entries = plan(exposures, pools=pools, told=lambda text: told(0.0, f"planning: {text}"))
+            planned(entries)
+            _carry_out(entries, pools, folder, present, _Clock(start, minutes), told)
+        return folder.audit()
+
+
+class _Clock(NamedTuple):
+    start: float
+    minutes: float
+
+    @property
+    def used(self) -> float:
+        """Share of the time."""
+        return min(1.0, (monotonic() - self.start) / (60 * self.minutes))
+
+    def until(self, share: float) -> Callable[[], bool]:
+        """Says whether so much of what is left now is used up."""
+        end = monotonic() + share * (1 - self.used) * 60 * self.minutes
+        return lambda: monotonic() >= end
+
+
+class _Folder:
+    """An audit's folder; see results.py."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, settings: Settings) -> Audit:
+        """What is there of this audit.
+
+        Raises:
+            ConfigError: The folder holds another audit, or something else.
+        """
+        if (self.path / "audit.json").exists():
+            present = Audit.read(self.path)
+            # More time is no other audit: it goes on.
+            if present.settings.model_copy(update={"minutes": settings.minutes}) != settings:
+                raise ConfigError(
+                    f"{self.path}: holds an audit of something else or with other options. Choose another "
+                    "folder, or remove this one."
+                )
+            return present
+        held = [each.name for each in self.path.iterdir() if not each.name.startswith(".")]
+        if held:
+            raise ConfigError(f"{self.path}: expected an empty folder, it holds {held[0]!r}. Choose another.")
+        make_folder(self.path / "pictures")
+        write_atomically(self.path / "audit.json", settings.model_dump_json(indent=2).encode())
+        return Audit(settings=settings)
+
+    def audit(self) -> Audit:
+        """What is there now."""
+        return Audit.read(self.path)
+
+    def append(self, record: Finding | NotRun) -> None:
+        """Adds a line, after the last whole one."""
+        path = self.path / "results.jsonl"
+        before = path.read_bytes() if path.exists() else b""
+        whole = before[: before.rfind(b"\n") + 1]
+        write_atomically(path, whole + record.model_dump_json().encode() + b"\n")
+
+    def save_pictures(self, name: str, rebuilt: Rebuilt) -> str:
+        """Keeps originals and what came out; returns their place below the folder."""
+        place = f"pictures/{name}.safetensors"
+        tensors = {"truth": rebuilt.truth.contiguous(), "found": rebuilt.images.contiguous()}
+        write_atomically(self.path / place, safetensors.torch.save(tensors))
+        return place
+
+    def finish(self, seconds: float) -> None:
+        """Everything was tried."""
+        present = self.audit()
+        summary = Summary(seconds=seconds, findings=len(present.findings), not_run=len(present.not_run))
+        write_atomically(self.path / "summary.json", summary.model_dump_json(indent=2).encode())
+
+
+def _carry_out(
+    entries: Sequence[Planned], pools: Pools, folder: _Folder, present: Audit, clock: _Clock, told: Told
+) -> None:
+    findings = list(present.findings)
+    done = {(each.attacker, each.exposure) for each in findings}
+    done |= {(each.attacker, each.exposure) for each in present.not_run}
+    worked = False
+    for entry in entries:
+        if (entry.name, entry.exposure.name) in done:
+            continue
+        if entry.obstacle is not None:
+            folder.append(entry.obstacle)
+            continue
+        if worked and clock.used >= 1:
+            reason = f"The {clock.minutes:g} minutes were over; it would take about {entry.seconds:.0f} s."
+            folder.append(not_run(entry, "no time left", reason))
+            continue
+        told(clock.used, f"{entry.name}: {entry.exposure.title}")
+        start, worked = process_time(), True
+        found = _attempt(entry, pools, clock)
+        seconds = round(process_time() - start, 3)
+        if isinstance(found, NotRun):
+            folder.append(found)
+        elif isinstance(found, Rebuilt):
+            place = folder.save_pictures(f"{entry.name}-{entry.exposure.name}", found)
+            findings += of_pictures(
+                entry, found, pools=pools, earlier=findings, pictures=place, seconds=seconds
+            )
+        else:
+            findings.append(of_presence(entry, *found, pools=pools, earlier=findings, seconds=seconds))
+        for finding in findings[len(folder.audit().findings) :]:
+            folder.append(finding)
+            told(clock.used, f"{entry.name}: {finding.question} {finding.found.percent}")
+    folder.finish(clock.used * 60 * clock.minutes)
+
+
+class _Presence(NamedTuple):
+    """With the control, where something is hidden."""
+
+    found: Recognized
+    control: Recognized | None
+
+
+def _attempt(entry: Planned, pools: Pools, clock: _Clock) -> Rebuilt | _Presence | NotRun:
+    """Runs one attacker; what breaks ends neither the others nor the audit."""
+    try:
+        if entry.attacker is None:
+            control = recognize(entry.clients.open(), pools=pools) if entry.clients.hides else None
+            return _Presence(recognize(entry.clients, pools=pools), control)
+        found = rebuild(entry.attacker, entry.clients, pools=pools, enough=clock.until(_LEFT_FOR_ONE))
+    except (FedKLError, ArithmeticError, MemoryError, RuntimeError, ValueError, IndexError) as error:
+        return not_run(entry, "broke", f"{type(error).__name__}: {error}")
+    return not_run(entry, found.kind, found.reason) if isinstance(found, Unattacked) else found
