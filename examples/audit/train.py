@@ -63,7 +63,7 @@ _SGD = partial(SGD, momentum=0.9, weight_decay=5e-4)
 RECIPES = {
     "quickstart": Recipe(data=cifar10, optimizer=_SGD, lr=0.02, batch=32, stages=((32, 8),)),
     # An epoch at half the size costs a quarter of one.
-    "resnet": Recipe(data=cifar10, optimizer=_SGD, lr=0.2, batch=64, stages=((16, 1.5), (32, 0.35))),
+    "resnet": Recipe(data=cifar10, optimizer=_SGD, lr=0.2, batch=64, stages=((16, 2), (32, 0.4))),
     "vit": Recipe(data=mnist, optimizer=AdamW, lr=3e-3, batch=64, stages=((28, 1),)),
     "tiles": Recipe(data=tiles, optimizer=_SGD, lr=0.02, batch=8, stages=((24, 30),)),
 }
