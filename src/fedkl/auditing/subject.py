@@ -37,7 +37,7 @@ class Subject:
             client's next update tells of new images.
         labels: int64, shape ``(images,)``.
         weights: Trained weights: a safetensors file, or tensors by the network's names; all of its
-            parameters, and its buffers if it has any. None: those that `model` builds.
+            parameters, and its buffers if it has any. None: those that `model` builds, the same each time.
         procedure: What a client does in a round, and what of it is sent. Or a function that trains: called
             as ``procedure(network, inputs, labels)`` with the network as `model` builds it and inputs as it
             takes them, it trains the network in place; what is sent are the weights.
@@ -46,7 +46,7 @@ class Subject:
             the mode itself.
         normalization: Mean and standard deviation per channel, of what is done to images before the network
             sees them; None: nothing is.
-        classes: How many there are; None: the largest label, and one.
+        classes: How many there are; 0: the largest label, and one.
         name: What reports call it.
 
     Raises:
@@ -72,83 +72,68 @@ class Subject:
     name: str = "subject"
 
     def __post_init__(self) -> None:
-        problems = [problem for problem, wrong in self._checks() if wrong]
-        if not problems and not self.classes:
-            object.__setattr__(self, "classes", int(self.labels.max()) + 1)
-        if not problems and int(self.labels.max()) >= self.classes:
-            problems.append(
-                f"labels: expected 0 .. {self.classes - 1}, as there are {self.classes} classes, got "
-                f"{int(self.labels.max())}"
-            )
+        problems = self._field_problems()
+        if isinstance(self.images, Tensor) and isinstance(self.labels, Tensor):
+            problems += _image_problems(self.images) + self._label_problems() + self._normalization_problems()
         if problems:
             raise ConfigError(gathered("Subject is not usable.", problems, "Correct these fields."))
+        if not self.classes:
+            object.__setattr__(self, "classes", int(self.labels.max()) + 1)
 
-    def _checks(self) -> list[tuple[str, bool]]:
-        """Problems, and whether each is there; later ones are only looked at where earlier ones are not."""
-        tensors = isinstance(self.images, Tensor) and isinstance(self.labels, Tensor)
-        checks = [
-            (
-                "model: expected a function that builds the network, e.g. `lambda: Net()`, got a network",
-                (isinstance(self.model, nn.Module)),
+    def _field_problems(self) -> list[str]:
+        checks = {
+            "model: expected a function that builds the network, e.g. `lambda: Net()`, got "
+            + ("a network" if isinstance(self.model, nn.Module) else type(self.model).__name__): (
+                callable(self.model) and not isinstance(self.model, nn.Module)
             ),
-            ("model: expected a function that builds the network", not callable(self.model)),
-            (
-                "procedure: expected a fedkl.Procedure, or a function that trains",
-                (not isinstance(self.procedure, Procedure) and not callable(self.procedure)),
+            "procedure: expected a fedkl.Procedure, or a function that trains, got "
+            f"{type(self.procedure).__name__}": (
+                isinstance(self.procedure, Procedure) or callable(self.procedure)
             ),
-            (
-                f"images_per_client: expected at least 1, got {self.images_per_client}",
-                self.images_per_client < 1,
+            f"images_per_client: expected at least 1, got {self.images_per_client}": (
+                self.images_per_client >= 1
             ),
-            (
-                f"norm_mode: expected 'train' or 'eval', got {self.norm_mode!r}",
-                self.norm_mode not in ("train", "eval"),
+            f"norm_mode: expected 'train' or 'eval', got {self.norm_mode!r}": (
+                self.norm_mode in ("train", "eval")
             ),
-            (
-                "images, labels: expected tensors, got "
-                f"{type(self.images).__name__} and {type(self.labels).__name__}",
-                not tensors,
+            f"classes: expected at least 0, got {self.classes}": self.classes >= 0,
+            "images, labels: expected tensors, got "
+            f"{type(self.images).__name__} and {type(self.labels).__name__}": (
+                isinstance(self.images, Tensor) and isinstance(self.labels, Tensor)
             ),
-        ]
-        return checks + (self._tensor_checks() if tensors else [])
+        }
+        return [problem for problem, fine in checks.items() if not fine]
 
-    def _tensor_checks(self) -> list[tuple[str, bool]]:
-        shape, pictures = tuple(self.images.shape), self.images.is_floating_point()
-        sizes = len(shape) == (4 if pictures else 2)
-        counted = tuple(self.labels.shape) == shape[:1] and self.labels.dtype == torch.int64
-        checks = [
-            (
-                "images: expected floats of shape (images, channels, height, width), or integers of shape "
-                f"(images, length), got {self.images.dtype} of shape {shape}",
-                not sizes,
-            ),
-            (
-                f"labels: expected int64 of shape {shape[:1]}, got {self.labels.dtype} of shape "
-                f"{tuple(self.labels.shape)}",
-                not counted,
-            ),
-            (
-                f"images: expected at least {_LEAST_IMAGES}, got {len(self.images)}",
-                len(self.images) < _LEAST_IMAGES,
-            ),
-        ]
-        if sizes and pictures and len(self.images):
-            low, high = (float(end) for end in self.images.aminmax())
-            checks.append(
-                (
-                    f"images: expected values in [0, 1], got {low:.3g} to {high:.3g}. Give images as they "
-                    "are before normalization, and its mean and standard deviation as `normalization`",
-                    not 0 <= low <= high <= 1,
-                )
+    def _label_problems(self) -> list[str]:
+        expected, got = tuple(self.images.shape[:1]), tuple(self.labels.shape)
+        if got != expected or self.labels.dtype != torch.int64:
+            return [
+                f"labels: expected int64 of shape {expected}, one of each image, got {self.labels.dtype} of "
+                f"shape {got}"
+            ]
+        problems = []
+        if bool((self.labels < 0).any()):
+            problems.append("labels: expected values of at least 0, got some below")
+        if self.classes > 0 and bool((self.labels >= self.classes).any()):
+            problems.append(
+                f"labels: expected 0 .. {self.classes - 1}, as there are {self.classes} classes, got some "
+                "above"
             )
-        if counted and len(self.labels):
-            checks.append(
-                (
-                    f"labels: expected values of at least 0, got {int(self.labels.min())}",
-                    int(self.labels.min()) < 0,
-                )
-            )
-        return checks
+        return problems
+
+    def _normalization_problems(self) -> list[str]:
+        if self.normalization is None:
+            return []
+        if not self.is_pictures:
+            return ["normalization: expected None where images are tokens"]
+        problem = "normalization: expected a mean and a positive std for every channel, e.g. ((0.5,), (0.5,))"
+        try:
+            channels = len(Standardize(*self.normalization).mean)
+        except (ConfigError, TypeError):
+            return [problem]
+        if self.images.dim() == 4 and channels != self.images.shape[1]:
+            return [f"{problem}, got them for {channels} and images of {self.images.shape[1]} channels"]
+        return []
 
     @property
     def is_pictures(self) -> bool:
@@ -170,7 +155,10 @@ class Subject:
             ConfigError: It cannot be built, or the weights do not fit it.
         """
         try:
-            network = self.model()
+            # Without `weights` too, all networks that are built are the same: an update is a difference.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(0)
+                network = self.model()
         except Exception as error:
             raise ConfigError(
                 f"Subject.model: raised {type(error).__name__} ({printable(str(error))}). Give a function "
@@ -231,6 +219,30 @@ class Subject:
             )
 
 
+def _image_problems(images: Tensor) -> list[str]:
+    pictures = images.dtype == torch.float32 and images.dim() == 4
+    tokens = images.dtype in (torch.int32, torch.int64) and images.dim() == 2
+    if not pictures and not tokens:
+        return [
+            "images: expected float32 of shape (images, channels, height, width), or int64 tokens of shape "
+            f"(images, length), got {images.dtype} of shape {tuple(images.shape)}"
+        ]
+    problems = []
+    if len(images) < _LEAST_IMAGES:
+        problems.append(f"images: expected at least {_LEAST_IMAGES}, got {len(images)}")
+    if not bool(torch.isfinite(images).all()):
+        problems.append("images: expected finite values, got NaN or infinite ones")
+    elif tokens and bool((images < 0).any()):
+        problems.append("images: expected tokens of at least 0, got some below")
+    elif pictures and not bool(((images >= 0) & (images <= 1)).all()):
+        side = "some below 0" if bool((images < 0).any()) else "some above 1"
+        problems.append(
+            f"images: expected values in [0, 1], got {side}. Divide bytes by 255; give images as they are "
+            "before normalization, and its mean and standard deviation as `normalization`"
+        )
+    return problems
+
+
 class _StandardizeFirst:
     """A forward pre-hook; an object, so that copies of the network have a copy of it."""
 
@@ -259,8 +271,8 @@ def _load_(network: nn.Module, weights: Path | str | Mapping[str, Tensor] | None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"Subject.weights: {source} cannot be read ({reason}). Give a safetensors file, or tensors "
-            "by name."
+            f"Subject.weights: {source} cannot be read ({reason}). Give tensors by name, or what "
+            "safetensors.torch.save_file wrote of them."
         ) from error
     own = network.state_dict()
     check_tensors(
