@@ -16,6 +16,7 @@ with a frozen dataclass under `register_attack`: in one of the folders below, or
 from fedkl.attacks.algebraic.closed_form import ClosedForm
 from fedkl.attacks.algebraic.feature_inversion import FeatureInversion
 from fedkl.attacks.algebraic.mean_map import MeanMap
+from fedkl.attacks.algebraic.positions import Positions
 from fedkl.attacks.algebraic.wiener import Wiener
 from fedkl.attacks.base import (
     ATTACKS,
@@ -58,6 +59,7 @@ __all__ = [
     "MeanMap",
     "Needs",
     "Observation",
+    "Positions",
     "PriorOnly",
     "Procedure",
     "Reason",
