@@ -12,8 +12,7 @@ from torch import nn
 from fedkl import data
 from fedkl.attacking.grid import attack_arms, floor
 from fedkl.attacking.observing import trials_of
-from fedkl.attacks import Attack, ClosedForm, Positions
-from fedkl.attacks.algebraic.linear_rows import LinearRows
+from fedkl.attacks import Attack, ClosedForm, LinearRows, Positions
 from fedkl.defenses import plain_arm
 from fedkl.models.vit import ViT
 

@@ -15,6 +15,7 @@ with a frozen dataclass under `register_attack`: in one of the folders below, or
 
 from fedkl.attacks.algebraic.closed_form import ClosedForm
 from fedkl.attacks.algebraic.feature_inversion import FeatureInversion
+from fedkl.attacks.algebraic.linear_rows import LinearRows
 from fedkl.attacks.algebraic.mean_map import MeanMap
 from fedkl.attacks.algebraic.positions import Positions
 from fedkl.attacks.algebraic.wiener import Wiener
@@ -56,6 +57,7 @@ __all__ = [
     "InvertingGradients",
     "Knowledge",
     "LearnedInversion",
+    "LinearRows",
     "MeanMap",
     "Needs",
     "Observation",
