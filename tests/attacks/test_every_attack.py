@@ -12,9 +12,9 @@ from torch import nn
 from fedkl import data
 from fedkl.attacking.grid import attack_arms, floor
 from fedkl.attacking.observing import trials_of
-from fedkl.attacks import Attack, ClosedForm
-from fedkl.attacks.algebraic.linear_rows import LinearRows
+from fedkl.attacks import Attack, ClosedForm, LinearRows, Positions
 from fedkl.defenses import plain_arm
+from fedkl.models.vit import ViT
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,11 @@ def perceptron():
     return nn.Sequential(nn.Flatten(), nn.Linear(768, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
-ROWS = [Row(ClosedForm(), chain), Row(LinearRows(), perceptron)]
+def transformer():
+    return ViT(channels=3, classes=10, image_size=16, patch=4, features=32, depth=2, heads=2)
+
+
+ROWS = [Row(ClosedForm(), chain), Row(LinearRows(), perceptron), Row(Positions(), transformer)]
 
 
 @pytest.fixture(scope="module")

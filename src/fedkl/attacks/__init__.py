@@ -15,7 +15,9 @@ with a frozen dataclass under `register_attack`: in one of the folders below, or
 
 from fedkl.attacks.algebraic.closed_form import ClosedForm
 from fedkl.attacks.algebraic.feature_inversion import FeatureInversion
+from fedkl.attacks.algebraic.linear_rows import LinearRows
 from fedkl.attacks.algebraic.mean_map import MeanMap
+from fedkl.attacks.algebraic.positions import Positions
 from fedkl.attacks.algebraic.wiener import Wiener
 from fedkl.attacks.base import (
     ATTACKS,
@@ -55,9 +57,11 @@ __all__ = [
     "InvertingGradients",
     "Knowledge",
     "LearnedInversion",
+    "LinearRows",
     "MeanMap",
     "Needs",
     "Observation",
+    "Positions",
     "PriorOnly",
     "Procedure",
     "Reason",

@@ -36,7 +36,7 @@ from fedkl.attacks.learned.kernels import Regression, Views, best_regression
 from fedkl.attacks.parallel import Progress
 from fedkl.errors import AttackError
 from fedkl.protocol import Auxiliary, Observation
-from fedkl.types import NamedTensors
+from fedkl.types import ImageBatch, NamedTensors
 
 _SIMULATIONS = 4000
 _HELD_OUT = 0.15
@@ -108,7 +108,7 @@ class FeatureInversion(Attack):
                 "FeatureInversion: it finds private parameters by itself; expected none to be free or "
                 "generated. Leave out the arms that regress or match the lock's gradient."
             )
-        _own(observation)
+        own_data(observation, attack="FeatureInversion")
         if not readable_convolutions(observation):
             raise AttackError(
                 "FeatureInversion: expected a convolution that has as many outputs as positions of all "
@@ -125,38 +125,7 @@ class FeatureInversion(Attack):
         images = observations[0].batch_size
         most = self.layers if images == 1 else 1
         read = [read_features(observation, most=most) for observation in observations]
-        unread = torch.full((images, *observations[0].image_shape), torch.nan)
-        found = dict.fromkeys(range(len(read)), (unread, math.inf))
-        by_owner: dict[Auxiliary, list[int]] = {}
-        for place, observation in enumerate(observations):
-            if read[place]:
-                by_owner.setdefault(_own(observation), []).append(place)
-        for own, places in by_owner.items():
-            world = _World.of(own, self, batch=images)
-            supports = {place: world.supports(observations[place]) for place in places}
-            lots: dict[object, list[int]] = {}
-            for place in places:
-                dead = tuple((name, tuple(live.tolist())) for name, live in supports[place].items())
-                lots.setdefault((tuple(read[place]), dead), []).append(place)
-            for lot in lots.values():
-                first, names = lot[0], tuple(read[lot[0]])
-                inverse = _Inverse(
-                    observations[first],
-                    world,
-                    names,
-                    supports[first],
-                    attack=self,
-                    on_evaluation=on_evaluation,
-                )
-                for part in torch.split(torch.tensor(lot), max(1, _AT_ONCE // images)):
-                    asked = {
-                        name: torch.stack([read[place][name] for place in part.tolist()]) for name in names
-                    }
-                    results = zip(*inverse(asked), strict=True)
-                    found |= {
-                        place: (own_images, float(loss))
-                        for place, (own_images, loss) in zip(part.tolist(), results, strict=True)
-                    }
+        found = invert(observations, read, attack=self, on_evaluation=on_evaluation)
         return [
             Reconstruction(
                 images=found[place][0],
@@ -168,6 +137,56 @@ class FeatureInversion(Attack):
             )
             for place, observation in enumerate(observations)
         ]
+
+
+def invert(
+    observations: Sequence[Observation],
+    read: Sequence[NamedTensors],
+    *,
+    attack: FeatureInversion,
+    on_evaluation: Progress,
+) -> list[tuple[ImageBatch, float]]:
+    """Images that have these features, and 1 − |cos| of theirs; NaN and infinity where none were read.
+
+    Args:
+        observations: Of one kind.
+        read: For each, features of length 1 by a layer's name, shape ``(images, values)``; as many images for
+            all. They may be fewer than are behind an update where no norm mixes images.
+        attack: Its settings.
+        on_evaluation: Told of simulations and steps.
+    """
+    images = next((len(values) for each in read for values in each.values()), observations[0].batch_size)
+    unread = torch.full((images, *observations[0].image_shape), torch.nan)
+    found = dict.fromkeys(range(len(read)), (unread, math.inf))
+    by_owner: dict[Auxiliary, list[int]] = {}
+    for place, observation in enumerate(observations):
+        if read[place]:
+            by_owner.setdefault(own_data(observation, attack="FeatureInversion"), []).append(place)
+    for own, places in by_owner.items():
+        world = _World.of(own, attack, batch=images)
+        supports = {place: world.supports(observations[place]) for place in places}
+        lots: dict[object, list[int]] = {}
+        for place in places:
+            dead = tuple((name, tuple(live.tolist())) for name, live in supports[place].items())
+            lots.setdefault((tuple(read[place]), dead), []).append(place)
+        for lot in lots.values():
+            first, names = lot[0], tuple(read[lot[0]])
+            inverse = _Inverse(
+                observations[first],
+                world,
+                names,
+                supports[first],
+                attack=attack,
+                on_evaluation=on_evaluation,
+            )
+            for part in torch.split(torch.tensor(lot), max(1, _AT_ONCE // images)):
+                asked = {name: torch.stack([read[place][name] for place in part.tolist()]) for name in names}
+                results = zip(*inverse(asked), strict=True)
+                found |= {
+                    place: (own_images, float(loss))
+                    for place, (own_images, loss) in zip(part.tolist(), results, strict=True)
+                }
+    return [found[place] for place in range(len(read))]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -314,12 +333,15 @@ class _Inverse:
             return world.images.values(end["images"]), vmap(objective)(end, asked)[1]
 
 
-def _own(observation: Observation) -> Auxiliary:
-    own = observation.own_data("FeatureInversion", least=_LEAST)
+def own_data(observation: Observation, *, attack: str) -> Auxiliary:
+    """The server's own images and clients.
+
+    Raises:
+        AttackError: There are too few, or clients cannot be imitated.
+    """
+    own = observation.own_data(attack, least=_LEAST)
     if own.draw is None:
-        raise AttackError(
-            "FeatureInversion: expected clients that the server can imitate. Give `Auxiliary.draw`."
-        )
+        raise AttackError(f"{attack}: expected clients that the server can imitate. Give `Auxiliary.draw`.")
     return own
 
 

@@ -1,49 +1,61 @@
-"""The input of a fully connected layer, read off one row of its gradient."""
+"""The input of a fully connected layer, read off rows of its gradient."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
-from fedkl.attacks.labels import known_labels
+from fedkl.attacks.algebraic.first_linear import FirstLinear, first_linear, reconstructions, unexplained
+from fedkl.attacks.algebraic.sgd import check_sgd
+from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.parallel import Progress
 from fedkl.errors import AttackError
 from fedkl.protocol import Observation
+
+_AGREE, _UNSURE = 1e-5, 1e-4  # relative: rows of one image agree to 2e-7, of several to 2e-4 at best
+_CERTAIN = 10.0  # times float32's errors
 
 
 @register_attack
 @dataclass(frozen=True, kw_only=True)
 class LinearRows(Attack):
-    """Divides a row of ∂L/∂W by its entry of ∂L/∂b: for one image that is the layer's input, exactly.
+    """Divides rows of ∂L/∂W by their entries of ∂L/∂b: what one image drives is that layer's input, exactly.
 
-    With u = W x + b and δ = ∂L/∂u, ∂L/∂W = δ xᵀ and ∂L/∂b = δ. The row with the largest |δ| is taken, for the
-    least rounding. It needs a network that gives the image itself to a fully connected layer with a bias, as
-    a perceptron does; nothing behind that layer matters.
+    With u = W x + b and δ = ∂L/∂u, ∂L/∂W = Σ δ xᵀ and ∂L/∂b = Σ δ over the images. Of one image every row
+    says x; the one with the largest |δ| is taken, for the least rounding. Of a batch, behind a ReLU, some
+    rows get something of one image only: those that agree with another one. Images without two such rows
+    are not found, and are NaN. It needs no labels and no learning rate, and accepts a gradient, or weights
+    after steps of SGD: each image's x is the same in all steps, where the layer is the first.
+
+    Behind convolutions the inputs are features: `FeatureInversion`, with images of the server's own, takes
+    them to images. `Reconstruction.loss` is the share of the layer's gradient that they do not explain.
 
     Source:
-        Phong et al. 2017, "Privacy-preserving deep learning via additively homomorphic encryption".
+        Phong et al. 2017, "Privacy-preserving deep learning via additively homomorphic encryption"; batches:
+        Boenisch et al. 2021 (arXiv 2112.02918), Fowl et al. 2022 (arXiv 2110.13057), who change the model for
+        it. Here the model is as it is, and rows of one image are known by their agreement.
     """
 
     title: ClassVar[str] = "rows of a linear layer"
     type: Literal["linear-rows"] = "linear-rows"
 
     @property
-    def needs(self) -> Needs:
-        """Rows of several images are mixtures of them."""
-        return Needs(batch=1)
+    def divisible(self) -> bool:
+        """Where features are inverted, one regression serves all observations."""
+        return False
 
     def _check(self, observation: Observation) -> None:
-        _layer(observation)
-        if not observation.local.is_gradient or observation.transform is not None:
+        check_sgd(observation, attack="LinearRows")
+        if observation.batch_size > 1 and observation.classes == 2:
             raise AttackError(
-                "LinearRows: expected the gradient of one step as it is, got several steps or a transformed "
-                "update. Use the attack learned."
+                "LinearRows: expected one image, or more than two classes: with two all images have parallel "
+                "slopes, and rows of several agree too. Use the attack disaggregation."
             )
+        first_linear(observation, attack="LinearRows")
 
     def _run(
         self,
@@ -51,40 +63,47 @@ class LinearRows(Attack):
         generators: list[torch.Generator],
         on_evaluation: Progress,
     ) -> list[Reconstruction]:
-        return [
-            Reconstruction(
-                images=_input(observation).reshape(1, *observation.image_shape).float(),
-                labels=observation.labels if observation.labels is None else known_labels([observation])[0],
-                scaling="clip",
-                loss=0.0,
-                evaluations=0,
-                start=0,
-            )
-            for observation in observations
+        layer = first_linear(observations[0], attack="LinearRows")
+        inputs = [_inputs(observation, layer) for observation in observations]
+        losses = [
+            unexplained(layer.gradient(observation), rows)
+            for observation, rows in zip(observations, inputs, strict=True)
         ]
+        return reconstructions(
+            observations, inputs, losses=losses, layer=layer, evaluations=0, on_evaluation=on_evaluation
+        )
 
 
-def _layer(observation: Observation) -> str:
-    """The name of the layer that sees the image.
-
-    Raises:
-        AttackError: There is none whose gradient was observed.
-    """
-    size = math.prod(observation.image_shape)
-    for name, module in observation.model.named_modules():
-        if next(module.children(), None) is None and next(module.parameters(), None) is not None:
-            seen = {f"{name}.weight", f"{name}.bias"} <= observation.gradient.keys()
-            if isinstance(module, nn.Linear) and module.in_features == size and seen:
-                return str(name)
-            break
-    raise AttackError(
-        f"LinearRows: expected a network whose first layer is fully connected with {size} inputs and a bias, "
-        "and its gradient, got another. Use the attack closed-form for convolutions."
+def _inputs(observation: Observation, layer: FirstLinear) -> Float[Tensor, "found inputs"]:
+    gradient = layer.gradient(observation)
+    weight, bias = gradient[:, :-1], gradient[:, -1]
+    error = layer.error(observation) / len(bias) ** 0.5 / bias.abs()
+    rows = weight / bias[:, None]
+    if observation.batch_size == 1:
+        best = error.argmin()
+        return rows[best][None] if bool(error[best].isfinite()) else rows[:0]
+    size = rows.norm(dim=1)
+    sure = _CERTAIN * error < _UNSURE * size  # false where a row is no number
+    return agreeing(
+        rows[sure], torch.maximum(_AGREE * size, _CERTAIN * error)[sure], most=observation.batch_size
     )
 
 
-def _input(observation: Observation) -> Tensor:
-    name = _layer(observation)
-    weight, bias = (observation.gradient[f"{name}.{part}"].double() for part in ("weight", "bias"))
-    row = int(bias.abs().argmax())
-    return weight[row] / bias[row]
+def agreeing(
+    rows: Float[Tensor, "rows inputs"], errors: Float[Tensor, " rows"], *, most: int
+) -> Float[Tensor, "found inputs"]:
+    """One row of each group that agrees, of the largest groups first.
+
+    Args:
+        rows: As they were read.
+        errors: Of each, as a distance; the row with the smallest speaks for its group.
+        most: So many at most.
+    """
+    close = torch.cdist(rows, rows) < errors[:, None] + errors
+    found, left = list[int](), torch.ones(len(rows), dtype=torch.bool)
+    for row in close.sum(1).argsort(descending=True).tolist():
+        group = (close[row] & left).nonzero().flatten()
+        if bool(left[row]) and len(group) > 1:
+            found.append(int(group[errors[group].argmin()]))
+        left &= ~close[row]
+    return rows[found[:most]]

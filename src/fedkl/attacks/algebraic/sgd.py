@@ -1,0 +1,58 @@
+"""Gradients out of what plain SGD sends: one gradient, or weights after some steps."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fedkl.errors import AttackError
+from fedkl.protocol import Observation
+
+ROUNDING = 2.0**-24
+"""Largest relative error of a float32 number."""
+
+
+def check_sgd(observation: Observation, *, attack: str) -> None:
+    """Raises AttackError where an update is no weighted sum of gradients of the client's own images.
+
+    Args:
+        observation: What the server has.
+        attack: Who asks, for the message.
+    """
+    local = observation.local
+    adaptive = local.algorithm == "fedavg" and local.optimizer != "sgd"
+    if observation.transform is not None or adaptive or local.augmentation != "none":
+        raise AttackError(
+            f"{attack}: expected a gradient, or weights after steps of SGD, as they are, got a transformed "
+            "update, another optimizer or augmented images. Use the attack learned."
+        )
+
+
+def sum_of_gradients(observation: Observation, name: str) -> Tensor:
+    """The steps' gradients of a parameter, summed up to a factor that all parameters share; float64.
+
+    Weight decay is taken out: exactly of one step, up to the steps' own change of the weights of several.
+
+    Args:
+        observation: Of a client that trains with SGD.
+        name: Of a parameter whose gradient was observed.
+    """
+    local, sent = observation.local, observation.gradient[name].detach().cpu().double()
+    if local.algorithm != "fedavg" or not local.weight_decay:
+        return sent
+    share = local.summed_share(observation.batch_size)
+    return sent - share * local.weight_decay * _received(observation, name)
+
+
+def rounding(observation: Observation, name: str) -> float:
+    """Expected size of the float32 errors in a parameter's observed gradient, as a Frobenius norm.
+
+    Weights lose what is below their last digit.
+    """
+    error = ROUNDING * float(observation.gradient[name].detach().double().norm())
+    if observation.local.algorithm == "fedavg":
+        error += ROUNDING * float(_received(observation, name).norm()) / observation.local.lr
+    return error
+
+
+def _received(observation: Observation, name: str) -> Tensor:
+    return observation.model.get_parameter(name).detach().cpu().double()
