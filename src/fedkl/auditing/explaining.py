@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from fedkl.auditing.playing import Explanation, explained
+from fedkl.auditing.playing import Explanation
 from fedkl.auditing.running import running_statistics
 from fedkl.auditing.subject import Subject
 from fedkl.protocol import Procedure
@@ -36,15 +35,9 @@ class Finding:
 
 
 def comparison_findings(
-    subject: Subject,
-    update: Mapping[str, Tensor],
-    *,
-    clients: int,
-    generator: torch.Generator,
-    base_known: bool,
+    subject: Subject, found: Explanation, *, base_known: bool
 ) -> tuple[list[Finding], list[str]]:
     """What the comparison with played clients says, and what it cannot say."""
-    found = explained(subject, update, clients=clients, generator=generator)
     if found.otherwise == "unknown":
         return [_stranger(subject, base_known=base_known)], []
     findings, untold = [], []
@@ -152,11 +145,9 @@ def statistics_findings(
     subject: Subject, network: nn.Module, tensors: Mapping[str, Tensor], *, kind: str
 ) -> list[Finding]:
     """What running statistics say, where they were sent: for sure, if the base weights are right."""
-    if kind == "gradient" or not _tracks(network):
-        return []
     seen = running_statistics(network, tensors, is_difference=kind == "difference")
     if seen is None:
-        return [Finding(about="statistics", says="No running statistics were sent.")]
+        return []
     if not seen.moved:
         if subject.norm_mode == "eval" or seen.frozen:
             return []
@@ -167,10 +158,6 @@ def statistics_findings(
         says = "The norm mode does not fit: running statistics moved, so norms were in train mode."
         return [Finding(about="norm mode", says=says, remedy='Subject(norm_mode="train").', is_problem=True)]
     return [_moved(), *_counted(subject, seen.batches)]
-
-
-def _tracks(network: nn.Module) -> bool:
-    return any(name.endswith("running_mean") for name, _ in network.named_buffers())
 
 
 def _moved() -> Finding:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from fedkl import rng
 from fedkl.auditing.explaining import Finding, comparison_findings, statistics_findings
 from fedkl.auditing.likeness import CLIENTS
 from fedkl.auditing.naming import Naming, naming
+from fedkl.auditing.playing import Explanation, explained
 from fedkl.auditing.recorded import RecordedUpdate
 from fedkl.auditing.subject import Subject
 from fedkl.errors import ConfigError, shown
@@ -21,8 +22,10 @@ from fedkl.protocol import Procedure
 
 _NAMED = 5  # tensors that one sentence names
 _LEAST_CLIENTS = 40
-_COSINE, _RATIO = 0.5, math.log(2)  # of tensors that resemble weights, beside those of the network
+_ALIGNED = 0.7  # the cosine with the base weights from which numbers are weights
+_SMALL = 0.1  # of the base weights' norm: what is smaller is no weights
 
+_Play = Callable[[Mapping[str, Tensor]], Explanation]
 _About = Literal["names", "shapes", "values", "kind", "procedure", "base weights"]
 
 
@@ -79,7 +82,7 @@ def fits(
 
     Raises:
         ConfigError: The subject's network cannot be built, or `clients` is too small.
-        DataError: The network cannot be called with the subject's images.
+        DataError: The network cannot be called with the subject's images, or clients cannot be played.
 
     >>> images, labels = torch.rand(50, 1, 8, 8), torch.arange(50) % 10
     >>> subject = Subject(model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), images=images,
@@ -95,18 +98,20 @@ def fits(
     found = naming(network, recorded.tensors)
     tensors = found.renamed(recorded.tensors)
     problems = [*_naming_problems(found), *_value_problems(recorded.tensors)]
-    findings = [Finding(about="names", says=f"The file has {found.how}.")] if found.how else []
+    findings = _naming_findings(found, recorded.kind)
     if not problems:
         problems += _setting_problems(subject, recorded)
         problems += _base_problems(network, found, recorded)
         problems += _kind_problems(network, tensors, recorded)
     if problems:
         return _fit(problems, findings, [], found, None)
-    update = _descent(subject, network, tensors, kind=recorded.kind)
     chance = generator or rng.generator(0, "recorded-update")
-    compared, untold = comparison_findings(
-        subject, update, clients=clients, generator=chance, base_known=recorded.received is not None
-    )
+    play = partial(explained, subject, clients=clients, generator=chance)
+    foreign = _foreign_problem(network, tensors, play) if recorded.kind == "weights" else None
+    if foreign:
+        return _fit([foreign], findings, [], found, None)
+    update = _descent(subject, network, tensors, kind=recorded.kind)
+    compared, untold = comparison_findings(subject, play(update), base_known=recorded.received is not None)
     compared += statistics_findings(subject, network, tensors, kind=recorded.kind)
     problems += [finding for finding in compared if finding.is_problem]
     findings += [finding for finding in compared if not finding.is_problem]
@@ -146,6 +151,14 @@ def _naming_problems(found: Naming) -> list[Finding]:
         remedy = "Give the subject the client's own architecture, or save tensors without transposing them."
         problems.append(_problem("shapes", f"{shape}.", remedy))
     return problems
+
+
+def _naming_findings(found: Naming, kind: str) -> list[Finding]:
+    findings = [Finding(about="names", says=f"The file has {found.how}.")] if found.how else []
+    if found.missing_buffers and kind == "weights":
+        says = f"{_listed(found.missing_buffers)} not in the file, and nothing is said of them."
+        findings.append(Finding(about="statistics", says=says))
+    return findings
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -220,31 +233,38 @@ def _kind_problems(
     if recorded.kind == "gradient" and buffers:
         says = f"{_listed(buffers)} no parameter, and only parameters have a gradient."
         return [_problem("kind", says, 'Say kind="weights" or kind="difference".')]
-    are_weights = _resemble_weights({name: tensors[name] for name in parameters}, parameters)
-    if are_weights == (recorded.kind == "weights"):
+    if recorded.kind == "weights" or _alignment(tensors, parameters) < _ALIGNED:
         return []
-    if are_weights:
-        says = f"The file is called a {recorded.kind}, and its numbers are weights."
-        return [_problem("kind", says, 'Say kind="weights".')]
-    says = "The file is said to hold weights, and its numbers are a gradient or a difference of weights."
-    return [_problem("kind", says, 'Say kind="gradient" or kind="difference".')]
+    says = f"The file is called a {recorded.kind}, and its numbers are weights."
+    return [_problem("kind", says, 'Say kind="weights".')]
 
 
 def _equal(tensor: Tensor, base: Tensor) -> bool:
     return torch.equal(tensor.to(base.dtype), base)
 
 
-def _resemble_weights(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> bool:
-    mine = torch.cat([tensor.flatten().double() for tensor in tensors.values()])
-    theirs = torch.cat([base[name].flatten().double() for name in tensors])
-    if float(torch.cosine_similarity(mine, theirs, dim=0)) > _COSINE:
-        return True
-    ratios = [
-        abs(math.log(float(tensor.double().norm()) / float(base[name].double().norm())))
-        for name, tensor in tensors.items()
-        if bool(tensor.any()) and bool(base[name].any())
-    ]
-    return bool(ratios) and sum(ratios) / len(ratios) < _RATIO
+def _alignment(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> float:
+    """The cosine with the base weights: near 1 for weights after some training, and not for updates."""
+    mine = _joined({name: tensors[name] for name in base}).double()
+    return float(torch.cosine_similarity(mine, _joined(base).double(), dim=0))
+
+
+def _foreign_problem(network: nn.Module, tensors: Mapping[str, Tensor], play: _Play) -> Finding | None:
+    """What are said to be weights, and are far from the base weights: an update, or another training's."""
+    base = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    if _alignment(tensors, base) >= _ALIGNED:
+        return None
+    update = {name: tensors[name].to(torch.float32) for name in base}
+    sizes = [float(each.double().norm()) for each in (_joined(update), _joined(base))]
+    if sizes[0] < _SMALL * sizes[1] or play(update).otherwise != "unknown":
+        says = "The file is said to hold weights, and its numbers are a gradient or a difference of weights."
+        return _problem("kind", says, 'Say kind="gradient" or kind="difference".')
+    says = "These base weights do not fit: the file holds weights of another training."
+    return _problem("base weights", says, "Give the weights that the client received in that round.")
+
+
+def _joined(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
 
 
 def _descent(

@@ -18,8 +18,9 @@ _LEAST = 1e-4  # of an update's norm: tensors below are rounding errors
 _SPREAD = 1e-3  # the least standard deviation of a feature
 _RIDGE, _SIGN_RIDGE = 0.05, 0.1
 _EXACT = 1e-6  # a ridge below which inner products are fixed, but for rounding
-_MARGIN, _EXACT_MARGIN = 1.5, 4.0  # times the farthest client that was kept apart: none of those is strange
-_LEAST_SIGN = 0.25
+_MARGIN = 2.0  # at least so many times the farthest client that was kept apart
+_SIGN_MARGIN = 1.5
+_UNCLEAR, _REVERSED = 0.25, -0.5  # of a sign's score, 1 on average: an alarm takes more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Comparison:
 class Likeness:
     """What the updates of clients who do the same have in common.
 
-    Two distances from the mean client, each in units of the farthest client that was kept apart. The first
+    Two distances from the mean client, each in a unit that lies beyond the farthest client that was kept apart. The first
     is of three features a tensor that do not depend on the update's size: its cosine with the weights, its
     cosine with the clients' mean direction, its norm among the other tensors' norms. The second is of the
     tensors' inner products with the weights, of which a network fixes some whatever the images are: that of
@@ -78,12 +79,10 @@ class Likeness:
             rows.append(self._features(client))
         looks, products, odd = (torch.stack(each) for each in zip(*rows, strict=True))
         known = 2 * quarter
-        self._looks = _Distance(looks[:known], looks[known:], least=_SPREAD, ridge=_RIDGE, margin=_MARGIN)
-        self._products = _Distance(
-            products[:known], products[known:], least=1.0, ridge=_EXACT, margin=_EXACT_MARGIN
-        )
+        self._looks = _Distance(looks[:known], looks[known:], least=_SPREAD, ridge=_RIDGE)
+        self._products = _Distance(products[:known], products[known:], least=1.0, ridge=_EXACT)
         self._direction = _discriminant(odd[:known])
-        self._signs = odd[known:] @ self._direction
+        self._signs = odd @ self._direction
         self._sizes = torch.tensor(sizes).log()
 
     def compare(self, update: Mapping[str, Tensor]) -> Comparison:
@@ -132,22 +131,29 @@ class Likeness:
 
     def _sign(self, odd: Tensor) -> Literal["right", "reversed", "unclear"]:
         """Reversed: as none of the clients' own updates is, and clearly so."""
-        score = float(odd @ self._direction)
-        doubt = max(_LEAST_SIGN, -_MARGIN * float(self._signs.min()))
-        return "unclear" if abs(score) <= doubt else "right" if score > 0 else "reversed"
+        score, worst = float(odd @ self._direction), float(self._signs.min())
+        if score < min(_REVERSED, _SIGN_MARGIN * worst):
+            return "reversed"
+        return "right" if score > max(_UNCLEAR, -worst) else "unclear"
 
 
 class _Distance:
-    """A Mahalanobis distance from known points; 1 is `margin` times the farthest of those kept apart."""
+    """A Mahalanobis distance from known points.
 
-    def __init__(self, known: Tensor, apart: Tensor, *, least: float, ridge: float, margin: float) -> None:
+    Its unit lies beyond the farthest of the points that were kept apart, by half of the way, in logarithms,
+    from their median to it: a heavy tail reaches farther than was seen.
+    """
+
+    def __init__(self, known: Tensor, apart: Tensor, *, least: float, ridge: float) -> None:
         self._center = known.mean(0)
         self._spread = known.std(0).clamp_min(least)
         scaled = (known - self._center) / self._spread
         values, self._vectors = torch.linalg.eigh(scaled.T @ scaled / len(scaled))
         self._values = values.clamp_min(0) + ridge
         self._unit = 1.0
-        self._unit = margin * max(self.of(each) for each in apart)
+        distances = torch.tensor([self.of(each) for each in apart])
+        farthest = float(distances.max())
+        self._unit = farthest * max(_MARGIN, (farthest / float(distances.median())) ** 0.5)
 
     def of(self, features: Tensor) -> float:
         turned = self._vectors.T @ ((features - self._center) / self._spread)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fedkl.attacking.updates import local_update
 from fedkl.auditing.likeness import Comparison, Likeness
 from fedkl.auditing.subject import Subject
+from fedkl.errors import DataError, printable
 from fedkl.protocol import Procedure
 
 NormMode = Literal["train", "eval"]
@@ -47,16 +49,25 @@ def explained(
         clients: How many are played each time, at least 40.
         generator: Draws their images.
     """
+    with torch.random.fork_rng(devices=[]):  # for dropout, and for functions that train
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        return _explained(subject, update, clients, generator)
+
+
+def _explained(
+    subject: Subject, update: Mapping[str, Tensor], clients: int, generator: torch.Generator
+) -> Explanation:
     network = subject.build()
-    stated = _likeness(subject, network, subject, subject.norm_mode, clients, generator)
+    stated = _likeness(subject, network, subject.norm_mode, clients, generator)
     first = stated.compare(update)
     found = _either_sign("nothing", stated, update)
     if found is None and _has_modes(network):
         other: NormMode = "eval" if subject.norm_mode == "train" else "train"
-        likeness = _likeness(subject, network, subject, other, clients, generator)
-        found = _either_sign("norm mode", likeness, update)
+        with contextlib.suppress(DataError):  # a batch of one image may have no statistics
+            likeness = _likeness(subject, network, other, clients, generator)
+            found = _either_sign("norm mode", likeness, update)
     if found is None and (steps := _other_steps(subject, first.factor)):
-        likeness = _likeness(subject, network, steps, subject.norm_mode, clients, generator)
+        likeness = _likeness(steps, network, subject.norm_mode, clients, generator)
         found = _either_sign("step size", likeness, update)
         if found:  # its size is told in the subject's unit
             found = replace(found, comparison=replace(found.comparison, factor=first.factor, odd_size=True))
@@ -81,15 +92,10 @@ def _either_sign(
 
 
 def _likeness(
-    subject: Subject,
-    network: nn.Module,
-    as_: Subject,
-    mode: NormMode,
-    clients: int,
-    generator: torch.Generator,
+    subject: Subject, network: nn.Module, mode: NormMode, clients: int, generator: torch.Generator
 ) -> Likeness:
     weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
-    updates = played(as_, network, mode=mode, clients=clients, generator=generator)
+    updates = played(subject, network, mode=mode, clients=clients, generator=generator)
     return Likeness(updates, count=clients, weights=weights)
 
 
@@ -110,17 +116,32 @@ def played(
 
     Yields:
         The gradient, or (before − after) / lr; with a function that trains, before − after.
+
+    Raises:
+        DataError: One cannot be played.
     """
     model = subject.classifier(copy.deepcopy(network))
     for _ in range(clients):
         images, labels = _drawn(subject, generator)
-        if isinstance(subject.procedure, Procedure):
-            yield local_update(model, images, labels, train_mode=mode == "train", local=subject.procedure)
-            continue
-        client = copy.deepcopy(network)
-        subject.procedure(client, subject.inputs(images), labels)
-        after = dict(client.named_parameters())
-        yield {name: (before - after[name]).detach() for name, before in network.named_parameters()}
+        try:
+            yield _update(subject, network, model, images, labels, mode)
+        except Exception as error:
+            raise DataError(
+                f"{subject.name}: a client with {len(images)} images cannot be played in {mode} mode "
+                f"({type(error).__name__}: {printable(str(error))}). Correct the subject's procedure, "
+                "images_per_client or norm_mode."
+            ) from error
+
+
+def _update(
+    subject: Subject, network: nn.Module, model: nn.Module, images: Tensor, labels: Tensor, mode: NormMode
+) -> dict[str, Tensor]:
+    if isinstance(subject.procedure, Procedure):
+        return local_update(model, images, labels, train_mode=mode == "train", local=subject.procedure)
+    client = copy.deepcopy(network)
+    subject.procedure(client, subject.inputs(images), labels)
+    after = dict(client.named_parameters())
+    return {name: (before - after[name]).detach() for name, before in network.named_parameters()}
 
 
 def _drawn(subject: Subject, generator: torch.Generator) -> tuple[Tensor, Tensor]:
