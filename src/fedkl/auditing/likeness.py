@@ -49,12 +49,12 @@ class Comparison:
 class Likeness:
     """What the updates of clients who do the same have in common.
 
-    Two distances from the mean client, each in a unit that lies beyond the farthest client that was kept apart. The first
-    is of three features a tensor that do not depend on the update's size: its cosine with the weights, its
-    cosine with the clients' mean direction, its norm among the other tensors' norms. The second is of the
-    tensors' inner products with the weights, of which a network fixes some whatever the images are: that of
-    a layer before a norm with the batch's statistics is zero, and layers with a ReLU between them have the
-    same one. So its directions without spread count most.
+    Two distances from the mean client, each in a unit that lies beyond the farthest client that was kept
+    apart. The first is of three features a tensor that do not depend on the update's size: its cosine with
+    the weights, its cosine with the clients' mean direction, its norm among the other tensors' norms. The
+    second is of the tensors' inner products with the weights, of which a network fixes some whatever the
+    images are: that of a layer before a norm with the batch's statistics is zero, and layers with a ReLU
+    between them have the same one. So its directions without spread count most.
 
     Args:
         clients: Their updates by name, all with the same names; looked at one after the other.
