@@ -18,7 +18,7 @@ _LEAST = 1e-4  # of an update's norm: tensors below are rounding errors
 _SPREAD = 1e-3  # the least standard deviation of a feature
 _RIDGE, _SIGN_RIDGE = 0.05, 0.1
 _EXACT = 1e-6  # a ridge below which inner products are fixed, but for rounding
-_MARGIN = 2.0  # at least so many times the farthest client that was kept apart
+_MARGIN, _EXACT_MARGIN = 2.0, 5.0  # at least so many times the farthest client that was kept apart
 _SIGN_MARGIN = 1.5
 _UNCLEAR, _REVERSED = 0.25, -0.5  # of a sign's score, 1 on average: an alarm takes more
 
@@ -79,8 +79,10 @@ class Likeness:
             rows.append(self._features(client))
         looks, products, odd = (torch.stack(each) for each in zip(*rows, strict=True))
         known = 2 * quarter
-        self._looks = _Distance(looks[:known], looks[known:], least=_SPREAD, ridge=_RIDGE)
-        self._products = _Distance(products[:known], products[known:], least=1.0, ridge=_EXACT)
+        self._looks = _Distance(looks[:known], looks[known:], least=_SPREAD, ridge=_RIDGE, margin=_MARGIN)
+        self._products = _Distance(
+            products[:known], products[known:], least=1.0, ridge=_EXACT, margin=_EXACT_MARGIN
+        )
         self._direction = _discriminant(odd[:known])
         self._signs = odd @ self._direction
         self._sizes = torch.tensor(sizes).log()
@@ -141,10 +143,10 @@ class _Distance:
     """A Mahalanobis distance from known points.
 
     Its unit lies beyond the farthest of the points that were kept apart, by half of the way, in logarithms,
-    from their median to it: a heavy tail reaches farther than was seen.
+    from their median to it, and at least `margin` times as far: a heavy tail reaches farther than was seen.
     """
 
-    def __init__(self, known: Tensor, apart: Tensor, *, least: float, ridge: float) -> None:
+    def __init__(self, known: Tensor, apart: Tensor, *, least: float, ridge: float, margin: float) -> None:
         self._center = known.mean(0)
         self._spread = known.std(0).clamp_min(least)
         scaled = (known - self._center) / self._spread
@@ -153,7 +155,7 @@ class _Distance:
         self._unit = 1.0
         distances = torch.tensor([self.of(each) for each in apart])
         farthest = float(distances.max())
-        self._unit = farthest * max(_MARGIN, (farthest / float(distances.median())) ** 0.5)
+        self._unit = farthest * max(margin, (farthest / float(distances.median())) ** 0.5)
 
     def of(self, features: Tensor) -> float:
         turned = self._vectors.T @ ((features - self._center) / self._spread)
