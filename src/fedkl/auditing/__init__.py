@@ -8,10 +8,26 @@ attackers.py    who rebuilds images, in which order; rebuilding.py: how many
 plan.py         who is run on what, and why not the others
 run.py          the plan carried out, within minutes, into a folder
 findings.py     verdicts; results.py: typed records
+recorded/       updates that another system saved, and whether they fit a subject
 """
 
+from fedkl.auditing.recorded import Fit, RecordedKind, RecordedUpdate, Remark, fits
 from fedkl.auditing.results import Audit, Exposure, Finding, Measured, NotRun
 from fedkl.auditing.run import audit
 from fedkl.auditing.subject import LocalLoop, Subject
 
-__all__ = ["Audit", "Exposure", "Finding", "LocalLoop", "Measured", "NotRun", "Subject", "audit"]
+__all__ = [
+    "Audit",
+    "Exposure",
+    "Finding",
+    "Fit",
+    "LocalLoop",
+    "Measured",
+    "NotRun",
+    "RecordedKind",
+    "RecordedUpdate",
+    "Remark",
+    "Subject",
+    "audit",
+    "fits",
+]

@@ -30,6 +30,8 @@ from fedkl.auditing.rows import Layer, layers_of, rows_of
 
 _RIDGE = 1e-3  # of the mean eigenvalue
 _RANK = 1e-4  # singular values below this share of the largest are rounding
+_MOMENTS = 640  # inputs of a layer up to which second moments of single images fit into memory
+_PLACES = 64  # of an image, from which moments are taken: neighbors are alike
 _PENALTY = 1.0  # of squared weights, for standardized scores
 _TINY = 1e-12
 
@@ -65,7 +67,8 @@ class LayerScores:
         moments: dict[str, tuple[Tensor, Tensor]] = {}
         for chunk in rows_of(model, images, labels, layers=called):
             for name, rows in chunk.items():
-                a, b = _second_moment(rows.inputs), _second_moment(rows.outputs)
+                places = slice(None, None, -(-rows.inputs.shape[1] // _PLACES))
+                a, b = (_second_moment(each[:, places]) for each in (rows.inputs, rows.outputs))
                 before = moments.get(name, (torch.zeros_like(a), torch.zeros_like(b)))
                 moments[name] = (before[0] + a, before[1] + b)
         self.layers: list[Layer] = [layer for layer in called if layer.name in moments]
@@ -91,7 +94,7 @@ class LayerScores:
             Shape ``(updates, images, scores)``; between 0 and 1, or −1 and 1.
         """
         found = []
-        observed = {layer.name: [self._of(layer, update) for update in updates] for layer in self.layers}
+        observed = {layer.name: self._of(layer, updates) for layer in self.layers}
         for chunk in rows_of(self._model, images, labels, layers=self.layers):
             scores = []
             for layer in self.layers:
@@ -100,25 +103,57 @@ class LayerScores:
                 energy = inputs.square().sum((1, 2)).clamp_min(_TINY)
                 own = torch.einsum("npo,npi->noi", outputs, inputs).flatten(1)
                 own = own / own.norm(dim=1, keepdim=True).clamp_min(_TINY)
-                for basis, _ in observed[layer.name]:
-                    scores.append((inputs @ basis).square().sum((1, 2)) / energy)
-                for _, direction in observed[layer.name]:
-                    scores.append(own @ direction)
+                spans, directions = observed[layer.name]
+                scores.append(spans.captured(inputs) / energy)
+                scores.append(directions @ own.T)
             found.append(torch.stack(scores).view(len(self.layers), 2, len(updates), -1))
         return torch.cat(found, -1).permute(2, 3, 0, 1).flatten(2)
 
-    def _of(self, layer: Layer, update: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """An orthonormal basis of the whitened row space, and the whitened update's direction."""
-        white = self._whitening[layer.name]
-        rows = layer.matrix(update) @ white.inputs
-        _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
-        whole = (white.outputs @ rows).flatten()
-        return basis[sizes > _RANK * sizes[0]].T, whole / whole.norm().clamp_min(_TINY)
+    def _of(self, layer: Layer, updates: Sequence[Mapping[str, Tensor]]) -> tuple[_Spans, Tensor]:
+        """The whitened row spaces of updates, and their whitened directions, a row each."""
+        white, bases, directions = self._whitening[layer.name], [], []
+        for update in updates:
+            rows = layer.matrix(update) @ white.inputs
+            _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
+            bases.append(basis[sizes > _RANK * sizes[0]].T)
+            whole = (white.outputs @ rows).flatten()
+            directions.append(whole / whole.norm().clamp_min(_TINY))
+        return _Spans(bases), torch.stack(directions)
+
+
+class _Spans:
+    """Subspaces of a layer's inputs, one for each update.
+
+    Args:
+        bases: Orthonormal, shape ``(inputs, rank)`` each.
+    """
+
+    def __init__(self, bases: Sequence[Tensor]) -> None:
+        self._bases = bases
+        self._rank = sum(basis.shape[1] for basis in bases)
+        self._projectors: Tensor | None = None
+
+    def captured(self, inputs: Tensor) -> Tensor:
+        """The squared length of what lies in each subspace, over all places.
+
+        Args:
+            inputs: Shape ``(images, places, inputs)``.
+
+        Returns:
+            Shape ``(updates, images)``.
+        """
+        places, width = inputs.shape[1:]
+        if width > _MOMENTS or places * self._rank < (places + len(self._bases)) * width:
+            return torch.stack([(inputs @ basis).square().sum((1, 2)) for basis in self._bases])
+        # The same by way of the images' second moments, which serve all updates.
+        if self._projectors is None:
+            self._projectors = torch.stack([basis @ basis.T for basis in self._bases]).flatten(1)
+        return self._projectors @ (inputs.mT @ inputs).flatten(1).T
 
 
 def _second_moment(rows: Tensor) -> Tensor:
     flat = rows.flatten(0, 1)
-    moment: Tensor = flat.T.double() @ flat.double()
+    moment: Tensor = (flat.T @ flat).double()  # of a chunk; many chunks are summed in double
     return moment
 
 

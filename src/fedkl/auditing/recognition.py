@@ -28,7 +28,8 @@ MEMBERS = 240
 """Images that are looked for, over all audited clients, at least; and in as many clients that are played."""
 
 _FEWEST, _MOST = 6, 100  # clients
-_POOL = 400  # images that are looked at under each update, of each kind, at least
+_POOL = 240  # images that are looked at under each update, of each kind, at least
+_KEPT_BACK = 6000  # scores that set the threshold, over all updates
 _LEARNED_FROM = 2000  # images whose layers' inputs are looked at, once
 
 
@@ -138,9 +139,8 @@ def recognize(
     seen, present = _drawn(
         audited, count, size, clients.update, seed=seed, purpose="audited", told=lambda n: steps(count + n)
     )
-    null, found = test.both(
-        seen, kept_back=pools.kept_back.first(_POOL), images=audited.images, labels=audited.labels
-    )
+    kept_back = pools.kept_back.first(max(_POOL, _KEPT_BACK // count))
+    null, found = test.both(seen, kept_back=kept_back, images=audited.images, labels=audited.labels)
     progress(1.0)
     return _figures(null, found, present)
 

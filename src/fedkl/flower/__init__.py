@@ -17,6 +17,7 @@ Where the server must not read what clients send, their nodes mask it (docs/mask
     strategy = fedkl.flower.Guard(FedAvg(), aggregation=fedkl.flower.Masked())
 
 A defense that changes updates and keeps nothing private takes ``TransformMod(defense)`` instead.
+``RecordingMod(folder)`` writes what a node gets and sends to its disk, to be audited (docs/recorded.md).
 """
 
 from fedkl.errors import ConfigError
@@ -34,6 +35,7 @@ from fedkl.flower.in_process import InProcessGrid, run_in_process
 from fedkl.flower.mask_mod import MaskMod
 from fedkl.flower.masked import Masked
 from fedkl.flower.mod import LockMod, current_client
+from fedkl.flower.recording_mod import RecordingMod
 from fedkl.flower.records import public_arrays
 from fedkl.flower.store import ClientStore, StoredClient
 from fedkl.flower.transforming import TransformMod
@@ -47,6 +49,7 @@ __all__ = [
     "LockMod",
     "MaskMod",
     "Masked",
+    "RecordingMod",
     "StoredClient",
     "TransformMod",
     "current_client",

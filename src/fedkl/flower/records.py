@@ -65,7 +65,7 @@ def only_arrays(content: RecordDict, *, subject: str) -> ArrayRecord:
 
 
 def tensors_of(
-    record: ArrayRecord, *, subject: str, names: Collection[str] | None = None
+    record: ArrayRecord, *, subject: str, names: Collection[str] | None = None, legacy: bool = False
 ) -> dict[str, Tensor]:
     """The tensors of a record that came from elsewhere.
 
@@ -76,6 +76,8 @@ def tensors_of(
         record: What came.
         subject: First words of an error.
         names: Exactly the names that it must have, in any order; compared before anything is read. None: any.
+        legacy: Whether records are read, too, that give neither dtype nor shape beside their bytes, as those
+            that Flower makes of a NumPyClient's lists.
 
     Raises:
         UpdateError: Other names, or bytes that are no NumPy array of numbers, by name.
@@ -86,7 +88,7 @@ def tensors_of(
     problems = []
     for name, array in record.items():
         try:
-            tensors[name] = _decoded(array)
+            tensors[name] = _decoded(array, legacy=legacy)
         except UpdateError as error:
             problems.append(f"{shown(name)} is not an array of numbers: {error}")
         except Exception as error:  # its own text may quote what came
@@ -114,7 +116,7 @@ def _counted(names: Sequence[str], problem: str) -> list[str]:
     return lines + ([f"{more} more are {problem}"] if more > 0 else [])
 
 
-def _decoded(array: Array) -> Tensor:
+def _decoded(array: Array, *, legacy: bool) -> Tensor:
     """The array in these bytes; nothing of its size is allocated before the size is known to be right."""
     data = array.data
     if array.stype != _STYPE or not isinstance(data, bytes) or not data.startswith(_NPY):
@@ -129,7 +131,8 @@ def _decoded(array: Array) -> Tensor:
         raise UpdateError(f"expected plain numbers and at most {_MAX_DIMENSIONS} dimensions")
     if len(data) - end != math.prod(shape) * dtype.itemsize:
         raise UpdateError("its shape needs another number of bytes than it has")
-    if (array.dtype, tuple(array.shape)) != (str(dtype), shape):
+    said = (array.dtype, tuple(array.shape))
+    if said != (str(dtype), shape) and not (legacy and said == ("", ())):
         raise UpdateError("its record gives another shape or dtype than its bytes do")
     return _tensor(memoryview(data)[end:], dtype, shape, fortran=header["fortran"] == b"True")
 
