@@ -12,7 +12,7 @@ from torch import nn
 from fedkl import data
 from fedkl.attacking.grid import attack_arms, floor
 from fedkl.attacking.observing import trials_of
-from fedkl.attacks import Attack, ClosedForm, LinearRows, Positions
+from fedkl.attacks import Attack, ClosedForm, Disaggregation, LinearRows, Positions
 from fedkl.defenses import plain_arm
 from fedkl.models.vit import ViT
 
@@ -41,7 +41,12 @@ def transformer():
     return ViT(channels=3, classes=10, image_size=16, patch=4, features=32, depth=2, heads=2)
 
 
-ROWS = [Row(ClosedForm(), chain), Row(LinearRows(), perceptron), Row(Positions(), transformer)]
+ROWS = [
+    Row(ClosedForm(), chain),
+    Row(LinearRows(), perceptron),
+    Row(Disaggregation(draws=5000), perceptron),
+    Row(Positions(), transformer),
+]
 
 
 @pytest.fixture(scope="module")

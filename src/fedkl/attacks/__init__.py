@@ -14,6 +14,7 @@ with a frozen dataclass under `register_attack`: in one of the folders below, or
 """
 
 from fedkl.attacks.algebraic.closed_form import ClosedForm
+from fedkl.attacks.algebraic.disaggregation import Disaggregation
 from fedkl.attacks.algebraic.feature_inversion import FeatureInversion
 from fedkl.attacks.algebraic.linear_rows import LinearRows
 from fedkl.attacks.algebraic.mean_map import MeanMap
@@ -52,6 +53,7 @@ __all__ = [
     "Attack",
     "Auxiliary",
     "ClosedForm",
+    "Disaggregation",
     "FeatureInversion",
     "GaussNewton",
     "InvertingGradients",

@@ -4,6 +4,7 @@ closed_form.py  γ, β and the image by linear algebra, layer by layer
 wiener.py       behind a lock per element, with images of the server's own
 mean_map.py     behind a private first convolution, likewise
 linear_rows.py  what the first fully connected layer got, from rows of its gradient
+disaggregation.py  the same for batches behind a ReLU, by its zeros
 positions.py    a vision transformer's patches, with the gradient of its positions
 feature_inversion.py  the image from what a convolution got, with images of the server's own
 
