@@ -113,8 +113,8 @@ def _rows(model: nn.Module, images: Tensor, labels: Tensor, layers: list[Layer])
     for layer in layers:
         module, noted = model.get_submodule(layer.name), calls[layer.name]
         if noted:
-            inputs = torch.cat([_places(module, given) for given, _ in noted], 1)
-            outputs = torch.cat([_sent(module, sent[id(output)]) for _, output in noted], 1)
+            inputs = _joined([_places(module, given) for given, _ in noted])
+            outputs = _joined([_sent(module, sent[id(output)]) for _, output in noted])
             found[layer.name] = Rows(inputs=_with_one(inputs) if layer.bias else inputs, outputs=outputs)
     return found
 
@@ -145,6 +145,11 @@ def _sent(module: nn.Module, gradient: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         return gradient.flatten(2).transpose(1, 2)
     return gradient.reshape(len(gradient), -1, gradient.shape[-1])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Of a layer that is called several times; most are called once, and large."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _with_one(inputs: Tensor) -> Tensor:
