@@ -43,7 +43,7 @@ Source:
 
 NOT_SAFE = "Nothing found is not safe: other attacks, or more time, may find more."
 
-NO_LEAK = "Of what your clients really send, no leak was found"
+NO_LEAK = "In what your clients really send, no leak was found"
 
 
 class Verdict(NamedTuple):
@@ -86,8 +86,9 @@ def _verdict(audit: Audit) -> Verdict:
     if bounds:
         title = audit.exposure(bounds[0].exposure).title
         return Verdict("open", f"{NO_LEAK}. Upper bound, {title}: {sentence(bounds[0])}")
-    if any(each.outcome == "at the floor" for each in real):
-        return Verdict("good", f"{NO_LEAK}, by attackers that succeed where nothing is hidden.")
+    able = dict.fromkeys(each.attacker for each in real if each.outcome == "at the floor")
+    if able:
+        return Verdict("good", f"{NO_LEAK} by {', '.join(able)}, which would find one where nothing is hidden.")
     return Verdict("open", f"{NO_LEAK}, but no attacker was shown to be able to find one.")
 
 
@@ -160,7 +161,7 @@ def _of_defense(audit: Audit, leak: Finding) -> str:
     defense = " and ".join(named)
     if not named:
         return (
-            "No defense was measured. `fedkl audit` with --defense or --masking measures one on your model."
+            "No defense was measured: fedkl audit with --defense or --masking does, on your model."
         )
     if leak.control is None or leak.found.high >= leak.control.low:
         return (
