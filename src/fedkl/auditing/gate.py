@@ -6,23 +6,22 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from fedkl.auditing.results import Audit, Cause, Finding, Question
 from fedkl.errors import ConfigError, gathered, shown
 
-Quantity = Literal["recovered", "identified", "presence_tpr", "presence_auc", "labels"]
-"""What can be limited: shares of a client's images, and the area under presence's curve."""
-
 State = Literal["crossed", "passed", "undecided", "missing"]
 
-_QUESTION: Mapping[Quantity, Question] = {
+QUANTITIES: Mapping[str, Question] = {
     "recovered": "rebuilt",
     "identified": "identified",
     "presence_tpr": "presence",
     "presence_auc": "presence",
     "labels": "labels",
 }
+"""What can be limited, and the question whose share it is; presence's area under the curve stands beside it."""
+
 _MANY = 10**6  # trials that nobody runs
 _EVIDENCE: tuple[Cause, ...] = ("broke", "no time left")
 
@@ -49,22 +48,21 @@ class Gate:
     0.05
     """
 
-    limits: Mapping[Quantity, float] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = get_args(Quantity)
         problems = [
-            f"{shown(name)}: no such quantity; expected one of {', '.join(known)}"
+            f"{shown(name)}: no such quantity; expected one of {', '.join(QUANTITIES)}"
             for name in self.limits
-            if name not in known
+            if name not in QUANTITIES
         ]
         problems += [
             f"{name}: expected a limit from 0 to 1, got {limit}"
             for name, limit in self.limits.items()
-            if name in known and not 0 <= limit <= 1
+            if name in QUANTITIES and not 0 <= limit <= 1
         ]
         if problems:
-            raise ConfigError(gathered("--fail-above is not usable.", problems, _REMEDY))
+            raise ConfigError(gathered(_UNUSABLE, problems, _REMEDY))
         object.__setattr__(self, "limits", MappingProxyType(dict(self.limits)))
 
     @classmethod
@@ -74,21 +72,22 @@ class Gate:
         Raises:
             ConfigError: It is none, names a quantity twice, or one that there is not.
         """
-        limits: dict[Any, float] = {}  # names are checked with the numbers
+        limits: dict[str, float] = {}
         for part in text.split(","):
             name, _, number = (word.strip() for word in part.partition("="))
             try:
                 limit = float(number)
             except ValueError:
                 problem = f"{shown(part)}: expected a name and a number, e.g. identified=0.1"
-                raise ConfigError(gathered("--fail-above is not usable.", [problem], _REMEDY)) from None
+                raise ConfigError(gathered(_UNUSABLE, [problem], _REMEDY)) from None
             if name in limits:
-                raise ConfigError(gathered("--fail-above is not usable.", [f"{name}: named twice"], _REMEDY))
+                raise ConfigError(gathered(_UNUSABLE, [f"{name}: named twice"], _REMEDY))
             limits[name] = limit
         return cls(limits)
 
 
-_REMEDY = "Give e.g. --fail-above identified=0.1,presence_tpr=0.05."
+_UNUSABLE = "The limits are not usable."
+_REMEDY = "Give e.g. identified=0.1,presence_tpr=0.05."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +103,7 @@ class Check:
 
     state: State
     text: str
-    quantity: Quantity | None = None
+    quantity: str | None = None
     finding: Finding | None = None
 
 
@@ -156,9 +155,9 @@ def judge(audit: Audit, gate: Gate, *, baseline: Audit | None = None) -> GateRes
     return GateResult(checks=tuple(checks))
 
 
-def figure(finding: Finding, quantity: Quantity) -> Interval | None:
+def figure(finding: Finding, quantity: str) -> Interval | None:
     """A finding's figure of a quantity, if it has that one."""
-    if finding.question != _QUESTION[quantity]:
+    if finding.question != QUANTITIES[quantity]:
         return None
     if quantity != "presence_auc":
         return Interval(finding.found.rate, finding.found.low, finding.found.high)
@@ -167,7 +166,7 @@ def figure(finding: Finding, quantity: Quantity) -> Interval | None:
     return Interval(*numbers) if len(numbers) == len(ends) else None
 
 
-def _figures(audit: Audit, quantity: Quantity) -> Iterator[tuple[Finding, Interval]]:
+def _figures(audit: Audit, quantity: str) -> Iterator[tuple[Finding, Interval]]:
     for finding in audit.headlines():
         found = figure(finding, quantity)
         if found is not None:
@@ -192,7 +191,7 @@ def _because(audit: Audit) -> str:
     return f" ({', '.join(f'{counts[kind]} {kind}' for kind in order)})" if counts else ""
 
 
-def _against(audit: Audit, quantity: Quantity, limit: float) -> Iterator[Check]:
+def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
     found = list(_figures(audit, quantity))
     if not found:
         yield Check(
@@ -238,7 +237,7 @@ def _compared(audit: Audit, baseline: Audit) -> Iterator[Check]:
                 "Give the folder of an audit of the same, or make a new baseline.",
             )
         )
-    for quantity in get_args(Quantity):
+    for quantity in QUANTITIES:
         now, then = ({_key(f): (f, i) for f, i in _figures(each, quantity)} for each in (audit, baseline))
         for key in dict.fromkeys([*now, *then]):
             place = f"{quantity}, {key[0]} on {key[1]}"

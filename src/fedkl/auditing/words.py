@@ -88,7 +88,9 @@ def _verdict(audit: Audit) -> Verdict:
         return Verdict("open", f"{NO_LEAK}. Upper bound, {title}: {sentence(bounds[0])}")
     able = dict.fromkeys(each.attacker for each in real if each.outcome == "at the floor")
     if able:
-        return Verdict("good", f"{NO_LEAK} by {', '.join(able)}, which would find one where nothing is hidden.")
+        return Verdict(
+            "good", f"{NO_LEAK} by {', '.join(able)}, which would find one where nothing is hidden."
+        )
     return Verdict("open", f"{NO_LEAK}, but no attacker was shown to be able to find one.")
 
 
@@ -160,9 +162,7 @@ def _of_defense(audit: Audit, leak: Finding) -> str:
     named = [word for word in (settings.defense, f"masking {settings.masking}") if not word.endswith("none")]
     defense = " and ".join(named)
     if not named:
-        return (
-            "No defense was measured: fedkl audit with --defense or --masking does, on your model."
-        )
+        return "No defense was measured: fedkl audit with --defense or --masking does, on your model."
     if leak.control is None or leak.found.high >= leak.control.low:
         return (
             f"What was measured with {defense} leaks all the same: {interval(leak)}. Measure another defense."

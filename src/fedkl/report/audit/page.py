@@ -18,8 +18,8 @@ OPENING, BESIDE, GALLERIES = 6, 6, 4
 _TONES: dict[str, words.Tone] = {"leaks": "bad", "at the floor": "good", "says nothing": "open"}
 
 BOUNDS_NOTE = (
-    "Upper bounds: settings that are easier for the server than yours. They are not what happens at your "
-    "clients; they show what the attackers can do, and what your settings hide."
+    "Upper bounds: settings other than yours, as a rule easier for the server. They are not what happens at "
+    "your clients; they show what the attackers can do, and what your settings hide."
 )
 
 PRESENCE_NOTE = (
