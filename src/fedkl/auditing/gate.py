@@ -20,7 +20,7 @@ QUANTITIES: Mapping[str, Question] = {
     "presence_auc": "presence",
     "labels": "labels",
 }
-"""What can be limited, and the question whose share it is; presence's area under the curve stands beside it."""
+"""What can be limited, and the question whose share it is, or beside whose share it stands."""
 
 _MANY = 10**6  # trials that nobody runs
 _EVIDENCE: tuple[Cause, ...] = ("broke", "no time left")
