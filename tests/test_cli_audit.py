@@ -122,6 +122,7 @@ def test_a_baseline(fedkl, audited, tmp_path):
         ended, out, err = fedkl("audit", "mine.py:subject", "--out", "a", "--baseline", name)
         assert ended == code
         assert message in out + err
+        (tmp_path / "a" / "report.html").unlink(missing_ok=name == "nowhere")  # made in all other cases
 
 
 def test_a_missing_baseline_is_told_before_the_work_begins(fedkl, audited):
@@ -141,6 +142,7 @@ def test_a_missing_baseline_is_told_before_the_work_begins(fedkl, audited):
         (("mine.py:subject", "--fail-above", "identified=2"), "from 0 to 1, got 2.0"),
         (("mine.py:subject", "--masking", "magic"), "magic"),
         (("mine.py:subject", "--minutes", "0"), "0.01"),
+        (("mine.py:subject", "--baseline", "a"), "expected another folder than --out"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, tuple) else "",
 )

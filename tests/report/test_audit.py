@@ -166,9 +166,10 @@ def test_pictures_of_upper_bounds_are_marked_as_such(tmp_path):
 
 def test_pictures_that_cannot_be_read_are_named_and_end_nothing(tmp_path):
     made = audit(finding("rebuilt", 20, 30, pictures="pictures/gone.safetensors"))
-    assert (
-        "Pictures missing: pictures/gone.safetensors cannot be shown" in page(write(tmp_path, made)).shown()
-    )
+    shown = page(write(tmp_path, made)).shown()
+    assert "Pictures missing: pictures/gone.safetensors cannot be shown" in shown
+    assert "Pictures missing" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "figures").exists()
 
 
 def test_large_pictures_are_made_small_and_the_page_stays_below_three_megabytes(tmp_path):
@@ -222,6 +223,17 @@ def test_the_verdict_in_one_sentence(results, tone, text):
     interrupted = words.verdict(audit(*results, finished=False))
     assert interrupted.text == f"Interrupted, not all was tried. {found.text}"
     assert interrupted.tone == ("bad" if tone == "bad" else "open")
+
+
+def test_what_repeats_it():
+    made = audit(finding(), defense="keylock", masking="blind", target="my audits.py:subject", seed=3)
+    assert words.command(made) == (
+        "fedkl audit 'my audits.py:subject' --out NEW --defense keylock --masking blind --batch-size 1,16 "
+        "--minutes 10 --seed 3"
+    )
+    assert words.command(audit(finding(), target="hospital", defense="keylock")) == (
+        "fedkl.auditing.audit(subject, out=NEW, defense='keylock', batch_sizes=(1, 16), minutes=10.0, seed=0)"
+    )
 
 
 def test_an_attacker_that_found_something_somewhere_did_not_fail():

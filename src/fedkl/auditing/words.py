@@ -172,11 +172,18 @@ def _of_defense(audit: Audit, leak: Finding) -> str:
 
 
 def command(audit: Audit) -> str:
-    """What repeats the audit."""
+    """What repeats the audit, on the command line or in Python."""
     settings = audit.settings
+    changed = {
+        name: getattr(settings, name) for name in ("defense", "masking") if getattr(settings, name) != "none"
+    }
+    if ":" not in settings.target:  # a subject that was never on the command line
+        values = {**changed, "batch_sizes": settings.batch_sizes, "minutes": settings.minutes}
+        options = "".join(f", {name}={value!r}" for name, value in (values | {"seed": settings.seed}).items())
+        return f"fedkl.auditing.audit(subject, out=NEW{options})"
     words = ["fedkl", "audit", settings.target, "--out", "NEW"]
-    words += ["--defense", settings.defense] if settings.defense != "none" else []
-    words += ["--masking", settings.masking] if settings.masking != "none" else []
+    for name, value in changed.items():
+        words += [f"--{name}", value]
     words += ["--batch-size", ",".join(map(str, settings.batch_sizes))] if settings.batch_sizes else []
     words += ["--minutes", f"{settings.minutes:g}", "--seed", str(settings.seed)]
     return shlex.join(words)

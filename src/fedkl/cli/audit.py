@@ -53,7 +53,7 @@ def audit(
 
     Exit codes: 0 all limits kept, 1 one was crossed, 2 wrong usage, 3 too little evidence to say.
     """
-    from fedkl import auditing
+    from fedkl import auditing, report
     from fedkl.auditing import gate
     from fedkl.auditing import target as targets
     from fedkl.auditing.results import Audit
@@ -61,6 +61,8 @@ def audit(
     sizes = numbers(batch_size)
     if min(sizes) < 1:
         raise typer.BadParameter("--batch-size: expected numbers from 1.")
+    if baseline is not None and baseline.resolve() == out.resolve():
+        raise typer.BadParameter("--baseline: expected another folder than --out, which is written to.")
     limits = gate.Gate.parse(fail_above) if fail_above is not None else gate.Gate()
     earlier = Audit.read(baseline) if baseline is not None else None
     found = targets.load(target)
@@ -78,18 +80,18 @@ def audit(
             line=found.line,
             progress=progress,
         )
+    page = report.build(out).html
     result = gate.judge(done, limits, baseline=earlier)
-    _write(done, result, out=out, files={"junit": junit, "sarif": sarif, "summary": summary})
+    _show(done, result, page=page, files={"junit": junit, "sarif": sarif, "summary": summary})
     raise typer.Exit(result.exit_code)
 
 
-def _write(audit: Audit, result: GateResult, *, out: Path, files: dict[str, Path | None]) -> None:
-    """The report and what else was asked for; then says what was found, and where it is."""
-    from fedkl import report
+def _show(audit: Audit, result: GateResult, *, page: Path, files: dict[str, Path | None]) -> None:
+    """Writes what was asked for beside the report, and says what was found and where it is."""
     from fedkl.auditing import exports
     from fedkl.files import write_atomically
 
-    written = [report.build(out).html]
+    written = [page]
     for name, path in files.items():
         if path is not None:
             write_atomically(path, getattr(exports, name)(audit, result).encode())

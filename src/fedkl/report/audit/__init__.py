@@ -33,7 +33,7 @@ def files_of(folder: Path) -> tuple[dict[str, bytes], list[Table]]:
     """
     page = audit_page(Audit.read(folder), folder)
     files = {"report.html": html.render(page).encode(), "report.md": _markdown(page).encode()}
-    if page.opening:
+    if page.opening and page.opening.pairs:
         files[PICTURES] = figures.picture_grid(as_grid(page.opening))
     return files, [page.findings]
 

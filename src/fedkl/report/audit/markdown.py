@@ -16,9 +16,11 @@ def render(page: AuditPage, *, pictures: str) -> str:
 
 def _lines(page: AuditPage, pictures: str) -> Iterator[str]:
     yield from (f"# {escaped(page.title)}", "", f"**{escaped(page.verdict.text)}**", "")
-    if page.opening:
+    if page.opening and page.opening.pairs:
         yield from (f"![Originals beside what was rebuilt]({pictures})", "")
         yield from (f"{PICTURES_NOTE} {escaped(page.opening_note)}", "")
+    elif page.opening:
+        yield from (f"Pictures missing: {escaped(str(page.opening.problem))}", "")
     if page.presence:
         yield from ("## Is an image recognized?", "", f"{escaped(page.presence)} {PRESENCE_NOTE}", "")
     yield from _listed("Who could do it?", page.who)
