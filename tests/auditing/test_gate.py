@@ -123,6 +123,8 @@ def test_worse_than_before_fails_and_as_before_does_not():
     then = audit(finding(successes=100, figures={"auc": 0.6, "auc_low": 0.58, "auc_high": 0.62}))
     same = finding(successes=110, figures={"auc": 0.61, "auc_low": 0.59, "auc_high": 0.63})
     assert judge(audit(same, seed=3), Gate(), baseline=then).exit_code == 0
+    overlapping = same.model_copy(update={"found": measured(120, 300)})  # 40 % [35–46 %], before up to 39 %
+    assert judge(audit(overlapping), Gate(), baseline=then).exit_code == 0
     worse = judge(audit(same.model_copy(update={"found": measured(150, 300)})), Gate(), baseline=then)
     assert worse.exit_code == 1
     assert worse.reasons[0].startswith("presence_tpr, span on real: 0.500")

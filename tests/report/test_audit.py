@@ -12,7 +12,7 @@ import pytest
 from fedkl import report
 from fedkl.auditing import words
 from fedkl.auditing.results import Audit
-from tests.auditing.audits import REAL, audit, finding, measured, not_run, write, write_pictures
+from tests.auditing.audits import REAL, SINGLE, SUMS, audit, finding, measured, not_run, write, write_pictures
 
 EVIL = """<script>alert(1)</script>"'&{{ 7*7 }}"""
 
@@ -188,13 +188,16 @@ def test_advice_is_what_was_measured_and_nothing_else():
     assert first.startswith("Recognized as trained on: 67 % [61–72 %] became at most 20 % [16–25 %]")
     assert first.endswith("the mean of 16 clients (16 clients instead of 1).")
     assert defense.startswith("No defense was measured")
+    untrained = REAL.model_copy(update={"name": "untrained", "headline": False, "trained": False})
+    exposures = (REAL, SINGLE, SUMS, untrained)
     for unhelpful in (
-        (leak, finding(successes=195, exposure="sums")),  # intervals overlap
+        (leak, finding(successes=175, exposure="sums")),  # intervals overlap
+        (leak, finding(successes=0, exposure="untrained")),  # nobody can choose not to have trained
         (leak, finding(successes=0, exposure="sums", attacker="ratio")),  # the worst one was not tried
         (leak, better, finding(successes=250, exposure="sums", attacker="ratio")),  # another one gets more
         (leak, finding("labels", 0, 300, exposure="sums")),
     ):
-        assert len(words.next_steps(audit(*unhelpful))) == 1
+        assert len(words.next_steps(audit(*unhelpful, exposures=exposures))) == 1
     assert words.next_steps(audit(finding(outcome="at the floor"), better)) == []
 
 
