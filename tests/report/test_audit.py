@@ -154,6 +154,12 @@ def test_names_from_users_stay_text(tmp_path, question):
     assert "<script>" not in re.sub(r"(?m)^ {4}.*$", "", text).replace("\\<script", "")
 
 
+def test_presence_that_is_no_leak_does_not_read_like_one(tmp_path):
+    made = audit(finding(successes=4, outcome="at the floor", reason="4 of 300, the floor 3"))
+    shown = page(write(tmp_path, made)).shown()
+    assert "recognizes 1 % [1–3 %] at 1 % false alarms. At the floor: 4 of 300, the floor 3. Shown" in shown
+
+
 def test_pictures_of_upper_bounds_are_marked_as_such(tmp_path):
     pictures = write_pictures(tmp_path, "bound")
     made = audit(

@@ -110,7 +110,7 @@ def audit_page(audit: Audit, folder: Path) -> AuditPage:
         verdict=words.verdict(audit),
         opening=opening,
         opening_note=_whose(audit, opening) if opening else "",
-        presence=words.sentence(presence[0]) if presence else None,
+        presence=_presence(presence[0]) if presence else None,
         who=_who(audit),
         steps=words.next_steps(audit),
         caution=words.caution(audit),
@@ -125,6 +125,12 @@ def audit_page(audit: Audit, folder: Path) -> AuditPage:
         command=words.command(audit),
         versions=_versions(audit),
     )
+
+
+def _presence(finding: Finding) -> str:
+    """A share that is no leak must not read like one."""
+    beside = "" if finding.outcome == "leaks" else f" {finding.outcome.capitalize()}: {finding.reason}."
+    return f"{words.sentence(finding)}{beside}"
 
 
 def _place(audit: Audit, finding: Finding) -> str:
