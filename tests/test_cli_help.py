@@ -45,6 +45,7 @@ def run(*command):
         ("--help",),
         ("train", "--help"),
         ("attack", "--help"),
+        ("audit", "--help"),
         ("reproduce", "adaptive", "--help"),
         ("member", "--help"),
         ("cohort", "new", "--help"),

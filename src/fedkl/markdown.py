@@ -1,8 +1,20 @@
-"""Tables in Markdown."""
+"""Tables and text in Markdown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
+
+_SPECIAL = re.compile(r"([\\`*_\[\]|<>])")
+
+
+def escaped(text: str) -> str:
+    r"""Text from elsewhere on one line, with nothing left that Markdown would take for its own.
+
+    >>> print(escaped("a|b\n*c*"))
+    a\|b \*c\*
+    """
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
 def table_lines(

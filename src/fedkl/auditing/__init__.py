@@ -1,13 +1,15 @@
 """What somebody's own federated training leaks.
 
-subject.py      what is audited
+subject.py      what is audited; target.py: the function that a user names, which returns it
 clients.py      its clients, real ones and those that the server plays
 rows.py         what goes into and comes back out of layers
 presence.py     whether an image was trained on; recognition.py: measured on clients that are known
 attackers.py    who rebuilds images, in which order; rebuilding.py: how many
 plan.py         who is run on what, and why not the others
 run.py          the plan carried out, within minutes, into a folder
-findings.py     verdicts; results.py: typed records
+findings.py     verdicts; results.py: typed records; words.py: the same in plain words
+gate.py         limits, and what came of them; testing.py: as an assertion
+exports/        JUnit XML, SARIF, Markdown, lines for a terminal
 recorded/       updates that another system saved, and whether they fit a subject
 """
 

@@ -102,6 +102,9 @@ class Settings(Record):
         masking: Mode, or ``"none"``.
         seed: Of everything that is drawn.
         minutes: Given.
+        batch_sizes: Given.
+        environment: Versions by name that the figures depend on, e.g. ``{"torch": "2.6.0"}``; audits of
+            different ones are not compared.
         exposures: What is looked at.
     """
 
@@ -117,6 +120,8 @@ class Settings(Record):
     masking: Masking = "none"
     seed: int = 0
     minutes: Annotated[float, Field(gt=0)] = 10.0
+    batch_sizes: tuple[Count, ...] = ()
+    environment: dict[str, Word] = {}
     exposures: tuple[Exposure, ...]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic, process_time
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import safetensors.torch
+import torch
 
 import fedkl
 from fedkl.attacking.grid import NotRun as Unattacked
@@ -19,19 +20,9 @@ from fedkl.auditing.results import Audit, Finding, Masking, NotRun, Settings, Su
 from fedkl.auditing.subject import Subject
 from fedkl.errors import ConfigError, FedKLError
 from fedkl.files import exclusive, make_folder, write_atomically
+from fedkl.study import Progress, silent
 
 _LEFT_FOR_ONE = 0.25  # share of the time that is left, for one attacker that could use more
-
-
-class Told(Protocol):
-    """Where an audit says how far it is."""
-
-    def __call__(self, share: float, text: str, /) -> None:
-        """The share of the time that is used up, in [0, 1], and what is being done or was found."""
-
-
-def silent(share: float, text: str, /) -> None:
-    """Says nothing."""
 
 
 def audit(
@@ -47,7 +38,7 @@ def audit(
     source: str | None = None,
     line: int | None = None,
     planned: Callable[[Sequence[Planned]], None] = lambda entries: None,
-    told: Told = silent,
+    progress: Progress = silent,
 ) -> Audit:
     """Audits somebody's federated training; an interrupted audit goes on, a finished one is only read.
 
@@ -64,15 +55,17 @@ def audit(
         source: File of the target, for reports.
         line: Where in it the target begins.
         planned: Called with the plan before the work.
-        told: Called with the progress.
+        progress: Called with the share of the time that is used up, of 1, and what is done or was found.
 
     Raises:
         ConfigError: An option is not usable, or the folder holds something else.
         DataError: The network does not fit the images.
         TrainingError: A client cannot train.
     """
-    if not minutes > 0:
-        raise ConfigError(f"audit: minutes: expected more than 0, got {minutes}.")
+    if not minutes > 0 or min(batch_sizes, default=1) < 1:
+        raise ConfigError(
+            f"audit: expected minutes above 0 and batch_sizes from 1, got {minutes} and {tuple(batch_sizes)}."
+        )
     subject.check()
     pools = Pools.of(subject.images, subject.labels, seed=seed)
     exposures = exposures_of(
@@ -86,10 +79,12 @@ def audit(
         subject=subject.name,
         images=len(subject.images),
         classes=subject.classes,
-        defense=exposures[-1].defense.describe(),
+        defense=defense,
         masking=masking,
         seed=seed,
         minutes=minutes,
+        batch_sizes=tuple(batch_sizes),
+        environment={"torch": torch.__version__},
         exposures=tuple(each.exposure for each in exposures),
     )
     folder = _Folder(Path(out))
@@ -97,9 +92,9 @@ def audit(
         present = folder.begin(settings)
         if present.summary is None:
             start = monotonic()
-            entries = plan(exposures, pools=pools, told=lambda text: told(0.0, f"planning: {text}"))
+            entries = plan(exposures, pools=pools, told=lambda text: progress(0, 1, f"planning: {text}"))
             planned(entries)
-            _carry_out(entries, pools, folder, present, _Clock(start, minutes), told)
+            _carry_out(entries, pools, folder, present, _Clock(start, minutes), progress)
         return folder.audit()
 
 
@@ -172,7 +167,12 @@ class _Folder:
 
 
 def _carry_out(
-    entries: Sequence[Planned], pools: Pools, folder: _Folder, present: Audit, clock: _Clock, told: Told
+    entries: Sequence[Planned],
+    pools: Pools,
+    folder: _Folder,
+    present: Audit,
+    clock: _Clock,
+    progress: Progress,
 ) -> None:
     findings = list(present.findings)
     done = {(each.attacker, each.exposure) for each in findings}
@@ -188,7 +188,7 @@ def _carry_out(
             reason = f"The {clock.minutes:g} minutes were over; it would take about {entry.seconds:.0f} s."
             folder.append(not_run(entry, "no time left", reason))
             continue
-        told(clock.used, f"{entry.name}: {entry.exposure.title}")
+        progress(clock.used, 1, f"{entry.name}: {entry.exposure.title}")
         start, worked = process_time(), True
         found = _attempt(entry, pools, clock)
         seconds = round(process_time() - start, 3)
@@ -203,7 +203,7 @@ def _carry_out(
             findings.append(of_presence(entry, *found, pools=pools, earlier=findings, seconds=seconds))
         for finding in findings[len(folder.audit().findings) :]:
             folder.append(finding)
-            told(clock.used, f"{entry.name}: {finding.question} {finding.found.percent}")
+            progress(clock.used, 1, f"{entry.name}: {finding.question} {finding.found.percent}")
     folder.finish(clock.used * 60 * clock.minutes)
 
 

@@ -13,6 +13,7 @@ import fedkl
 from fedkl.cli import (
     adaptive,
     attack,
+    audit,
     cohort,
     data,
     demo,
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for module in (train, attack, demo, report, export):
+for module in (train, attack, audit, demo, report, export):
     module.add_to(app)
 GROUPS = {
     "data": data,
@@ -78,7 +79,8 @@ def _options(
 def main() -> None:
     """Entry point.
 
-    Exit codes: 0 ok, 2 wrong usage, configuration or data, or files that cannot be used, 130 Ctrl-C.
+    Exit codes: 0 ok, 1 an audit's limit was crossed, 2 wrong usage, configuration or data, or files that
+    cannot be used, 3 an audit's evidence is incomplete, 130 Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal cannot show

@@ -17,7 +17,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory, or a folder of run directories.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run directory, a folder of them, or the folder of an audit.")
+    ],
 ) -> None:
-    """(Re)builds the report of a run: report.html, report.md and figures."""
+    """(Re)builds the report of a run or an audit: report.html, report.md and figures."""
     finish(run)

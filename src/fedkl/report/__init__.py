@@ -1,4 +1,4 @@
-"""The report of one run or of a folder of runs: one HTML page, its Markdown twin, and the figures."""
+"""The report of one run, of several, or of an audit: one HTML page, its Markdown twin, and the figures."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from fedkl.errors import ConfigError
 from fedkl.files import write_atomically
-from fedkl.report import figures, html, markdown, partitions, pictures, tables, verdict
+from fedkl.report import audit, figures, html, markdown, partitions, pictures, tables, verdict
 from fedkl.report.collect import AttackRun, Collected, collect
-from fedkl.report.page import NOTE, AttackSection, Figure, Page, Repeat
+from fedkl.report.page import NOTE, AttackSection, Figure, Page, Repeat, Table
 from fedkl.report.side_by_side import side_by_side
 
 __all__ = ["Built", "build"]
@@ -20,7 +20,8 @@ class Built(NamedTuple):
 
     Attributes:
         html: The self-contained page.
-        pictures: The attacks side by side, where several were tried on the same images.
+        pictures: The attacks side by side, where several were tried on the same images; of an audit the
+            pictures that leak.
         tables: Title, header and rows of each table, in the columns that a terminal has room for.
     """
 
@@ -30,18 +31,15 @@ class Built(NamedTuple):
 
 
 def build(path: Path) -> Built:
-    """Builds report.html, report.md and figures/ in `path`, from all runs below it.
+    """Builds report.html, report.md and figures/ in `path`, from the audit in it or all runs below it.
 
     Args:
-        path: A run directory, or a folder of run directories.
+        path: A run directory, a folder of run directories, or the folder of an audit.
 
     Raises:
-        ConfigError: There is no run, or one is damaged or cannot be written to.
+        ConfigError: There is neither, or one is damaged or cannot be written to.
     """
-    collected = collect(path)
-    page = _page(collected)
-    files = {f"figures/{name}": image for name, image in page.figures.items()}
-    files |= {"report.md": markdown.render(page).encode(), "report.html": html.render(page).encode()}
+    files, found = audit.files_of(path) if audit.is_audit(path) else _files_of_runs(path)
     if (path / "figures").is_symlink():
         raise ConfigError(f"{path / 'figures'}: a symbolic link; no figure is written through it. Remove it.")
     try:
@@ -52,9 +50,16 @@ def build(path: Path) -> Built:
             f"{path}: the report cannot be written here ({error.strerror}). The runs are kept: make room or "
             "the folder writable, or copy them to one that is, then `fedkl report FOLDER`."
         ) from error
-    shown = [table.essential() for table in page.tables()]
-    opening = path / "figures" / figures.SIDE_BY_SIDE if page.opening else None
-    return Built(path / "report.html", opening, shown)
+    opening = [name for name in files if name in (f"figures/{figures.SIDE_BY_SIDE}", audit.PICTURES)]
+    shown = [table.essential() for table in found]
+    return Built(path / "report.html", path / opening[0] if opening else None, shown)
+
+
+def _files_of_runs(path: Path) -> tuple[dict[str, bytes], list[Table]]:
+    page = _page(collect(path))
+    files = {f"figures/{name}": image for name, image in page.figures.items()}
+    files |= {"report.md": markdown.render(page).encode(), "report.html": html.render(page).encode()}
+    return files, page.tables()
 
 
 def _page(collected: Collected) -> Page:

@@ -13,27 +13,36 @@ from fedkl.report.pictures import Picture
 
 def render(page: Page) -> str:
     """The whole page."""
-    environment = Environment(
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            page=page,
+            title=TITLE,
+            note=page.note,
+            repeat_note=REPEAT_NOTE,
+            source=lambda name: uri(page.figures[name]),
+            accuracy=ACCURACY,
+            thumbnail=_thumbnail,
+        )
+    )
+
+
+def environment() -> Environment:
+    """Of all pages: everything is escaped, and a name that is missing is an error."""
+    return Environment(
         loader=PackageLoader("fedkl.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(
-        page=page,
-        title=TITLE,
-        note=page.note,
-        repeat_note=REPEAT_NOTE,
-        source=lambda name: _uri(page.figures[name]),
-        accuracy=ACCURACY,
-        thumbnail=_thumbnail,
-    )
 
 
 def _thumbnail(picture: Picture) -> str | None:
-    return None if picture.image is None else _uri(thumbnail(picture.image))
+    return None if picture.image is None else uri(thumbnail(picture.image))
 
 
-def _uri(png: bytes) -> str:
+def uri(png: bytes) -> str:
+    """An image as it stands in a page."""
     return "data:image/png;base64," + b64encode(png).decode()

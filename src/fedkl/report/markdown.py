@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from fedkl.markdown import escaped as _text
 from fedkl.markdown import table_lines
 from fedkl.report.figures import ACCURACY, SIDE_BY_SIDE
 from fedkl.report.page import REPEAT_NOTE, TITLE, AttackSection, Page, Repeat, Table
-
-_SPECIAL = re.compile(r"([\\`*_\[\]|<>])")
 
 
 def render(page: Page) -> str:
@@ -67,7 +66,3 @@ def _table(table: Table) -> Iterator[str]:
     yield ""
     for note in table.notes:
         yield from (_text(note), "")
-
-
-def _text(text: str) -> str:
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))

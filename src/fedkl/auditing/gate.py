@@ -1,0 +1,276 @@
+"""Whether an audit passes: limits on intervals of what really happens, or an earlier audit as the limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+from fedkl.auditing.results import Audit, Cause, Finding, Question
+from fedkl.errors import ConfigError, gathered, shown
+
+State = Literal["crossed", "passed", "undecided", "missing"]
+
+QUANTITIES: Mapping[str, Question] = {
+    "recovered": "rebuilt",
+    "identified": "identified",
+    "presence_tpr": "presence",
+    "presence_auc": "presence",
+    "labels": "labels",
+}
+"""What can be limited, and the question whose share it is, or beside whose share it stands."""
+
+_MANY = 10**6  # trials that nobody runs
+_EVIDENCE: tuple[Cause, ...] = ("broke", "no time left")
+
+
+class Interval(NamedTuple):
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Limits by quantity, each in [0, 1]; none at all: only that there is evidence is asked.
+
+    Raises:
+        ConfigError: A quantity is unknown, or a limit is not in [0, 1].
+
+    >>> Gate.parse("identified=0.1,presence_tpr=0.05").limits["presence_tpr"]
+    0.05
+    """
+
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{shown(name)}: no such quantity; expected one of {', '.join(QUANTITIES)}"
+            for name in self.limits
+            if name not in QUANTITIES
+        ]
+        problems += [
+            f"{name}: expected a limit from 0 to 1, got {limit}"
+            for name, limit in self.limits.items()
+            if name in QUANTITIES and not 0 <= limit <= 1
+        ]
+        if problems:
+            raise ConfigError(gathered(_UNUSABLE, problems, _REMEDY))
+        object.__setattr__(self, "limits", MappingProxyType(dict(self.limits)))
+
+    @classmethod
+    def parse(cls, text: str) -> Gate:
+        """Reads ``name=limit,name=limit``.
+
+        Raises:
+            ConfigError: It is none, names a quantity twice, or one that there is not.
+        """
+        limits: dict[str, float] = {}
+        for part in text.split(","):
+            name, _, number = (word.strip() for word in part.partition("="))
+            try:
+                limit = float(number)
+            except ValueError:
+                problem = f"{shown(part)}: expected a name and a number, e.g. identified=0.1"
+                raise ConfigError(gathered(_UNUSABLE, [problem], _REMEDY)) from None
+            if name in limits:
+                raise ConfigError(gathered(_UNUSABLE, [f"{name}: named twice"], _REMEDY))
+            limits[name] = limit
+        return cls(limits)
+
+
+_UNUSABLE = "The limits are not usable."
+_REMEDY = "Give e.g. identified=0.1,presence_tpr=0.05."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One figure against one limit.
+
+    Attributes:
+        state: What came of it.
+        text: In one sentence, with the numbers.
+        quantity: What was limited; None: the audit as a whole.
+        finding: Whose figure it is; None where there is none.
+    """
+
+    state: State
+    text: str
+    quantity: str | None = None
+    finding: Finding | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """What came of all checks."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def exit_code(self) -> Literal[0, 1, 3]:
+        """1: a limit was crossed; 3: none was as far as can be said, but evidence is missing; 0: neither."""
+        states = {check.state for check in self.checks}
+        return 1 if "crossed" in states else 3 if states & {"undecided", "missing"} else 0
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why it did not pass: crossed limits first, then what evidence is missing."""
+        states: tuple[State, ...] = ("crossed", "undecided", "missing")
+        return [check.text for state in states for check in self.checks if check.state == state]
+
+    def crossed(self, finding: Finding) -> list[str]:
+        """The limits that a finding crosses, in words."""
+        return [each.text for each in self.checks if each.state == "crossed" and each.finding is finding]
+
+
+def judge(audit: Audit, gate: Gate, *, baseline: Audit | None = None) -> GateResult:
+    """Holds an audit against limits.
+
+    A limit counts as crossed where the interval's low end is above it, as kept where the high end is not;
+    in between it is undecided. Upper bounds are not looked at.
+
+    Args:
+        audit: What was found.
+        gate: The limits.
+        baseline: An earlier audit of the same: fails where something is surely worse now.
+
+    Returns:
+        The checks.
+
+    Raises:
+        ConfigError: The baseline is of something else.
+    """
+    checks = list(_evidence(audit))
+    for quantity, limit in gate.limits.items():
+        checks += _against(audit, quantity, limit)
+    if baseline is not None:
+        checks += _compared(audit, baseline)
+    return GateResult(checks=tuple(checks))
+
+
+def figure(finding: Finding, quantity: str) -> Interval | None:
+    """A finding's figure of a quantity, if it has that one."""
+    if finding.question != QUANTITIES[quantity]:
+        return None
+    if quantity != "presence_auc":
+        return Interval(finding.found.rate, finding.found.low, finding.found.high)
+    ends = [finding.figures.get(name) for name in ("auc", "auc_low", "auc_high")]
+    numbers = [end for end in ends if end is not None]
+    return Interval(*numbers) if len(numbers) == len(ends) else None
+
+
+def _figures(audit: Audit, quantity: str) -> Iterator[tuple[Finding, Interval]]:
+    for finding in audit.headlines():
+        found = figure(finding, quantity)
+        if found is not None:
+            yield finding, found
+
+
+def _evidence(audit: Audit) -> Iterator[Check]:
+    if audit.summary is None:
+        yield Check(state="missing", text="The audit was interrupted: not everything was tried.")
+    if not audit.headlines():
+        yield Check(
+            state="missing",
+            text=f"No attacker came to a result on what clients really send{_because(audit)}.",
+        )
+
+
+def _because(audit: Audit) -> str:
+    """E.g. " (2 broke, 1 no time left)"."""
+    real = [each for each in audit.not_run if audit.exposure(each.exposure).headline]
+    counts = {kind: sum(each.kind == kind for each in real) for kind in dict.fromkeys(e.kind for e in real)}
+    order = sorted(counts, key=lambda kind: kind not in _EVIDENCE)
+    return f" ({', '.join(f'{counts[kind]} {kind}' for kind in order)})" if counts else ""
+
+
+def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
+    found = list(_figures(audit, quantity))
+    if not found:
+        yield Check(
+            state="missing",
+            text=f"{quantity}: nothing was measured on what clients really send{_because(audit)}.",
+            quantity=quantity,
+        )
+    for finding, interval in found:
+        place = f"{quantity}, {finding.attacker} on {finding.exposure}: {interval}"
+        if interval.low > limit:
+            state: State = "crossed"
+            text = f"{place} is above the limit {limit:g}."
+        elif interval.high <= limit:
+            state = "passed"
+            text = f"{place} is not above the limit {limit:g}."
+        else:
+            state = "undecided"
+            text = (
+                f"{place} may be on either side of the limit {limit:g}; {_needed(finding, interval, limit)}."
+            )
+        yield Check(state=state, text=text, quantity=quantity, finding=finding)
+
+
+def _needed(finding: Finding, interval: Interval, limit: float) -> str:
+    """How many trials would decide it, if the value stays: an interval's width goes with 1/√n."""
+    distance = abs(interval.value - limit)
+    reach = abs((interval.high if limit > interval.value else interval.low) - interval.value)
+    trials = math.inf if distance == 0 else finding.found.n * (reach / distance) ** 2
+    if trials > _MANY:
+        return "no number of trials that can be run would decide it"
+    digits = 1 - math.floor(math.log10(trials))
+    rounded = math.ceil(trials * 10.0**digits) / 10.0**digits
+    return f"about {rounded:.0f} trials would decide it, {finding.found.n} were run"
+
+
+def _compared(audit: Audit, baseline: Audit) -> Iterator[Check]:
+    differences = _differences(audit, baseline)
+    if differences:
+        raise ConfigError(
+            gathered(
+                "The baseline is of something else.",
+                differences,
+                "Give the folder of an audit of the same, or make a new baseline.",
+            )
+        )
+    for quantity in QUANTITIES:
+        now, then = ({_key(f): (f, i) for f, i in _figures(each, quantity)} for each in (audit, baseline))
+        for key in dict.fromkeys([*now, *then]):
+            place = f"{quantity}, {key[0]} on {key[1]}"
+            if key not in now or key not in then:
+                which = "this audit" if key not in now else "the baseline"
+                finding = now[key][0] if key in now else None
+                text = f"{place}: {which} has no such figure to compare."
+                yield Check(state="missing", text=text, quantity=quantity, finding=finding)
+                continue
+            (finding, interval), before = now[key], then[key][1]
+            worse = interval.low > before.high
+            text = (
+                f"{place}: {interval}, {'worse than' if worse else 'not surely worse than'} before, {before}."
+            )
+            yield Check(state="crossed" if worse else "passed", text=text, quantity=quantity, finding=finding)
+
+
+def _key(finding: Finding) -> tuple[str, str]:
+    return finding.attacker, finding.exposure
+
+
+def _differences(audit: Audit, baseline: Audit) -> list[str]:
+    """What is not the same of two audits whose figures shall be compared."""
+    now, then = audit.settings, baseline.settings
+    names = ("subject", "images", "classes", "defense", "masking", "fedkl")
+    found = {name: (getattr(now, name), getattr(then, name)) for name in names}
+    for name in sorted({*now.environment, *then.environment}):
+        found[name] = (now.environment.get(name), then.environment.get(name))
+    texts = [f"{name}: {a} now, {b} then" for name, (a, b) in found.items() if a != b]
+    ours, theirs = ({each.name: each for each in each.exposures} for each in (now, then))
+    texts += [
+        f"exposure {name}: {'not in one of them' if name not in ours or name not in theirs else 'differs'}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+    return texts

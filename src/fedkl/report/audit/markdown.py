@@ -1,0 +1,51 @@
+"""The report of an audit as Markdown, for terminals, reviews and repositories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedkl.markdown import escaped, table_lines
+from fedkl.report.audit.page import BOUNDS_NOTE, PICTURES_NOTE, PRESENCE_NOTE, AuditPage, Bar
+from fedkl.report.page import Table
+
+
+def render(page: AuditPage, *, pictures: str) -> str:
+    """The whole report; `pictures` is the file of those that it opens with."""
+    return "\n".join(_lines(page, pictures)) + "\n"
+
+
+def _lines(page: AuditPage, pictures: str) -> Iterator[str]:
+    yield from (f"# {escaped(page.title)}", "", f"**{escaped(page.verdict.text)}**", "")
+    if page.opening and page.opening.pairs:
+        yield from (f"![Originals beside what was rebuilt]({pictures})", "")
+        yield from (f"{PICTURES_NOTE} {escaped(page.opening_note)}", "")
+    elif page.opening:
+        yield from (f"Pictures missing: {escaped(str(page.opening.problem))}", "")
+    if page.presence:
+        yield from ("## Is an image recognized?", "", f"{escaped(page.presence)} {PRESENCE_NOTE}", "")
+    yield from _listed("Who could do it?", page.who)
+    yield from _listed("What to do next", page.steps)
+    yield from (escaped(page.caution), "")
+    yield from _bars("What your clients really send", page.real)
+    yield from _bars("Upper bounds", page.bounds, note=BOUNDS_NOTE)
+    for table in (page.findings, page.not_run):
+        yield from _table(table)
+    yield from ("## Repeat this", "", f"    {page.command}", "", escaped(page.versions))
+
+
+def _listed(title: str, items: list[str]) -> Iterator[str]:
+    if items:
+        yield from (f"## {title}", "", *(f"* {escaped(item)}" for item in items), "")
+
+
+def _bars(title: str, bars: list[Bar], *, note: str = "") -> Iterator[str]:
+    if bars:
+        lines = [f"* {bar.finding.outcome}: {escaped(bar.alt)} ({escaped(bar.title)})" for bar in bars]
+        yield from (f"## {title}", "", *([note, ""] if note else []), *lines, "")
+
+
+def _table(table: Table) -> Iterator[str]:
+    if table.rows:
+        yield from (f"## {table.title}", "")
+        header, *rows = ([escaped(cell) for cell in line] for line in table.lines())
+        yield from (*table_lines(header, rows), "")

@@ -1,0 +1,176 @@
+"""Limits on what an audit found: crossed, kept, undecided, without evidence; and earlier audits as limits."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fedkl.auditing.gate import Gate, judge
+from fedkl.auditing.testing import assert_no_leak
+from fedkl.errors import ConfigError
+from fedkl.metrics import wilson_interval
+from tests.auditing.audits import REAL, audit, finding, measured, not_run
+
+LIMITED = {
+    "recovered": "rebuilt",
+    "identified": "identified",
+    "presence_tpr": "presence",
+    "labels": "labels",
+}
+
+
+def states(made, text):
+    return [check.state for check in judge(made, Gate.parse(text)).checks]
+
+
+@pytest.mark.parametrize(("quantity", "question"), LIMITED.items())
+def test_the_whole_interval_decides(quantity, question):
+    low, high = wilson_interval(30, 300)
+    for limit, state, code in (
+        (low - 1e-6, "crossed", 1),
+        (low, "undecided", 3),  # above means above
+        (high - 1e-6, "undecided", 3),
+        (high, "passed", 0),
+    ):
+        made = audit(finding(question, 30, 300))
+        result = judge(made, Gate({quantity: limit}))
+        assert ([check.state for check in result.checks], result.exit_code) == ([state], code)
+        assert (result.reasons == []) == (code == 0)
+
+
+def test_the_area_under_the_curve_has_an_interval_of_its_own():
+    figures = {"auc": 0.87, "auc_low": 0.84, "auc_high": 0.9}
+    made = audit(finding(figures=figures))
+    assert states(made, "presence_auc=0.8") == ["crossed"]
+    assert states(made, "presence_auc=0.9") == ["passed"]
+    assert states(made, "presence_auc=0.87") == ["undecided"]
+    assert states(audit(finding()), "presence_auc=0.9") == ["missing"]  # no figure is no evidence
+
+
+def test_so_many_trials_as_are_said_do_decide():
+    made = audit(finding("identified", 20, 300))
+    (check,) = judge(made, Gate.parse("identified=0.08")).checks
+    assert check.state == "undecided"
+    assert "300 were run" in check.text
+    needed = int(re.search(r"about (\d+) trials", check.text)[1])
+    decided = [n for n in range(300, 10**5, 300) if wilson_interval(n // 15, n)[1] <= 0.08]
+    assert 0.7 * decided[0] < needed < 1.4 * decided[0]
+
+
+def test_a_value_that_is_the_limit_is_never_decided():
+    (check,) = judge(audit(finding("identified", 30, 300)), Gate.parse("identified=0.1")).checks
+    assert check.state == "undecided"
+    assert "no number of trials" in check.text
+
+
+def test_upper_bounds_are_not_held_against_a_client():
+    bound = finding("rebuilt", 30, 30, exposure="single")
+    result = judge(audit(bound, finding("rebuilt", 0, 300)), Gate.parse("recovered=0.1"))
+    assert result.exit_code == 0
+    assert judge(audit(bound), Gate.parse("recovered=0.1")).exit_code == 3
+
+
+def test_one_of_several_attackers_suffices_and_crossed_beats_incomplete():
+    made = audit(
+        finding("identified", 0, 300), finding("identified", 250, 300, attacker="ig"), finished=False
+    )
+    result = judge(made, Gate.parse("identified=0.1,labels=0.5"))
+    assert sorted(check.state for check in result.checks) == ["crossed", "missing", "missing", "passed"]
+    assert result.exit_code == 1
+    assert "ig" in result.reasons[0]
+    assert len(result.reasons) == 3
+
+
+@pytest.mark.parametrize("text", ["", "identified=0.9"])
+def test_an_interrupted_audit_is_incomplete(text):
+    gate = Gate.parse(text) if text else Gate()
+    result = judge(audit(finding("identified", 0, 300), finished=False), gate)
+    assert result.exit_code == 3
+    assert "interrupted" in result.reasons[0]
+
+
+def test_attackers_that_all_came_to_nothing_are_no_evidence():
+    made = audit(not_run(), not_run("ig", kind="broke"), not_run("dlg", kind="broke"))
+    result = judge(made, Gate())
+    assert result.exit_code == 3
+    assert "2 broke" in result.reasons[0]
+    assert "1 no time left" in result.reasons[0]
+
+
+def test_without_limits_evidence_is_enough():
+    assert judge(audit(finding()), Gate()).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("magic=0.1", "'magic': no such quantity; expected one of recovered, identified"),
+        ("identified", "expected a name and a number"),
+        ("identified=much", "expected a name and a number"),
+        ("", "expected a name and a number"),
+        ("identified=1.5", "from 0 to 1, got 1.5"),
+        ("identified=nan", "from 0 to 1, got nan"),
+        ("identified=0.1,identified=0.2", "named twice"),
+    ],
+)
+def test_limits_that_cannot_be_used(text, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Gate.parse(text)
+
+
+def test_worse_than_before_fails_and_as_before_does_not():
+    then = audit(finding(successes=100, figures={"auc": 0.6, "auc_low": 0.58, "auc_high": 0.62}))
+    same = finding(successes=110, figures={"auc": 0.61, "auc_low": 0.59, "auc_high": 0.63})
+    assert judge(audit(same, seed=3), Gate(), baseline=then).exit_code == 0
+    overlapping = same.model_copy(update={"found": measured(120, 300)})  # 40 % [35–46 %], before up to 39 %
+    assert judge(audit(overlapping), Gate(), baseline=then).exit_code == 0
+    worse = judge(audit(same.model_copy(update={"found": measured(150, 300)})), Gate(), baseline=then)
+    assert worse.exit_code == 1
+    assert worse.reasons[0].startswith("presence_tpr, span on real: 0.500")
+    area = {"auc": 0.7, "auc_low": 0.68, "auc_high": 0.72}
+    assert judge(audit(same.model_copy(update={"figures": area})), Gate(), baseline=then).exit_code == 1
+
+
+def test_what_cannot_be_compared_with_before_is_missing_evidence():
+    made = audit(finding(), finding("identified", 0, 300))
+    for now, then, which in (
+        (made, audit(finding()), "the baseline"),
+        (audit(finding()), made, "this audit"),
+    ):
+        result = judge(now, Gate(), baseline=then)
+        assert result.exit_code == 3
+        assert f"identified, span on real: {which} has no such figure" in result.reasons[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"subject": "another"},
+        {"images": 401},
+        {"defense": "keylock"},
+        {"masking": "blind"},
+        {"fedkl": "0.2.0"},
+        {"environment": {"torch": "2.7.0"}},
+        {"exposures": (REAL,)},
+        {"exposures": (REAL.model_copy(update={"images": 30}),)},
+    ],
+    ids=str,
+)
+def test_a_baseline_of_something_else_is_refused(changes):
+    with pytest.raises(ConfigError, match="of something else") as caught:
+        judge(audit(finding()), Gate(), baseline=audit(finding(), **changes))
+    what = "exposure" if "exposures" in changes else next(iter(changes))
+    assert ("torch: 2.6.0 now, 2.7.0 then" if what == "environment" else f"- {what}") in str(caught.value)
+
+
+def test_as_an_assertion():
+    assert_no_leak(audit(finding("identified", 0, 300)), fail_above="identified=0.1")
+    with pytest.raises(AssertionError, match="A limit is crossed") as caught:
+        assert_no_leak(audit(finding()), fail_above="presence_tpr=0.05,labels=0.9")
+    assert "labels: nothing was measured" in str(caught.value)
+    with pytest.raises(AssertionError, match="The evidence is incomplete"):
+        assert_no_leak(audit(finding("identified", 0, 20)), fail_above="identified=0.1")
+    then = audit(finding(successes=10))
+    with pytest.raises(AssertionError, match="worse than before"):
+        assert_no_leak(audit(finding()), fail_above="presence_tpr=1", baseline=then)

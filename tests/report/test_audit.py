@@ -1,0 +1,274 @@
+"""The page of an audit: what a reader meets first, whether its numbers are those of the results, Chromium."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from fedkl import report
+from fedkl.auditing import words
+from fedkl.auditing.results import Audit
+from tests.auditing.audits import REAL, SINGLE, SUMS, audit, finding, measured, not_run, write, write_pictures
+
+EVIL = """<script>alert(1)</script>"'&{{ 7*7 }}"""
+
+
+class Parsed(HTMLParser):
+    """Tags with their attributes, headings, and the text that a reader sees, in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text: list[str] = []
+        self._silent = 0
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._silent += tag in ("script", "style", "title")
+
+    def handle_endtag(self, tag):
+        self._silent -= tag in ("script", "style", "title")
+
+    def handle_data(self, data):
+        if not self._silent and data.strip():
+            self.text.append(" ".join(data.split()))
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def shown(self):
+        return " ".join(self.text)
+
+
+@pytest.fixture
+def leaky(tmp_path):
+    pictures = write_pictures(tmp_path, "rebuilt")
+    return write(
+        tmp_path,
+        audit(
+            finding("labels", 25, 240, attacker="bias", outcome="at the floor", control=measured(238, 240)),
+            finding(figures={"auc": 0.871, "auc_low": 0.84, "auc_high": 0.9}, floor=measured(3, 300)),
+            finding("rebuilt", 20, 30, attacker="ig", pictures=pictures, control=measured(29, 30)),
+            finding("rebuilt", 30, 30, attacker="closed", exposure="single"),
+            finding(successes=60, exposure="sums"),
+            not_run("spear", kind="does not apply", reason="no ReLU"),
+        ),
+    )
+
+
+def page(folder):
+    return Parsed(report.build(folder).html.read_text(encoding="utf-8"))
+
+
+def test_the_worst_comes_first_then_pictures_then_words_then_figures(leaky):
+    shown = page(leaky).shown()
+    places = [
+        "Of your client's images, the server rebuilds 67 % [49–81 %] as pictures.",
+        "original",
+        "Left an image of a client",
+        "recognizes 67 % [61–72 %] at 1 % false alarms (AUC 0.87)",
+        "Who could do it?",
+        "threat model D",
+        "What to do next",
+        "Nothing found is not safe",
+        "What your clients really send",
+        "Upper bounds: not what happens at your clients",
+        "Every finding",
+        "no ReLU",
+        "fedkl audit audits.mine:subject --out NEW --batch-size 1,16 --minutes 10 --seed 0",
+    ]
+    found = [shown.find(place) for place in places]
+    assert -1 not in found
+    assert found == sorted(found)
+
+
+def test_every_number_is_one_of_the_results(leaky):
+    parsed = page(leaky)
+    made = Audit.read(leaky)
+    ordered = [each for each in made.worst_first() if made.exposure(each.exposure).headline]
+    ordered += [each for each in made.worst_first() if not made.exposure(each.exposure).headline]
+    bars = [each for each in parsed.all("rect") if each["class"] == "bar"]
+    assert [float(each["data-rate"]) for each in bars] == [each.found.rate for each in ordered]
+    assert [float(each["width"]) for each in bars] == [100 * each.found.rate for each in ordered]
+    ends = [(float(e["data-low"]), float(e["data-high"])) for e in parsed.all("path") if "data-low" in e]
+    assert ends == [(each.found.low, each.found.high) for each in ordered]
+    for name in ("floor", "control"):
+        marks = [
+            float(each["data-rate"])
+            for each in parsed.all("line")
+            if each["class"] == name and "data-rate" in each
+        ]
+        assert marks == [getattr(each, name).rate for each in ordered if getattr(each, name) is not None]
+    every = [m for each in made.findings for m in (each.found, each.floor, each.control) if m is not None]
+    shown = re.findall(r"\d+ % \[\d+–\d+ %\](?:, n = \d+)?", parsed.shown())
+    assert {text for text in shown if "n =" in text} == {each.percent for each in every}
+    assert {text.partition(",")[0] for text in shown} == {each.percent.partition(",")[0] for each in every}
+    others = re.sub(r"\d+ % \[\d+–\d+ %\]", "", parsed.shown())
+    assert set(re.findall(r"\d+ %", others)) == {"1 %", "95 %"}  # false alarms; the interval's name
+
+
+def test_one_file_that_asks_nothing_of_the_network(leaky):
+    html = report.build(leaky).html.read_text(encoding="utf-8")
+    assert not re.search(r"<(link|iframe|base|form)|https?://|@import|url\(|\son\w+=", html)
+    sources = [each["src"] for each in Parsed(html).all("img")]
+    assert len(sources) == 5  # three originals; of what was rebuilt, one is lost
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert html.count("<script>") == 1
+    (policy,) = [each["content"] for each in Parsed(html).all("meta") if "http-equiv" in each]
+    assert policy.startswith("default-src 'none'; ")
+    assert (leaky / "figures" / "rebuilt.png").is_file()
+    assert "figures/rebuilt.png" in (leaky / "report.md").read_text(encoding="utf-8")
+
+
+def test_everything_is_named_for_those_who_do_not_see_it(leaky):
+    parsed = page(leaky)
+    assert all(each["alt"] for each in parsed.all("img"))
+    labeled = [each for each in parsed.all("svg") if each.get("role") == "img"]
+    assert len(labeled) == 5
+    assert all("%" in each["aria-label"] for each in labeled)
+    assert [each["type"] for each in parsed.all("button")] == ["button"]
+    assert len(parsed.all("summary")) == len(parsed.all("details"))
+    assert parsed.all("html") == [{"lang": "en"}]
+
+
+@pytest.mark.parametrize("question", ["rebuilt", "presence"])
+def test_names_from_users_stay_text(tmp_path, question):
+    evil = REAL.model_copy(update={"title": EVIL})
+    made = audit(
+        finding(question, knew=EVIL, reason=EVIL),
+        not_run(reason=EVIL),
+        exposures=(evil,),
+        environment={EVIL: EVIL},
+        **dict.fromkeys(("subject", "target", "defense", "fedkl"), EVIL),
+    )
+    html = report.build(write(tmp_path, made)).html.read_text(encoding="utf-8")
+    assert html.count("<script>") == 1
+    assert "alert(1)" in html
+    assert EVIL in Parsed(html).shown()
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "<script>" not in re.sub(r"(?m)^ {4}.*$", "", text).replace("\\<script", "")
+
+
+def test_presence_that_is_no_leak_does_not_read_like_one(tmp_path):
+    made = audit(finding(successes=4, outcome="at the floor", reason="4 of 300, the floor 3"))
+    shown = page(write(tmp_path, made)).shown()
+    assert "recognizes 1 % [1–3 %] at 1 % false alarms. At the floor: 4 of 300, the floor 3. Shown" in shown
+
+
+def test_pictures_of_upper_bounds_are_marked_as_such(tmp_path):
+    pictures = write_pictures(tmp_path, "bound")
+    made = audit(
+        finding("rebuilt", 30, 30, exposure="single", pictures=pictures), finding(outcome="at the floor")
+    )
+    shown = page(write(tmp_path, made)).shown()
+    assert "no leak was found. Upper bound, one step on one image" in shown
+    assert "Upper bound, not your clients. span; one step on one image" in shown
+
+
+def test_pictures_that_cannot_be_read_are_named_and_end_nothing(tmp_path):
+    made = audit(finding("rebuilt", 20, 30, pictures="pictures/gone.safetensors"))
+    shown = page(write(tmp_path, made)).shown()
+    assert "Pictures missing: pictures/gone.safetensors cannot be shown" in shown
+    assert "Pictures missing" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "figures").exists()
+
+
+def test_large_pictures_are_made_small_and_the_page_stays_below_three_megabytes(tmp_path):
+    names = [write_pictures(tmp_path, f"p{i}", images=20, size=224, seed=i) for i in range(6)]
+    made = audit(
+        *(finding("rebuilt", 20, 30, attacker=f"a{i}", pictures=name) for i, name in enumerate(names))
+    )
+    size = report.build(write(tmp_path, made)).html.stat().st_size
+    assert 500_000 < size < 3_000_000
+
+
+def test_advice_is_what_was_measured_and_nothing_else():
+    leak = finding(successes=200)
+    better = finding(successes=60, exposure="sums")
+    first, defense = words.next_steps(audit(leak, better))
+    assert first.startswith("Recognized as trained on: 67 % [61–72 %] became at most 20 % [16–25 %]")
+    assert first.endswith("the mean of 16 clients (16 clients instead of 1).")
+    assert defense.startswith("No defense was measured")
+    untrained = REAL.model_copy(update={"name": "untrained", "headline": False, "trained": False})
+    exposures = (REAL, SINGLE, SUMS, untrained)
+    for unhelpful in (
+        (leak, finding(successes=175, exposure="sums")),  # intervals overlap
+        (leak, finding(successes=0, exposure="untrained")),  # nobody can choose not to have trained
+        (leak, finding(successes=0, exposure="sums", attacker="ratio")),  # the worst one was not tried
+        (leak, better, finding(successes=250, exposure="sums", attacker="ratio")),  # another one gets more
+        (leak, finding("labels", 0, 300, exposure="sums")),
+    ):
+        assert len(words.next_steps(audit(*unhelpful, exposures=exposures))) == 1
+    assert words.next_steps(audit(finding(outcome="at the floor"), better)) == []
+
+
+def test_advice_on_a_defense_compares_with_its_control():
+    helped = audit(finding(successes=60, control=measured(290, 300)), defense="keylock", masking="blind")
+    (text,) = words.next_steps(helped)
+    assert text.startswith("With keylock and masking blind, 97 % [94–98 %] became 20 % [16–25 %]: it helps")
+    useless = audit(finding(successes=288, control=measured(290, 300)), defense="keylock")
+    assert "leaks all the same" in words.next_steps(useless)[0]
+
+
+@pytest.mark.parametrize(
+    ("results", "tone", "text"),
+    [
+        ((finding(), finding("rebuilt", 3, 30)), "bad", "rebuilds 10 %"),
+        ((finding("labels", 30, 300, outcome="at the floor"),), "good", "by span, which would find one"),
+        ((finding(outcome="says nothing"),), "open", "no attacker was shown to be able"),
+        ((finding(exposure="single"),), "open", "no result for what your clients really send"),
+        ((), "open", "no result"),
+    ],
+)
+def test_the_verdict_in_one_sentence(results, tone, text):
+    found = words.verdict(audit(*results))
+    assert found.tone == tone
+    assert text in found.text
+    interrupted = words.verdict(audit(*results, finished=False))
+    assert interrupted.text == f"Interrupted, not all was tried. {found.text}"
+    assert interrupted.tone == ("bad" if tone == "bad" else "open")
+
+
+def test_what_repeats_it():
+    made = audit(finding(), defense="keylock", masking="blind", target="my audits.py:subject", seed=3)
+    assert words.command(made) == (
+        "fedkl audit 'my audits.py:subject' --out NEW --defense keylock --masking blind --batch-size 1,16 "
+        "--minutes 10 --seed 3"
+    )
+    assert words.command(audit(finding(), target="hospital", defense="keylock")) == (
+        "fedkl.auditing.audit(subject, out=NEW, defense='keylock', batch_sizes=(1, 16), minutes=10.0, seed=0)"
+    )
+
+
+def test_an_attacker_that_found_something_somewhere_did_not_fail():
+    made = audit(
+        finding(outcome="says nothing"),
+        finding(exposure="single"),
+        finding(attacker="ig", outcome="at the floor"),
+    )
+    assert words.caution(made).endswith("Found nothing here: ig.")
+
+
+def test_chromium_shows_it_with_its_script(leaky):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine: its test of the page needs one on PATH")
+    profile = leaky / "profile"
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+    target = report.build(leaky).html.as_uri()
+    done = subprocess.run(
+        [*command, "--enable-logging=stderr", "--dump-dom", target],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    (button,) = Parsed(done.stdout).all("button")
+    assert "hidden" not in button  # the policy lets the page's own script run
+    assert "CONSOLE" not in done.stderr  # nor was anything refused
+    assert len(Parsed(done.stdout).all("img")) == 5

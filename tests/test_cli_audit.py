@@ -1,0 +1,176 @@
+"""`fedkl audit` and `fedkl report` of an audit, with an audit that is made by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from fedkl import auditing, cli
+from tests.auditing.audits import audit, finding, not_run, write
+from tests.auditing.test_target import GOOD
+
+
+@pytest.fixture
+def fedkl(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "mine.py").write_text(GOOD)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["fedkl", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def audited(monkeypatch):
+    """Makes `fedkl.auditing.audit` one that finds what is given; returns what it was called with."""
+
+    def find(*results, **settings):
+        calls = []
+
+        def fake(subject, *, out, progress, **options):
+            progress(1, 2, "span")
+            calls.append((subject, options))
+            write(out, audit(*results, **settings))
+            return auditing.results.Audit.read(out)
+
+        monkeypatch.setattr(auditing, "audit", fake, raising=False)
+        return calls
+
+    return find
+
+
+def test_the_audit_gets_everything_and_the_report_is_made(fedkl, audited, tmp_path):
+    calls = audited(finding(), not_run())
+    flags = ("--defense", "keylock", "--masking", "blind", "--batch-size", "2,8", "--minutes", 3, "--seed", 7)
+    code, out, err = fedkl("audit", "mine.py:subject", "--out", "runs/a", *flags)
+    assert code == 0, err
+    ((subject, options),) = calls
+    assert subject.name == "mine"
+    assert options == {
+        "defense": "keylock",
+        "masking": "blind",
+        "batch_sizes": (2, 8),
+        "minutes": 3.0,
+        "seed": 7,
+        "target": "mine.py:subject",
+        "source": "mine.py",
+        "line": 8,
+    }
+    lines = out.splitlines()
+    assert lines[0] == "Of your client's images, the server recognizes 67 % [61–72 %] at 1 % false alarms."
+    assert lines[-1] == "Written: runs/a/report.html"
+    assert len(lines) <= 15
+    assert (tmp_path / "runs" / "a" / "report.md").is_file()
+
+
+def test_the_defaults(fedkl, audited):
+    calls = audited(finding())
+    assert fedkl("audit", "mine.py:subject", "--out", "a")[0] == 0
+    options = calls[0][1]
+    assert (options["defense"], options["masking"], options["batch_sizes"]) == ("none", "none", (1, 16))
+    assert (options["minutes"], options["seed"]) == (10.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [("presence_tpr=0.05", 1), ("presence_tpr=0.9", 0), ("presence_tpr=0.7", 3), ("labels=0.5", 3)],
+)
+def test_exit_codes_and_the_files_that_are_written_all_the_same(fedkl, audited, tmp_path, limits, code):
+    audited(finding())
+    files = ("--junit", "j/a.xml", "--sarif", "a.sarif", "--summary", "a.md")
+    ended, out, err = fedkl("audit", "mine.py:subject", "--out", "a", "--fail-above", limits, *files)
+    assert ended == code, err
+    assert out.splitlines()[-1] == "Written: a/report.html, j/a.xml, a.sarif, a.md"
+    assert ("Limit: " in out) == (code != 0)
+    suite = ElementTree.fromstring((tmp_path / "j" / "a.xml").read_bytes())[0]
+    assert (suite.attrib["failures"], suite.attrib["errors"]) == (str(int(code == 1)), str(int(code == 3)))
+    run = json.loads((tmp_path / "a.sarif").read_text())["runs"][0]
+    assert [each["level"] for each in run["results"]] == ["error" if code == 1 else "warning"]
+    assert (tmp_path / "a.md").read_text().startswith("## What does hospital leak?")
+
+
+def test_an_interrupted_audit_is_no_pass(fedkl, audited):
+    audited(finding("identified", 0, 300), finished=False)
+    code, out, _ = fedkl("audit", "mine.py:subject", "--out", "a", "--fail-above", "identified=0.1")
+    assert code == 3
+    assert out.startswith("Interrupted, not all was tried.")
+
+
+def test_a_baseline(fedkl, audited, tmp_path):
+    audited(finding())
+    write(tmp_path / "same", audit(finding()))
+    write(tmp_path / "better", audit(finding(successes=30)))
+    write(tmp_path / "other", audit(finding(), defense="keylock"))
+    for name, code, message in (
+        ("same", 0, "recognizes"),
+        ("better", 1, "worse than before"),
+        ("other", 2, "- defense: none now, keylock then"),
+        ("nowhere", 2, "nowhere/audit.json: not there."),
+    ):
+        ended, out, err = fedkl("audit", "mine.py:subject", "--out", "a", "--baseline", name)
+        assert ended == code
+        assert message in out + err
+        (tmp_path / "a" / "report.html").unlink(missing_ok=name == "nowhere")  # made in all other cases
+
+
+def test_a_missing_baseline_is_told_before_the_work_begins(fedkl, audited):
+    calls = audited(finding())
+    assert fedkl("audit", "mine.py:subject", "--out", "a", "--baseline", "nowhere")[0] == 2
+    assert fedkl("audit", "mine.py:subject", "--out", "a", "--fail-above", "magic=1")[0] == 2
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("mine.py:other",), "mine.py:other: no such function; it has subject."),
+        (("mine",), "expected a module or file, a colon and a function"),
+        (("mine.py:subject", "--batch-size", "0"), "expected numbers from 1"),
+        (("mine.py:subject", "--batch-size", "a"), "expected whole numbers"),
+        (("mine.py:subject", "--fail-above", "identified=2"), "from 0 to 1, got 2.0"),
+        (("mine.py:subject", "--masking", "magic"), "magic"),
+        (("mine.py:subject", "--minutes", "0"), "0.01"),
+        (("mine.py:subject", "--baseline", "a"), "expected another folder than --out"),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, tuple) else "",
+)
+def test_wrong_uses(fedkl, audited, words, message):
+    calls = audited(finding())
+    code, _, err = fedkl("audit", *words, "--out", "a")
+    assert code == 2
+    assert message in err
+    assert not calls
+
+
+def test_ctrl_c_repeats_the_command(fedkl, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(auditing, "audit", interrupted, raising=False)
+    code, _, err = fedkl("audit", "mine.py:subject", "--out", "my folder")
+    assert code == 130
+    assert err.endswith(
+        "kept in my folder; the same command goes on: fedkl audit mine.py:subject --out 'my folder'\n"
+    )
+
+
+def test_the_report_of_an_audit_is_built_again(fedkl, tmp_path):
+    folder = write(tmp_path / "a", audit(finding()))
+    code, out, err = fedkl("report", folder)
+    assert code == 0, err
+    assert (folder / "report.html").is_file()
+    assert "All findings" in out
+    (folder / "audit.json").write_text("{}")
+    assert fedkl("report", folder)[0] == 2
