@@ -46,9 +46,16 @@ class Attacker:
 
 
 ATTACKERS: tuple[Attacker, ...] = (
-    Attacker(name="linear-rows", type="linear-rows", threat_model="B", gradients=10),
-    Attacker(name="positions", type="positions", threat_model="D", own_images=1000, gradients=20),
-    Attacker(name="disaggregation", type="disaggregation", threat_model="B", images=48, gradients=100),
+    Attacker(name="positions", type="positions", threat_model="B", gradients=20),
+    Attacker(name="linear-rows", type="linear-rows", threat_model="D", own_images=1000, gradients=500),
+    Attacker(
+        name="disaggregation",
+        type="disaggregation",
+        threat_model="D",
+        own_images=1000,
+        images=48,
+        gradients=1000,
+    ),
     Attacker(name="closed-form", type="closed-form", threat_model="B", images=20, gradients=500),
     Attacker(
         name="feature-inversion",

@@ -8,7 +8,7 @@ from time import process_time
 
 from fedkl.auditing.attackers import PRESENCE, Attacker, available
 from fedkl.auditing.clients import Clients
-from fedkl.auditing.rebuilding import refusal
+from fedkl.auditing.rebuilding import FIRST_LOT, refusal
 from fedkl.auditing.recognition import Pools, check_enough, clients_of
 from fedkl.auditing.results import Cause, Exposure, Masking, NotRun
 from fedkl.auditing.subject import Subject
@@ -33,12 +33,14 @@ class Planned:
         attacker: Who; None: the presence test.
         clients: Whose updates.
         seconds: Of one core, about; for as many images as it attacks at most.
+        least: The same for as few as it attacks before it looks at the clock.
         obstacle: Why it is not run; None where it is.
     """
 
     attacker: Attacker | None
     clients: Clients
     seconds: float
+    least: float = 0.0
     obstacle: NotRun | None = field(default=None)
 
     @property
@@ -216,8 +218,12 @@ def _rebuilding(attacker: Attacker, clients: Clients, pools: Pools, seconds: flo
         )
     refused = refusal(attacker, clients, pools)
     if refused is None:
+        each = seconds * attacker.gradients
         return Planned(
-            attacker=attacker, clients=clients, seconds=seconds * attacker.gradients * attacker.images
+            attacker=attacker,
+            clients=clients,
+            seconds=each * attacker.images,
+            least=each * min(FIRST_LOT * size, attacker.images),
         )
     obstacle = _not_run(attacker.name, exposure, refused.reason, refused.kind)
     return Planned(attacker=attacker, clients=clients, seconds=0.0, obstacle=obstacle)

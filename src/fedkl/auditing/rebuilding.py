@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +27,8 @@ from fedkl.protocol import Auxiliary, Knowledge, Procedure
 SHOWN = 8
 """Pictures of a finding."""
 
-_FIRST_LOT = 2  # trials; each later lot is twice as large, as long as there is time
+FIRST_LOT = 2
+"""Trials attacked before the clock is looked at; each later lot is twice as large."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,6 +147,7 @@ def rebuild(
             local=clients.procedure if isinstance(clients.procedure, Procedure) else None,
             skip={*range(done), *range(last, count)},
             cohort=clients.exposure.clients,
+            workers=os.cpu_count() or 1,
             on_result=found.append,
             on_refusal=refused.append,
         )
@@ -158,7 +161,7 @@ def rebuild(
 
 def _lots(count: int) -> Iterator[int]:
     """Ends of lots that grow."""
-    last = _FIRST_LOT
+    last = FIRST_LOT
     while last < count:
         yield last
         last *= 2

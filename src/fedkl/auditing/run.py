@@ -22,6 +22,7 @@ from fedkl.errors import ConfigError, FedKLError
 from fedkl.files import exclusive, make_folder, write_atomically
 from fedkl.study import Progress, silent
 
+_PATIENCE = 2.0  # estimates of time are rough
 _LEFT_FOR_ONE = 0.25  # share of the time that is left, for one attacker that could use more
 
 
@@ -107,9 +108,14 @@ class _Clock(NamedTuple):
         """Share of the time."""
         return min(1.0, (monotonic() - self.start) / (60 * self.minutes))
 
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return (1 - self.used) * 60 * self.minutes
+
     def until(self, share: float) -> Callable[[], bool]:
         """Says whether so much of what is left now is used up."""
-        end = monotonic() + share * (1 - self.used) * 60 * self.minutes
+        end = monotonic() + share * self.left
         return lambda: monotonic() >= end
 
 
@@ -184,8 +190,9 @@ def _carry_out(
         if entry.obstacle is not None:
             folder.append(entry.obstacle)
             continue
-        if worked and clock.used >= 1:
-            reason = f"The {clock.minutes:g} minutes were over; it would take about {entry.seconds:.0f} s."
+        if worked and (not clock.left or entry.least > _PATIENCE * clock.left):
+            times = f"{clock.left:.0f} s were left of {clock.minutes:g} minutes"
+            reason = f"It may take {entry.seconds:.0f} s, and {times}."
             folder.append(not_run(entry, "no time left", reason))
             continue
         progress(clock.used, 1, f"{entry.name}: {entry.exposure.title}")
