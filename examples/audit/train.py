@@ -1,9 +1,12 @@
-"""Makes the weights of an example: ``python examples/audit/train.py quickstart``."""
+"""Makes the weights of an example: ``python examples/audit/train.py quickstart``.
+
+With another training seed, into another file: ``… quickstart --seed 1 --out other.safetensors``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -69,10 +72,10 @@ RECIPES = {
 }
 
 
-def fit(network: nn.Module, subject: fedkl.Subject, recipe: Recipe, data: Labeled) -> None:
+def fit(network: nn.Module, subject: fedkl.Subject, recipe: Recipe, data: Labeled, *, seed: int) -> None:
     """Trains a network that `subject` called for, in place."""
     images, labels = data
-    order = torch.Generator().manual_seed(0)
+    order = torch.Generator().manual_seed(seed)
     steps = [(side, int(epochs * len(labels)) // recipe.batch) for side, epochs in recipe.stages]
     total = sum(count for _, count in steps)
     optimizer = recipe.optimizer(network.parameters(), lr=recipe.lr)
@@ -111,18 +114,21 @@ def accuracy(network: nn.Module, subject: fedkl.Subject, data: Labeled) -> float
     return float(torch.cat(right).float().mean())
 
 
-def main(name: str) -> None:
+def main(name: str, *, seed: int, out: str | None) -> None:
     """Trains, saves and tests."""
     subject = importlib.import_module(name).subject()
     training, test = RECIPES[name].data()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     network = subject.model()
-    fit(network, subject, RECIPES[name], training)
-    safetensors.torch.save_file(network.state_dict(), str(subject.weights))
+    fit(network, subject, RECIPES[name], training, seed=seed)
+    safetensors.torch.save_file(network.state_dict(), out or str(subject.weights))
     print(f"{name}: {accuracy(network, subject, test or (subject.images, subject.labels)):.1%}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in RECIPES:
-        sys.exit(f"Usage: python examples/audit/train.py {'|'.join(RECIPES)}")
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=sorted(RECIPES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="file of the weights; the example's own if not given")
+    given = parser.parse_args()
+    main(given.name, seed=given.seed, out=given.out)

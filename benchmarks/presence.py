@@ -1,0 +1,161 @@
+"""Presence: how many images of a client the server recognizes, and whether the test itself is sound.
+
+    python benchmarks/presence.py quickstart                       # the examples of examples/audit
+    python benchmarks/presence.py quickstart --weights other.safetensors --seed 1
+    python benchmarks/presence.py quickstart --clients 4 16        # sums
+    python benchmarks/presence.py quickstart --defense keylock
+    python benchmarks/presence.py quickstart --masking blind
+    python benchmarks/presence.py resnet
+    python benchmarks/presence.py private --epsilon 1 4 8 inf      # one step of DP-SGD on the quickstart
+
+`private`: one gradient of 32 images, each clipped to norm 1, with Gaussian noise for (ε, 1e-5) by the exact
+curve of the Gaussian mechanism (Balle and Wang 2018). Beside what the test reaches stands what no test can
+exceed at its own rate of false alarms: Φ(Φ⁻¹(α) + 1/σ) (Dong, Roth and Su 2022). One JSON object a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from statistics import NormalDist
+from time import process_time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedkl.auditing import Subject
+from fedkl.auditing.clients import Clients
+from fedkl.auditing.plan import defense_of, exposures_of
+from fedkl.auditing.recognition import Pools, recognize
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "audit"
+DELTA = 1e-5
+BATCH = 32
+CLIP = 1.0
+
+
+def noise_of(epsilon: float) -> float:
+    """σ of Gaussian noise, over the sensitivity, for (ε, 1e-5)-differential privacy of one release."""
+    if math.isinf(epsilon):
+        return 0.0
+    low, high = 1e-2, 1e4
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if _delta(middle, epsilon) > DELTA else (low, middle)
+    return high
+
+
+def _delta(sigma: float, epsilon: float) -> float:
+    normal = NormalDist().cdf
+    return normal(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * normal(-0.5 / sigma - epsilon * sigma)
+
+
+def most(sigma: float, alarms: float) -> float:
+    """The share that no test of one release can exceed, at a rate of false alarms."""
+    return 1.0 if sigma == 0 else NormalDist().cdf(NormalDist().inv_cdf(alarms) + 1 / sigma)
+
+
+class PrivateStep:
+    """One step of DP-SGD with learning rate 1: a client's loop, see `fedkl.Subject`."""
+
+    def __init__(self, sigma: float) -> None:
+        self._sigma = sigma
+
+    def __call__(self, network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
+        """Trains the network in place."""
+        parameters = list(network.parameters())
+        total = [torch.zeros_like(p) for p in parameters]
+        for image, label in zip(inputs, labels, strict=True):
+            loss = F.cross_entropy(network(image[None]), label[None])
+            gradient = torch.autograd.grad(loss, parameters)
+            norm = torch.stack([g.norm() for g in gradient]).norm()
+            for sums, each in zip(total, gradient, strict=True):
+                sums += each * (CLIP / norm).clamp_max(1)
+        with torch.no_grad():
+            for parameter, sums in zip(parameters, total, strict=True):
+                noise = self._sigma * CLIP * torch.randn_like(sums)
+                parameter -= (sums + noise) / len(inputs)
+
+
+def measured(subject: Subject, given: argparse.Namespace, *, clients: int, **about: Any) -> dict[str, Any]:
+    """One line."""
+    first = exposures_of(
+        subject, defense=defense_of(given.defense), masking=given.masking, batch_sizes=(), seed=given.seed
+    )[0]
+    exposure = first.exposure.model_copy(update={"clients": clients})
+    people = Clients.of(
+        subject,
+        exposure=exposure,
+        procedure=subject.procedure,
+        defense=first.defense,
+        seed=given.seed,
+    )
+    start = process_time()
+    found = recognize(people, pools=Pools.of(subject.images, subject.labels, seed=given.seed))
+    seconds = process_time() - start
+    return {
+        "subject": subject.name,
+        "round": exposure.title,
+        "clients": clients,
+        "defense": first.defense.describe(),
+        "seed": given.seed,
+        **about,
+        "recognized": rounded(found.share),
+        "false_alarms": rounded(found.false_alarms),
+        "swapped": rounded(found.swapped),
+        "auc": rounded((found.auc, found.auc_low, found.auc_high)),
+        "swapped_auc": round(found.swapped_auc, 3),
+        "updates": found.clients,
+        "seconds": round(seconds, 1),
+        "seconds_each": round(seconds / (2 * found.clients), 2),
+    }
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """Three digits."""
+    return [round(value, 3) for value in values]
+
+
+def main() -> None:
+    """Prints one JSON object a line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("subject", choices=["quickstart", "resnet", "vit", "tiles", "private"])
+    parser.add_argument("--weights")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1])
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--defense", default="none")
+    parser.add_argument("--masking", default="none")
+    parser.add_argument("--epsilon", type=float, nargs="+", default=[1.0, 4.0, 8.0, math.inf])
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    sys.path.insert(0, str(EXAMPLES))
+    name = "quickstart" if given.subject == "private" else given.subject
+    subject: Subject = import_module(name).subject()
+    if given.weights:
+        subject = replace(subject, weights=given.weights)
+    if given.images:
+        subject = replace(subject, images_per_client=given.images)
+    if given.subject != "private":
+        for clients in given.clients:
+            print(json.dumps(measured(subject, given, clients=clients)), flush=True)
+        return
+    for epsilon in given.epsilon:
+        sigma = noise_of(epsilon)
+        private = replace(subject, procedure=PrivateStep(sigma), images_per_client=BATCH)
+        line = measured(private, given, clients=1, epsilon=str(epsilon), sigma=round(sigma, 3))
+        line["at_most"] = round(most(sigma, line["false_alarms"][0]), 3)
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
