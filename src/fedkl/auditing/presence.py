@@ -1,12 +1,15 @@
 """Whether an image was among those that a client trained on, as a server tells it from the update alone.
 
-Two scores of every layer. With A the second moments of the layer's inputs, B those of what the loss sends
-back (both of the server's own images), Δ the layer's part of the update, and whitened Δ̃ = B^{-½} Δ A^{-½}:
+Two scores of every layer, and one of all. With A the second moments of the layer's inputs, B those of what
+the loss sends back (both of the server's own images), Δ the layer's part of the update, and whitened
+Δ̃ = B^{-½} Δ A^{-½}:
 
 * span: the share of the candidate's whitened inputs that lies in the row space of Δ A^{-½}. A sum of outer
   products δ aᵀ has the inputs of the client's images in its row space. No label, no backward pass.
 * ratio: the cosine of Δ̃ and the candidate's own whitened gradient, the likelihood ratio of "its gradient is
   in the sum" with the layer's gradients taken as Gaussian of covariance B ⊗ A, without the norm.
+* match: the inner product of the update and the candidate's whole gradient, over its norm: the likelihood
+  ratio where noise of one size in every entry, as differential privacy adds it, is all that hides it.
 
 What weight each score has, the server learns from clients that it plays itself, by logistic regression. So
 nothing is chosen by looking at the truth.
@@ -50,7 +53,7 @@ class Whitening:
 
 
 class LayerScores:
-    """Both scores of every layer.
+    """All scores.
 
     Args:
         model: The classifier at the weights that clients received, as far as the server knows it.
@@ -80,7 +83,7 @@ class LayerScores:
     @property
     def names(self) -> list[str]:
         """Of the scores, as in the last dimension of what a call returns."""
-        return [f"{score} {layer.name}" for layer in self.layers for score in ("span", "ratio")]
+        return [f"{score} {layer.name}" for layer in self.layers for score in ("span", "ratio")] + ["match"]
 
     def __call__(self, updates: Sequence[Mapping[str, Tensor]], images: Tensor, labels: Tensor) -> Tensor:
         """Scores of candidates under updates.
@@ -91,26 +94,30 @@ class LayerScores:
             labels: Theirs.
 
         Returns:
-            Shape ``(updates, images, scores)``; between 0 and 1, or −1 and 1.
+            Shape ``(updates, images, scores)``; span is between 0 and 1, ratio between −1 and 1, match in the
+            update's unit.
         """
         found = []
         observed = {layer.name: self._of(layer, updates) for layer in self.layers}
         for chunk in rows_of(self._model, images, labels, layers=self.layers):
-            scores = []
+            scores, products, squares = [], torch.tensor(0.0), torch.tensor(0.0)
             for layer in self.layers:
                 rows, white = chunk[layer.name], self._whitening[layer.name]
                 inputs, outputs = rows.inputs @ white.inputs, rows.outputs @ white.outputs
                 energy = inputs.square().sum((1, 2)).clamp_min(_TINY)
                 own = torch.einsum("npo,npi->noi", outputs, inputs).flatten(1)
                 own = own / own.norm(dim=1, keepdim=True).clamp_min(_TINY)
-                spans, directions = observed[layer.name]
-                scores.append(spans.captured(inputs) / energy)
-                scores.append(directions @ own.T)
-            found.append(torch.stack(scores).view(len(self.layers), 2, len(updates), -1))
-        return torch.cat(found, -1).permute(2, 3, 0, 1).flatten(2)
+                spans, directions, plain = observed[layer.name]
+                scores += [spans.captured(inputs) / energy, directions @ own.T]
+                gradients = torch.einsum("npo,npi->noi", rows.outputs, rows.inputs).flatten(1)
+                products = products + plain @ gradients.T
+                squares = squares + gradients.square().sum(1)
+            scores.append(products / squares.sqrt().clamp_min(_TINY))
+            found.append(torch.stack(scores, -1))
+        return torch.cat(found, 1)
 
-    def _of(self, layer: Layer, updates: Sequence[Mapping[str, Tensor]]) -> tuple[_Spans, Tensor]:
-        """The whitened row spaces of updates, and their whitened directions, a row each."""
+    def _of(self, layer: Layer, updates: Sequence[Mapping[str, Tensor]]) -> tuple[_Spans, Tensor, Tensor]:
+        """The whitened row spaces of updates, their whitened directions, a row each, and they themselves."""
         white, bases, directions = self._whitening[layer.name], [], []
         for update in updates:
             rows = layer.matrix(update) @ white.inputs
@@ -118,7 +125,8 @@ class LayerScores:
             bases.append(basis[sizes > _RANK * sizes[0]].T)
             whole = (white.outputs @ rows).flatten()
             directions.append(whole / whole.norm().clamp_min(_TINY))
-        return _Spans(bases), torch.stack(directions)
+        plain = torch.stack([layer.matrix(update).flatten() for update in updates])
+        return _Spans(bases), torch.stack(directions), plain
 
 
 class _Spans:
