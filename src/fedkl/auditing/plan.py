@@ -9,7 +9,7 @@ from time import process_time
 from fedkl.auditing.attackers import PRESENCE, Attacker, available
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.rebuilding import FIRST_LOT, refusal
-from fedkl.auditing.recognition import Pools, check_enough, clients_of
+from fedkl.auditing.recognition import LOOKED_AT, Pools, check_enough, clients_of
 from fedkl.auditing.results import Cause, Exposure, Masking, NotRun
 from fedkl.auditing.subject import Subject
 from fedkl.defenses import DEFENSES, Defense
@@ -202,7 +202,8 @@ def _presence(clients: Clients, pools: Pools, seconds: float) -> Planned:
             attacker=None, clients=clients, seconds=0.0, obstacle=_not_run(PRESENCE, exposure, str(error))
         )
     hidden = 2 if clients.hides else 1  # the control is measured too
-    return Planned(attacker=None, clients=clients, seconds=hidden * (2 * count * seconds + 10))
+    looked_at = 2 * LOOKED_AT * seconds / (exposure.images * exposure.clients)
+    return Planned(attacker=None, clients=clients, seconds=hidden * (2 * count * seconds + looked_at + 5))
 
 
 def _rebuilding(attacker: Attacker, clients: Clients, pools: Pools, seconds: float) -> Planned:

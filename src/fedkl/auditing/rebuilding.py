@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,9 +116,18 @@ def refusal(attacker: Attacker, clients: Clients, pools: Pools) -> Refusal | Non
         return _no(str(error))
 
 
+class _OverError(Exception):
+    """The time is over in the middle of an attack."""
+
+
 def rebuild(
-    attacker: Attacker, clients: Clients, *, pools: Pools, enough: Callable[[], bool]
-) -> Rebuilt | NotRun:
+    attacker: Attacker,
+    clients: Clients,
+    *,
+    pools: Pools,
+    enough: Callable[[], bool],
+    over: Callable[[], bool] = lambda: False,
+) -> Rebuilt | NotRun | None:
     """Attacks updates, a few first and then more as long as there is time.
 
     Args:
@@ -125,37 +135,45 @@ def rebuild(
         clients: Whose updates.
         pools: Whose images are whose.
         enough: Says after each lot whether to stop.
+        over: Says at each step of an attack whether to give up the lot.
 
     Returns:
-        What came out; or why nothing did.
+        What came out; or why nothing did; None where the time was over before.
     """
+
+    def step(evaluations: int, running: int, done: float) -> None:
+        if over():
+            raise _OverError
+
     dataset, size = dataset_of(clients, pools), clients.exposure.images * clients.exposure.clients
     count = max(1, min(attacker.images, len(dataset.test_images)) // size)
     trials, arms = trials_of(dataset, trials=count, batch_size=size), _arms(attacker, clients, dataset)
     found: list[TrialResult] = []
     refused: list[NotRun] = []
     attack, done = attacker.attack(), 0
-    for last in _lots(count) if attack.divisible else [count]:
-        attack_arms(
-            arms,
-            attack=attack,
-            build=lambda trial: clients.network,
-            dataset=dataset,
-            trials=trials,
-            seed=clients.seed,
-            train_mode=clients.exposure.norm_mode == "train",
-            local=clients.procedure if isinstance(clients.procedure, Procedure) else None,
-            skip={*range(done), *range(last, count)},
-            cohort=clients.exposure.clients,
-            workers=os.cpu_count() or 1,
-            on_result=found.append,
-            on_refusal=refused.append,
-        )
-        done = last
-        if enough() or not found:
-            break
+    with suppress(_OverError):
+        for last in _lots(count) if attack.divisible else [count]:
+            attack_arms(
+                arms,
+                attack=attack,
+                build=lambda trial: clients.network,
+                dataset=dataset,
+                trials=trials,
+                seed=clients.seed,
+                train_mode=clients.exposure.norm_mode == "train",
+                local=clients.procedure if isinstance(clients.procedure, Procedure) else None,
+                skip={*range(done), *range(last, count)},
+                cohort=clients.exposure.clients,
+                workers=os.cpu_count() or 1,
+                on_result=found.append,
+                on_refusal=refused.append,
+                on_evaluation=step,
+            )
+            done = last
+            if enough() or not found:
+                break
     if not any(each.arm == arm.name for each in found for arm in arms if arm.control or len(arms) == 1):
-        return refused[0]
+        return refused[0] if refused else None
     return _figures(arms, found, trials, dataset, clients.seed, attacker)
 
 

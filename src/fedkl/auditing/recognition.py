@@ -32,6 +32,9 @@ _POOL = 240  # images that are looked at under each update, of each kind, at lea
 _KEPT_BACK = 6000  # scores that set the threshold, over all updates
 _LEARNED_FROM = 2000  # images whose layers' inputs are looked at, once
 
+LOOKED_AT = _LEARNED_FROM + 3 * _POOL
+"""Images that go through the network at least, forward and back, for a verdict."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recognized:

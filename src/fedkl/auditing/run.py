@@ -23,7 +23,8 @@ from fedkl.files import exclusive, make_folder, write_atomically
 from fedkl.study import Progress, silent
 
 _PATIENCE = 2.0  # estimates of time are rough
-_LEFT_FOR_ONE = 0.25  # share of the time that is left, for one attacker that could use more
+_LEFT_FOR_ONE = 0.25  # share of the time that is left, after which an attacker begins no further lot
+_MOST_FOR_ONE = 0.5  # and after which it is ended in the middle of one
 
 
 def audit(
@@ -49,8 +50,8 @@ def audit(
         defense: What clients do against a curious server, by its registered type.
         masking: Mode of masks over it.
         batch_sizes: Images behind single gradients, for the upper bounds.
-        minutes: For the attackers. The one that runs when they are over is ended at its next step, and at
-            least one is run.
+        minutes: For the attackers. The one that runs when they are over is ended at its next step, and and
+            presence on what clients really send is always measured.
         seed: Of everything that is drawn but clients' secrets.
         target: As it was named, for reports; the subject's name if None.
         source: File of the target, for reports.
@@ -190,7 +191,8 @@ def _carry_out(
         if entry.obstacle is not None:
             folder.append(entry.obstacle)
             continue
-        if worked and (not clock.left or entry.least > _PATIENCE * clock.left):
+        optional = worked and not (entry.attacker is None and entry.exposure.headline)
+        if optional and (not clock.left or entry.least > _PATIENCE * clock.left):
             times = f"{clock.left:.0f} s were left of {clock.minutes:g} minutes"
             reason = f"It may take {entry.seconds:.0f} s, and {times}."
             folder.append(not_run(entry, "no time left", reason))
@@ -227,7 +229,10 @@ def _attempt(entry: Planned, pools: Pools, clock: _Clock) -> Rebuilt | _Presence
         if entry.attacker is None:
             control = recognize(entry.clients.open(), pools=pools) if entry.clients.hides else None
             return _Presence(recognize(entry.clients, pools=pools), control)
-        found = rebuild(entry.attacker, entry.clients, pools=pools, enough=clock.until(_LEFT_FOR_ONE))
+        enough, over = (clock.until(share) for share in (_LEFT_FOR_ONE, _MOST_FOR_ONE))
+        found = rebuild(entry.attacker, entry.clients, pools=pools, enough=enough, over=over)
     except (FedKLError, ArithmeticError, MemoryError, RuntimeError, ValueError, IndexError) as error:
         return not_run(entry, "broke", f"{type(error).__name__}: {error}")
+    if found is None:
+        return not_run(entry, "no time left", "The time for it was over before its first images.")
     return not_run(entry, found.kind, found.reason) if isinstance(found, Unattacked) else found
