@@ -50,7 +50,7 @@ def audit(
         defense: What clients do against a curious server, by its registered type.
         masking: Mode of masks over it.
         batch_sizes: Images behind single gradients, for the upper bounds.
-        minutes: For the attackers. The one that runs when they are over is ended at its next step, and and
+        minutes: For the attackers. The one that runs when they are over is ended at its next step, and
             presence on what clients really send is always measured.
         seed: Of everything that is drawn but clients' secrets.
         target: As it was named, for reports; the subject's name if None.
