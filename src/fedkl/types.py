@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 NamedTensors = Mapping[str, Tensor]
@@ -13,6 +13,9 @@ NamedTensors = Mapping[str, Tensor]
 
 ImageBatch = Float[Tensor, "batch channels height width"]
 """Images in [0, 1]; normalization lives in the model's own preprocessing."""
+
+Inputs = Shaped[Tensor, "batch ..."]
+"""What a network is called with: images, or integer tokens."""
 
 Labels = Int64[Tensor, " batch"]
 """Class indexes in 0 .. classes − 1."""

@@ -20,7 +20,7 @@ from fedkl.defenses.completion import Completion
 from fedkl.errors import DataError
 from fedkl.locking import KEY, Split
 from fedkl.protocol import Auxiliary, Observation, Procedure, Transform
-from fedkl.types import ImageBatch, Labels
+from fedkl.types import ImageBatch, Inputs, Labels
 
 _FIT_STEPS = 200
 _FIT_IMAGES = 100
@@ -160,7 +160,7 @@ def _public_transform(defense: Defense) -> Transform | None:
 def sent_by(
     client: Split,
     arm: Arm,
-    images: ImageBatch,
+    images: Inputs,
     labels: Labels,
     *,
     train_mode: bool,

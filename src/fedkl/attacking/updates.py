@@ -14,12 +14,12 @@ from fedkl.locking import Split
 from fedkl.protocol import Procedure
 from fedkl.protocol.local_training import LocalTrainer, batches_of
 from fedkl.protocol.procedure import loss_of
-from fedkl.types import ImageBatch, Labels
+from fedkl.types import ImageBatch, Inputs, Labels
 
 
 def local_update(
     model: nn.Module,
-    images: ImageBatch,
+    images: Inputs,
     labels: Labels,
     *,
     train_mode: bool,
@@ -54,7 +54,7 @@ def local_update(
 
 def updated(
     model: nn.Module,
-    images: ImageBatch,
+    images: Inputs,
     labels: Labels,
     *,
     train_mode: bool,
@@ -86,7 +86,7 @@ def updated(
 
 def trained_tensors(
     model: nn.Module,
-    images: ImageBatch,
+    images: Inputs,
     labels: Labels,
     *,
     train_mode: bool,
@@ -104,11 +104,11 @@ def trained_tensors(
 
 def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, lr: float) -> dict[str, Tensor]:
     """What a server takes for the gradient where weights are sent: (before − after) / lr, in their digits."""
-    return {name: (tensor - after[name].detach()) / lr for name, tensor in before.items()}
+    return {name: (tensor.detach() - after[name].detach()) / lr for name, tensor in before.items()}
 
 
 def _batches(
-    images: ImageBatch, labels: Labels, local: Procedure, generator: torch.Generator | None
+    images: Inputs, labels: Labels, local: Procedure, generator: torch.Generator | None
 ) -> Iterable[tuple[Tensor, Tensor]]:
     if local.is_gradient and local.augmentation == "none":
         return [(images, labels)]
@@ -187,7 +187,7 @@ def _gradients_at_once(
 
 def full_gradient(
     model: nn.Module,
-    images: ImageBatch,
+    images: Inputs,
     labels: Labels,
     *,
     train_mode: bool = True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
@@ -19,7 +20,7 @@ from fedkl.defenses import Arm, Defense, plain_arm
 from fedkl.defenses.completion import Completion
 from fedkl.errors import FedKLError, TrainingError, printable
 from fedkl.locking import Split
-from fedkl.protocol import Procedure
+from fedkl.protocol import Knowledge, Procedure
 
 _LOOP_LR = 1.0  # weights of a function that trains are compared as they are
 
@@ -74,9 +75,18 @@ class Clients:
         )
 
     @property
+    def guesses(self) -> tuple[Arm, ...]:
+        """Servers that know the defense and nothing of a client's secrets, the plainest first.
+
+        Not what else a defense compares itself with: servers that were granted secrets, other defenses.
+        """
+        found = [each for each in self.defense.guesses() if each.main and each.defense == self.defense]
+        return tuple(each for each in found if each.knowledge == Knowledge()) or (plain_arm(),)
+
+    @property
     def arm(self) -> Arm:
-        """The server that knows the defense and nothing of a client's secrets."""
-        return next(iter(self.defense.guesses()), plain_arm())
+        """The plainest of them."""
+        return self.guesses[0]
 
     @property
     def hides(self) -> bool:
@@ -123,15 +133,17 @@ class Clients:
         generator = rng.generator(self.seed, "imitated", number)
         split = self.defense.prepare(self.network)
         if isinstance(self.procedure, Procedure):
+            members = self.exposure.clients
             simulate = SimulatedClients.of(
                 self.arm,
                 split,
                 self.network,
                 train_mode=self.exposure.norm_mode == "train",
                 local=self.procedure,
-                cohort=self.exposure.clients,
+                cohort=members,
                 generator=generator,
             )
+            simulate = replace(simulate, played=itertools.count(number * members))
             return {name: tensor[0] for name, tensor in simulate(images[None], labels[None]).items()}
         known = self.defense.known(split, granted=self.arm.knowledge)
         alike = partial(self.defense.imitated, self.network, known=known, generator=generator)
@@ -178,7 +190,7 @@ class Clients:
         before = _copied(client)
         seed = rng.generator(self.seed, "loop", number).initial_seed()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # of the CPU only: others are not put back
             try:
                 loop(client.model.train(), self.subject.inputs(images), labels)
             except FedKLError:

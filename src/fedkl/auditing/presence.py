@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkl.auditing.rows import Layer, layers_of, rows_of
+from fedkl.errors import DataError
 
 _RIDGE = 1e-3  # of the mean eigenvalue
 _RANK = 1e-4  # singular values below this share of the largest are rounding
@@ -60,6 +61,9 @@ class LayerScores:
         observed: An update, of which names and shapes are read.
         images: The server's own.
         labels: Theirs.
+
+    Raises:
+        DataError: The network has no layer of which there are scores.
     """
 
     def __init__(
@@ -75,6 +79,12 @@ class LayerScores:
                 before = moments.get(name, (torch.zeros_like(a), torch.zeros_like(b)))
                 moments[name] = (before[0] + a, before[1] + b)
         self.layers: list[Layer] = [layer for layer in called if layer.name in moments]
+        if not self.layers:
+            raise DataError(
+                "Presence: expected a linear layer or an ungrouped convolution whose weight is sent, is "
+                "trained and has at most 4,096 inputs, got a network without. Images are looked for in those "
+                "only."
+            )
         self._whitening = {
             name: Whitening(inputs=_inverse_root(a), outputs=_inverse_root(b))
             for name, (a, b) in moments.items()

@@ -22,7 +22,7 @@ from fedkl.auditing.recognition import Pools
 from fedkl.data import Dataset, DataSpec
 from fedkl.defenses import Arm, own_arms
 from fedkl.errors import AttackError, LockError, UpdateError
-from fedkl.metrics import summarize
+from fedkl.metrics import match, summarize
 from fedkl.protocol import Auxiliary, Knowledge, Procedure
 
 SHOWN = 8
@@ -44,7 +44,7 @@ class Rebuilt:
         psnr: Median, in dB.
         ssim: Median.
         truth: Some originals, in [0, 1].
-        images: What came out, in [0, 1].
+        images: What came out of each, as the attacker would show it, in [0, 1].
     """
 
     found: dict[str, Any]
@@ -189,9 +189,8 @@ def _lots(count: int) -> Iterator[int]:
 def _arms(attacker: Attacker, clients: Clients, dataset: Dataset) -> list[Arm]:
     """The control, if there is something to hide, and what a server that knows the defense guesses."""
     own = own_arms(clients.defense)
-    guesses = [each for each in clients.defense.guesses() if each.main] or [clients.arm]
-    controls = dict.fromkeys(each.control for each in guesses if each.control)
-    arms = [*(own[name] for name in controls), *guesses]
+    controls = dict.fromkeys(each.control for each in clients.guesses if each.control)
+    arms = [*(own[name] for name in controls), *clients.guesses]
     auxiliary = min(attacker.own_images, len(dataset.train_images))
     granted = {arm.name: replace(arm.knowledge, labels=True, auxiliary=auxiliary) for arm in arms}
     return [replace(arm, knowledge=granted[arm.name]) for arm in arms]
@@ -230,10 +229,14 @@ def _figures(
         psnr=summarize([score["psnr"] for score in scores]).median,
         ssim=summarize([score["ssim"] for score in scores]).median,
         truth=torch.cat([trial.images for trial in attacked])[:SHOWN],
-        images=torch.cat([each.reconstruction.images for each in results])[:SHOWN]
-        .nan_to_num(0.5)
-        .clamp(0, 1),
+        images=torch.cat([_shown(each, trials[each.trial]) for each in results])[:SHOWN],
     )
+
+
+def _shown(result: TrialResult, trial: Trial) -> Tensor:
+    """What came out of each of a trial's images, in their order; gray where nothing did."""
+    found = match(result.reconstruction.images, trial.images, scaling=result.reconstruction.scaling)
+    return torch.where(found.failed[:, None, None, None], 0.5, found.scaled).float()
 
 
 def _no(reason: str) -> Refusal:

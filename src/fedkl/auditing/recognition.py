@@ -123,7 +123,7 @@ def recognize(
         progress: Called with the share that is done, in [0, 1].
 
     Raises:
-        DataError: There are too few images for clients of this size.
+        DataError: There are too few images for clients of this size, or no layer to look for them in.
         TrainingError: See `Clients.update`.
     """
     size = clients.exposure.images * clients.exposure.clients

@@ -81,7 +81,8 @@ def rows_of(
         model: The classifier.
         images: As it is called with.
         labels: Shape ``(images,)``.
-        layers: Of `layers_of`. One that the model does not call is not in the result.
+        layers: Of `layers_of`. Not in the result is one that the model does not call, that nothing before or
+            in it is trained of, or that is not called with the images first.
         chunk: Images at once.
     """
     training = {module: module.training for module in model.modules()}
@@ -97,7 +98,9 @@ def rows_of(
 def _rows(model: nn.Module, images: Tensor, labels: Tensor, layers: list[Layer]) -> dict[str, Rows]:
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
     handles = [
-        model.get_submodule(layer.name).register_forward_hook(_noting(calls.setdefault(layer.name, [])))
+        model.get_submodule(layer.name).register_forward_hook(
+            _noting(calls.setdefault(layer.name, []), len(images))
+        )
         for layer in layers
     ]
     try:
@@ -105,7 +108,9 @@ def _rows(model: nn.Module, images: Tensor, labels: Tensor, layers: list[Layer])
             # Each image's own loss: the mean over this chunk times its size is their sum.
             loss = loss_of(model(images), labels) * len(images)
             seen = [output for each in calls.values() for _, output in each]
-            sent = dict(zip(map(id, seen), torch.autograd.grad(loss, seen), strict=True))
+            # Zeros where the loss does not look, e.g. at the scores of an auxiliary head.
+            back = torch.autograd.grad(loss, seen, materialize_grads=True) if seen else ()
+            sent = dict(zip(map(id, seen), back, strict=True))
     finally:
         for handle in handles:
             handle.remove()
@@ -119,9 +124,12 @@ def _rows(model: nn.Module, images: Tensor, labels: Tensor, layers: list[Layer])
     return found
 
 
-def _noting(calls: list[tuple[Tensor, Tensor]]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _noting(
+    calls: list[tuple[Tensor, Tensor]], images: int
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        calls.append((args[0].detach(), output))
+        if len(args[0]) == images and output.requires_grad:
+            calls.append((args[0].detach(), output))
         return output.clone()  # what comes next may write into it
 
     return note

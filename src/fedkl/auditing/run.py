@@ -18,7 +18,7 @@ from fedkl.auditing.rebuilding import Rebuilt, rebuild
 from fedkl.auditing.recognition import Pools, Recognized, recognize
 from fedkl.auditing.results import Audit, Finding, Masking, NotRun, Settings, Summary
 from fedkl.auditing.subject import Subject
-from fedkl.errors import ConfigError, FedKLError
+from fedkl.errors import ConfigError
 from fedkl.files import exclusive, make_folder, write_atomically
 from fedkl.study import Progress, silent
 
@@ -133,7 +133,7 @@ class _Folder:
             ConfigError: The folder holds another audit, or something else.
         """
         if (self.path / "audit.json").exists():
-            present = Audit.read(self.path)
+            present = self.audit()
             # More time is no other audit: it goes on.
             if present.settings.model_copy(update={"minutes": settings.minutes}) != settings:
                 raise ConfigError(
@@ -144,7 +144,6 @@ class _Folder:
         held = [each.name for each in self.path.iterdir() if not each.name.startswith(".")]
         if held:
             raise ConfigError(f"{self.path}: expected an empty folder, it holds {held[0]!r}. Choose another.")
-        make_folder(self.path / "pictures")
         write_atomically(self.path / "audit.json", settings.model_dump_json(indent=2).encode())
         return Audit(settings=settings)
 
@@ -152,15 +151,17 @@ class _Folder:
         """What is there now."""
         return Audit.read(self.path)
 
-    def append(self, record: Finding | NotRun) -> None:
-        """Adds a line, after the last whole one."""
+    def append(self, *records: Finding | NotRun) -> None:
+        """Adds all that one attacker came to at once, after the last whole line."""
         path = self.path / "results.jsonl"
         before = path.read_bytes() if path.exists() else b""
         whole = before[: before.rfind(b"\n") + 1]
-        write_atomically(path, whole + record.model_dump_json().encode() + b"\n")
+        lines = "".join(f"{record.model_dump_json()}\n" for record in records)
+        write_atomically(path, whole + lines.encode())
 
     def save_pictures(self, name: str, rebuilt: Rebuilt) -> str:
         """Keeps originals and what came out; returns their place below the folder."""
+        make_folder(self.path / "pictures")
         place = f"pictures/{name}.safetensors"
         tensors = {"truth": rebuilt.truth.contiguous(), "found": rebuilt.images.contiguous()}
         write_atomically(self.path / place, safetensors.torch.save(tensors))
@@ -203,15 +204,15 @@ def _carry_out(
         seconds = round(process_time() - start, 3)
         if isinstance(found, NotRun):
             folder.append(found)
-        elif isinstance(found, Rebuilt):
+            continue
+        if isinstance(found, Rebuilt):
             place = folder.save_pictures(f"{entry.name}-{entry.exposure.name}", found)
-            findings += of_pictures(
-                entry, found, pools=pools, earlier=findings, pictures=place, seconds=seconds
-            )
+            new = of_pictures(entry, found, pools=pools, earlier=findings, pictures=place, seconds=seconds)
         else:
-            findings.append(of_presence(entry, *found, pools=pools, earlier=findings, seconds=seconds))
-        for finding in findings[len(folder.audit().findings) :]:
-            folder.append(finding)
+            new = [of_presence(entry, *found, pools=pools, earlier=findings, seconds=seconds)]
+        folder.append(*new)
+        findings += new
+        for finding in new:
             progress(clock.used, 1, f"{entry.name}: {finding.question} {finding.found.percent}")
     folder.finish(clock.used * 60 * clock.minutes)
 
@@ -231,7 +232,7 @@ def _attempt(entry: Planned, pools: Pools, clock: _Clock) -> Rebuilt | _Presence
             return _Presence(recognize(entry.clients, pools=pools), control)
         enough, over = (clock.until(share) for share in (_LEFT_FOR_ONE, _MOST_FOR_ONE))
         found = rebuild(entry.attacker, entry.clients, pools=pools, enough=enough, over=over)
-    except (FedKLError, ArithmeticError, MemoryError, RuntimeError, ValueError, IndexError) as error:
+    except Exception as error:  # the user's network and loop run in here: anything may be raised
         return not_run(entry, "broke", f"{type(error).__name__}: {error}")
     if found is None:
         return not_run(entry, "no time left", "The time for it was over before its first images.")

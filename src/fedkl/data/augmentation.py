@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
+from fedkl.types import Inputs
+
 Batch = Float32[Tensor, "batch channels height width"]
 
 _CANDIDATES = 10
@@ -31,8 +33,8 @@ class Augmentation(Protocol):
         ...
 
 
-def unchanged(images: Batch, generator: torch.Generator) -> Batch:
-    """No augmentation; draws nothing."""
+def unchanged(images: Inputs, generator: torch.Generator) -> Inputs:
+    """No augmentation, also of tokens; draws nothing."""
     return images
 
 

@@ -1,0 +1,312 @@
+"""Real clients do what training does, and clients that the server plays know nothing of them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from fedkl import Procedure, rng
+from fedkl.attacking.updates import local_update
+from fedkl.auditing.clients import Clients
+from fedkl.auditing.results import Exposure
+from fedkl.defenses import DEFENSES, KeyLock, NoDefense
+from fedkl.defenses.masked import MaskedUpload
+from fedkl.errors import ConfigError, TrainingError
+from fedkl.protocol import Knowledge
+from tests.auditing.subjects import CLASSES, EPOCH, convnet, images, labels, mlp, subject, trained, trains
+
+SIZE = 8
+
+
+def clients_of(build=convnet, *, defense=None, clients=1, norm_mode="train", seed=0, trained=True, **fields):
+    audited = subject(build, norm_mode=norm_mode, **fields)
+    exposure = Exposure(
+        name="your-client", title="a client", headline=True, images=SIZE, steps=1, clients=clients,
+        norm_mode=norm_mode, trained=trained,
+    )  # fmt: skip
+    return Clients.of(
+        audited, exposure=exposure, procedure=audited.procedure, defense=defense or NoDefense(), seed=seed
+    )
+
+
+def batch(count=SIZE):
+    return images()[:count], labels(count)
+
+
+def alike(one, other):
+    """But for rounding, which depends on where in memory tensors lie."""
+    return one.keys() == other.keys() and all(
+        torch.allclose(one[name], other[name], atol=1e-6, rtol=1e-4) for name in one
+    )
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+PROCEDURES = {
+    "gradient": Procedure(),
+    "steps": Procedure(steps=2, batch_size=4, lr=0.1),
+    "epoch": EPOCH,
+    "momentum": Procedure(algorithm="fedavg", batch_size=3, epochs=2, lr=0.1, momentum=0.9),
+    "adam": Procedure(algorithm="fedavg", batch_size=4, lr=0.01, optimizer="adam"),
+}
+
+
+@pytest.mark.parametrize("norm_mode", ["train", "eval"])
+@pytest.mark.parametrize("procedure", PROCEDURES.values(), ids=PROCEDURES)
+def test_a_client_does_what_training_does_to_the_last_bit(procedure, norm_mode):
+    clients = clients_of(procedure=procedure, norm_mode=norm_mode)
+    wanted = local_update(clients.network, *batch(), train_mode=norm_mode == "train", local=procedure)
+    assert same(clients.update(*batch(), number=3), wanted)
+    assert alike(clients.played(*batch(), number=3), wanted)  # nothing is hidden: the server plays the same
+
+
+def test_the_network_and_the_images_stay_as_they_are():
+    for procedure in (EPOCH, trains):
+        clients = clients_of(procedure=procedure)
+        before = {name: tensor.clone() for name, tensor in clients.network.state_dict().items()}
+        x, y = (each.clone() for each in batch())
+        clients.update(x, y, number=0)
+        clients.played(x, y, number=0)
+        clients.view()
+        assert same(clients.network.state_dict(), before)
+        assert torch.equal(x, batch()[0])
+
+
+@pytest.mark.parametrize("procedure", [EPOCH, trains, Procedure(augmentation="none")])
+def test_nothing_that_is_sent_hangs_on_a_graph(procedure):
+    clients = clients_of(procedure=procedure)
+    for found in (clients.update(*batch(), number=0), clients.played(*batch(), number=0)):
+        assert not any(tensor.requires_grad for tensor in found.values())
+
+
+def loop(network, x, y, *, seed=None):
+    """What a client does, at a seed."""
+    if seed is not None:
+        torch.default_generator.manual_seed(seed)
+    trains(network, x, y)
+
+
+@pytest.mark.parametrize("normalization", [None, ((0.4,), (0.2,))])
+def test_a_loop_of_ones_own_is_called_as_its_owner_calls_it(normalization):
+    clients = clients_of(procedure=partial(loop, seed=5), normalization=normalization)
+    network = convnet()
+    network.load_state_dict(trained(convnet))
+    x, y = batch()
+    with torch.random.fork_rng(devices=[]):
+        loop(network.train(), x if normalization is None else (x - 0.4) / 0.2, y, seed=5)
+    before, after = trained(convnet), dict(network.named_parameters())
+    found = clients.update(x, y, number=0)
+    assert set(found) == set(after)
+    for name, parameter in after.items():
+        torch.testing.assert_close(found[name], before[name] - parameter.detach(), atol=1e-6, rtol=1e-5)
+    assert same(found, clients.played(x, y, number=0))
+
+
+def test_a_view_is_called_with_images_in_0_1():
+    """Of a function that trains, too, whose network takes normalized ones; and normalizes them once."""
+    x, _ = batch()
+    for procedure in (trains, EPOCH):
+        clients = clients_of(procedure=procedure, normalization=((0.4,), (0.2,)), norm_mode="eval")
+        network = convnet()
+        network.load_state_dict(trained(convnet))
+        for _ in range(2):
+            view = clients.view().eval()
+            torch.testing.assert_close(view(x), network.eval()((x - 0.4) / 0.2))
+
+
+@pytest.mark.parametrize("procedure", [EPOCH, trains])
+def test_the_global_generator_is_left_alone(procedure):
+    clients = clients_of(procedure=procedure)
+    before = torch.get_rng_state()
+    clients.update(*batch(), number=0)
+    clients.played(*batch(), number=0)
+    clients.view()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_generators_of_other_devices_are_left_alone(monkeypatch):
+    """`torch.manual_seed` seeds those too, and nobody puts them back."""
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds every device"))
+    clients_of(procedure=trains).update(*batch(), number=0)
+
+
+def test_loops_repeat_by_client_and_seed():
+    found = clients_of(procedure=trains).update(*batch(), number=1)
+    assert same(found, clients_of(procedure=trains).update(*batch(), number=1))
+    assert not same(found, clients_of(procedure=trains).update(*batch(), number=2))
+    assert not same(found, clients_of(procedure=trains, seed=1).update(*batch(), number=1))
+
+
+def raises(network, x, y):
+    raise KeyError("no such\x1b[31m thing")
+
+
+def refuses(network, x, y):
+    raise ConfigError("an error of fedkl's own")
+
+
+def trains_nothing(network, x, y):
+    network(x)  # train mode: buffers change
+
+
+def trains_a_copy(network, x, y):
+    other = mlp()
+    other.load_state_dict(network.state_dict())
+    trains(other, x, y)
+
+
+@pytest.mark.parametrize("seen", ["update", "played"])
+@pytest.mark.parametrize(
+    ("procedure", "error", "message"),
+    [
+        (raises, TrainingError, r"subject: the function that trains raised KeyError \(.*\) on 8 images.*"
+         r"procedure\(network, inputs, labels\), on the CPU"),
+        (refuses, ConfigError, "^an error of fedkl's own$"),
+        (trains_nothing, TrainingError, "subject: .* changed no weight .* in place, not a copy"),
+        (trains_a_copy, TrainingError, "subject: .* changed no weight .* in place, not a copy"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_loops_that_do_not_train_are_refused(procedure, error, message, seen):
+    clients = clients_of(mlp, procedure=procedure)
+    before = torch.get_rng_state()
+    with pytest.raises(error, match=message) as caught:
+        getattr(clients, seen)(*batch(), number=0)
+    assert "\x1b" not in str(caught.value)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loop_that_changes_buffers_only_trains_nothing():
+    with pytest.raises(TrainingError, match="changed no weight"):
+        clients_of(convnet, procedure=trains_nothing).update(*batch(), number=0)
+
+
+def trains_one(network, x, y):
+    with torch.no_grad():
+        network[3].bias.add_(0.5)
+
+
+def test_a_loop_may_train_one_layer():
+    found = clients_of(mlp, procedure=trains_one).update(*batch(), number=0)
+    torch.testing.assert_close(found["3.bias"], torch.full((CLASSES,), -0.5))
+    assert found["1.weight"].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "procedure", [Procedure(), EPOCH, partial(loop, seed=5)], ids=["gradient", "epoch", "loop"]
+)
+def test_several_clients_are_seen_as_their_mean(procedure):
+    alone, three = clients_of(procedure=procedure), clients_of(procedure=procedure, clients=3)
+    x, y = batch(3 * SIZE)
+    parts = [alone.update(*part, number=0) for part in zip(x.split(SIZE), y.split(SIZE), strict=True)]
+    for found in (three.update(x, y, number=0), three.played(x, y, number=0)):
+        for name, tensor in found.items():
+            wanted = torch.stack([part[name] for part in parts]).mean(0)
+            torch.testing.assert_close(tensor, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_clients_of_a_cohort_draw_what_is_their_own():
+    three = clients_of(procedure=trains, clients=3)
+    x, y = images()[:SIZE], labels(SIZE)
+    repeated = three.update(torch.cat([x] * 3), torch.cat([y] * 3), number=0)
+    alone = clients_of(procedure=trains).update(x, y, number=0)
+    assert not torch.allclose(repeated["0.weight"], alone["0.weight"], rtol=1e-4)  # they shuffle differently
+
+
+@pytest.mark.parametrize("procedure", [Procedure(), EPOCH, trains], ids=["gradient", "epoch", "loop"])
+def test_no_update_has_private_tensors_of_a_lock(procedure):
+    clients = clients_of(defense=KeyLock(), procedure=procedure)
+    split = clients.defense.prepare(clients.network)
+    private = set(split.private_parameters())
+    assert private
+    for seen in (clients.update, clients.played):
+        found = set(seen(*batch(), number=0))
+        assert found == set(split.public_parameters())
+        assert not found & private
+        assert not any(name.startswith("1.") for name in found)  # the norm that is locked
+
+
+@pytest.mark.parametrize("procedure", [Procedure(), EPOCH, trains], ids=["gradient", "epoch", "loop"])
+def test_played_clients_draw_from_the_attacker(procedure):
+    """The same from the seed, whatever secrets real clients have; and each with others."""
+    locked = partial(clients_of, defense=KeyLock(), procedure=procedure, trained=False)
+    clients = locked()
+    one = clients.played(*batch(), number=0)
+    assert alike(one, clients.played(*batch(), number=0))
+    assert not alike(one, clients.played(*batch(), number=1))
+    assert not alike(one, locked(seed=1).played(*batch(), number=0))
+
+
+@pytest.mark.parametrize("procedure", [EPOCH, trains], ids=["epoch", "loop"])
+def test_real_clients_draw_their_secrets_from_the_operating_system(procedure):
+    clients = clients_of(defense=KeyLock(), procedure=procedure, trained=False)
+    found = [clients.update(*batch(), number=0) for _ in range(2)]
+    assert not alike(*found)
+
+
+@pytest.mark.parametrize("procedure", [EPOCH, trains], ids=["epoch", "loop"])
+def test_masks_cover_what_is_sent(procedure):
+    clients = clients_of(defense=MaskedUpload(), procedure=procedure)
+    sent, again = (clients.update(*batch(), number=0) for _ in range(2))
+    opened = clients.open().update(*batch(), number=0)
+    assert (clients.hides, clients.open().hides) == (True, False)
+    assert sent.keys() == opened.keys()
+    lr = 1.0 if procedure is trains else procedure.lr
+    for name, received in trained(convnet).items():
+        if name in sent:  # (before - after) / lr, of an `after` that is random numbers
+            one, other, plain = (received - lr * each[name] for each in (sent, again, opened))
+            assert max(one.abs().max(), other.abs().max()) <= 0.0101
+            assert not torch.allclose(one, other, atol=1e-4)
+            assert not torch.allclose(one, plain, atol=1e-4)
+    played = clients.played(*batch(), number=0)
+    assert not alike(played, opened)
+
+
+def test_an_untrained_network_is_what_its_owner_builds():
+    clients = clients_of(trained=False)
+    built = clients.subject.build(trained=False)
+    assert same(dict(clients.network.state_dict()), dict(built.state_dict()))
+    assert not same(dict(clients.network.state_dict()), dict(trained(convnet)))
+
+
+def test_augmentation_is_a_clients_own():
+    audited = subject(mlp, procedure=Procedure(augmentation="flip"))
+    exposure = Exposure(name="your-client", title="a client", headline=True, images=SIZE, steps=1)
+    clients = Clients.of(audited, exposure=exposure, procedure=audited.procedure, defense=NoDefense(), seed=0)
+    wanted = local_update(
+        clients.network, *batch(), train_mode=True, local=audited.procedure,
+        generator=rng.generator(0, "audited-augmentation", "7-0"),
+    )  # fmt: skip
+    assert same(clients.update(*batch(), number=7), wanted)
+    assert not same(clients.update(*batch(), number=8), wanted)
+
+
+def test_networks_are_classifiers_only_where_fedkl_trains():
+    own, theirs = clients_of(procedure=trains), clients_of(procedure=EPOCH)
+    assert isinstance(own.network, nn.Module)
+    assert len(own.network._forward_hooks) == 0
+    assert len(theirs.network._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in DEFENSES.names() if name != "public-norm"])
+def test_the_server_knows_the_defense_and_no_secrets(name):
+    clients = clients_of(defense=DEFENSES[name](), trained=False)
+    for guess in clients.guesses:
+        assert guess.knowledge == Knowledge()
+        assert not guess.open or not clients.hides
+        assert guess.defense == clients.defense
+    assert clients.arm == clients.guesses[0]
+
+
+def test_played_clients_augment_each_in_its_own_way():
+    audited = subject(mlp, procedure=Procedure(augmentation="flip", algorithm="fedavg", batch_size=8))
+    exposure = Exposure(name="your-client", title="a client", headline=True, images=SIZE, steps=1)
+    clients = Clients.of(audited, exposure=exposure, procedure=audited.procedure, defense=NoDefense(), seed=0)
+    one = clients.played(*batch(), number=0)
+    assert same(one, clients.played(*batch(), number=0))
+    assert not alike(one, clients.played(*batch(), number=1))

@@ -1,0 +1,239 @@
+"""What an audit will do: which exposures, which attackers on them, and why not the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fedkl import Procedure
+from fedkl.attacks import ATTACKS
+from fedkl.auditing import attackers, plan
+from fedkl.auditing.attackers import ATTACKERS, available
+from fedkl.auditing.clients import Clients
+from fedkl.auditing.plan import CONTROL, defense_of, exposures_of
+from fedkl.auditing.recognition import Pools
+from fedkl.defenses import DEFENSES, NoDefense
+from fedkl.errors import ConfigError, TrainingError
+from tests.auditing.subjects import CLASSES, EPOCH, Words, convnet, subject, tokens, trains
+
+GRADIENT = Procedure()
+
+
+def exposed(audited, *, batch_sizes=(1, 16), masking="none", defense=None):
+    return exposures_of(
+        audited, defense=defense or NoDefense(), masking=masking, batch_sizes=batch_sizes, seed=0
+    )
+
+
+def planned(audited, **options):
+    return plan.plan(exposed(audited, **options), pools=Pools.of(audited.images, audited.labels, seed=0))
+
+
+def runs(entries, exposure):
+    return {each.name for each in entries if each.exposure.name == exposure and each.obstacle is None}
+
+
+def reason(entries, attacker, exposure):
+    (found,) = [each for each in entries if (each.name, each.exposure.name) == (attacker, exposure)]
+    return found.obstacle.reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "expected"),
+    [
+        ({}, {}, [("your-client", "2 local steps on 8 images", 2, True),
+                  ("gradient-of-1", "one gradient of one image", 1, True),
+                  ("gradient-of-16", "one gradient of 16 images", 1, True),
+                  ("untrained", "one gradient of one image, untrained network", 1, False)]),
+        ({"weights": None}, {"batch_sizes": (4, 4)}, [
+            ("your-client", "2 local steps on 8 images", 2, False),
+            ("gradient-of-4", "one gradient of 4 images", 1, False)]),
+        ({"procedure": GRADIENT}, {"batch_sizes": (8, 2)}, [
+            ("your-client", "one gradient of 8 images", 1, True),
+            ("gradient-of-2", "one gradient of 2 images", 1, True),
+            ("untrained", "one gradient of one image, untrained network", 1, False)]),
+        ({"procedure": replace(EPOCH, batch_size=8)}, {"batch_sizes": ()}, [
+            ("your-client", "1 local step on 8 images", 1, True),
+            ("untrained", "one gradient of one image, untrained network", 1, False)]),
+        ({"procedure": trains, "images_per_client": 1}, {"batch_sizes": ()}, [
+            ("your-client", "your training loop on one image", 0, True),
+            ("untrained", "one gradient of one image, untrained network", 1, False)]),
+        ({}, {"masking": "pairwise", "batch_sizes": ()}, [
+            ("your-client", "2 local steps on 8 images", 2, True),
+            ("sum-of-3", "the sum of 3 clients, 2 local steps on 8 images", 2, True),
+            ("untrained", "one gradient of one image, untrained network", 1, False)]),
+    ],
+    ids=["epoch", "untrained", "gradient", "one step", "loop", "pairwise"],
+)  # fmt: skip
+def test_exposures(fields, options, expected):
+    found = [each.exposure for each in exposed(subject(**fields), **options)]
+    assert [(each.name, each.title, each.steps, each.trained) for each in found] == expected
+    assert [each.headline for each in found] == [each.name in ("your-client", "sum-of-3") for each in found]
+    assert {each.clients for each in found if each.name != "sum-of-3"} == {1}
+
+
+def test_masks_hide_single_updates_and_no_sums():
+    found = {each.exposure.name: each for each in exposed(subject(), masking="pairwise")}
+    assert {name: each.defense.type for name, each in found.items()} == {
+        "your-client": "masked", "sum-of-3": "none", "gradient-of-1": "masked", "gradient-of-16": "masked",
+        "untrained": "masked",
+    }  # fmt: skip
+    assert found["sum-of-3"].exposure.clients == 3
+    assert found["gradient-of-1"].procedure == GRADIENT
+    blind = exposed(subject(), masking="blind", batch_sizes=())
+    assert [each.defense.describe() for each in blind] == ["masked (blind)"] * 2
+
+
+def test_upper_bounds_keep_the_norm_mode():
+    assert {each.exposure.norm_mode for each in exposed(subject(norm_mode="eval"))} == {"eval"}
+
+
+def sigmoid():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Sigmoid(), nn.Linear(16, CLASSES))
+
+
+def test_attackers_of_an_mlp():
+    entries = planned(subject())
+    assert runs(entries, "gradient-of-1") == {
+        "presence", "linear-rows", "disaggregation", "matching", "learned", "gauss-newton",
+    }  # fmt: skip
+    assert runs(entries, "your-client") == {"presence", "linear-rows", "matching", "learned", "gauss-newton"}
+    assert "vision transformer" in reason(entries, "positions", "gradient-of-1")
+    assert "relu after '1' cannot be inverted" in reason(entries, "closed-form", "gradient-of-1")
+    assert "one image, got a batch of 16" in reason(entries, "closed-form", "gradient-of-16")
+    assert "expected one step" in reason(entries, "disaggregation", "your-client")
+
+
+def test_attackers_of_a_sigmoid_network():
+    entries = planned(subject(sigmoid, weights=None, procedure=GRADIENT), batch_sizes=(1,))
+    assert "closed-form" in runs(entries, "gradient-of-1")
+    assert "closed-form" not in runs(entries, "your-client")
+
+
+def test_attackers_of_a_convnet_with_batch_norm():
+    entries = planned(subject(convnet, procedure=GRADIENT), batch_sizes=(1,))
+    assert {"presence", "matching", "learned"} <= runs(entries, "gradient-of-1")
+    assert {"presence", "matching", "learned"} <= runs(entries, "your-client")
+
+
+def test_of_tokens_only_presence_is_tested():
+    entries = planned(subject(Words, inputs=tokens))
+    for exposure in ("your-client", "gradient-of-1", "gradient-of-16"):
+        assert runs(entries, exposure) == {"presence"}
+    assert reason(entries, "matching", "your-client").startswith("There are no pictures to rebuild")
+
+
+def test_of_a_function_that_trains_only_presence_is_tested():
+    """And upper bounds say what attackers of pictures could do."""
+    entries = planned(subject(procedure=trains), batch_sizes=(1,))
+    assert runs(entries, "your-client") == {"presence"}
+    assert "cannot be done with a function that trains" in reason(entries, "matching", "your-client")
+    assert {"presence", "linear-rows", "matching"} <= runs(entries, "gradient-of-1")
+
+
+def test_the_order_is_presence_then_attackers_each_with_its_control_first():
+    entries = planned(subject(), batch_sizes=(16, 1))
+    names = [each.name for each in entries]
+    assert names == sorted(names, key=["presence", *(each.name for each in ATTACKERS)].index)
+    assert len(entries) == 4 * (1 + len(available()))
+    for start in range(0, len(entries), 4):
+        assert [each.exposure.name for each in entries[start : start + 4]] == [
+            CONTROL, "your-client", "gradient-of-16", "untrained",
+        ]  # fmt: skip
+
+
+def test_too_few_images_for_a_batch_are_an_obstacle():
+    entries = planned(subject(count=60, images_per_client=4), batch_sizes=(16, 30))
+    assert runs(entries, "gradient-of-30") == set()
+    assert reason(entries, "matching", "gradient-of-30") == (
+        "There are only 24 images of clients, 30 are in an update."
+    )
+    assert "at least 150 images" in reason(entries, "presence", "gradient-of-30")
+    assert "at least 80 images" in reason(entries, "presence", "gradient-of-16")
+    assert "matching" in runs(entries, "gradient-of-16")
+
+
+class Slow(Clients):
+    """The first update takes long, as the first one of a process does."""
+
+    def update(self, images, labels, *, number):
+        calls = self.subject.calls
+        calls.append(len(images))
+        if len(calls) == 1:
+            clock[0] += 100.0
+        clock[0] += 2.0
+        return super().update(images, labels, number=number)
+
+
+clock = [0.0]
+
+
+def test_estimates_are_of_later_updates(monkeypatch):
+    monkeypatch.setattr(plan, "process_time", lambda: clock[0])
+    audited = subject()
+    object.__setattr__(audited, "calls", [])
+    pools = Pools.of(audited.images, audited.labels, seed=0)
+    (client, *_) = exposed(audited, batch_sizes=())
+    entries = {each.name: each for each in plan.plan([Slow(**vars(client))], pools=pools)}
+    assert set(audited.calls) == {8}
+    matching = next(each for each in ATTACKERS if each.name == "matching")
+    assert entries["matching"].seconds == 2.0 * matching.gradients * matching.images
+    assert entries["matching"].least == 2.0 * matching.gradients * min(16, matching.images)
+    assert entries["presence"].seconds == 2 * 30 * 2.0 + 10
+    hidden = {each.name: each for each in plan.plan(
+        exposed(audited, masking="blind", batch_sizes=()), pools=pools
+    ) if each.exposure.headline}  # fmt: skip
+    assert hidden["presence"].seconds == 20.0  # with its control; these clients take no time of this clock
+
+
+def test_a_client_that_cannot_train_ends_the_plan():
+    def raises(network, x, y):
+        raise ValueError("no")
+
+    with pytest.raises(TrainingError, match="raised ValueError"):
+        planned(subject(procedure=raises))
+
+
+def test_what_is_looked_at_is_told():
+    told = []
+    audited = subject(Words, inputs=tokens)
+    plan.plan(exposed(audited), pools=Pools.of(audited.images, audited.labels, seed=0), told=told.append)
+    assert told == [each.exposure.title for each in exposed(audited)]
+
+
+@pytest.mark.parametrize("name", [name for name in DEFENSES.names() if name != "masked"])
+def test_defenses_by_name(name):
+    assert defense_of(name) == DEFENSES[name]()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("masked", "masks are `masking`"), ("nose", "defense: expected one of .*keylock.*, got 'nose'"),
+     ("", "got ''")],
+)  # fmt: skip
+def test_wrong_defenses_are_refused(name, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        defense_of(name)
+    assert "one of" not in message or "masked" not in str(caught.value)
+
+
+def test_attackers_are_attacks_with_their_options():
+    assert [each.attack().type for each in available()] == [each.type for each in ATTACKERS]
+    assert ATTACKERS[5].attack().iterations == 500
+
+
+def test_an_attack_that_is_not_registered_is_left_out(monkeypatch):
+    unknown = replace(ATTACKERS[0], name="unknown", type="unknown")
+    monkeypatch.setattr(attackers, "ATTACKERS", (unknown, ATTACKERS[1]))
+    assert available() == (ATTACKERS[1],)
+    assert "unknown" not in ATTACKS.names()
+
+
+def test_planning_leaves_the_generator_alone():
+    audited = subject(procedure=trains)
+    before = torch.get_rng_state()
+    planned(audited, batch_sizes=(1,))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,290 @@
+"""How many images are recognized, and that nothing is where an update says nothing."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedkl import Procedure
+from fedkl.attacking.updates import local_update
+from fedkl.auditing.clients import Clients
+from fedkl.auditing.recognition import Pool, Pools, _area, _figures, check_enough, clients_of, recognize
+from fedkl.auditing.results import Exposure
+from fedkl.defenses import KeyLock, NoDefense
+from fedkl.defenses.masked import MaskedUpload
+from fedkl.errors import DataError
+from tests.auditing.subjects import (
+    EPOCH,
+    Words,
+    convnet,
+    images,
+    labels,
+    mlp,
+    subject,
+    tokens,
+    trained,
+    trains,
+)
+
+SIZE = 12
+
+
+def pools_of(audited, seed=0):
+    return Pools.of(audited.images, audited.labels, seed=seed)
+
+
+def clients_like(kind=Clients, *, defense=None, clients=1, size=SIZE, **fields):
+    audited = subject(**{"images_per_client": size, **fields})
+    exposure = Exposure(
+        name="your-client", title="a client", headline=True, images=size, steps=1, clients=clients,
+        norm_mode=audited.norm_mode,
+    )  # fmt: skip
+    found = Clients.of(
+        audited, exposure=exposure, procedure=audited.procedure, defense=defense or NoDefense(), seed=0
+    )
+    return kind(**vars(found))
+
+
+class Noise(Clients):
+    """Real clients send noise."""
+
+    def update(self, images, labels, *, number):
+        generator = torch.Generator().manual_seed(number)
+        found = super().update(images, labels, number=number)
+        return {
+            name: tensor.std() * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in found.items()
+        }
+
+
+class Others(Clients):
+    """Real clients train on images that are in no pool."""
+
+    def update(self, images, labels, *, number):
+        x, y = other_images()
+        places = torch.randperm(len(x), generator=torch.Generator().manual_seed(number))[: len(images)]
+        return super().update(x[places], y[places], number=number)
+
+
+def other_images():
+    return images(200, seed=20), labels(200)
+
+
+def says_nothing(found):
+    assert found.share.low <= max(found.false_alarms.high, found.swapped.high)
+    assert abs(found.auc - 0.5) < 0.08
+    assert found.auc_low - 0.03 < 0.5 < found.auc_high + 0.03
+
+
+@pytest.mark.parametrize(
+    ("fields", "auc"),
+    [
+        ({}, 0.95),
+        ({"build": convnet, "procedure": Procedure()}, 0.65),
+        ({"build": convnet, "procedure": Procedure(), "norm_mode": "eval"}, 0.65),
+        ({"procedure": trains}, 0.9),
+        ({"build": Words, "inputs": tokens, "procedure": Procedure()}, 0.85),
+    ],
+    ids=["an epoch", "batch norm", "batch norm in eval mode", "own loop", "tokens"],
+)
+def test_members_are_recognized(fields, auc):
+    found = recognize(clients_like(**fields), pools=pools_of(subject(**fields)))
+    assert found.share.low > max(found.false_alarms.high, found.swapped.high)
+    assert auc < found.auc_low <= found.auc <= found.auc_high <= 1
+    assert abs(found.swapped_auc - 0.5) < 0.06
+    assert found.clients == clients_of(SIZE)
+    assert found.share.n == SIZE * found.clients
+    assert found.false_alarms.rate < 0.08
+
+
+@pytest.mark.parametrize("kind", [Noise, Others])
+@pytest.mark.parametrize("build", [mlp, convnet])
+def test_an_update_of_something_else_recognizes_nobody(kind, build):
+    says_nothing(recognize(clients_like(kind, build=build), pools=pools_of(subject(build))))
+
+
+@pytest.mark.parametrize("procedure", [EPOCH, trains], ids=["procedure", "own loop"])
+def test_a_masked_update_recognizes_nobody(procedure):
+    clients = clients_like(defense=MaskedUpload(), procedure=procedure)
+    found = recognize(clients, pools=pools_of(clients.subject))
+    assert found.share.low <= max(found.false_alarms.high, found.swapped.high)
+    assert abs(found.auc - 0.5) < 0.1  # masks are of the operating system: no two runs are the same
+    opened = recognize(clients.open(), pools=pools_of(clients.subject))
+    assert opened.share.low > max(opened.false_alarms.high, opened.swapped.high)
+
+
+def test_a_lock_hides_no_presence():
+    clients = clients_like(defense=KeyLock(), build=convnet, procedure=Procedure())
+    found = recognize(clients, pools=pools_of(clients.subject))
+    assert found.auc_low > 0.6
+
+
+def test_the_mean_of_clients_hides_presence_less_and_less():
+    """Who is one of three clients is harder to tell, and still told."""
+    three = recognize(clients_like(clients=3, size=4), pools=pools_of(subject()))
+    assert three.auc_low > 0.6
+    assert three.share.n == 12 * three.clients
+
+
+def test_it_repeats_from_the_seed():
+    clients = clients_like(build=convnet)
+    pools = pools_of(clients.subject)
+    one = recognize(clients, pools=pools)
+    torch.rand(3)
+    assert recognize(clients, pools=pools) == one
+    assert recognize(replace(clients, seed=1), pools=pools) != one
+
+
+def test_progress_goes_up_to_1():
+    told = []
+    recognize(clients_like(), pools=pools_of(subject()), progress=told.append)
+    assert told == sorted(told)
+    assert (told[-1], 0 < told[0] < 0.1) == (1.0, True)
+
+
+class Watched(Clients):
+    """Notes which images are played and which are audited."""
+
+    def update(self, images, labels, *, number):
+        self.subject.seen["audited"].append((images, labels))
+        return super().update(images, labels, number=number)
+
+    def played(self, images, labels, *, number):
+        self.subject.seen["played"].append((images, labels))
+        return super().played(images, labels, number=number)
+
+
+def test_clients_are_of_their_own_pools():
+    clients = clients_like(Watched)
+    object.__setattr__(clients.subject, "seen", {"audited": [], "played": []})
+    pools = pools_of(clients.subject)
+    recognize(clients, pools=pools)
+    for purpose, pool in (("audited", pools.audited), ("played", pools.own)):
+        seen = clients.subject.seen[purpose]
+        assert len(seen) == clients_of(SIZE)
+        own = {image.numpy().tobytes(): int(y) for image, y in zip(*pool, strict=True)}
+        for x, y in seen:
+            assert [own[image.numpy().tobytes()] for image in x] == y.tolist()
+            assert len(torch.unique(x.flatten(1), dim=0)) == SIZE
+        assert not torch.equal(seen[0][0], seen[1][0])
+
+
+def test_pools_share_no_image():
+    x = torch.arange(200.0).view(200, 1, 1, 1).expand(-1, 1, 8, 8)
+    pools = Pools.of(x, torch.arange(200), seed=3)
+    parts = [pool.images[:, 0, 0, 0].int().tolist() for pool in pools]
+    assert [len(part) for part in parts] == [80, 40, 80]
+    assert sorted(itertools.chain(*parts)) == list(range(200))
+    assert all(pool.labels.tolist() == part for pool, part in zip(pools, parts, strict=True))
+    assert pools.server.labels.tolist() == parts[0] + parts[1]
+    assert Pools.of(x, torch.arange(200), seed=3).own.labels.tolist() == parts[0]
+    assert Pools.of(x, torch.arange(200), seed=4).own.labels.tolist() != parts[0]
+
+
+def test_too_few_images_are_refused_with_numbers():
+    clients = clients_like(count=100, size=21)
+    with pytest.raises(DataError, match=r"at least 105 images.*the 21 of an update; got 100\. Give more"):
+        recognize(clients, pools=pools_of(clients.subject))
+    check_enough(20, pools_of(clients.subject))
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 100), (2, 100), (3, 80), (7, 35), (240, 6), (1000, 6)])
+def test_there_are_enough_clients_for_240_members(size, count):
+    assert clients_of(size) == count
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_area_is_that_of_all_pairs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    members = torch.randint(0, 6, (13,), generator=generator).float()
+    others = torch.randint(-2, 4, (21,), generator=generator).float()
+    pairs = [(m > o) + 0.5 * (m == o) for m in members.tolist() for o in others.tolist()]
+    assert _area(members, others) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("members", "others", "area"), [([2.0], [1.0], 1), ([1.0], [2.0], 0), ([1.0], [1.0], 0.5)]
+)
+def test_the_area_of_two(members, others, area):
+    assert _area(torch.tensor(members), torch.tensor(others)) == area
+
+
+def drawn(shift=2.0, *, clients=8, count=2000, size=10):
+    generator = torch.Generator().manual_seed(0)
+    members = torch.zeros(clients, count, dtype=torch.bool)
+    for client in range(clients):
+        members[client, torch.randperm(count, generator=generator)[:size]] = True
+    null = torch.randn(clients, 4000, generator=generator)
+    return null, torch.randn(clients, count, generator=generator) + shift * members, members
+
+
+def test_one_percent_of_what_was_kept_back_reaches_the_threshold():
+    null, scores, members = drawn()
+    found = _figures(null, scores, members)
+    threshold = null.flatten().sort().values[-320]  # the 320th of 32,000
+    assert found.share.rate == pytest.approx(float((scores[members] >= threshold).float().mean()), abs=0.02)
+    assert found.false_alarms.rate == pytest.approx(
+        float((scores[~members] >= threshold).float().mean()), abs=1e-3
+    )
+    assert 0.006 < found.false_alarms.rate < 0.014
+    assert (found.share.n, found.false_alarms.n, found.clients) == (80, 8 * 1990, 8)
+
+
+def test_figures_are_those_of_slow_counts():
+    null, scores, members = drawn()
+    found = _figures(null, scores, members)
+    areas, swapped = [], []
+    for client in range(8):
+        own, before = members[client], members[client - 1] & ~members[client]
+        areas.append(_area(scores[client][own], scores[client][~own]))
+        swapped.append(_area(scores[client][before], scores[client][~own & ~before]))
+    assert found.auc == pytest.approx(sum(areas) / 8)
+    assert found.swapped_auc == pytest.approx(sum(swapped) / 8)
+    assert found.auc_low < found.auc < found.auc_high
+    assert found.swapped.n == sum(int((members[n - 1] & ~members[n]).sum()) for n in range(8))
+    assert found.swapped.rate < 0.05 < found.share.rate
+
+
+def test_intervals_are_by_client():
+    """A client is recognized as a whole, or not at all: that are 8 trials, not 80."""
+    null, scores, members = drawn(shift=0.0)
+    scores = torch.where(members & (torch.arange(8) % 2 == 0)[:, None], 9.0, scores)
+    found = _figures(null, scores, members)
+    assert found.share.low < 0.25 < 0.75 < found.share.high
+
+
+def test_equal_scores_are_no_leak():
+    null, scores, members = (torch.ones(3, 50), torch.ones(3, 40), torch.zeros(3, 40, dtype=torch.bool))
+    members[[0, 1, 2], [0, 1, 2]] = True
+    found = _figures(null, scores, members)
+    assert (found.share.rate, found.false_alarms.rate, found.auc, found.swapped_auc) == (1, 1, 0.5, 0.5)
+
+
+def test_more_clients_can_be_asked_for_than_a_pool_has_images():
+    pool = Pool(images=images(20), labels=labels(20)).first(8)
+    assert (len(pool.images), pool.labels.tolist()) == (8, labels(8).tolist())
+    x, y = pool.of(torch.tensor([3, 1]))
+    assert torch.equal(x, images(20)[[3, 1]])
+    assert y.tolist() == [3, 1]
+
+
+def test_presence_reads_nothing_but_what_is_sent():
+    """The view is γ = 1, β = 0 behind a lock: another client's secrets change nothing of the test."""
+    clients = clients_like(defense=KeyLock(), build=convnet, procedure=Procedure())
+    norm, public = clients.view()[1], clients.view()[4]
+    assert torch.equal(norm.weight, torch.ones_like(norm.weight))
+    assert torch.equal(norm.bias, torch.zeros_like(norm.bias))
+    assert torch.equal(public.weight, trained(convnet)["4.weight"])
+    one, other = clients.view().state_dict(), clients.view().state_dict()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_an_epoch_differs_from_a_gradient():
+    """The audited procedure is the subject's own."""
+    clients = clients_like(procedure=EPOCH)
+    x, y = images(200)[:SIZE], labels(200)[:SIZE]
+    gradient = local_update(clients.network, x, y, train_mode=True, local=Procedure())
+    assert not torch.allclose(clients.update(x, y, number=0)["1.weight"], gradient["1.weight"], rtol=1e-3)

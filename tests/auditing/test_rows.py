@@ -1,0 +1,244 @@
+"""Rows of layers: what their gradients are made of, and a network that nothing is left behind in."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedkl.auditing.rows import Layer, layers_of, rows_of
+from tests.auditing.subjects import CLASSES, Words, convnet, images, labels, mlp, tokens
+
+COUNT = 7
+
+
+class Twice(nn.Module):
+    """One layer, called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Linear(8, 8)
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.fc = nn.Linear(64, CLASSES)
+
+    def forward(self, x):
+        x = self.conv(F.relu(self.conv(x), inplace=True))
+        return self.fc(self.shared(torch.tanh(self.shared(x))).flatten(1))
+
+
+class Odd(nn.Module):
+    """With layers that have no rows, beside one that has some."""
+
+    def __init__(self):
+        super().__init__()
+        self.grouped = nn.Conv2d(2, 2, 3, padding=1, groups=2)
+        self.uncalled = nn.Linear(8, 8)
+        self.table = nn.Linear(8, 8)
+        self.auxiliary = nn.Linear(128, 3)
+        self.fc = nn.Linear(128, CLASSES)
+        self.codes = nn.Parameter(torch.eye(8)[None, None])
+
+    def forward(self, x):
+        x = self.grouped(x.expand(-1, 2, -1, -1)) + self.table(self.codes)
+        self.auxiliary(x.flatten(1))
+        return self.fc(x.flatten(1))
+
+
+class Noting(nn.Module):
+    """Raises at its second call."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, CLASSES)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 2:
+            raise RuntimeError("no more")
+        return self.fc(x.flatten(1))
+
+
+def conv(*, outputs=3, activation=nn.Sigmoid, **options):
+    layer = nn.Conv2d(1, outputs, **{"kernel_size": 3, **options})
+    return nn.Sequential(layer, activation(), nn.Flatten(), nn.LazyLinear(CLASSES))
+
+
+def attention():
+    return nn.Sequential(
+        nn.Flatten(1, 2), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3, bias=False), nn.Flatten(),
+        nn.Linear(24, CLASSES),
+    )  # fmt: skip
+
+
+NETWORKS = {
+    "linear": mlp,
+    "linear, places": attention,
+    "batch norm, relu in place": convnet,
+    "stride": lambda: conv(stride=(2, 1), padding=1),
+    "dilation": lambda: conv(dilation=2, padding=(1, 2)),
+    "same": lambda: conv(padding="same", kernel_size=(3, 2), dilation=(1, 2)),
+    "valid": lambda: conv(padding="valid"),
+    "circular": lambda: conv(padding=(1, 2), padding_mode="circular", stride=2),
+    "reflect, same": lambda: conv(padding="same", padding_mode="reflect"),
+    "no bias": lambda: conv(bias=False),
+    "relu in place": lambda: conv(activation=lambda: nn.ReLU(inplace=True)),
+    "called twice": Twice,
+}
+
+
+def built(build, *, x=None):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        network = build()
+        network(images(2) if x is None else x)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.uniform_(-1, 1)
+    return network
+
+
+def all_rows(network, *, x=None, chunk=3, observed=None):
+    x = images(COUNT) if x is None else x
+    layers = layers_of(network, dict(network.named_parameters()) if observed is None else observed)
+    return layers, list(rows_of(network, x, labels(len(x)), layers=layers, chunk=chunk))
+
+
+def gradient_of_sum(network, x):
+    network = copy.deepcopy(network).eval()
+    F.cross_entropy(network(x), labels(len(x)), reduction="sum").backward()
+    return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+
+def summed(chunks, name):
+    return sum(torch.einsum("npo,npi->oi", rows[name].outputs, rows[name].inputs) for rows in chunks)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_gradient_is_the_sum_of_rows(name):
+    network, x = built(NETWORKS[name]), images(COUNT)
+    layers, chunks = all_rows(network)
+    wanted = gradient_of_sum(network, x)
+    expected = [n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert [layer.name for layer in layers] == expected
+    for layer in layers:
+        assert layer.bias == (f"{layer.name}.bias" in wanted)
+        found = summed(chunks, layer.name)
+        assert found.shape == (layer.outputs, layer.inputs)
+        torch.testing.assert_close(found, layer.matrix(wanted), atol=1e-5, rtol=1e-4)
+
+
+def test_a_gradient_of_tokens_is_the_sum_of_rows():
+    network = built(Words, x=tokens(2))
+    layers, chunks = all_rows(network, x=tokens(COUNT))
+    wanted = gradient_of_sum(network, tokens(COUNT))
+    assert [layer.name for layer in layers] == ["hidden", "fc"]
+    for layer in layers:
+        torch.testing.assert_close(summed(chunks, layer.name), layer.matrix(wanted), atol=1e-5, rtol=1e-4)
+
+
+def test_rows_are_of_each_image_alone():
+    network = built(convnet)
+    layers, chunks = all_rows(network, chunk=3)
+    assert [len(each["0"].inputs) for each in chunks] == [3, 3, 1]
+    for layer in layers:
+        rows = torch.cat([each[layer.name].inputs for each in chunks])
+        back = torch.cat([each[layer.name].outputs for each in chunks])
+        for image in range(COUNT):
+            network.eval().zero_grad()
+            F.cross_entropy(network(images(COUNT)[[image]]), labels(COUNT)[[image]]).backward()
+            wanted = layer.matrix({name: p.grad for name, p in network.named_parameters()})
+            torch.testing.assert_close(back[image].T @ rows[image], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_bias_that_is_not_observed_is_no_input():
+    network = built(mlp)
+    layers, chunks = all_rows(network, observed={"1.weight": network[1].weight, "3.bias": network[3].bias})
+    assert layers == [Layer(name="1", bias=False, inputs=64, outputs=32)]
+    torch.testing.assert_close(
+        summed(chunks, "1"), gradient_of_sum(network, images(COUNT))["1.weight"], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_layers_without_rows_are_left_out():
+    network = built(Odd)
+    layers, chunks = all_rows(network)
+    assert "grouped" not in [layer.name for layer in layers]
+    assert set(chunks[0]) == {"auxiliary", "fc"}  # not: uncalled, nor what is not called with the images
+    assert chunks[0]["auxiliary"].outputs.abs().max() == 0  # the loss does not look there
+    torch.testing.assert_close(
+        summed(chunks, "fc")[:, :-1], gradient_of_sum(network, images(COUNT))["fc.weight"]
+    )
+
+
+def test_frozen_layers_are_left_out():
+    network = built(convnet)
+    network[0].requires_grad_(False)
+    network[1].requires_grad_(False)
+    _, chunks = all_rows(network)
+    assert set(chunks[0]) == {"3", "7"}
+    wanted = gradient_of_sum(network, images(COUNT))
+    torch.testing.assert_close(summed(chunks, "7")[:, :-1], wanted["7.weight"], atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_trained_gives_no_rows():
+    network = built(mlp).requires_grad_(False)
+    assert all_rows(network)[1] == [{}, {}, {}]
+
+
+def test_the_widest_layer_has_4096_inputs():
+    network = nn.ModuleDict(
+        {
+            "fits": nn.Linear(4095, 1),
+            "bare": nn.Linear(4096, 1, bias=False),
+            "wide": nn.Linear(4096, 1),
+            "conv": nn.Conv2d(456, 1, 3),
+        }
+    )
+    assert [layer.name for layer in layers_of(network, dict(network.named_parameters()))] == ["fits", "bare"]
+
+
+def state_of(network):
+    return (
+        [module.training for module in network.modules()],
+        [len(module._forward_hooks) for module in network.modules()],
+        [parameter.grad for parameter in network.parameters()],
+        {name: tensor.clone() for name, tensor in network.state_dict().items()},
+    )
+
+
+def same(before, after):
+    return before[:3] == after[:3] and all(torch.equal(after[3][name], t) for name, t in before[3].items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_network_is_left_as_it_was(training):
+    network = built(convnet).train(training)
+    network[1].train(not training)  # a frozen norm, say
+    before = state_of(network)
+    with torch.no_grad():
+        _, chunks = all_rows(network)
+    assert same(before, state_of(network))
+    assert not any(rows.inputs.requires_grad or rows.outputs.requires_grad for rows in chunks[0].values())
+
+
+def test_the_network_is_left_as_it_was_after_an_exception():
+    network = Noting().train()
+    before = state_of(network)
+    with pytest.raises(RuntimeError, match="no more"):
+        all_rows(network)
+    assert same(before, state_of(network))
+
+
+def test_the_network_is_left_as_it_was_by_who_stops_halfway():
+    network = built(convnet).train()
+    before = state_of(network)
+    chunks = rows_of(
+        network, images(COUNT), labels(COUNT), layers=layers_of(network, network.state_dict()), chunk=3
+    )
+    next(chunks)
+    chunks.close()
+    assert same(before, state_of(network))

@@ -1,0 +1,423 @@
+"""Audits of tiny subjects: what comes of them, what ends nothing, and that they go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pytest
+import safetensors.torch
+import torch
+
+import fedkl
+from fedkl import Procedure
+from fedkl.attacking.verdict import judge_share
+from fedkl.attacks import ATTACKS, Attack, Reconstruction, register_attack
+from fedkl.auditing import Audit, attackers, recognition, run
+from fedkl.auditing.attackers import ATTACKERS, Attacker
+from fedkl.auditing.plan import exposures_of
+from fedkl.auditing.rebuilding import _arms, dataset_of
+from fedkl.auditing.recognition import Pools
+from fedkl.defenses import KeyLock
+from fedkl.errors import ConfigError, DataError, TrainingError
+from fedkl.protocol import Knowledge
+from tests.auditing.subjects import Words, convnet, subject, tokens, trains
+
+GRADIENT = Procedure()
+LONG = 5.0  # minutes; none of these audits takes that long
+(LINEAR_ROWS,) = (replace(each, images=6) for each in ATTACKERS if each.name == "linear-rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breaking(Attack):
+    """Raises what nobody foresees."""
+
+    type: Literal["test-breaking"] = "test-breaking"
+
+    def _run(self, observations, generators, on_evaluation):
+        raise KeyError("nothing\nforeseen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backwards(Attack):
+    """Finds a batch of images behind the first layer, in no order, too bright, and one not at all."""
+
+    type: Literal["test-backwards"] = "test-backwards"
+
+    def _run(self, observations, generators, on_evaluation):
+        return [
+            Reconstruction(
+                images=torch.cat([torch.full((1, *o.image_shape), torch.nan), _TRUTH(o).flip(0)[1:] + 0.01]),
+                labels=o.labels, scaling="clip", loss=1.0, evaluations=1, start=0,
+            )
+            for o in observations
+        ]  # fmt: skip
+
+
+_POOLS = Pools.of(subject().images, subject().labels, seed=0)
+
+
+def _TRUTH(observation):  # a test's attacker may look
+    starts = range(0, 80, observation.batch_size)
+    parts = [_POOLS.audited.images[start : start + observation.batch_size] for start in starts]
+    labels = [_POOLS.audited.labels[start : start + observation.batch_size] for start in starts]
+    return next(x for x, y in zip(parts, labels, strict=True) if torch.equal(y, observation.labels))
+
+
+BREAKING = Attacker(name="breaking", type="test-breaking", threat_model="B", images=4, gradients=1)
+BACKWARDS = Attacker(name="backwards", type="test-backwards", threat_model="B", images=8, gradients=1)
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Attackers that need a moment, and two that no audit has."""
+    register_attack(Breaking)
+    register_attack(Backwards)
+    monkeypatch.setattr(attackers, "ATTACKERS", (LINEAR_ROWS,))
+    monkeypatch.setattr(recognition, "MEMBERS", 24)
+    yield lambda *given: monkeypatch.setattr(attackers, "ATTACKERS", given)
+    ATTACKS.forget("test-breaking")
+    ATTACKS.forget("test-backwards")
+
+
+def audited(folder, *, minutes=LONG, batch_sizes=(1,), fields=None, **options):
+    usual = {"images_per_client": 8, "procedure": GRADIENT, "weights": None}
+    return fedkl.audit(
+        subject(build, **(usual | (fields or {}))),
+        out=folder, minutes=minutes, batch_sizes=batch_sizes, **options,
+    )  # fmt: skip
+
+
+def by_name(found):
+    return {(each.question, each.attacker, each.exposure): each for each in found.findings}
+
+
+def timeless(found):
+    return [each.model_copy(update={"seconds": 0.0}) for each in found.findings]
+
+
+def test_an_audit_of_an_mlp_finds_what_it_leaks(tmp_path):
+    found = audited(tmp_path / "a")
+    findings = by_name(found)
+    single = findings["rebuilt", "linear-rows", "gradient-of-1"]
+    assert (single.found.rate, single.outcome, single.found.n) == (1.0, "leaks", 6)
+    assert single.reason == "6 of 6 images rebuilt"
+    assert (single.threat_model, single.knew) == ("D", "labels, 120 auxiliary images")
+    assert single.figures["psnr"] > 40
+    assert single.figures["ssim"] > 0.9
+    for exposure in ("gradient-of-1", "your-client"):
+        presence = findings["presence", "presence", exposure]
+        assert presence.outcome == "leaks"
+        assert presence.threat_model == "D"
+        assert presence.knew.startswith("120 labeled images of the same kind")
+        assert presence.figures["auc_low"] <= presence.figures["auc"] <= presence.figures["auc_high"]
+        assert presence.figures["clients"] >= 6
+        assert presence.figures["false_alarms"] < 0.06
+    assert findings["presence", "presence", "gradient-of-1"].figures["auc"] > 0.95
+    assert found.summary.findings == len(found.findings) == len(findings)
+    assert found.summary.not_run == len(found.not_run)
+    assert found.settings.exposures[0].headline
+    assert found.headlines()[0].exposure == "your-client"
+    assert Audit.read(tmp_path / "a") == found
+
+
+def test_verdicts_follow_the_one_rule(tmp_path):
+    """Real clients are held against the simplest update, and that against nothing."""
+    found = audited(tmp_path / "a", batch_sizes=(1, 2))
+    findings = by_name(found)
+    for (question, attacker, exposure), each in findings.items():
+        control = None if exposure == "gradient-of-1" else findings[question, attacker, "gradient-of-1"].found
+        assert each.control == control
+        verb = "recognized" if question == "presence" else question
+        verdict = judge_share(
+            each.found.model_dump(),
+            floor=each.floor.model_dump(),
+            control=control and control.model_dump(),
+            what=verb,
+        )
+        assert (each.outcome, each.reason) == verdict
+    assert {each.outcome for each in found.findings} > {"leaks"}
+
+
+def pictures(folder, finding):
+    return safetensors.torch.load_file(folder / finding.pictures)
+
+
+def test_pictures_are_beside_their_own_originals(tmp_path, few):
+    few(BACKWARDS)
+    found = audited(tmp_path / "a", fields={"images_per_client": 4})
+    finding = by_name(found)["rebuilt", "backwards", "your-client"]
+    assert finding.pictures == "pictures/backwards-your-client.safetensors"
+    tensors = pictures(tmp_path / "a", finding)
+    assert torch.equal(tensors["truth"], _POOLS.audited.images[:8])
+    images = tensors["found"]
+    assert (images.shape, images.dtype) == (tensors["truth"].shape, torch.float32)
+    assert 0 <= images.min() <= images.max() <= 1
+    lost = (images == 0.5).flatten(1).all(1)
+    assert lost.tolist() == [False, False, False, True] * 2  # the one that was not found
+    torch.testing.assert_close(images[~lost], (tensors["truth"][~lost] + 0.01).clamp(0, 1), atol=1e-6, rtol=0)
+    assert finding.found.rate == 0.75
+
+
+def test_pictures_of_another_image_are_not_shown(tmp_path):
+    found = audited(tmp_path / "a")
+    for finding in found.findings:
+        if finding.question != "presence":
+            tensors = pictures(tmp_path / "a", finding)
+            assert torch.equal(tensors["truth"], _POOLS.audited.images[: len(tensors["truth"])])
+            assert 0 <= tensors["found"].min() <= tensors["found"].max() <= 1
+    single = pictures(tmp_path / "a", by_name(found)["rebuilt", "linear-rows", "gradient-of-1"])
+    torch.testing.assert_close(single["found"], single["truth"], atol=1e-3, rtol=0)
+
+
+def test_tokens_get_presence_only(tmp_path):
+    found = audited(tmp_path / "a", build=Words, fields={"inputs": tokens})
+    assert {each.question for each in found.findings} == {"presence"}
+    assert {each.kind for each in found.not_run} == {"does not apply"}
+    assert found.findings[0].outcome == "leaks"
+
+
+def test_a_function_that_trains_gets_presence_and_upper_bounds(tmp_path):
+    found = audited(tmp_path / "a", fields={"procedure": trains})
+    assert [each.question for each in found.headlines()] == ["presence"]
+    assert ("rebuilt", "linear-rows", "gradient-of-1") in by_name(found)
+    assert found.settings.exposures[0].steps == 0
+
+
+def test_what_raises_ends_neither_the_audit_nor_the_others(tmp_path, few):
+    few(BREAKING, LINEAR_ROWS)
+    found = audited(tmp_path / "a")
+    broken = [each for each in found.not_run if each.attacker == "breaking"]
+    assert {(each.kind, each.exposure) for each in broken} == {
+        ("broke", "gradient-of-1"), ("broke", "your-client"),
+    }  # fmt: skip
+    assert all("KeyError" in each.reason and "\n" not in each.reason for each in broken)
+    assert ("rebuilt", "linear-rows", "gradient-of-1") in by_name(found)
+    assert found.summary is not None
+
+
+def test_presence_that_breaks_ends_nothing(tmp_path, monkeypatch):
+    def breaks(clients, *, pools):
+        raise AttributeError("x" * 3000 + "\x1b")
+
+    monkeypatch.setattr(run, "recognize", breaks)
+    found = audited(tmp_path / "a")
+    broken = [each for each in found.not_run if each.attacker == "presence"]
+    assert [each.kind for each in broken] == ["broke", "broke"]
+    assert {each.attacker for each in found.findings} == {"linear-rows"}
+
+
+def test_without_time_one_attacker_is_run(tmp_path):
+    found = audited(tmp_path / "a", minutes=1e-9)
+    assert [(each.attacker, each.exposure) for each in found.findings] == [("presence", "gradient-of-1")]
+    late = [each for each in found.not_run if each.kind == "no time left"]
+    assert [(each.attacker, each.exposure) for each in late] == [
+        ("presence", "your-client"), ("linear-rows", "gradient-of-1"), ("linear-rows", "your-client"),
+    ]  # fmt: skip
+    assert all("0 s were left of 1e-09 minutes" in each.reason for each in late)
+    assert found.summary is not None
+
+
+def test_what_cannot_end_in_the_time_left_does_not_begin(tmp_path, monkeypatch, few):
+    few(replace(BACKWARDS, gradients=10**9), LINEAR_ROWS)
+    found = audited(tmp_path / "a")
+    late = {(each.attacker, each.kind) for each in found.not_run}
+    assert late == {("backwards", "no time left")}
+    assert ("rebuilt", "linear-rows", "your-client") in by_name(found)
+
+
+def test_an_attacker_stops_where_its_share_of_the_time_is_used_up(tmp_path, monkeypatch):
+    """After the first lot of two: the clock is looked at between lots."""
+    monkeypatch.setattr(attackers, "ATTACKERS", (BACKWARDS,))
+    monkeypatch.setattr(run._Clock, "until", lambda self, share: lambda: True)
+    found = audited(tmp_path / "a")
+    assert by_name(found)["rebuilt", "backwards", "gradient-of-1"].found.n == 2
+    monkeypatch.setattr(run._Clock, "until", lambda self, share: lambda: False)
+    found = audited(tmp_path / "b")
+    assert by_name(found)["rebuilt", "backwards", "gradient-of-1"].found.n == 8
+
+
+class Stop:
+    """Ctrl-C at some report of progress; counts what is done."""
+
+    def __init__(self, after):
+        self.texts, self.after = [], after
+
+    def __call__(self, done, total, text):
+        self.texts.append(text)
+        if len([each for each in self.texts if "planning" not in each]) == self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [1, 3, 6])
+def test_an_interrupted_audit_goes_on(tmp_path, after):
+    """6: between the two findings of one attacker, both of which are there."""
+    whole = audited(tmp_path / "whole")
+    stop = Stop(after)
+    with pytest.raises(KeyboardInterrupt):
+        audited(tmp_path / "a", progress=stop)
+    present = Audit.read(tmp_path / "a")
+    assert present.summary is None
+    assert len(present.findings) < len(whole.findings)
+    again = Stop(10**9)
+    found = audited(tmp_path / "a", progress=again, minutes=LONG + 1)  # more time is no other audit
+    assert timeless(found) == timeless(whole)
+    assert found.not_run == whole.not_run
+    assert found.summary is not None
+    for each in present.findings:
+        title = next(e.title for e in found.settings.exposures if e.name == each.exposure)
+        assert f"{each.attacker}: {title}" not in again.texts
+
+
+def test_a_finished_audit_is_only_read(tmp_path, monkeypatch):
+    found = audited(tmp_path / "a")
+    before = (tmp_path / "a/results.jsonl").read_bytes()
+    monkeypatch.setattr(run, "plan", lambda *args, **options: pytest.fail("works again"))
+    assert audited(tmp_path / "a") == found
+    assert (tmp_path / "a/results.jsonl").read_bytes() == before
+
+
+def test_half_a_last_line_is_dropped(tmp_path, few):
+    few(BREAKING)
+    whole = audited(tmp_path / "a")
+    path = tmp_path / "a/results.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    (tmp_path / "a/summary.json").unlink()
+    assert Audit.read(tmp_path / "a").not_run == whole.not_run[:-1]
+    found = audited(tmp_path / "a")
+    assert found.not_run == whole.not_run
+    assert found.findings == whole.findings
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"batch_sizes": (2,)}, {"seed": 1}, {"defense": "keylock"}, {"masking": "blind"}, {"target": "other"},
+     {"fields": {"name": "other"}}, {"fields": {"images_per_client": 4}}, {"fields": {"count": 100}}],
+    ids=str,
+)  # fmt: skip
+def test_a_folder_of_another_audit_is_refused(tmp_path, changed, few):
+    few()
+    stop = Stop(1)
+    with pytest.raises(KeyboardInterrupt):
+        audited(tmp_path / "a", progress=stop)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="holds an audit of something else or with other options"):
+        audited(tmp_path / "a", **changed)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match=r"expected an empty folder, it holds 'thesis.tex'"):
+        audited(tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_that_an_audit_only_just_began_is_no_other(tmp_path, few, monkeypatch):
+    """Whenever it was killed: the settings come before everything else."""
+    few()
+    monkeypatch.setattr(run, "plan", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        audited(tmp_path / "a")
+    assert [each.name for each in (tmp_path / "a").iterdir()] == ["audit.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"minutes": 0.0}, "expected minutes above 0"),
+        ({"minutes": -1.0}, "expected minutes above 0"),
+        ({"minutes": float("nan")}, "expected minutes above 0"),
+        ({"batch_sizes": (0,)}, "batch_sizes from 1"),
+        ({"batch_sizes": (4, -1)}, "batch_sizes from 1"),
+        ({"defense": "nose"}, "defense: expected one of"),
+        ({"defense": "masked"}, "masks are `masking`"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_written(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        audited(tmp_path / "a", **options)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_wrong_masking_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="mode: expected one of blind"):
+        audited(tmp_path / "a", masking="bland")
+
+
+def test_a_network_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(DataError, match=r"expected class scores of shape \(2, 9\)"):
+        audited(tmp_path / "a", fields={"classes": 9})
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_client_that_cannot_train_ends_the_audit(tmp_path):
+    def raises(network, x, y):
+        raise ValueError("no")
+
+    with pytest.raises(TrainingError, match="raised ValueError"):
+        audited(tmp_path / "a", fields={"procedure": raises})
+
+
+def test_behind_blind_masks_nothing_is_found_and_the_control_succeeds(tmp_path):
+    found = by_name(audited(tmp_path / "a", masking="blind"))
+    assert {each.outcome for each in found.values()} <= {"at the floor", "says nothing"}
+    rebuilt = found["rebuilt", "linear-rows", "gradient-of-1"]
+    assert (rebuilt.found.rate, rebuilt.control.rate) == (0.0, 1.0)
+    presence = found["presence", "presence", "gradient-of-1"]
+    assert presence.control.rate > 0.9
+    assert abs(presence.figures["auc"] - 0.5) < 0.15
+    assert found["presence", "presence", "your-client"].control is not None
+
+
+def test_an_audit_of_a_lock(tmp_path):
+    """Presence leaks through it; a server that was granted the key is no part of the audit."""
+    found = audited(
+        tmp_path / "a", build=convnet, defense="keylock", batch_sizes=(1,), fields={"images_per_client": 2}
+    )
+    presence = by_name(found)["presence", "presence", "gradient-of-1"]
+    assert presence.control is not None
+    assert presence.found.rate > presence.floor.rate
+    assert found.settings.defense == "keylock"
+    assert "broke" not in {each.kind for each in found.not_run}
+
+
+def test_a_lock_is_not_opened_for_its_attacker():
+    """Servers that were granted its secrets are rungs of a ladder, and no part of an audit."""
+    clients = exposures_of(subject(convnet), defense=KeyLock(), masking="none", batch_sizes=(1,), seed=0)[1]
+    arms = _arms(LINEAR_ROWS, clients, dataset_of(clients, _POOLS))
+    assert [arm.name for arm in arms] == ["public-norm", "lock"]
+    assert arms[-1].knowledge == Knowledge(labels=True, auxiliary=120)
+
+
+def test_the_plan_is_shown_before_the_work(tmp_path):
+    seen = []
+    audited(
+        tmp_path / "a",
+        planned=lambda entries: seen.append(len(entries)),
+        progress=lambda done, total, text: seen.append(text),
+    )
+    assert seen[:2] == ["planning: one gradient of 8 images", "planning: one gradient of one image"]
+    assert seen[2] == 4
+    assert seen[3] == "presence: one gradient of one image"
+    assert seen[4].startswith("presence: presence ")
+
+
+def test_settings_say_what_was_audited(tmp_path, few):
+    few()
+    found = audited(
+        tmp_path / "a",
+        minutes=1e-9,
+        seed=5,
+        target="mine:subject",
+        source="mine.py",
+        line=3,
+        batch_sizes=(1, 2),
+    ).settings
+    assert (found.target, found.source, found.line) == ("mine:subject", "mine.py", 3)
+    assert (found.images, found.classes, found.seed, found.batch_sizes) == (200, 4, 5, (1, 2))
+    assert (found.fedkl, found.environment) == (fedkl.__version__, {"torch": torch.__version__})
+    assert (found.defense, found.masking, found.minutes) == ("none", "none", 1e-9)
