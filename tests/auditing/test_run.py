@@ -22,7 +22,7 @@ from fedkl.auditing.recognition import Pools
 from fedkl.defenses import KeyLock
 from fedkl.errors import ConfigError, DataError, TrainingError
 from fedkl.protocol import Knowledge
-from tests.auditing.subjects import Words, convnet, subject, tokens, trains
+from tests.auditing.subjects import Words, convnet, mlp, subject, tokens, trains
 
 GRADIENT = Procedure()
 LONG = 5.0  # minutes; none of these audits takes that long
@@ -48,7 +48,7 @@ class Backwards(Attack):
     def _run(self, observations, generators, on_evaluation):
         return [
             Reconstruction(
-                images=torch.cat([torch.full((1, *o.image_shape), torch.nan), _TRUTH(o).flip(0)[1:] + 0.01]),
+                images=torch.cat([torch.full((1, *o.image_shape), torch.nan), _truth(o).flip(0)[1:] + 0.01]),
                 labels=o.labels, scaling="clip", loss=1.0, evaluations=1, start=0,
             )
             for o in observations
@@ -58,7 +58,7 @@ class Backwards(Attack):
 _POOLS = Pools.of(subject().images, subject().labels, seed=0)
 
 
-def _TRUTH(observation):  # a test's attacker may look
+def _truth(observation):  # a test's attacker may look
     starts = range(0, 80, observation.batch_size)
     parts = [_POOLS.audited.images[start : start + observation.batch_size] for start in starts]
     labels = [_POOLS.audited.labels[start : start + observation.batch_size] for start in starts]
@@ -81,7 +81,7 @@ def few(monkeypatch):
     ATTACKS.forget("test-backwards")
 
 
-def audited(folder, *, minutes=LONG, batch_sizes=(1,), fields=None, **options):
+def audited(folder, *, build=mlp, minutes=LONG, batch_sizes=(1,), fields=None, **options):
     usual = {"images_per_client": 8, "procedure": GRADIENT, "weights": None}
     return fedkl.audit(
         subject(build, **(usual | (fields or {}))),
