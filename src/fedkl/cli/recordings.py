@@ -50,7 +50,9 @@ def check(recorded: Path | None, *, members: Path | None, anyway: bool, changed:
         if members is not None or anyway:
             raise typer.BadParameter("--members, --anyway: of recorded updates. Give --recorded.")
     elif changed:
-        raise typer.BadParameter("--recorded: what was recorded is as it is; no --defense, no --masking.")
+        raise typer.BadParameter(
+            "--recorded: what was recorded is as it is; neither --defense nor --masking."
+        )
     elif members is None and judged:
         raise typer.BadParameter("--recorded: without --members there are no figures to judge or export.")
 
