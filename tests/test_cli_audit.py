@@ -7,8 +7,10 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fedkl import auditing, cli
+from tests.auditing import recordings
 from tests.auditing.audits import audit, finding, not_run, write
 from tests.auditing.test_target import GOOD
 
@@ -39,7 +41,7 @@ def audited(monkeypatch):
     def find(*results, **settings):
         calls = []
 
-        def fake(subject, *, out, progress, **options):
+        def fake(subject, *, out, progress, planned, **options):
             progress(1, 2, "span")
             calls.append((subject, options))
             write(out, audit(*results, **settings))
@@ -174,3 +176,73 @@ def test_the_report_of_an_audit_is_built_again(fedkl, tmp_path):
     assert "All findings" in out
     (folder / "audit.json").write_text("{}")
     assert fedkl("report", folder)[0] == 2
+
+
+RECORDED = """
+from tests.auditing.recordings import subject
+"""
+
+
+@pytest.fixture
+def updates(tmp_path, monkeypatch, unchecked):
+    """Two clients' updates, and whose images they were trained on; presence is tested only."""
+    monkeypatch.setattr(auditing.plan, "available", tuple)
+    (tmp_path / "recorded.py").write_text(RECORDED)
+    (tmp_path / "updates").mkdir()
+    for name, chosen in zip("ab", recordings.members(2), strict=True):
+        tensors = recordings.sent(recordings.subject(), chosen).tensors
+        save_file(dict(tensors), tmp_path / "updates" / f"{name}.safetensors")
+    members = dict(zip("ab", recordings.members(2), strict=True))
+    (tmp_path / "members.json").write_text(json.dumps(members))
+    return ("audit", "recorded.py:subject", "--recorded", "updates", "--out", "a")
+
+
+def test_recorded_updates_with_members_make_a_report(fedkl, updates, tmp_path):
+    code, out, err = fedkl(*updates, "--members", "members.json", "--fail-above", "presence_tpr=0.01")
+    assert code in (1, 3), err  # eight images
+    assert "2 recorded updates, one gradient of 4 images" in out
+    done = auditing.Audit.read(tmp_path / "a")
+    assert (done.settings.target, len(done.settings.recorded)) == ("recorded.py:subject", 2)
+    assert "2 recorded updates" in (tmp_path / "a" / "report.html").read_text()
+    assert "--recorded UPDATES --members MEMBERS" in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_recorded_updates_without_members_give_scores(fedkl, updates, tmp_path):
+    code, out, err = fedkl(*updates)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:2]] == ["a", "b"]
+    assert lines[0].endswith("of 400 images look trained on; about 4 would by chance.")
+    scores = load_file(tmp_path / "a" / "scores.safetensors")
+    assert {name: tuple(each.shape) for name, each in scores.items()} == {
+        "a": (400,),
+        "b": (400,),
+        "threshold": (),
+    }
+    members = json.loads((tmp_path / "members.json").read_text())
+    assert sum(int((scores[name][each] >= scores["threshold"]).sum()) for name, each in members.items()) >= 5
+
+
+def test_a_misfit_is_said_and_ends(fedkl, updates):
+    code, _, err = fedkl(*updates, "--kind", "weights", "--members", "members.json")
+    assert code == 2
+    assert "the subject's clients send gradients" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--members", "m.json"), "Give --recorded"),
+        (("--anyway",), "Give --recorded"),
+        (("--recorded", "u", "--defense", "keylock"), "what was recorded is as it is"),
+        (("--recorded", "u", "--masking", "blind"), "what was recorded is as it is"),
+        (("--recorded", "u", "--fail-above", "identified=0.1"), "without --members"),
+        (("--recorded", "u", "--junit", "j.xml"), "without --members"),
+        (("--recorded", "nowhere"), "no recorded update"),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, tuple) else "",
+)
+def test_wrong_uses_of_recordings(fedkl, words, message):
+    code, _, err = fedkl("audit", "mine.py:subject", "--out", "a", *words)
+    assert code == 2
+    assert message in " ".join(err.split())

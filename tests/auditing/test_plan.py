@@ -14,7 +14,7 @@ from fedkl.auditing import attackers, plan
 from fedkl.auditing.attackers import ATTACKERS, available
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.plan import CONTROL, defense_of, exposures_of
-from fedkl.auditing.recognition import Pools
+from fedkl.auditing.recognition import LOOKED_AT, Pools
 from fedkl.defenses import DEFENSES, NoDefense
 from fedkl.errors import ConfigError, TrainingError
 from tests.auditing.subjects import CLASSES, EPOCH, Words, convnet, subject, tokens, trains
@@ -182,11 +182,11 @@ def test_estimates_are_of_later_updates(monkeypatch):
     matching = next(each for each in ATTACKERS if each.name == "matching")
     assert entries["matching"].seconds == 2.0 * matching.gradients * matching.images
     assert entries["matching"].least == 2.0 * matching.gradients * min(16, matching.images)
-    assert entries["presence"].seconds == 2 * 30 * 2.0 + 10
+    assert entries["presence"].seconds == 2 * 30 * 2.0 + 2 * LOOKED_AT * 2.0 / 8 + 5
     hidden = {each.name: each for each in plan.plan(
         exposed(audited, masking="blind", batch_sizes=()), pools=pools
     ) if each.exposure.headline}  # fmt: skip
-    assert hidden["presence"].seconds == 20.0  # with its control; these clients take no time of this clock
+    assert hidden["presence"].seconds == 10.0  # with its control; these clients take no time of this clock
 
 
 def test_a_client_that_cannot_train_ends_the_plan():

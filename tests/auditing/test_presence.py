@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedkl.attacking import full_gradient
 from fedkl.auditing.presence import LayerScores, PresenceTest, _fitted, _Spans
 from fedkl.auditing.rows import rows_of
 from fedkl.errors import DataError
@@ -108,7 +109,7 @@ def inverse_root(moments):
 
 
 def slow_scores(model, layer, update, rows):
-    """Both scores of every image, one after the other, in double."""
+    """A layer's scores of every image, one after the other, in double."""
     x, y = pool()
     (own,) = rows_of(model, x[-OWN:], y[-OWN:], layers=[layer], chunk=OWN)
     step = math.ceil(own[layer.name].inputs.shape[1] / 64)
@@ -150,7 +151,15 @@ def test_scores_are_those_of_the_formula(build):
     seen = updates(model, 2)
     scores = scores_of(model, seen[0])
     found = scores(seen, x[:70], y[:70])  # more than one chunk of images
-    assert found.shape == (2, 70, 2 * len(scores.layers))
+    assert found.shape == (2, 70, 2 * len(scores.layers) + 1)
+    assert scores.names[-1] == "match"
+    weights = [f"{layer.name}.{part}" for layer in scores.layers for part in ("weight", "bias")]
+    for number, image in enumerate(x[:5]):
+        gradient = full_gradient(model, image[None], y[number][None], train_mode=False)
+        own = torch.cat([gradient[name].flatten() for name in weights])
+        for place, update in enumerate(seen):
+            product = torch.cat([update[name].flatten() for name in weights]) @ own / own.norm()
+            torch.testing.assert_close(found[place, number, -1], product, atol=1e-5, rtol=1e-3)
     for layer in scores.layers:
         places = [scores.names.index(f"{kind} {layer.name}") for kind in ("span", "ratio")]
         (rows,) = rows_of(model, x[:70], y[:70], layers=[layer], chunk=70)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedkl import rng
 from fedkl.attacking.lots import Pace, lots_of
@@ -99,6 +99,7 @@ def attack_arms(
     updates_per_client: int = 1,
     cohort: int = 1,
     workers: int = 1,
+    sent: Mapping[int, Mapping[str, Tensor]] | None = None,
     on_result: Callable[[TrialResult], None],
     on_refusal: Callable[[NotRun], None] | None = None,
     on_evaluation: Callable[[int, int, float], None] | None = None,
@@ -131,6 +132,7 @@ def attack_arms(
             server knows which. They must share a network.
         cohort: So many clients share a trial's batch; the server sees the mean of their updates.
         workers: Threads that share a lot out; see `Attack.reconstruct_many`.
+        sent: Recorded updates by trial, in place of simulated clients'; None: there are none.
         on_result: Called with each result.
         on_refusal: Called with each trial of an arm that came to none; None: the first one ends the run.
         on_evaluation: Called with (evaluations so far, problems still running, trials that are done in
@@ -153,6 +155,7 @@ def attack_arms(
             local=local,
             updates_per_client=updates_per_client,
             cohort=cohort,
+            sent=sent or {},
             on_refusal=on_refusal,
         )
         batches: dict[Hashable, list[_Seen]] = {}
@@ -260,6 +263,7 @@ def _observed(
     local: Procedure | None,
     updates_per_client: int,
     cohort: int,
+    sent: Mapping[int, Mapping[str, Tensor]],
     on_refusal: Callable[[NotRun], None] | None,
 ) -> list[_Seen]:
     """Observes every trial of a lot in every arm; arms with the same defense share a trial's victims."""
@@ -288,6 +292,7 @@ def _observed(
                 others=others,
                 generator=rng.generator(seed, "guessed", arm.name, trial.index),
                 networks=networks,
+                sent=sent.get(trial.index),
             )
         except (AttackError, LockError, UpdateError) as error:
             if on_refusal is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -85,6 +85,7 @@ def observe(
     others: Sequence[Split] = (),
     generator: torch.Generator | None = None,
     networks: Networks | None = None,
+    sent: Mapping[str, Tensor] | None = None,
 ) -> Observation:
     """What the server has after one update of the victim: the update as it is sent.
 
@@ -105,6 +106,7 @@ def observe(
         generator: The attacker's, of what it draws in place of secrets; None: the operating system's.
         networks: Those of the observations that have equal tensors in common with this one; None: it has its
             own.
+        sent: The update itself, where it was recorded; None: the victim is let do what clients do.
 
     Raises:
         DataError: The arm fits γ and β to auxiliary images, and there are none.
@@ -114,8 +116,8 @@ def observe(
     shares = zip(cohort, trial.images.chunk(len(cohort)), trial.labels.chunk(len(cohort)), strict=True)
     steps = local.step_count(len(trial.images) // len(cohort))
     untouched = type(arm.defense).transform is Defense.transform  # statistics are sent, too
-    plain = train_mode and steps == 1 and not others and local.augmentation == "none"
-    gradient = mean_of(
+    plain = train_mode and steps == 1 and not others and local.augmentation == "none" and sent is None
+    gradient = sent or mean_of(
         [
             sent_by(
                 *(one, arm, x, y),

@@ -10,10 +10,19 @@ run.py          the plan carried out, within minutes, into a folder
 findings.py     verdicts; results.py: typed records; words.py: the same in plain words
 gate.py         limits, and what came of them; testing.py: as an assertion
 exports/        JUnit XML, SARIF, Markdown, lines for a terminal
-recorded/       updates that another system saved, and whether they fit a subject
+recorded/       updates that another system saved, and whether they fit a subject; recordings.py: audited
 """
 
-from fedkl.auditing.recorded import Fit, RecordedKind, RecordedUpdate, Remark, fits
+from fedkl.auditing.recorded import (
+    Fit,
+    RecordedKind,
+    RecordedUpdate,
+    Remark,
+    fits,
+    read_members,
+    read_recorded,
+)
+from fedkl.auditing.recordings import RecordedClient, Suspected, audit_recorded, suspect
 from fedkl.auditing.results import Audit, Exposure, Finding, Measured, NotRun
 from fedkl.auditing.run import audit
 from fedkl.auditing.subject import LocalLoop, Subject
@@ -26,10 +35,16 @@ __all__ = [
     "LocalLoop",
     "Measured",
     "NotRun",
+    "RecordedClient",
     "RecordedKind",
     "RecordedUpdate",
     "Remark",
     "Subject",
+    "Suspected",
     "audit",
+    "audit_recorded",
     "fits",
+    "read_members",
+    "read_recorded",
+    "suspect",
 ]

@@ -29,6 +29,7 @@ class Attacker:
         threat_model: What it takes to be it.
         own_images: Images of the server's own, at most; less where the subject has fewer.
         images: Attacked at most.
+        replays: Whether it does on its own images what a client does; else an update is enough.
         gradients: Gradients of the network that an image costs, about; for the plan.
     """
 
@@ -38,6 +39,7 @@ class Attacker:
     threat_model: ThreatModel
     own_images: int = 0
     images: int = 100
+    replays: bool = True
     gradients: int
 
     def attack(self) -> Attack:
@@ -46,14 +48,22 @@ class Attacker:
 
 
 ATTACKERS: tuple[Attacker, ...] = (
-    Attacker(name="positions", type="positions", threat_model="B", gradients=20),
-    Attacker(name="linear-rows", type="linear-rows", threat_model="D", own_images=1000, gradients=500),
+    Attacker(name="positions", type="positions", threat_model="B", replays=False, gradients=20),
+    Attacker(
+        name="linear-rows",
+        type="linear-rows",
+        threat_model="D",
+        own_images=1000,
+        replays=False,
+        gradients=500,
+    ),
     Attacker(
         name="disaggregation",
         type="disaggregation",
         threat_model="D",
         own_images=1000,
         images=48,
+        replays=False,
         gradients=1000,
     ),
     Attacker(name="closed-form", type="closed-form", threat_model="B", images=20, gradients=500),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,22 @@ from fedkl.protocol import Knowledge, Procedure
 _LOOP_LR = 1.0  # weights of a function that trains are compared as they are
 
 
+class Sent(NamedTuple):
+    """What real clients sent, as it was recorded.
+
+    Attributes:
+        updates: By tensor name, as `Clients.update` returns them.
+        places: Of the images that each trained on, among the audited ones.
+    """
+
+    updates: tuple[Mapping[str, Tensor], ...]
+    places: tuple[Tensor, ...]
+
+    def members(self, count: int) -> Tensor:
+        """Which of `count` audited images each trained on; shape ``(updates, count)``, bool."""
+        return torch.stack([torch.zeros(count, dtype=torch.bool).index_fill(0, p, True) for p in self.places])
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Clients:
     """Clients that do the same.
@@ -37,6 +54,7 @@ class Clients:
         seed: Of what is drawn; clients' own secrets come from the operating system.
         network: What they receive; as `Subject.classifier` gives it, or as the owner calls it where a
             function of the owner's trains.
+        sent: What real ones sent; None: they are simulated.
     """
 
     subject: Subject
@@ -45,6 +63,7 @@ class Clients:
     defense: Defense
     seed: int
     network: nn.Module = field(repr=False)
+    sent: Sent | None = field(default=None, repr=False)
 
     @classmethod
     def of(

@@ -81,10 +81,13 @@ def of_presence(
         earlier: Findings so far, for controls.
         seconds: Of one core.
     """
-    alarms = max(found.false_alarms, found.swapped, key=lambda rate: rate.high)
+    alarms = max(found.false_alarms, found.swapped or found.false_alarms, key=lambda rate: rate.high)
     share, floor = Measured(**found.share._asdict()), Measured(**alarms._asdict())
     control = Measured(**open.share._asdict()) if open else _simplest(entry, "presence", earlier)
     outcome, reason = _verdict(share, floor, control, what="recognized")
+    if found.clients == 1:
+        reason += "; one client, so the intervals are by image and say nothing of others"
+    checked = {"swapped_auc": found.swapped_auc} if found.swapped_auc is not None else {}
     own = len(pools.server.images)
     return Finding(
         question="presence",
@@ -101,9 +104,9 @@ def of_presence(
             "auc": found.auc,
             "auc_low": found.auc_low,
             "auc_high": found.auc_high,
-            "swapped_auc": found.swapped_auc,
             "false_alarms": found.false_alarms.rate,
             "clients": float(found.clients),
+            **checked,
         },
         seconds=seconds,
     )

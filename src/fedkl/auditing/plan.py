@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import process_time
 
 from fedkl.auditing.attackers import PRESENCE, Attacker, available
-from fedkl.auditing.clients import Clients
+from fedkl.auditing.clients import Clients, Sent
 from fedkl.auditing.rebuilding import FIRST_LOT, refusal
 from fedkl.auditing.recognition import LOOKED_AT, Pools, check_enough, clients_of
 from fedkl.auditing.results import Cause, Exposure, Masking, NotRun
@@ -108,6 +108,30 @@ def exposures_of(
     return found + [clients(each, procedure=ONE_GRADIENT, defense=hidden) for each in upper]
 
 
+def recorded_exposures_of(subject: Subject, sent: Sent, *, seed: int) -> list[Clients]:
+    """What real clients sent, and the control.
+
+    Args:
+        subject: Whose.
+        sent: By clients that did what the subject's do.
+        seed: Of what is drawn.
+    """
+    count, real = len(sent.updates), _real(subject)
+    seen = {"name": "recorded", "title": f"{count} recorded update{'s' * (count > 1)}, {real.title}"}
+    open = defense_of("none")
+    recorded = Clients.of(
+        subject,
+        exposure=real.model_copy(update=seen),
+        procedure=subject.procedure,
+        defense=open,
+        seed=seed,
+    )
+    control = Clients.of(
+        subject, exposure=_one_gradient(subject, 1), procedure=ONE_GRADIENT, defense=open, seed=seed
+    )
+    return [replace(recorded, sent=sent), control]
+
+
 def _real(subject: Subject) -> Exposure:
     size, images = subject.images_per_client, _images(subject.images_per_client)
     if not isinstance(subject.procedure, Procedure):
@@ -173,6 +197,9 @@ def plan(
         seconds = _seconds_of_update(clients, pools)
         found.append(_presence(clients, pools, seconds))
         found += [_rebuilding(attacker, clients, pools, seconds) for attacker in available()]
+    # Beside recorded updates the upper bound is a control only: of attackers that run on them.
+    idle = {each.name for each in found if each.clients.sent is not None and each.obstacle is not None}
+    found = [each for each in found if each.clients.sent is not None or each.name not in idle]
     order = {id(each): place for place, each in enumerate(found)}
     return sorted(
         found,

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkl import rng
 from fedkl.attacking import Trial, TrialResult, attack_arms, observe, trials_of
@@ -83,13 +83,14 @@ def refusal(attacker: Attacker, clients: Clients, pools: Pools) -> Refusal | Non
     """
     if not clients.subject.is_pictures:
         return _no("There are no pictures to rebuild: inputs are tokens.")
-    if not isinstance(clients.procedure, Procedure):
+    looped = not isinstance(clients.procedure, Procedure)
+    if looped and (attacker.replays or clients.sent is None):
         return _no(
             "It replays what a client does, which cannot be done with a function that trains. Describe it as "
             "a Procedure, or see the upper bounds."
         )
-    dataset, size = dataset_of(clients, pools), clients.exposure.images * clients.exposure.clients
-    trial = trials_of(dataset, trials=1, batch_size=size)[0]
+    dataset = dataset_of(clients, pools)
+    trial = _trials(clients, dataset, most=1)[0]
     arm = _arms(attacker, clients, dataset)[-1]
     own = Auxiliary(
         images=dataset.train_images[torch.arange(arm.knowledge.auxiliary)],
@@ -102,14 +103,15 @@ def refusal(attacker: Attacker, clients: Clients, pools: Pools) -> Refusal | Non
         observation = observe(
             victims[0],
             arm=arm,
-            model=clients.network,
+            model=_network(clients),
             trial=trial,
             classes=clients.subject.classes,
             train_mode=clients.exposure.norm_mode == "train",
-            local=clients.procedure,
+            local=None if looped else cast(Procedure, clients.procedure),
             auxiliary=own if attacker.own_images else None,
             others=victims[1:],
             generator=rng.generator(clients.seed, "planned"),
+            sent=clients.sent.updates[0] if clients.sent else None,
         )
         return attacker.attack().refusal(observation)
     except (AttackError, LockError, UpdateError) as error:
@@ -145,9 +147,9 @@ def rebuild(
         if over():
             raise _OverError
 
-    dataset, size = dataset_of(clients, pools), clients.exposure.images * clients.exposure.clients
-    count = max(1, min(attacker.images, len(dataset.test_images)) // size)
-    trials, arms = trials_of(dataset, trials=count, batch_size=size), _arms(attacker, clients, dataset)
+    dataset, network = dataset_of(clients, pools), _network(clients)
+    trials, arms = _trials(clients, dataset, most=attacker.images), _arms(attacker, clients, dataset)
+    count = len(trials)
     found: list[TrialResult] = []
     refused: list[NotRun] = []
     attack, done = attacker.attack(), 0
@@ -156,7 +158,7 @@ def rebuild(
             attack_arms(
                 arms,
                 attack=attack,
-                build=lambda trial: clients.network,
+                build=lambda trial: network,
                 dataset=dataset,
                 trials=trials,
                 seed=clients.seed,
@@ -165,6 +167,7 @@ def rebuild(
                 skip={*range(done), *range(last, count)},
                 cohort=clients.exposure.clients,
                 workers=os.cpu_count() or 1,
+                sent=dict(enumerate(clients.sent.updates)) if clients.sent else None,
                 on_result=found.append,
                 on_refusal=refused.append,
                 on_evaluation=step,
@@ -175,6 +178,28 @@ def rebuild(
     if not any(each.arm == arm.name for each in found for arm in arms if arm.control or len(arms) == 1):
         return refused[0] if refused else None
     return _figures(arms, found, trials, dataset, clients.seed, attacker)
+
+
+def _trials(clients: Clients, dataset: Dataset, *, most: int) -> list[Trial]:
+    """What is attacked: about so many images at most, and one update at least."""
+    size = clients.exposure.images * clients.exposure.clients
+    count = max(1, min(most, len(dataset.test_images)) // size)
+    if clients.sent is None:
+        return trials_of(dataset, trials=count, batch_size=size)
+    return [
+        Trial(
+            index=index,
+            places=tuple(places.tolist()),
+            images=dataset.test_images[places],
+            labels=dataset.test_labels[places],
+        )
+        for index, places in enumerate(clients.sent.places[:count])
+    ]
+
+
+def _network(clients: Clients) -> nn.Module:
+    """What clients receive, as attackers call it."""
+    return clients.network if isinstance(clients.procedure, Procedure) else clients.view()
 
 
 def _lots(count: int) -> Iterator[int]:

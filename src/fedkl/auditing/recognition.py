@@ -7,7 +7,7 @@ members and non-members are of one kind, and differ in nothing but whether they 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,24 +42,26 @@ class Recognized:
 
     Attributes:
         share: Recognized, at a threshold that 1 % of the images reach that the server kept back; with an
-            interval by client.
+            interval by client, or by image where there is one client only.
         false_alarms: Of images that these clients did not train on, as many reach it.
-        swapped: Of the images of another client as many reach it: a check of the test itself.
+        swapped: Of the images of another client as many reach it: a check of the test itself; None where
+            there is no other client.
         auc: Probability that an image that was trained on has a higher score than one that was not; mean of
             the clients.
-        auc_low: Lower end of its interval, by client.
+        auc_low: Lower end of its interval, by client; 0 to 1 where there is one only.
         auc_high: Upper end.
-        swapped_auc: The same with another client's images for the members; 0.5 where the test is sound.
+        swapped_auc: The same with another client's images for the members; 0.5 where the test is sound; None
+            where there is no other client.
         clients: Audited updates.
     """
 
     share: Rate
     false_alarms: Rate
-    swapped: Rate
+    swapped: Rate | None
     auc: float
     auc_low: float
     auc_high: float
-    swapped_auc: float
+    swapped_auc: float | None
     clients: int
 
 
@@ -115,7 +117,7 @@ def recognize(
     pools: Pools,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Recognized:
-    """Plays clients to learn the test, then applies it to real ones.
+    """Plays clients to learn the test, then applies it to real ones, recorded or simulated.
 
     Args:
         clients: What they do.
@@ -128,24 +130,51 @@ def recognize(
     """
     size = clients.exposure.images * clients.exposure.clients
     check_enough(size, pools)
-    own, audited = (pool.first(max(_POOL, 2 * size)) for pool in (pools.own, pools.audited))
     count = clients_of(size)
-    seed = clients.seed
 
     def steps(done: int) -> None:
         progress(0.7 * done / (2 * count))
 
-    played, members = _drawn(own, count, size, clients.played, seed=seed, purpose="played", told=steps)
-    images, labels = pools.own.first(_LEARNED_FROM)
-    scores = LayerScores(clients.view(), played[0], images=images, labels=labels)
-    test = PresenceTest(scores, played=played, members=members, images=own.images, labels=own.labels)
-    seen, present = _drawn(
-        audited, count, size, clients.update, seed=seed, purpose="audited", told=lambda n: steps(count + n)
-    )
-    kept_back = pools.kept_back.first(max(_POOL, _KEPT_BACK // count))
+    test, _ = learn(clients, pools=pools, told=steps)
+    audited, seen, present = _audited(clients, pools, count, size, told=lambda n: steps(count + n))
+    kept_back = pools.kept_back.first(max(_POOL, _KEPT_BACK // len(seen)))
     null, found = test.both(seen, kept_back=kept_back, images=audited.images, labels=audited.labels)
     progress(1.0)
     return _figures(null, found, present)
+
+
+def learn(
+    clients: Clients, *, pools: Pools, told: Callable[[int], None] = lambda number: None
+) -> tuple[PresenceTest, list[dict[str, Tensor]]]:
+    """The test, and the updates of the clients that were played for it.
+
+    Args:
+        clients: What they do.
+        pools: Of the server's own images they are given some.
+        told: Called with how many were played.
+    """
+    size = clients.exposure.images * clients.exposure.clients
+    own, seed = pools.own.first(max(_POOL, 2 * size)), clients.seed
+    played, members = _drawn(
+        own, clients_of(size), size, clients.played, seed=seed, purpose="played", told=told
+    )
+    images, labels = pools.own.first(_LEARNED_FROM)
+    scores = LayerScores(clients.view(), played[0], images=images, labels=labels)
+    test = PresenceTest(scores, played=played, members=members, images=own.images, labels=own.labels)
+    return test, played
+
+
+def _audited(
+    clients: Clients, pools: Pools, count: int, size: int, *, told: Callable[[int], None]
+) -> tuple[Pool, Sequence[Mapping[str, Tensor]], Tensor]:
+    """The candidates, real updates, and which of the candidates are in each."""
+    if clients.sent is not None:
+        return pools.audited, clients.sent.updates, clients.sent.members(len(pools.audited.images))
+    audited = pools.audited.first(max(_POOL, 2 * size))
+    seen, present = _drawn(
+        audited, count, size, clients.update, seed=clients.seed, purpose="audited", told=told
+    )
+    return audited, seen, present
 
 
 def clients_of(size: int) -> int:
@@ -192,22 +221,22 @@ def _figures(null: Tensor, scores: Tensor, members: Tensor) -> Recognized:
     swapped = [
         _area(each[o], each[~m & ~o]) for each, m, o in zip(scores, members, others, strict=True) if o.any()
     ]
-    low, high = mean_interval(areas) or (0.0, 1.0)  # there are several clients
+    low, high = mean_interval(areas) or (0.0, 1.0)
     return Recognized(
         share=_reached(scores, members, threshold),
         false_alarms=_reached(scores, ~members, threshold),
-        swapped=_reached(scores, others, threshold),
+        swapped=_reached(scores, others, threshold) if others.any() else None,
         auc=sum(areas) / len(areas),
         auc_low=max(0.0, low),
         auc_high=min(1.0, high),
-        swapped_auc=sum(swapped) / len(swapped),
+        swapped_auc=sum(swapped) / len(swapped) if swapped else None,
         clients=len(scores),
     )
 
 
 def _reached(scores: Tensor, chosen: Tensor, threshold: float) -> Rate:
-    """The share of chosen ones at or above a threshold, with an interval by client."""
-    groups: Sequence[int] = chosen.nonzero()[:, 0].tolist()
+    """The share of chosen ones at or above a threshold, with an interval by client if there are several."""
+    groups: Sequence[int] | None = chosen.nonzero()[:, 0].tolist() if len(chosen) > 1 else None
     return success_rate(scores[chosen].tolist(), threshold=threshold, groups=groups)
 
 

@@ -105,6 +105,7 @@ class Settings(Record):
         batch_sizes: Given.
         environment: Versions by name that the figures depend on, e.g. ``{"torch": "2.6.0"}``; audits of
             different ones are not compared.
+        recorded: Hashes of the recorded updates and their members; none where clients are simulated.
         exposures: What is looked at.
     """
 
@@ -122,6 +123,7 @@ class Settings(Record):
     minutes: Annotated[float, Field(gt=0)] = 10.0
     batch_sizes: tuple[Count, ...] = ()
     environment: dict[str, Word] = {}
+    recorded: tuple[Word, ...] = ()
     exposures: tuple[Exposure, ...]
 
 

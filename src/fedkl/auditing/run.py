@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic, process_time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 
 import fedkl
 from fedkl.attacking.grid import NotRun as Unattacked
+from fedkl.auditing.clients import Clients
 from fedkl.auditing.findings import not_run, of_pictures, of_presence
 from fedkl.auditing.plan import Planned, defense_of, exposures_of, plan
 from fedkl.auditing.rebuilding import Rebuilt, rebuild
@@ -73,22 +74,59 @@ def audit(
     exposures = exposures_of(
         subject, defense=defense_of(defense), masking=masking, batch_sizes=batch_sizes, seed=seed
     )
-    settings = Settings(
-        fedkl=fedkl.__version__,
+    settings = settings_of(
+        subject,
+        exposures,
         target=target or subject.name,
         source=source,
         line=line,
-        subject=subject.name,
-        images=len(subject.images),
-        classes=subject.classes,
         defense=defense,
         masking=masking,
         seed=seed,
         minutes=minutes,
         batch_sizes=tuple(batch_sizes),
+    )
+    return run_all(settings, exposures, pools, out=out, planned=planned, progress=progress)
+
+
+def settings_of(subject: Subject, exposures: Sequence[Clients], **given: Any) -> Settings:
+    """An audit's settings, with what the subject and this machine say of themselves.
+
+    Args:
+        subject: What is audited.
+        exposures: What is looked at.
+        given: The other fields.
+    """
+    return Settings(
+        fedkl=fedkl.__version__,
+        subject=subject.name,
+        images=len(subject.images),
+        classes=subject.classes,
         environment={"torch": torch.__version__},
         exposures=tuple(each.exposure for each in exposures),
+        **given,
     )
+
+
+def run_all(
+    settings: Settings,
+    exposures: Sequence[Clients],
+    pools: Pools,
+    *,
+    out: Path | str,
+    planned: Callable[[Sequence[Planned]], None],
+    progress: Progress,
+) -> Audit:
+    """Every attacker on every exposure, within the settings' minutes; arguments as of `audit`.
+
+    Args:
+        settings: What is audited, and how.
+        exposures: What is looked at.
+        pools: Whose images are whose.
+        out: The audit's folder.
+        planned: Called with the plan before the work.
+        progress: Called with the share of the time that is used up.
+    """
     folder = _Folder(Path(out))
     with exclusive(folder.path):
         present = folder.begin(settings)
@@ -96,7 +134,7 @@ def audit(
             start = monotonic()
             entries = plan(exposures, pools=pools, told=lambda text: progress(0, 1, f"planning: {text}"))
             planned(entries)
-            _carry_out(entries, pools, folder, present, _Clock(start, minutes), progress)
+            _carry_out(entries, pools, folder, present, _Clock(start, settings.minutes), progress)
         return folder.audit()
 
 

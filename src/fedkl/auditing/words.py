@@ -178,12 +178,15 @@ def command(audit: Audit) -> str:
         name: getattr(settings, name) for name in ("defense", "masking") if getattr(settings, name) != "none"
     }
     if ":" not in settings.target:  # a subject that was never on the command line
-        values = {**changed, "batch_sizes": settings.batch_sizes, "minutes": settings.minutes}
-        options = "".join(f", {name}={value!r}" for name, value in (values | {"seed": settings.seed}).items())
-        return f"fedkl.auditing.audit(subject, out=NEW{options})"
+        sizes = {} if settings.recorded else {"batch_sizes": settings.batch_sizes}
+        values = {**changed, **sizes, "minutes": settings.minutes, "seed": settings.seed}
+        options = "".join(f", {name}={value!r}" for name, value in values.items())
+        call = "audit_recorded(subject, clients" if settings.recorded else "audit(subject"
+        return f"fedkl.auditing.{call}, out=NEW{options})"
     words = ["fedkl", "audit", settings.target, "--out", "NEW"]
     for name, value in changed.items():
         words += [f"--{name}", value]
+    words += ["--recorded", "UPDATES", "--members", "MEMBERS"] if settings.recorded else []
     words += ["--batch-size", ",".join(map(str, settings.batch_sizes))] if settings.batch_sizes else []
     words += ["--minutes", f"{settings.minutes:g}", "--seed", str(settings.seed)]
     return shlex.join(words)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fedkl.cli import recordings
 from fedkl.cli.commands import Continued
 from fedkl.cli.options import FirstSeedOption
 from fedkl.cli.terminal import console, numbers, progress_bar
@@ -50,6 +51,20 @@ def audit(
     junit: Annotated[Path | None, typer.Option(help="File for JUnit XML.")] = None,
     sarif: Annotated[Path | None, typer.Option(help="File for SARIF 2.1.0.")] = None,
     summary: Annotated[Path | None, typer.Option(help="File for a Markdown summary.")] = None,
+    recorded: Annotated[
+        Path | None,
+        typer.Option(help="Real clients' updates in place of simulated ones': a file, or a folder."),
+    ] = None,
+    kind: Annotated[
+        recordings.Kind, typer.Option(help="Of --recorded safetensors files; RecordingMod's are weights.")
+    ] = "gradient",
+    members: Annotated[
+        Path | None,
+        typer.Option(help="JSON: by recorded client, which of the subject's images it trained on."),
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Attack recorded updates that do not fit the subject, too.")
+    ] = False,
 ) -> None:
     """What your own training leaks: attacks on what your clients send, a report, and limits for CI.
 
@@ -67,21 +82,22 @@ def audit(
         raise typer.BadParameter("--baseline: expected another folder than --out, which is written to.")
     limits = gate.Gate.parse(fail_above) if fail_above is not None else gate.Gate()
     earlier = Audit.read(baseline) if baseline is not None else None
+    judged = any(each is not None for each in (fail_above, baseline, junit, sarif, summary))
+    changed = (defense, masking) != ("none", "none")
+    recordings.check(recorded, members=members, anyway=anyway, changed=changed, judged=judged)
+    given = None if recorded is None else recordings.Recorded(recorded, kind, anyway)
     found = targets.load(target)
+    if given is not None and members is None:
+        recordings.suspect(found.subject, given, out=out, seed=seed)
+        return
+    options: dict[str, Any] = {"out": out, "minutes": minutes, "seed": seed, "planned": _show_plan}
+    options |= {"target": found.name, "source": found.source, "line": found.line}
     with progress_bar("audit") as progress:
-        done: Audit = auditing.audit(
-            found.subject,
-            out=out,
-            defense=defense,
-            masking=masking,
-            batch_sizes=sizes,
-            minutes=minutes,
-            seed=seed,
-            target=found.name,
-            source=found.source,
-            line=found.line,
-            planned=_show_plan,
-            progress=progress,
+        options |= {"progress": progress}
+        done: Audit = (
+            recordings.audited(found.subject, given, members=members, options=options)
+            if given is not None and members is not None
+            else auditing.audit(found.subject, defense=defense, masking=masking, batch_sizes=sizes, **options)
         )
     page = report.build(out).html
     result = gate.judge(done, limits, baseline=earlier)

@@ -104,7 +104,9 @@ def fits(
         problems += _base_problems(network, found, recorded)
         problems += _kind_problems(network, tensors, recorded)
     if problems:
-        return _fit(problems, findings, [], found, None)
+        is_there = not {each.about for each in problems} - {"procedure", "base weights"}
+        update = _descent(subject, network, tensors, kind=recorded.kind) if is_there else None
+        return _fit(problems, findings, [], found, update)
     chance = generator or rng.generator(0, "recorded-update")
     play = partial(explained, subject, clients=clients, generator=chance)
     foreign = _foreign_problem(network, tensors, play) if recorded.kind == "weights" else None

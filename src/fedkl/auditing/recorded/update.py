@@ -18,6 +18,7 @@ from fedkl.recordingfile import Recording
 RecordedKind = Literal["gradient", "difference", "weights"]
 
 _MAX_UPDATE = 2**34  # bytes of a file
+_IMAGES = ("num-examples", "num_examples")  # Flower's name for their number, and what a NumPyClient's becomes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,7 +88,8 @@ class RecordedUpdate:
                 "nothing. Put RecordingMod after MaskMod in the list of mods to record the update itself, "
                 "which the server does not see."
             )
-        images = [record.get("num-examples") for record in recording.about.get("metrics", {}).values()]
+        metrics = recording.about.get("metrics", {}).values()
+        images = [record.get(name) for record in metrics for name in _IMAGES]
         counts = [number for number in images if type(number) is int and number > 0]
         return cls(
             tensors=recording.sent,
