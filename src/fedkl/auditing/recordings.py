@@ -131,7 +131,8 @@ def suspect(
     """The presence test where nobody says who was trained on: what it says is not held against the truth.
 
     The threshold is that of images under updates of played clients, because among the subject's images no
-    one knows which are surely not the client's. Where many are, their scores are a little too low.
+    one knows which are surely not the client's. Where many are, their scores are too low: fewer are
+    recognized than by `audit_recorded`, and fewer than 1 % of the others.
 
     Args:
         subject: See `audit_recorded`.
