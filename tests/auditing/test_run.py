@@ -75,7 +75,7 @@ def few(monkeypatch):
     register_attack(Breaking)
     register_attack(Backwards)
     monkeypatch.setattr(attackers, "ATTACKERS", (LINEAR_ROWS,))
-    monkeypatch.setattr(recognition, "MEMBERS", 24)
+    monkeypatch.setattr(recognition, "MEMBERS", 12)
     yield lambda *given: monkeypatch.setattr(attackers, "ATTACKERS", given)
     ATTACKS.forget("test-breaking")
     ATTACKS.forget("test-backwards")
@@ -373,8 +373,9 @@ def test_behind_blind_masks_nothing_is_found_and_the_control_succeeds(tmp_path):
     assert found["presence", "presence", "your-client"].control is not None
 
 
-def test_an_audit_of_a_lock(tmp_path):
-    """Presence leaks through it; a server that was granted the key is no part of the audit."""
+def test_an_audit_of_a_lock(tmp_path, few):
+    """Presence leaks through it."""
+    few()
     found = audited(
         tmp_path / "a", build=convnet, defense="keylock", batch_sizes=(1,), fields={"images_per_client": 2}
     )
