@@ -180,8 +180,8 @@ def test_estimates_are_of_later_updates(monkeypatch):
     entries = {each.name: each for each in plan.plan([Slow(**vars(client))], pools=pools)}
     assert set(audited.calls) == {8}
     matching = next(each for each in ATTACKERS if each.name == "matching")
-    assert entries["matching"].seconds == 2.0 * matching.gradients * matching.images
-    assert entries["matching"].least == 2.0 * matching.gradients * min(16, matching.images)
+    assert entries["matching"].seconds == 2.0 / 8 * matching.gradients * matching.images
+    assert entries["matching"].least == 2.0 / 8 * matching.gradients * min(16, matching.images)
     assert entries["presence"].seconds == 2 * 30 * 2.0 + 2 * LOOKED_AT * 2.0 / 8 + 5
     hidden = {each.name: each for each in plan.plan(
         exposed(audited, masking="blind", batch_sizes=()), pools=pools

@@ -251,7 +251,7 @@ def _rebuilding(attacker: Attacker, clients: Clients, pools: Pools, seconds: flo
         )
     refused = refusal(attacker, clients, pools)
     if refused is None:
-        each = seconds * attacker.gradients
+        each = seconds * attacker.gradients / size  # an update's time is that of all of its images
         return Planned(
             attacker=attacker,
             clients=clients,
