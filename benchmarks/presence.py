@@ -149,7 +149,8 @@ def main() -> None:
         subject = replace(subject, weights=given.weights)
     if given.whole:
         cifar10 = load("cifar10")
-        subject = replace(subject, images=cifar10.test_images, labels=cifar10.test_labels)
+        images = cifar10.test_images[: len(cifar10.test_labels)]
+        subject = replace(subject, images=images, labels=cifar10.test_labels)
     if given.images:
         subject = replace(subject, images_per_client=given.images)
     if given.subject != "private":

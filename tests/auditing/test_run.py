@@ -308,6 +308,20 @@ def test_a_folder_of_another_audit_is_refused(tmp_path, changed, few):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_more_minutes_are_for_those_who_had_none(tmp_path):
+    whole = audited(tmp_path / "whole")
+    short = audited(tmp_path / "a", minutes=1e-6)
+    late = [each for each in short.not_run if each.kind == "no time left"]
+    assert late
+    again = audited(tmp_path / "a", minutes=1e-6)
+    assert again == short  # as much time as before is no reason to begin again
+    longer = audited(tmp_path / "a", minutes=LONG)
+    assert longer.settings.minutes == LONG
+    assert not [each for each in longer.not_run if each.kind == "no time left"]
+    found = {(each.question, each.attacker, each.exposure): each.found for each in longer.findings}
+    assert found == {(each.question, each.attacker, each.exposure): each.found for each in whole.findings}
+
+
 def test_a_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match=r"expected an empty folder, it holds 'thesis.tex'"):

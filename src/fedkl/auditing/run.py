@@ -178,12 +178,22 @@ class _Folder:
                     f"{self.path}: holds an audit of something else or with other options. Choose another "
                     "folder, or remove this one."
                 )
-            return present
+            if settings.minutes > present.settings.minutes:
+                self._give_time(settings, present)
+            return self.audit()
         held = [each.name for each in self.path.iterdir() if not each.name.startswith(".")]
         if held:
             raise ConfigError(f"{self.path}: expected an empty folder, it holds {held[0]!r}. Choose another.")
         write_atomically(self.path / "audit.json", settings.model_dump_json(indent=2).encode())
         return Audit(settings=settings)
+
+    def _give_time(self, settings: Settings, present: Audit) -> None:
+        """Forgets who had no time left; whenever this is interrupted, the same command does the rest."""
+        (self.path / "summary.json").unlink(missing_ok=True)
+        kept = [each for each in present.not_run if each.kind != "no time left"]
+        lines = "".join(f"{record.model_dump_json()}\n" for record in (*present.findings, *kept))
+        write_atomically(self.path / "results.jsonl", lines.encode())
+        write_atomically(self.path / "audit.json", settings.model_dump_json(indent=2).encode())
 
     def audit(self) -> Audit:
         """What is there now."""
