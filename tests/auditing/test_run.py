@@ -208,12 +208,14 @@ def test_presence_that_breaks_ends_nothing(tmp_path, monkeypatch):
     assert {each.attacker for each in found.findings} == {"linear-rows"}
 
 
-def test_without_time_one_attacker_is_run(tmp_path):
-    found = audited(tmp_path / "a", minutes=1e-9)
-    assert [(each.attacker, each.exposure) for each in found.findings] == [("presence", "gradient-of-1")]
+def test_without_time_presence_of_real_clients_is_measured_all_the_same(tmp_path):
+    found = audited(tmp_path / "a", minutes=1e-9, batch_sizes=(1, 2))
+    measured = [(each.attacker, each.exposure) for each in found.findings]
+    assert measured == [("presence", "gradient-of-1"), ("presence", "your-client")]
     late = [each for each in found.not_run if each.kind == "no time left"]
     assert [(each.attacker, each.exposure) for each in late] == [
-        ("presence", "your-client"), ("linear-rows", "gradient-of-1"), ("linear-rows", "your-client"),
+        ("presence", "gradient-of-2"), ("linear-rows", "gradient-of-1"), ("linear-rows", "your-client"),
+        ("linear-rows", "gradient-of-2"),
     ]  # fmt: skip
     assert all("0 s were left of 1e-09 minutes" in each.reason for each in late)
     assert found.summary is not None
