@@ -15,8 +15,7 @@ from fedkl.config import AttackConfig, DataConfig, ModelConfig, TrainConfig
 from fedkl.data import Dataset
 from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, DataError
-from fedkl.files import read_file
-from fedkl.parsing import parse_tensors
+from fedkl.modelfile import read_tensors
 from fedkl.runs import RunDirectory, is_run
 from fedkl.update import TensorSpec, check_tensors
 
@@ -89,14 +88,12 @@ def _load_(model: nn.Module, place: Path, config: ModelConfig, dataset: Dataset)
     if is_run(place):
         expected = _sent_by(place, model, config, dataset)
         place = place / "global.safetensors"
-    try:
-        tensors, _ = parse_tensors(read_file(place, limit=_MAX_WEIGHTS))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(
-            f"model.weights: {place} cannot be read ({reason}). Give the run directory of a finished "
-            "training, or a safetensors file."
-        ) from error
+    tensors, _ = read_tensors(
+        place,
+        limit=_MAX_WEIGHTS,
+        problem=f"model.weights: {place} cannot be read",
+        remedy="Give the run directory of a finished training, or a safetensors file.",
+    )
     check_tensors(
         tensors,
         {name: TensorSpec.of(tensor) for name, tensor in expected.items()},

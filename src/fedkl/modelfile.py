@@ -58,11 +58,7 @@ def read_model(path: str | Path) -> dict[str, Tensor]:
         ConfigError: It cannot be read, or is something else that fedkl wrote, e.g. one client's update.
     """
     remedy = "Give a safetensors file of the model's public tensors."
-    try:
-        tensors, about = parse_tensors(read_file(Path(path), limit=_MAX_MODEL))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: cannot be read ({reason}). {remedy}") from error
+    tensors, about = read_tensors(path, limit=_MAX_MODEL, problem=f"{path}: cannot be read", remedy=remedy)
     form = about.get("format", "")
     if form.startswith(_OURS) and (form, about.get("kind")) != (_FORMAT, _KIND):
         expected = f"expected {_FORMAT!r} of kind {_KIND!r}"
@@ -70,6 +66,27 @@ def read_model(path: str | Path) -> dict[str, Tensor]:
             f"{path}: {expected}, this is {shown(form)} of kind {shown(about.get('kind'))}. {remedy}"
         )
     return tensors
+
+
+def read_tensors(
+    path: str | Path, *, limit: int, problem: str, remedy: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file that somebody named, and its metadata.
+
+    Args:
+        path: The file.
+        limit: Bytes that it may have.
+        problem: What is said if it cannot be read; the reason follows in brackets.
+        remedy: What is said then.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    try:
+        return parse_tensors(read_file(Path(path), limit=limit))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{problem} ({reason}). {remedy}") from error
 
 
 def check_finite(tensors: NamedTensors, *, subject: str) -> None:

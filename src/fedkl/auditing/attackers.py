@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from fedkl.attacks import ATTACKS, Attack
+from fedkl.auditing.results import ThreatModel
 
 PRESENCE = "presence"
 """The attacker that looks for given images in an update, see presence.py; it rebuilds none."""
-
-ThreatModel = Literal["A", "B", "C", "D", "E", "F", "G", "H"]
-"""Carletti et al., "SoK: Gradient Inversion Attacks in Federated Learning", USENIX Security 2025.
-
-Who sees updates (A), and knows what every participant does, such as sizes and normalization (B), how clients
-train (C), has images of the same kind (D), knows the client's own statistics (E). F, G, H change the model.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)

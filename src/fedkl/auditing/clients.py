@@ -192,21 +192,20 @@ class Clients:
                 local=self.procedure,
                 generator=rng.generator(self.seed, "audited-augmentation", number),
             )
-        before = _copied(client)
-        state = self._looped_state(client, images, labels, number=number)
+        before, state = self._looped_state(client, images, labels, number=number)
         sent = client.public_update(state, kind="weights", num_samples=len(images), round=0, search=False)
         return difference(before, self.defense.transform(sent).tensors, lr=_LOOP_LR)
 
     def _looped(self, client: Split, images: Tensor, labels: Tensor, *, number: str) -> dict[str, Tensor]:
-        before = _copied(client)
-        return difference(before, self._looped_state(client, images, labels, number=number), lr=_LOOP_LR)
+        before, state = self._looped_state(client, images, labels, number=number)
+        return difference(before, state, lr=_LOOP_LR)
 
     def _looped_state(
         self, client: Split, images: Tensor, labels: Tensor, *, number: str
-    ) -> dict[str, Tensor]:
-        """The public state after the owner's function trained a client."""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Public parameters before, and the public state after the owner's function trained a client."""
         loop = cast(LocalLoop, self.procedure)
-        before = _copied(client)
+        before = {name: tensor.detach().clone() for name, tensor in client.public_parameters().items()}
         seed = rng.generator(self.seed, "loop", number).initial_seed()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # of the CPU only: others are not put back
@@ -226,8 +225,4 @@ class Clients:
                 f"{self.subject.name}: the function that trains changed no weight of the network that it was "
                 "given. Train that network in place, not a copy."
             )
-        return state
-
-
-def _copied(client: Split) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in client.public_parameters().items()}
+        return before, state

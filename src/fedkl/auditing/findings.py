@@ -9,7 +9,7 @@ from fedkl.attacking.verdict import judge_share
 from fedkl.auditing.plan import CONTROL, Planned
 from fedkl.auditing.rebuilding import Rebuilt, knew
 from fedkl.auditing.recognition import Pools, Recognized
-from fedkl.auditing.results import Cause, Finding, Measured, NotRun, Outcome, Question
+from fedkl.auditing.results import Finding, Measured, Outcome, Question
 
 _SHARES: dict[Question, str] = {"rebuilt": "success", "identified": "identified"}
 
@@ -88,7 +88,7 @@ def of_presence(
     if found.clients == 1:
         reason += "; one client, so the intervals are by image and say nothing of others"
     checked = {"swapped_auc": found.swapped_auc} if found.swapped_auc is not None else {}
-    own = len(pools.server.images)
+    own = pools.server_images
     return Finding(
         question="presence",
         attacker=entry.name,
@@ -110,12 +110,6 @@ def of_presence(
         },
         seconds=seconds,
     )
-
-
-def not_run(entry: Planned, kind: Cause, reason: str) -> NotRun:
-    """An attacker that came to no figures; the reason as one line."""
-    line = "".join(c if c.isprintable() else " " for c in " ".join(reason.split()))
-    return NotRun(attacker=entry.name, exposure=entry.exposure.name, kind=kind, reason=line[:1000])
 
 
 def _simplest(entry: Planned, question: Question, earlier: Sequence[Finding]) -> Measured | None:

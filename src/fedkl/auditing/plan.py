@@ -10,7 +10,7 @@ from fedkl.auditing.attackers import PRESENCE, Attacker, available
 from fedkl.auditing.clients import Clients, Sent
 from fedkl.auditing.rebuilding import FIRST_LOT, refusal
 from fedkl.auditing.recognition import LOOKED_AT, Pools, check_enough, clients_of
-from fedkl.auditing.results import Cause, Exposure, Masking, NotRun
+from fedkl.auditing.results import Exposure, Masking, NotRun
 from fedkl.auditing.subject import Subject
 from fedkl.defenses import DEFENSES, Defense
 from fedkl.defenses.masked import MaskedUpload
@@ -230,9 +230,8 @@ def _presence(clients: Clients, pools: Pools, seconds: float) -> Planned:
     try:
         check_enough(exposure.images * exposure.clients, pools)
     except DataError as error:
-        return Planned(
-            attacker=None, clients=clients, seconds=0.0, obstacle=_not_run(PRESENCE, exposure, str(error))
-        )
+        obstacle = NotRun.of(PRESENCE, exposure, kind="does not apply", reason=str(error))
+        return Planned(attacker=None, clients=clients, seconds=0.0, obstacle=obstacle)
     hidden = 2 if clients.hides else 1  # the control is measured too
     looked_at = 2 * LOOKED_AT * seconds / (exposure.images * exposure.clients)
     return Planned(attacker=None, clients=clients, seconds=hidden * (2 * count * seconds + looked_at + 5))
@@ -243,12 +242,8 @@ def _rebuilding(attacker: Attacker, clients: Clients, pools: Pools, seconds: flo
     size = exposure.images * exposure.clients
     if size > len(pools.audited.images):
         reason = f"There are only {len(pools.audited.images)} images of clients, {size} are in an update."
-        return Planned(
-            attacker=attacker,
-            clients=clients,
-            seconds=0.0,
-            obstacle=_not_run(attacker.name, exposure, reason),
-        )
+        obstacle = NotRun.of(attacker.name, exposure, kind="does not apply", reason=reason)
+        return Planned(attacker=attacker, clients=clients, seconds=0.0, obstacle=obstacle)
     refused = refusal(attacker, clients, pools)
     if refused is None:
         each = seconds * attacker.gradients / size  # an update's time is that of all of its images
@@ -258,10 +253,5 @@ def _rebuilding(attacker: Attacker, clients: Clients, pools: Pools, seconds: flo
             seconds=each * attacker.images,
             least=each * min(FIRST_LOT * size, attacker.images),
         )
-    obstacle = _not_run(attacker.name, exposure, refused.reason, refused.kind)
+    obstacle = NotRun.of(attacker.name, exposure, kind=refused.kind, reason=refused.reason)
     return Planned(attacker=attacker, clients=clients, seconds=0.0, obstacle=obstacle)
-
-
-def _not_run(attacker: str, exposure: Exposure, reason: str, kind: Cause = "does not apply") -> NotRun:
-    line = " ".join(reason.split())
-    return NotRun(attacker=attacker, exposure=exposure.name, kind=kind, reason=line[:1000])

@@ -223,7 +223,7 @@ def _arms(attacker: Attacker, clients: Clients, dataset: Dataset) -> list[Arm]:
 
 def knew(attacker: Attacker, clients: Clients, pools: Pools) -> str:
     """What the attacker has beside model and update, in words."""
-    own = min(attacker.own_images, len(pools.server.images))
+    own = min(attacker.own_images, pools.server_images)
     return Knowledge(labels=True, auxiliary=own).describe()
 
 

@@ -102,8 +102,13 @@ class Pools(NamedTuple):
         return cls(*(Pool(images=images[part], labels=labels[part]) for part in parts))
 
     @property
+    def server_images(self) -> int:
+        """How many are the server's."""
+        return len(self.own.images) + len(self.kept_back.images)
+
+    @property
     def server(self) -> Pool:
-        """All of the server's."""
+        """All of the server's, copied together."""
         images, labels = (
             torch.cat([getattr(pool, name) for pool in (self.own, self.kept_back)])
             for name in ("images", "labels")

@@ -34,6 +34,13 @@ nothing is hidden; or neither can be said."""
 Masking = Literal["none", "blind", "pairwise", "both"]
 """Mode of masks, see `fedkl.masking.Mode`."""
 
+ThreatModel = Literal["A", "B", "C", "D", "E", "F", "G", "H"]
+"""Carletti et al., "SoK: Gradient Inversion Attacks in Federated Learning", USENIX Security 2025.
+
+Who sees updates (A), and knows what every participant does, such as sizes and normalization (B), how clients
+train (C), has images of the same kind (D), knows the client's own statistics (E). F, G, H change the model.
+"""
+
 Cause = Literal["does not apply", "too large", "broke", "no time left"]
 
 Name = Annotated[str, Field(pattern=r"^[\w.-]{1,100}$")]  # names files too
@@ -151,7 +158,7 @@ class Finding(Record):
     question: Question
     attacker: Name
     exposure: Name
-    threat_model: Literal["A", "B", "C", "D", "E", "F", "G", "H"]
+    threat_model: ThreatModel
     knew: Word
     found: Measured
     floor: Measured | None = None
@@ -171,6 +178,12 @@ class NotRun(Record):
     exposure: Name
     kind: Cause
     reason: Word
+
+    @classmethod
+    def of(cls, attacker: str, exposure: Exposure, *, kind: Cause, reason: str) -> NotRun:
+        """With the reason as one line of text, whoever wrote it."""
+        line = "".join(c if c.isprintable() else " " for c in " ".join(reason.split()))
+        return cls(attacker=attacker, exposure=exposure.name, kind=kind, reason=line[:1000])
 
 
 class Summary(Record):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import monotonic, process_time
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 import fedkl
 from fedkl.attacking.grid import NotRun as Unattacked
 from fedkl.auditing.clients import Clients
-from fedkl.auditing.findings import not_run, of_pictures, of_presence
+from fedkl.auditing.findings import of_pictures, of_presence
 from fedkl.auditing.plan import Planned, defense_of, exposures_of, plan
 from fedkl.auditing.rebuilding import Rebuilt, rebuild
 from fedkl.auditing.recognition import Pools, Recognized, recognize
@@ -244,7 +245,7 @@ def _carry_out(
         if optional and (not clock.left or entry.least > _PATIENCE * clock.left):
             times = f"{clock.left:.0f} s were left of {clock.minutes:g} minutes"
             reason = f"It may take {entry.seconds:.0f} s, and {times}."
-            folder.append(not_run(entry, "no time left", reason))
+            folder.append(NotRun.of(entry.name, entry.exposure, kind="no time left", reason=reason))
             continue
         progress(clock.used, 1, f"{entry.name}: {entry.exposure.title}")
         start, worked = process_time(), True
@@ -274,6 +275,7 @@ class _Presence(NamedTuple):
 
 def _attempt(entry: Planned, pools: Pools, clock: _Clock) -> Rebuilt | _Presence | NotRun:
     """Runs one attacker; what breaks ends neither the others nor the audit."""
+    not_run = partial(NotRun.of, entry.name, entry.exposure)
     try:
         if entry.attacker is None:
             control = recognize(entry.clients.open(), pools=pools) if entry.clients.hides else None
@@ -281,7 +283,7 @@ def _attempt(entry: Planned, pools: Pools, clock: _Clock) -> Rebuilt | _Presence
         enough, over = (clock.until(share) for share in (_LEFT_FOR_ONE, _MOST_FOR_ONE))
         found = rebuild(entry.attacker, entry.clients, pools=pools, enough=enough, over=over)
     except Exception as error:  # the user's network and loop run in here: anything may be raised
-        return not_run(entry, "broke", f"{type(error).__name__}: {error}")
+        return not_run(kind="broke", reason=f"{type(error).__name__}: {error}")
     if found is None:
-        return not_run(entry, "no time left", "The time for it was over before its first images.")
-    return not_run(entry, found.kind, found.reason) if isinstance(found, Unattacked) else found
+        return not_run(kind="no time left", reason="The time for it was over before its first images.")
+    return not_run(kind=found.kind, reason=found.reason) if isinstance(found, Unattacked) else found

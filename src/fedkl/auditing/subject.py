@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkl.errors import ConfigError, DataError, gathered, printable
-from fedkl.files import read_file
+from fedkl.modelfile import read_tensors
 from fedkl.models.preprocessing import Standardize
-from fedkl.parsing import parse_tensors
 from fedkl.protocol import Procedure
 from fedkl.update import TensorSpec, check_tensors
 
@@ -261,19 +260,16 @@ def _scores_last(network: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 def _load_(network: nn.Module, weights: Path | str | Mapping[str, Tensor] | None) -> None:
     if weights is None:
         return
-    source = "a mapping" if isinstance(weights, Mapping) else str(weights)
-    try:
-        tensors = (
-            dict(weights)
-            if isinstance(weights, Mapping)
-            else parse_tensors(read_file(Path(weights), limit=_MAX_WEIGHTS))[0]
+    if isinstance(weights, Mapping):
+        source, tensors = "a mapping", dict(weights)
+    else:
+        source = str(weights)
+        tensors, _ = read_tensors(
+            weights,
+            limit=_MAX_WEIGHTS,
+            problem=f"Subject.weights: {source} cannot be read",
+            remedy="Give tensors by name, or what safetensors.torch.save_file wrote of them.",
         )
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(
-            f"Subject.weights: {source} cannot be read ({reason}). Give tensors by name, or what "
-            "safetensors.torch.save_file wrote of them."
-        ) from error
     own = network.state_dict()
     check_tensors(
         tensors,

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedkl.attacking.updates import local_update
+from fedkl.attacking.updates import difference, local_update
 from fedkl.auditing.recorded.likeness import Comparison, Likeness
 from fedkl.auditing.subject import Subject
 from fedkl.errors import DataError, printable
@@ -140,8 +140,7 @@ def _update(
         return local_update(model, images, labels, train_mode=mode == "train", local=subject.procedure)
     client = copy.deepcopy(network)
     subject.procedure(client, subject.inputs(images), labels)
-    after = dict(client.named_parameters())
-    return {name: (before - after[name]).detach() for name, before in network.named_parameters()}
+    return difference(dict(network.named_parameters()), dict(client.named_parameters()), lr=1.0)
 
 
 def _drawn(subject: Subject, generator: torch.Generator) -> tuple[Tensor, Tensor]:

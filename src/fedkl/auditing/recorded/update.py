@@ -11,8 +11,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from fedkl.errors import ConfigError
-from fedkl.files import read_file
-from fedkl.parsing import parse_tensors
+from fedkl.modelfile import read_tensors
 from fedkl.recordingfile import Recording
 
 RecordedKind = Literal["gradient", "difference", "weights"]
@@ -61,14 +60,12 @@ class RecordedUpdate:
         Raises:
             ConfigError: It cannot be read, or there is no such kind.
         """
-        try:
-            tensors, _ = parse_tensors(read_file(Path(path), limit=_MAX_UPDATE))
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(
-                f"{path}: not an update that can be read ({reason}). Give a safetensors file: "
-                "safetensors.torch.save_file(tensors, path)."
-            ) from error
+        tensors, _ = read_tensors(
+            path,
+            limit=_MAX_UPDATE,
+            problem=f"{path}: not an update that can be read",
+            remedy="Give a safetensors file: safetensors.torch.save_file(tensors, path).",
+        )
         return cls(tensors=tensors, kind=kind, source=str(path))
 
     @classmethod
