@@ -14,29 +14,29 @@ from tests.test_cli import fedkl as fedkl_of_cli
 fedkl = fedkl_of_cli  # a fixture
 
 FILE = '''
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from fedkl.attacks import Attack, Reconstruction, register_attack
-from fedkl.defenses import Defense, register_defense
+from fedkl.defenses import UpdateDefense, register_defense
 
 
 @register_defense
 @dataclass(frozen=True, kw_only=True)
-class Silence(Defense):
+class Silence(UpdateDefense):
     """Sends nothing but zeros where the update is small."""
 
     type: Literal["my-silence"] = "my-silence"
     below: float = 1e-3
 
+    def changed(self, change, *, draws, client):
+        return {n: torch.where(t.abs() < self.below, 0 * t, t) for n, t in change.items()}
+
     @property
     def public_transform(self):
-        return lambda tensors: {n: torch.where(t.abs() < self.below, 0 * t, t) for n, t in tensors.items()}
-
-    def transform(self, update):
-        return replace(update, tensors=self.public_transform(update.tensors))
+        return lambda change, seen: self.changed(change, draws=None, client=None)
 
 
 @register_attack

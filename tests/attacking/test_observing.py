@@ -129,11 +129,11 @@ def test_the_server_sees_the_update_after_the_defenses_transform(dataset):
 
     @dataclass(frozen=True, kw_only=True)
     class Zeroed(KeyLock):
-        def public_transform(self, tensors):
+        def public_transform(self, tensors, seen):
             return {n: t if n != "conv1.weight" else 0 * t for n, t in tensors.items()}
 
-        def transform(self, update):
-            tensors = self.public_transform(update.tensors)
+        def transform(self, update, *, client):
+            tensors = self.public_transform(update.tensors, {})
             return PublicUpdate(schema=update.schema, tensors=tensors, num_samples=1, round=0)
 
     model, (trial,), defense = build(0), trials_of(dataset, trials=1), Zeroed()
@@ -233,7 +233,7 @@ def test_eval_mode_uses_the_running_statistics(dataset):
 
 
 def test_a_public_transform_is_applied_by_the_attacker_too(dataset):
-    def halved(tensors):
+    def halved(tensors, seen):
         return {name: tensor / 2 for name, tensor in tensors.items()}
 
     arm = arms_of(KeyLock())["no-norm"]

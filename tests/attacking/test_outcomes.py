@@ -231,7 +231,7 @@ class Closing(Defense):
 
     @property
     def public_transform(self):
-        return lambda tensors: {name: tensor / 2 for name, tensor in tensors.items()}
+        return lambda tensors, seen: {name: tensor / 2 for name, tensor in tensors.items()}
 
 
 def test_observations_of_a_public_transform_are_of_one_kind(dataset):

@@ -15,7 +15,7 @@ from fedkl.attacking import SimulatedClients, observe, trials_of
 from fedkl.attacking.updates import difference, gradients, trained_tensors
 from fedkl.attacks import DLG, InvertingGradients, Knowledge, Procedure
 from fedkl.attacks.matching.objectives import GradientMatching
-from fedkl.defenses import Arm, Defense, KeyLock, NoDefense, arms_of
+from fedkl.defenses import Arm, KeyLock, NoDefense, UpdateDefense, arms_of
 from fedkl.errors import AttackError, ConfigError
 from fedkl.federated import ConstantSchedule, FederatedTraining, Federation, LocalTraining
 from fedkl.protocol.local_training import LocalTrainer
@@ -126,20 +126,20 @@ def test_what_attacks_differentiate_is_what_clients_do(dataset, name, fields, al
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bending(Defense):
+class Bending(UpdateDefense):
     """Changes weights in a way that no scaling of a gradient is."""
 
     type: Literal["test-bending"] = "test-bending"
 
-    def transform(self, update):
-        return replace(update, tensors=bent(update.tensors))
+    def changed(self, change, *, draws, client):
+        return bent(change)
 
     @property
     def public_transform(self):
         return bent
 
 
-def bent(tensors):
+def bent(tensors, seen=None):
     return {
         name: tensor + 10 * tensor**3 if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
@@ -191,7 +191,8 @@ def differentiated(observation, trial):
     tensors, buffers = (
         {name: stacked[0] for name, stacked in part.items()} for part in (matching._known, matching._buffers)
     )
-    return matching._update(trial.images.double(), trial.labels, tensors, buffers)
+    observed = {name: matching._observed.first(name) for name in matching._observed}
+    return matching._update(trial.images.double(), trial.labels, tensors, buffers, observed)
 
 
 def executed(model, trial, local):

@@ -103,7 +103,7 @@ def gradient(model, x, y):
     return dict(zip(names, torch.autograd.grad(loss, tensors), strict=True))
 
 
-def signs_and_roots(update):
+def signs_and_roots(update, seen=None):
     return {name: g.sign() * (g.abs() + 1e-6).sqrt() for name, g in update.items()}
 
 

@@ -86,7 +86,7 @@ def test_the_best_restart_is_chosen_by_its_loss(observe_plain):
     assert several.start == losses.index(min(losses))
 
 
-def clipped(gradient):
+def clipped(gradient, seen=None):
     """A public transform: every tensor to norm 1e-3, and its signs only."""
     return {name: 1e-3 * tensor.sign() for name, tensor in gradient.items()}
 

@@ -91,7 +91,7 @@ def test_norms_that_mix_channels_have_no_support_to_read(observed, small, norm):
 
 def test_a_transform_may_make_zero_rows_of_its_own(observed):
     seen, _, _ = observed(ALL)
-    assert read_structure(replace(seen, transform=lambda update: update)).support == {}
+    assert read_structure(replace(seen, transform=lambda update, seen: update)).support == {}
 
 
 def test_its_text_holds_no_tensor_of_the_client(observed):

@@ -13,7 +13,8 @@ from fedkl import data, experiments, report
 from fedkl.attacking import SimulatedClients
 from fedkl.attacks import PriorOnly
 from fedkl.config import AttackConfig
-from fedkl.defenses import DEFENSES, Defense, KeyLock, NoDefense, own_arms, register_defense
+from fedkl.defenses import DEFENSES, KeyLock, NoDefense, own_arms, register_defense
+from fedkl.defenses.changing import UpdateDefense
 from fedkl.defenses.noise import GaussianNoise
 from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining, Federation
@@ -21,20 +22,20 @@ from fedkl.protocol import Procedure
 
 
 @dataclass(frozen=True, kw_only=True)
-class Halving(Defense):
+class Halving(UpdateDefense):
     """Sends half of everything: what such a file needs at least."""
 
     type: Literal["test-halving"] = "test-halving"
 
-    def transform(self, update):
-        return replace(update, tensors=self.public_transform(update.tensors))
+    def changed(self, change, *, draws, client):
+        return halved(change)
 
     @property
     def public_transform(self):
         return halved
 
 
-def halved(tensors):
+def halved(tensors, seen=None):
     return {name: tensor / 2 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 

@@ -90,7 +90,7 @@ def one_update(run, client, *, round=0, state=None):
             run.server.state if state is None else state,
             round=round,
             lr=run.training.lr_at(round),
-            transform=run.defense.transform,
+            transform=run._transformed,
         )
         .update
     )

@@ -176,10 +176,10 @@ def test_updates_out_of_range_are_one_clients_failure(dataset):
     broken = dict(masked.server.state)
     name = next(iter(broken))
     original = masked._transformed
-    masked._transformed = lambda update: (
+    masked._transformed = lambda update, client: (
         replace(update, tensors={**update.tensors, name: update.tensors[name] + 2000})
         if update.num_samples and not masked.clients[0].trained
-        else original(update)
+        else original(update, client)
     )
     masked._pool.workers[0].train(
         masked.clients[3], masked.server.state, round=0, lr=0.01, transform=original

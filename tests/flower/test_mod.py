@@ -377,7 +377,7 @@ def test_noise_after_the_lock_hides_no_private_numbers_from_its_search():
 def test_a_lock_whose_transform_would_be_left_out_is_refused():
     @dataclass(frozen=True, kw_only=True)
     class Noisy(KeyLock):
-        def transform(self, update):
+        def transform(self, update, *, client):
             return update
 
     with pytest.raises(ConfigError, match="transform would not be applied"):
@@ -386,7 +386,7 @@ def test_a_lock_whose_transform_would_be_left_out_is_refused():
 
 def test_no_text_of_a_defense_reaches_the_server():
     class Talking(GaussianNoise):
-        def transform(self, update):
+        def transform(self, update, *, client):
             raise ValueError(f"weights are {update.tensors['0.weight']}")
 
     app = ClientApp(mods=[TransformMod(Talking())])

@@ -19,7 +19,7 @@ from fedkl.defenses.base import ServerView
 from fedkl.defenses.completion import Completion
 from fedkl.errors import DataError
 from fedkl.locking import KEY, Split
-from fedkl.protocol import Auxiliary, Observation, Procedure, Transform
+from fedkl.protocol import Auxiliary, Observation, Procedure, Sending, Transform
 from fedkl.types import ImageBatch, Inputs, Labels
 
 _FIT_STEPS = 200
@@ -111,7 +111,7 @@ def observe(
     Raises:
         DataError: The arm fits γ and β to auxiliary images, and there are none.
     """
-    local, knowledge = local or Procedure(), arm.knowledge
+    local, knowledge = arm.defense.procedure(local or Procedure()), arm.knowledge
     cohort = (victim, *others)
     shares = zip(cohort, trial.images.chunk(len(cohort)), trial.labels.chunk(len(cohort)), strict=True)
     steps = local.step_count(len(trial.images) // len(cohort))
@@ -177,7 +177,7 @@ def sent_by(
         images: The client's.
         labels: Theirs.
         train_mode: Whether its norms use the batch's statistics.
-        local: What it does.
+        local: What it does, with what the defense makes of that.
         generator: Of its augmentation.
 
     Returns:
@@ -188,11 +188,12 @@ def sent_by(
     trained = client.bake() if knowledge.affine_gradient else client.model
     private = () if knowledge.affine_gradient else client.private_parameters()
     given: dict[str, Any] = {"train_mode": train_mode, "local": local, "private": private}
+    at_hand = Sending.of(client.public_state(), client.model, images, labels)
     if local.algorithm == "fedavg":
         after = trained_tensors(trained, images, labels, **given, generator=generator)
         state = {name: after[name] for name in client.public_state()}
         sent = client.public_update(state, kind="weights", num_samples=len(images), round=0, search=False)
-        weights = arm.defense.transform(sent).tensors
+        weights = arm.defense.transform(sent, client=at_hand).tensors
         before = dict(trained.named_parameters())
         update = difference(before, after, lr=local.lr)
         seen = difference({name: before[name] for name in public}, weights, lr=local.lr)
@@ -200,7 +201,7 @@ def sent_by(
         update = local_update(trained, images, labels, **given, generator=generator)
         state = {name: update[name] for name in public}
         sent = client.public_update(state, kind="gradient", num_samples=len(images), round=0, search=False)
-        seen = dict(arm.defense.transform(sent).tensors)
+        seen = dict(arm.defense.transform(sent, client=at_hand).tensors)
     if knowledge.affine_gradient:
         seen = update | seen
     if knowledge.lock_gradient:

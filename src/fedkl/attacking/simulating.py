@@ -16,7 +16,7 @@ from fedkl.attacking.updates import gradients, mean_of, stacked, updated
 from fedkl.defenses import Arm, Defense
 from fedkl.defenses.base import Known
 from fedkl.locking import Split
-from fedkl.protocol import Procedure
+from fedkl.protocol import Procedure, Sending
 from fedkl.protocol.differentiable import transformed
 
 
@@ -96,7 +96,7 @@ class SimulatedClients:
             names=tuple(sorted(names)),
             private=tuple(sorted(private)),
             train_mode=train_mode,
-            local=local,
+            local=arm.defense.procedure(local),
             cohort=cohort,
             generator=generator or torch.Generator(),
         )
@@ -145,13 +145,13 @@ class SimulatedClients:
                 generator=rng.generator(next(self.played), "simulated-augmentation"),
             )
             updates = stacked([update(x, y) for x, y in zip(images, labels, strict=True)], self.names)
-        return self._transformed(updates, network)
+        return self._transformed(updates, network, images, labels)
 
-    def _transformed(self, updates: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    def _transformed(
+        self, updates: Mapping[str, Tensor], network: nn.Module, images: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
         """What the defense does to them before they are sent, in the units in which they are seen."""
-        return transformed(
-            updates,
-            partial(self.defense.imitate_transform, generator=self.generator),
-            received={name: parameter.detach() for name, parameter in network.named_parameters()},
-            procedure=self.local,
-        )
+        received = {name: parameter.detach() for name, parameter in network.named_parameters()}
+        clients = [Sending.of(received, network, x, y) for x, y in zip(images, labels, strict=True)]
+        imitate = partial(self.defense.imitate_transform, clients=clients, generator=self.generator)
+        return transformed(updates, imitate, procedure=self.local)

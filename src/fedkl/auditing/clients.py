@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -21,7 +20,7 @@ from fedkl.defenses import Arm, Defense, plain_arm
 from fedkl.defenses.completion import Completion
 from fedkl.errors import FedKLError, TrainingError, printable
 from fedkl.locking import Split
-from fedkl.protocol import Knowledge, Procedure
+from fedkl.protocol import Knowledge, Procedure, Sending
 
 _LOOP_LR = 1.0  # weights of a function that trains are compared as they are
 
@@ -84,6 +83,8 @@ class Clients:
             defense = defense.for_images((channels, height, width))
         if not exposure.trained:
             defense = defense.for_untrained()
+        if isinstance(procedure, Procedure):
+            procedure = defense.procedure(procedure)
         return cls(
             subject=subject,
             exposure=exposure,
@@ -165,17 +166,17 @@ class Clients:
             simulate = replace(simulate, played=itertools.count(number * members))
             return {name: tensor[0] for name, tensor in simulate(images[None], labels[None]).items()}
         known = self.defense.known(split, granted=self.arm.knowledge)
-        alike = partial(self.defense.imitated, self.network, known=known, generator=generator)
-        found = mean_of(
+        return mean_of(
             [
-                self._looped(alike(), x, y, number=f"played-{number}-{member}")
+                self._imitated(
+                    self.defense.imitated(self.network, known=known, generator=generator),
+                    *(x, y),
+                    number=f"played-{number}-{member}",
+                    generator=generator,
+                )
                 for member, (x, y) in enumerate(self._shared(images, labels))
             ]
         )
-        changed = self.defense.imitate_transform(
-            {name: tensor[None] for name, tensor in found.items()}, generator=generator
-        )
-        return {name: tensor[0] for name, tensor in changed.items()}
 
     def _shared(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         parts = torch.arange(len(images)).chunk(self.exposure.clients)
@@ -192,13 +193,25 @@ class Clients:
                 local=self.procedure,
                 generator=rng.generator(self.seed, "audited-augmentation", number),
             )
+        at_hand = self._at_hand(client, images, labels)
         before, state = self._looped_state(client, images, labels, number=number)
         sent = client.public_update(state, kind="weights", num_samples=len(images), round=0, search=False)
-        return difference(before, self.defense.transform(sent).tensors, lr=_LOOP_LR)
+        return difference(before, self.defense.transform(sent, client=at_hand).tensors, lr=_LOOP_LR)
 
-    def _looped(self, client: Split, images: Tensor, labels: Tensor, *, number: str) -> dict[str, Tensor]:
+    def _imitated(
+        self, client: Split, images: Tensor, labels: Tensor, *, number: str, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """What a client sends that trains by the owner's function, and that the server plays."""
+        at_hand = self._at_hand(client, images, labels)
         before, state = self._looped_state(client, images, labels, number=number)
-        return difference(before, state, lr=_LOOP_LR)
+        change = {name: (state[name] - tensor)[None] for name, tensor in before.items()}
+        changed = self.defense.imitate_transform(change, clients=[at_hand], generator=generator)
+        return {name: -tensor[0] / _LOOP_LR for name, tensor in changed.items()}
+
+    def _at_hand(self, client: Split, images: Tensor, labels: Tensor) -> Sending:
+        """Of a client that has not trained yet."""
+        received = {name: tensor.detach().clone() for name, tensor in client.public_state().items()}
+        return Sending.of(received, client.model, self.subject.inputs(images), labels)
 
     def _looped_state(
         self, client: Split, images: Tensor, labels: Tensor, *, number: str

@@ -18,6 +18,7 @@ from fedkl.defenses.base import (
     plain_arm,
     register_defense,
 )
+from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.defenses.keylock import LOCK_SETTINGS, PUBLISHED_LOCK, KeyLock, PrivateNorm, PublicNorm
 from fedkl.defenses.private_layers import PrivateLayers
 from fedkl.registration import import_all
@@ -28,6 +29,7 @@ __all__ = [
     "PUBLISHED_LOCK",
     "Arm",
     "Defense",
+    "Draws",
     "FilledIn",
     "KeyLock",
     "NoDefense",
@@ -36,6 +38,7 @@ __all__ = [
     "PublicNorm",
     "Regressed",
     "ServerView",
+    "UpdateDefense",
     "arms_of",
     "own_arms",
     "plain_arm",

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fedkl.keys import Key, imitated_uniform
 from fedkl.locking import Generation, Split
-from fedkl.protocol import Knowledge, Transform
+from fedkl.protocol import Knowledge, Procedure, Sending, Transform
 from fedkl.registration import Kinds
 from fedkl.types import NamedTensors
 from fedkl.update import PublicUpdate
+
+AnyProcedure = TypeVar("AnyProcedure", bound=Procedure)
 
 Regressed = Literal["nothing", "key", "affine"]
 
@@ -96,31 +98,44 @@ class Defense:
             ConfigError: It is.
         """
 
-    def transform(self, update: PublicUpdate) -> PublicUpdate:
-        """What the client does to an update before it is sent."""
+    def procedure(self, procedure: AnyProcedure) -> AnyProcedure:
+        """How a client trains that would train so without the defense; of what this gives, the same again."""
+        return procedure
+
+    def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
+        """What the client does to an update before it is sent.
+
+        Args:
+            update: A gradient, or the weights after training, with buffers.
+            client: What it has at hand.
+        """
         return update
 
     @property
     def public_transform(self) -> Transform | None:
-        """What `transform` does to the tensors, for an attacker who does the same to its own tensors.
+        """What an attacker does to the change that a client with its own images would send.
 
-        Differentiable, without secrets and without chance, works under `torch.vmap`; None where nothing is
-        done, or where what is done is drawn by chance (see `imitate_transform`). A defense that overrides
-        `transform` overrides this or `imitate_transform`: the attacker knows the defense.
+        A change is a gradient or, where weights are sent, the weights after minus before training. The
+        function is called with it and with the one that was observed, both by name: of a pruned update, what
+        was not kept says nothing. Differentiable, without secrets and without chance, works under
+        `torch.vmap`; None where nothing is done, or where what is done is drawn by chance and leaves the mean
+        alone. A defense that overrides `transform` overrides this or `imitate_transform`: the attacker knows
+        the defense.
         """
         return None
 
     def imitate_transform(
-        self, updates: Mapping[str, Tensor], *, generator: torch.Generator
+        self, changes: Mapping[str, Tensor], *, clients: Sequence[Sending], generator: torch.Generator
     ) -> Mapping[str, Tensor]:
-        """What `transform` does to the updates of clients that the server plays itself.
+        """What `transform` does to the changes of clients that the server plays itself.
 
         Args:
-            updates: By name, several stacked: shape ``(updates, …)`` each.
+            changes: By name, several stacked: shape ``(clients, …)`` each; see `public_transform`.
+            clients: What each of them has at hand.
             generator: The attacker's, for what `transform` draws.
         """
         public = self.public_transform
-        return updates if public is None else dict(torch.vmap(public)(dict(updates)))
+        return changes if public is None else dict(torch.vmap(public)(dict(changes), dict(changes)))
 
     def server_view(
         self,

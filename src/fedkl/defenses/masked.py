@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache
@@ -28,6 +28,7 @@ from fedkl.masking import (
     new_roster,
 )
 from fedkl.masking.words import MAX_SAMPLES
+from fedkl.protocol import Sending
 from fedkl.update import PublicUpdate
 
 _DAY = date(2026, 1, 1)  # of a cohort that is forgotten as soon as its upload is there
@@ -65,7 +66,7 @@ class MaskedUpload(Defense):
             f"fedkl train --masking {self.mode} (training.aggregation), over any defense."
         )
 
-    def transform(self, update: PublicUpdate) -> PublicUpdate:
+    def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
         """The update as a member of a new cohort uploads it, its words taken for numbers."""
         members = _memberships(self.mode)
         layout = Layout(specs=update.schema.specs, words=members[0].roster.words)
@@ -80,12 +81,12 @@ class MaskedUpload(Defense):
         return replace(update, tensors={**update.tensors, **numbers})
 
     def imitate_transform(
-        self, updates: Mapping[str, Tensor], *, generator: torch.Generator
+        self, changes: Mapping[str, Tensor], *, clients: Sequence[Sending], generator: torch.Generator
     ) -> Mapping[str, Tensor]:
         """The informed attacker masks the updates of clients that it plays, with masks of its own."""
         return {
             name: _SIZE * (2 * torch.rand(tensor.shape, generator=generator).to(tensor) - 1)
-            for name, tensor in updates.items()
+            for name, tensor in changes.items()
         }
 
     @classmethod

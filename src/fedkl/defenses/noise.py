@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from fedkl.defenses.base import Defense, register_defense
+from fedkl.defenses.base import register_defense
+from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.errors import ConfigError
-from fedkl.keys import secure_normal
-from fedkl.update import PublicUpdate
+from fedkl.protocol import Sending
+from fedkl.types import NamedTensors
 
 
 @register_defense
 @dataclass(frozen=True, kw_only=True)
-class GaussianNoise(Defense):
+class GaussianNoise(UpdateDefense):
     """Every client adds independent Gaussian noise to all that it sends.
 
     There is no clipping and no accountant: this is no differential privacy, and no (ε, δ) is claimed.
@@ -39,23 +36,9 @@ class GaussianNoise(Defense):
         if not 0 <= self.deviation < math.inf:
             raise ConfigError(f"GaussianNoise: expected a finite deviation ≥ 0, got {self.deviation}.")
 
-    def transform(self, update: PublicUpdate) -> PublicUpdate:
-        """Adds noise to every tensor of floating-point numbers; counts of batches stay."""
-        noisy = {
-            name: tensor + self.deviation * secure_normal(*tensor.shape).to(tensor)
-            for name, tensor in update.tensors.items()
-            if tensor.is_floating_point()
-        }
-        return replace(update, tensors={**update.tensors, **noisy})
-
-    def imitate_transform(
-        self, updates: Mapping[str, Tensor], *, generator: torch.Generator
-    ) -> Mapping[str, Tensor]:
-        """The informed attacker adds noise of the same size to the clients that it plays itself."""
-        return {
-            name: tensor + self.deviation * torch.randn(tensor.shape, generator=generator).to(tensor)
-            for name, tensor in updates.items()
-        }
+    def changed(self, change: NamedTensors, *, draws: Draws, client: Sending) -> NamedTensors:
+        """Adds noise to every tensor."""
+        return {name: tensor + self.deviation * draws.normal(tensor) for name, tensor in change.items()}
 
     def describe(self) -> str:
         """How much."""

@@ -29,6 +29,7 @@ from fedkl.federated.worker import (
 )
 from fedkl.locking import Split
 from fedkl.metrics import class_accuracies
+from fedkl.protocol import Sending
 from fedkl.types import Images, NamedTensors
 from fedkl.update import PublicUpdate
 
@@ -147,13 +148,11 @@ class Federation:
         count = max(1, min(wanted, self.training.cohort_size, os.cpu_count() or 1))
         memory = torch.channels_last if execution.channels_last else torch.contiguous_format
         splits = [self.defense.prepare(model) for _ in range(count)]
+        local = self.defense.procedure(self.training.local)
         for split in splits:
             split.model.to(device).to(memory_format=memory)  # type: ignore[call-overload]
         return WorkerPool(
-            [
-                Worker(split, training=self.training.local, data=shared, seed=self._seed, draws=draws)
-                for split in splits
-            ],
+            [Worker(split, training=local, data=shared, seed=self._seed, draws=draws) for split in splits],
             threads=threads,
         )
 
@@ -281,14 +280,14 @@ class Federation:
 
         return self._pool.map(task, clients)
 
-    def _transformed(self, update: PublicUpdate) -> PublicUpdate:
+    def _transformed(self, update: PublicUpdate, client: Sending) -> PublicUpdate:
         """What the defense makes of an update.
 
         Raises:
             TrainingError: The defense fails.
         """
         try:
-            return self.defense.transform(update)
+            return self.defense.transform(update, client=client)
         except FedKLError:
             raise
         except Exception as error:  # of a defense from outside the package

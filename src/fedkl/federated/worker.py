@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from fedkl.federated.client import Client
 from fedkl.federated.optimizer_state import put_state, take_state
 from fedkl.federated.options import LocalTraining
 from fedkl.locking import Split
+from fedkl.protocol import Sending
 from fedkl.protocol.local_training import LocalTrainer, batches_of
 from fedkl.types import Images, NamedTensors
 from fedkl.update import PublicUpdate, UpdateKind
@@ -33,6 +35,11 @@ class Samples:
 
     images: Images
     labels: Tensor
+
+    def first(self, indexes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The first so many of some samples, and their labels."""
+        chosen = indexes[:count]
+        return self.images[chosen], self.labels[chosen]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,7 @@ class Worker:
         *,
         round: int,
         lr: float,
-        transform: Callable[[PublicUpdate], PublicUpdate],
+        transform: Callable[[PublicUpdate, Sending], PublicUpdate],
     ) -> ClientResult:
         """One round of a client's local training; the client changes only if all of it goes well.
 
@@ -115,7 +122,12 @@ class Worker:
             round=round,
             search=False,
         )
-        update = transform(update)
+        update = transform(
+            update,
+            Sending(
+                received=state, network=self.split.model, sample=partial(self._data.first, client.samples)
+            ),
+        )
         private, loss = self.split.private_state(), torch.stack(losses).mean()
         _check_finite(private | {"loss": loss}, client)
         moments = take_state(optimizer, named)

@@ -11,6 +11,7 @@ from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, UpdateError
 from fedkl.flower import mod
 from fedkl.flower.records import arrays_of, only_arrays, tensors_of
+from fedkl.protocol import Sending
 from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
 
 _LOG = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class TransformMod:
         specs = {n: TensorSpec(shape=tuple(t.shape), dtype=trained[n].dtype) for n, t in came.items()}
         schema = PublicSchema(kind="weights", specs=specs, private=frozenset())
         update = PublicUpdate(schema=schema, tensors=trained, num_samples=1, round=0)
-        changed = self._defense.transform(update)
+        changed = self._defense.transform(update, client=Sending(received=came))
         if changed.schema is not schema:
             raise UpdateError("TransformMod: the defense gave an update of another kind.")
         arrays = arrays_of(changed.tensors)

@@ -3,6 +3,7 @@
     procedure.py    what a client does between receiving a model and sending an update
     local_training.py  carried out; not imported from here, since attacks do not see `fedkl.data`
     differentiable.py  the same as a function of the images
+    sending.py      what a client has at hand when it sends
     observation.py  all that a server has afterwards, and what it was granted
 
 Nothing here knows an attack or a defense.
@@ -10,5 +11,6 @@ Nothing here knows an attack or a defense.
 
 from fedkl.protocol.observation import Auxiliary, Knowledge, Observation, Transform
 from fedkl.protocol.procedure import Procedure
+from fedkl.protocol.sending import Sending
 
-__all__ = ["Auxiliary", "Knowledge", "Observation", "Procedure", "Transform"]
+__all__ = ["Auxiliary", "Knowledge", "Observation", "Procedure", "Sending", "Transform"]

@@ -66,30 +66,28 @@ def differentiable_update(
 
 def transformed(
     update: Mapping[str, Tensor],
-    transform: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    transform: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
     *,
-    received: Mapping[str, Tensor],
     procedure: Procedure,
 ) -> dict[str, Tensor]:
     """What a server sees of an update after what a defense does to it, in the units of the update.
 
-    Where weights are sent, the defense changes weights: those that belong to the update are put together,
-    changed, and taken for a gradient again, in the digits that weights have.
-
     Args:
         update: The gradient, or (before − after) / lr of the weights, by name; several may be stacked.
-        transform: What is done to what is sent, by name.
-        received: The weights before, by the names of the update at least.
+        transform: What is done to the change, by name.
         procedure: What the client does.
     """
+    changed = transform(change_of(update, procedure=procedure))
     if procedure.algorithm != "fedavg":
-        return dict(transform(update))
-    lr = procedure.lr
-    weights = {name: received[name] - lr * tensor for name, tensor in update.items()}
-    sent = transform(weights)
-    if all(sent[name] is tensor for name, tensor in weights.items()):  # nothing is lost to their digits
+        return dict(changed)
+    return {name: -tensor / procedure.lr for name, tensor in changed.items()}
+
+
+def change_of(update: Mapping[str, Tensor], *, procedure: Procedure) -> dict[str, Tensor]:
+    """The change that is sent: of a gradient itself, of (before − after) / lr the weights after − before."""
+    if procedure.algorithm != "fedavg":
         return dict(update)
-    return {name: (received[name] - sent[name]) / lr for name in update}
+    return {name: -procedure.lr * tensor for name, tensor in update.items()}
 
 
 class _Step:

@@ -14,7 +14,8 @@ from fedkl.norms import loses_scale
 from fedkl.protocol.procedure import Procedure
 from fedkl.types import ImageBatch, Labels
 
-Transform = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+Transform = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""What a defense does to a change (see `fedkl.defenses.Defense.public_transform`), given the one observed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +102,8 @@ class Observation:
             the same.
         free: Names, of the model's parameters or of `secrets`, whose values the server does not know and
             which an attack finds together with the images, from those values on.
-        transform: What a defense does publicly to what is sent, gradients or weights (e.g. clipping): the
-            attack does the same to its own. Works on tensors by name, under `torch.func.vmap`.
+        transform: What a defense does publicly to the change that is sent, e.g. clipping: the attack does the
+            same to its own. Works on tensors by name, under `torch.func.vmap`.
         auxiliary: Data of the server's own, if granted.
         client: Which client sent it: those with the same number come from one client and its secrets. None
             where every update is of another client, or it is not known.

@@ -281,7 +281,9 @@ class _Gradients(GradientMatching):
         """Shape ``(entries,)``, in the dtype of the images."""
         known = {name: self._known.first(name) for name in self._known}
         buffers = {name: self._buffers.first(name) for name in self._buffers}
-        update: Mapping[str, Tensor] = self._update(images, self._target, known | dict(private), buffers)
+        observed = {name: self._observed.first(name) for name in self._observed}
+        tensors = known | dict(private)
+        update: Mapping[str, Tensor] = self._update(images, self._target, tensors, buffers, observed)
         return torch.cat(
             [(update[name] / size - self._goal[name]).flatten() for name, size in self._sizes.items()]
         )

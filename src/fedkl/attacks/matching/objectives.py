@@ -14,7 +14,12 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 from fedkl.attacks.matching.stacks import Stacks
 from fedkl.attacks.priors import Prior
 from fedkl.protocol import Observation
-from fedkl.protocol.differentiable import check_differentiable, differentiable_update, transformed
+from fedkl.protocol.differentiable import (
+    change_of,
+    check_differentiable,
+    differentiable_update,
+    transformed,
+)
 from fedkl.protocol.procedure import loss_of
 
 Weighting = Literal["none", "sqrt", "full"]
@@ -166,7 +171,7 @@ class GradientMatching:
         tensors = known | {
             name: part.reshape(known[name].shape) for name, part in zip(self._first.free, free, strict=True)
         }
-        dummy = self._update(images, target, tensors, buffers)
+        dummy = self._update(images, target, tensors, buffers, observed)
         value = self._distance(dummy, observed, weights)
         if aside:
             value = value + self._forward_terms(images, tensors, buffers, aside)
@@ -176,7 +181,14 @@ class GradientMatching:
         """What a subclass that fills `_aside` adds to the distance, from the way forward."""
         raise NotImplementedError
 
-    def _update(self, images: Tensor, target: Tensor, tensors: _Tensors, buffers: _Tensors) -> _Tensors:
+    def _update(
+        self,
+        images: Tensor,
+        target: Tensor,
+        tensors: _Tensors,
+        buffers: _Tensors,
+        observed: _Tensors,
+    ) -> _Tensors:
         """What a client with these images sends, of what is observed."""
         local, names = self._first.local, sorted(self._first.gradient)
 
@@ -196,7 +208,8 @@ class GradientMatching:
         transform = self._first.transform
         if transform is None:
             return update
-        return transformed(update, transform, received=tensors, procedure=local)
+        seen = change_of(observed, procedure=local)
+        return transformed(update, lambda change: transform(change, seen), procedure=local)
 
     def _gradient(
         self, of: _Tensors, images: Tensor, target: Tensor, tensors: _Tensors, buffers: _Tensors

@@ -1,0 +1,80 @@
+"""Defenses that change what is sent, and keep nothing: one function of the change says all of it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedkl.defenses.base import Defense
+from fedkl.keys import Uniform, imitated_uniform, normal, secure_uniform
+from fedkl.protocol import Sending
+from fedkl.types import NamedTensors
+from fedkl.update import PublicUpdate
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for a defense: a client's from the operating system, an attacker's from its seed.
+
+    Attributes:
+        source: `fedkl.keys.secure_uniform`, or what `fedkl.keys.imitated_uniform` gives.
+    """
+
+    source: Uniform
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Uniform numbers in (0, 1), of the shape, dtype and device of a tensor."""
+        return self.source(*like.shape).to(like)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal numbers, likewise."""
+        return normal(self.source, *like.shape).to(like)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateDefense(Defense):
+    """Base of defenses that change what is sent, and keep no tensor private.
+
+    What they change is a gradient or, where weights are sent, the weights after minus before training: all
+    tensors of floating-point numbers, norms' running statistics included. Counts of batches are sent as they
+    are. `public_transform` says what an informed attacker makes of it; by default nothing, as is right for
+    noise of mean 0 that is alike everywhere.
+    """
+
+    @abstractmethod
+    def changed(self, change: NamedTensors, *, draws: Draws, client: Sending) -> NamedTensors:
+        """What is sent in place of a change, by the same names.
+
+        Args:
+            change: Of floating-point numbers.
+            draws: Random numbers.
+            client: What the client has at hand.
+        """
+
+    def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
+        """Changes an update, with random numbers from the operating system."""
+        floating = {name: t for name, t in update.tensors.items() if t.is_floating_point()}
+        draws = Draws(secure_uniform)
+        if update.kind == "gradient":
+            sent = self.changed(floating, draws=draws, client=client)
+        else:
+            before = {name: client.received[name].to(tensor) for name, tensor in floating.items()}
+            change = {name: tensor - before[name] for name, tensor in floating.items()}
+            changed = self.changed(change, draws=draws, client=client)
+            sent = {name: before[name] + tensor for name, tensor in changed.items()}
+        return replace(update, tensors={**update.tensors, **sent})
+
+    def imitate_transform(
+        self, changes: Mapping[str, Tensor], *, clients: Sequence[Sending], generator: torch.Generator
+    ) -> Mapping[str, Tensor]:
+        """Changes the updates of clients that the attacker plays, one by one, with numbers from its seed."""
+        draws = Draws(imitated_uniform(generator))
+        each = [
+            self.changed({name: tensor[place] for name, tensor in changes.items()}, draws=draws, client=at)
+            for place, at in enumerate(clients)
+        ]
+        return {name: torch.stack([sent[name] for sent in each]) for name in changes}
