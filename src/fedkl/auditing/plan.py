@@ -105,7 +105,20 @@ def exposures_of(
     ]
     if subject.weights is not None:
         upper.append(_one_gradient(subject, 1, trained=False))
-    return found + [clients(each, procedure=ONE_GRADIENT, defense=hidden) for each in upper]
+    one = _one_step(subject)
+    return found + [clients(each, procedure=one, defense=hidden) for each in upper]
+
+
+def _one_step(subject: Subject) -> Procedure:
+    """What is sent after one step, in the units of what the subject's clients send.
+
+    Noise and limits of a defense are in these units. Of Adam, whose first step is no multiple of a gradient,
+    and of a function that trains, whose learning rate is not known: a gradient.
+    """
+    own = subject.procedure
+    if isinstance(own, Procedure) and own.algorithm == "fedavg" and own.optimizer == "sgd":
+        return replace(own, epochs=1, steps=1, batch_size=None, augmentation="none", proximal=0.0)
+    return ONE_GRADIENT
 
 
 def recorded_exposures_of(subject: Subject, sent: Sent, *, seed: int) -> list[Clients]:
@@ -154,9 +167,10 @@ def _real(subject: Subject) -> Exposure:
 
 def _one_gradient(subject: Subject, size: int, *, trained: bool = True) -> Exposure:
     kind = "" if trained else ", untrained network"
+    what = "one gradient of" if _one_step(subject).is_gradient else "one step on"
     return Exposure(
         name=f"gradient-of-{size}" if trained else "untrained",
-        title=f"one gradient of {_images(size)}{kind}",
+        title=f"{what} {_images(size)}{kind}",
         headline=False,
         trained=trained and subject.weights is not None,
         images=size,

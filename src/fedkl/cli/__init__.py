@@ -10,7 +10,7 @@ and `--version` answer at once.
     membership.py what `fedkl member` and `fedkl cohort` have in common
     plugins.py    files of one's own that register defenses and attacks
     train.py attack.py audit.py demo.py report.py export.py data.py key.py member.py cohort.py generator.py
-    reproduce.py adaptive.py
+    reproduce.py adaptive.py defenses.py
                   one command, or group of commands, each
 """
 

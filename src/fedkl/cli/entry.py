@@ -16,6 +16,7 @@ from fedkl.cli import (
     audit,
     cohort,
     data,
+    defenses,
     demo,
     export,
     generator,
@@ -49,6 +50,7 @@ GROUPS = {
 for name, group in GROUPS.items():
     app.add_typer(group.app, name=name)
 adaptive.add_to(reproduce.app)
+defenses.add_to(reproduce.app)
 
 
 # The library does not know how a command line registers one.

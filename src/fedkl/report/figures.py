@@ -168,8 +168,13 @@ class Tradeoff(NamedTuple):
     high: float
 
 
-def frontier(points: Sequence[Tradeoff]) -> bytes:
-    """Accuracy lost (to the right) against images identified (upwards), one panel for each group."""
+def frontier(points: Sequence[Tradeoff], *, share: str = "Identified by the worst rung (%)") -> bytes:
+    """Accuracy lost (to the right) against what is read (upwards), one panel for each group.
+
+    Args:
+        points: All.
+        share: What is read, for the axis.
+    """
     groups = list(dict.fromkeys(point.group for point in points))
     figure = _figure(_WIDTH * max(len(groups), 1), 3.4)
     for place, group in enumerate(groups):
@@ -189,7 +194,7 @@ def frontier(points: Sequence[Tradeoff]) -> bytes:
             )
         axes.set_title(_plain(group), size=9)
         axes.set_xlabel("Accuracy lost (percentage points)", size=8)
-        axes.set_ylabel("Identified by the worst rung (%)", size=8)
+        axes.set_ylabel(share, size=8)
         axes.set_ylim(-4, 104)
         axes.tick_params(labelsize=7)
         axes.grid(color="#dddddd", linewidth=0.6)

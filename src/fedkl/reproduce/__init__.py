@@ -4,6 +4,7 @@ accuracy.py  Table 1
 leakage.py   Tables 4, 5 and 6 and the threat grid: which rows, run how
 gallery.py   their pictures
 frontier.py  the audit's matrix beside what each arrangement costs in accuracy
+defenses.py  every defense: what it costs, and what attackers who know it still read
 published.py the paper's settings and figures
 """
 
@@ -22,6 +23,7 @@ from fedkl.reproduce.accuracy import (
     table1,
     table1_rows,
 )
+from fedkl.reproduce.defenses import DefensesTable, compared, defenses
 from fedkl.reproduce.frontier import Frontier, frontier
 from fedkl.reproduce.gallery import gallery
 from fedkl.reproduce.leakage import (
@@ -43,6 +45,7 @@ __all__ = [
     "RUNGS",
     "Budget",
     "Cell",
+    "DefensesTable",
     "Frontier",
     "LeakageRow",
     "LeakageTable",
@@ -52,6 +55,8 @@ __all__ = [
     "Table1",
     "adaptive",
     "all_arms",
+    "compared",
+    "defenses",
     "frontier",
     "gallery",
     "grid_arms",
