@@ -108,5 +108,6 @@ class SparseVector(UpdateDefense):
 
     def describe(self) -> str:
         """Its numbers."""
-        numbers = f"ε = {self.epsilon:g}, noise_var {self.noise_var:g}, γ = {self.gamma:g}, τ = {self.tau:g}"
+        noise = 2 * self.gamma / self.noise_var
+        numbers = f"ε = {self.epsilon:g}, γ = {self.gamma:g}, τ = {self.tau:g}, noise {noise:g}"
         return f"{self.type} ({100 * self.fraction:g} % drawn, {numbers}, steps {self.steps})"
