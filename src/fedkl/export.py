@@ -13,7 +13,6 @@ from typing import TypedDict
 
 from torch import Tensor
 
-from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, FedKLError, shown, warn
 from fedkl.federated import Checkpoints
 from fedkl.lockfile import default_passphrase
@@ -116,7 +115,7 @@ def _facts(source: Path) -> _Facts:
         return {"whole": None, "read_by_server": True}
     config = training_of(RunDirectory.open(source))
     return {
-        "whole": type(config.defense).prepare is Defense.prepare,
+        "whole": not config.defense.keeps_tensors,
         "read_by_server": config.training.aggregation.server_learns != "nothing",
     }
 

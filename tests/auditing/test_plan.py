@@ -13,9 +13,13 @@ from fedkl.attacks import ATTACKS
 from fedkl.auditing import attackers, plan
 from fedkl.auditing.attackers import ATTACKERS, available
 from fedkl.auditing.clients import Clients
-from fedkl.auditing.plan import CONTROL, defense_of, exposures_of
+from fedkl.auditing.defended import defense_of, text_of
+from fedkl.auditing.plan import CONTROL, exposures_of
 from fedkl.auditing.recognition import LOOKED_AT, Pools
-from fedkl.defenses import DEFENSES, NoDefense
+from fedkl.defenses import DEFENSES, Defense, KeyLock, NoDefense, PrivateNorm
+from fedkl.defenses.combined import Combined
+from fedkl.defenses.masked import MaskedUpload
+from fedkl.defenses.pruning import Pruning
 from fedkl.errors import ConfigError, TrainingError
 from tests.auditing.subjects import CLASSES, EPOCH, Words, convnet, subject, tokens, trains
 
@@ -210,9 +214,28 @@ def test_defenses_by_name(name):
 
 
 @pytest.mark.parametrize(
+    ("defense", "text"),
+    [
+        (Pruning(), "pruning"),
+        (Pruning(keep=0.25), "pruning:keep=0.25"),
+        (KeyLock(layers=("0", "é"), share_statistics=True), 'keylock:layers=["0","é"],share_statistics=true'),
+        (PrivateNorm(like=KeyLock(key_length=9)), "private-norm:like="),
+        (Combined(parts=(Pruning(keep=1e-5), KeyLock())), 'combined:parts=[{type="pruning",keep=1e-05},'),
+    ],
+)
+def test_defenses_with_options_are_one_text(defense, text):
+    assert text_of(defense).startswith(text)
+    assert defense_of(text_of(defense)) == defense_of(defense) == defense
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [("masked", "masks are `masking`"), ("nose", "defense: expected one of .*keylock.*, got 'nose'"),
-     ("", "got ''")],
+     ("", "got ''"), (MaskedUpload(), "masks are `masking`"), (Defense(), "got 'undefended'"),
+     ("pruning:kep=0.1", "- kep: 'pruning' has no such field; expected one of keep"),
+     ("pruning:keep=2", "expected keep above 0 and at most 1, got 2.0"),
+     ("pruning:keep", "expected pruning:NAME=VALUE,…, got 'pruning:keep'"),
+     ("pruning:keep=0.1}\nseed = {", "- seed: 'pruning' has no such field")],
 )  # fmt: skip
 def test_wrong_defenses_are_refused(name, message):
     with pytest.raises(ConfigError, match=message) as caught:

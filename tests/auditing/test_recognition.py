@@ -13,9 +13,15 @@ from fedkl.attacking.updates import local_update
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.recognition import Pool, Pools, _area, _figures, check_enough, clients_of, recognize
 from fedkl.auditing.results import Exposure
-from fedkl.defenses import KeyLock, NoDefense
+from fedkl.defenses import KeyLock, NoDefense, changing
+from fedkl.defenses.combined import Combined
+from fedkl.defenses.local_dp import LocalDpMod
 from fedkl.defenses.masked import MaskedUpload
+from fedkl.defenses.noise import GaussianNoise, LaplaceNoise
+from fedkl.defenses.pruning import Pruning
+from fedkl.defenses.sparse_vector import SparseVector
 from fedkl.errors import DataError
+from fedkl.keys import imitated_uniform
 from tests.auditing.subjects import (
     EPOCH,
     Words,
@@ -46,6 +52,13 @@ def clients_like(kind=Clients, *, defense=None, clients=1, size=SIZE, **fields):
         audited, exposure=exposure, procedure=audited.procedure, defense=defense or NoDefense(), seed=0
     )
     return kind(**vars(found))
+
+
+class Unaware(Clients):
+    """The server plays clients without the defense."""
+
+    def played(self, images, labels, *, number):
+        return Clients.played(self.open(), images, labels, number=number)
 
 
 class Noise(Clients):
@@ -114,6 +127,29 @@ def test_a_masked_update_recognizes_nobody(procedure):
     assert abs(found.auc - 0.5) < 0.1  # masks are of the operating system: no two runs are the same
     opened = recognize(clients.open(), pools=pools_of(clients.subject))
     assert opened.share.low > max(opened.false_alarms.high, opened.swapped.high)
+
+
+@pytest.mark.parametrize(
+    "defense",
+    [
+        GaussianNoise(deviation=0.02), LaplaceNoise(scale=0.02), Pruning(keep=0.1),
+        LocalDpMod(clipping_norm=0.1, epsilon=1000.0),
+        SparseVector(fraction=0.3, epsilon=1e9, noise_var=1e3, gamma=0.01, tau=0.0),
+        Combined(parts=(GaussianNoise(deviation=0.01), Pruning(keep=0.1))),
+    ],
+    ids=lambda defense: defense.type,
+)  # fmt: skip
+def test_who_plays_defended_clients_recognizes_more(defense, monkeypatch):
+    """And the defense hides something: fewer are recognized than without it."""
+
+    def found(kind, defense=defense):
+        uniform = imitated_uniform(torch.Generator().manual_seed(0))  # real clients' draws repeat
+        monkeypatch.setattr(changing, "secure_uniform", uniform)
+        return recognize(clients_like(kind, defense=defense), pools=pools_of(subject()))
+
+    informed = found(Clients)
+    assert found(Unaware).auc + 0.03 < informed.auc < found(Clients, NoDefense()).auc - 0.2
+    assert informed.auc_low > 0.5
 
 
 def test_a_lock_hides_no_presence():

@@ -20,6 +20,7 @@ from fedkl.auditing.plan import exposures_of
 from fedkl.auditing.rebuilding import _arms, dataset_of
 from fedkl.auditing.recognition import Pools
 from fedkl.defenses import KeyLock
+from fedkl.defenses.pruning import Pruning
 from fedkl.errors import ConfigError, DataError, TrainingError
 from fedkl.protocol import Knowledge
 from tests.auditing.subjects import Words, convnet, mlp, subject, tokens, trains
@@ -400,6 +401,17 @@ def test_an_audit_of_a_lock(tmp_path, few):
     assert presence.found.rate > presence.floor.rate
     assert found.settings.defense == "keylock"
     assert "broke" not in {each.kind for each in found.not_run}
+
+
+def test_an_audit_of_a_defense_with_options(tmp_path, few):
+    """As an object or as a text: one audit, which says which options it had."""
+    few()
+    options = {"batch_sizes": (1,), "minutes": 1e-9}
+    found = audited(tmp_path / "a", defense=Pruning(keep=0.25), **options)
+    assert found.settings.defense == "pruning:keep=0.25"
+    assert audited(tmp_path / "a", defense="pruning:keep=0.250", **options) == found
+    with pytest.raises(ConfigError, match="holds an audit of something else or with other options"):
+        audited(tmp_path / "a", defense="pruning:keep=0.3", **options)
 
 
 def test_a_lock_is_not_opened_for_its_attacker():

@@ -15,7 +15,12 @@ from fedkl.attacks import PriorOnly
 from fedkl.config import AttackConfig
 from fedkl.defenses import DEFENSES, KeyLock, NoDefense, own_arms, register_defense
 from fedkl.defenses.changing import UpdateDefense
-from fedkl.defenses.noise import GaussianNoise
+from fedkl.defenses.combined import Combined
+from fedkl.defenses.local_dp import LocalDpMod
+from fedkl.defenses.noise import GaussianNoise, LaplaceNoise
+from fedkl.defenses.percentile import Percentile
+from fedkl.defenses.pruning import Pruning
+from fedkl.defenses.sparse_vector import SparseVector
 from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining, Federation
 from fedkl.protocol import Procedure
@@ -39,7 +44,16 @@ def halved(tensors, seen=None):
     return {name: tensor / 2 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-ROWS = [Halving(), GaussianNoise(deviation=0.01)]
+ROWS = [
+    Halving(),
+    GaussianNoise(deviation=0.01),
+    LaplaceNoise(scale=0.01),
+    Pruning(),
+    Percentile(gamma=1e-4),
+    SparseVector(fraction=0.3, epsilon=1e9, noise_var=1e3, tau=0.0),
+    LocalDpMod(clipping_norm=1e-3, epsilon=100.0),
+    Combined(parts=(GaussianNoise(deviation=0.01), Pruning())),
+]
 
 
 @pytest.fixture(autouse=True)

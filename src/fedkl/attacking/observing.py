@@ -115,7 +115,7 @@ def observe(
     cohort = (victim, *others)
     shares = zip(cohort, trial.images.chunk(len(cohort)), trial.labels.chunk(len(cohort)), strict=True)
     steps = local.step_count(len(trial.images) // len(cohort))
-    untouched = type(arm.defense).transform is Defense.transform  # statistics are sent, too
+    untouched = not arm.defense.changes_updates  # statistics are sent, too
     plain = train_mode and steps == 1 and not others and local.augmentation == "none" and sent is None
     gradient = sent or mean_of(
         [

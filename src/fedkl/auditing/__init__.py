@@ -1,6 +1,7 @@
 """What somebody's own federated training leaks.
 
 subject.py      what is audited; target.py: the function that a user names, which returns it
+defended.py     what its clients do against a curious server, as one text
 clients.py      its clients, real ones and those that the server plays
 rows.py         what goes into and comes back out of layers
 presence.py     whether an image was trained on; recognition.py: measured on clients that are known

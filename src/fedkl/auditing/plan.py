@@ -12,9 +12,9 @@ from fedkl.auditing.rebuilding import FIRST_LOT, refusal
 from fedkl.auditing.recognition import LOOKED_AT, Pools, check_enough, clients_of
 from fedkl.auditing.results import Exposure, Masking, NotRun
 from fedkl.auditing.subject import Subject
-from fedkl.defenses import DEFENSES, Defense
+from fedkl.defenses import Defense, NoDefense
 from fedkl.defenses.masked import MaskedUpload
-from fedkl.errors import ConfigError, DataError, shown
+from fedkl.errors import DataError
 from fedkl.protocol import Procedure
 
 ONE_GRADIENT = Procedure()
@@ -54,23 +54,6 @@ class Planned:
         return self.clients.exposure
 
 
-def defense_of(name: str) -> Defense:
-    """What clients do against a curious server.
-
-    Args:
-        name: A registered type, with its usual options.
-
-    Raises:
-        ConfigError: There is no such defense, or it is named as masks are.
-    """
-    if name == MaskedUpload.type:
-        raise ConfigError("defense: masks are `masking`, over any defense. Give masking = 'blind', say.")
-    if name not in DEFENSES.names():
-        known = ", ".join(each for each in DEFENSES.names() if each != MaskedUpload.type)
-        raise ConfigError(f"defense: expected one of {known}, got {shown(name)}.")
-    return DEFENSES[name]()
-
-
 def exposures_of(
     subject: Subject, *, defense: Defense, masking: Masking, batch_sizes: Sequence[int], seed: int
 ) -> list[Clients]:
@@ -78,7 +61,7 @@ def exposures_of(
 
     Args:
         subject: Whose.
-        defense: See `defense_of`.
+        defense: What clients do against a curious server.
         masking: Mode of masks over it, or ``"none"``.
         batch_sizes: Images behind single gradients, for the upper bounds.
         seed: Of what is drawn.
@@ -131,7 +114,7 @@ def recorded_exposures_of(subject: Subject, sent: Sent, *, seed: int) -> list[Cl
     """
     count, real = len(sent.updates), _real(subject)
     seen = {"name": "recorded", "title": f"{count} recorded update{'s' * (count > 1)}, {real.title}"}
-    open = defense_of("none")
+    open = NoDefense()
     recorded = Clients.of(
         subject,
         exposure=real.model_copy(update=seen),

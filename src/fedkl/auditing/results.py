@@ -105,7 +105,7 @@ class Settings(Record):
         subject: The subject's name.
         images: Whose images there are.
         classes: How many.
-        defense: In words.
+        defense: Its type and unusual options; see defended.py.
         masking: Mode, or ``"none"``.
         seed: Of everything that is drawn.
         minutes: Given.

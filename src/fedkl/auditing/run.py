@@ -14,12 +14,14 @@ import torch
 import fedkl
 from fedkl.attacking.grid import NotRun as Unattacked
 from fedkl.auditing.clients import Clients
+from fedkl.auditing.defended import defense_of, text_of
 from fedkl.auditing.findings import of_pictures, of_presence
-from fedkl.auditing.plan import Planned, defense_of, exposures_of, plan
+from fedkl.auditing.plan import Planned, exposures_of, plan
 from fedkl.auditing.rebuilding import Rebuilt, rebuild
 from fedkl.auditing.recognition import Pools, Recognized, recognize
 from fedkl.auditing.results import Audit, Finding, Masking, NotRun, Settings, Summary
 from fedkl.auditing.subject import Subject
+from fedkl.defenses import Defense
 from fedkl.errors import ConfigError
 from fedkl.files import exclusive, make_folder, write_atomically
 from fedkl.study import Progress, silent
@@ -33,7 +35,7 @@ def audit(
     subject: Subject,
     *,
     out: Path | str,
-    defense: str = "none",
+    defense: str | Defense = "none",
     masking: Masking = "none",
     batch_sizes: Sequence[int] = (1, 16),
     minutes: float = 10.0,
@@ -49,7 +51,8 @@ def audit(
     Args:
         subject: What is audited.
         out: The audit's folder.
-        defense: What clients do against a curious server, by its registered type.
+        defense: What clients do against a curious server; or its registered type, with options of its own as
+            in ``"pruning:keep=0.1"``.
         masking: Mode of masks over it.
         batch_sizes: Images behind single gradients, for the upper bounds.
         minutes: For the attackers. The one that runs when they are over is ended at its next step, and
@@ -72,16 +75,15 @@ def audit(
         )
     subject.check()
     pools = Pools.of(subject.images, subject.labels, seed=seed)
-    exposures = exposures_of(
-        subject, defense=defense_of(defense), masking=masking, batch_sizes=batch_sizes, seed=seed
-    )
+    defended = defense_of(defense)
+    exposures = exposures_of(subject, defense=defended, masking=masking, batch_sizes=batch_sizes, seed=seed)
     settings = settings_of(
         subject,
         exposures,
         target=target or subject.name,
         source=source,
         line=line,
-        defense=defense,
+        defense=text_of(defended),
         masking=masking,
         seed=seed,
         minutes=minutes,

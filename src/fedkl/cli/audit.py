@@ -32,7 +32,10 @@ def audit(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the audit; what was finished is kept.")],
-    defense: Annotated[str, typer.Option(help="One of `fedkl attack --list`.")] = "none",
+    defense: Annotated[
+        str,
+        typer.Option(help="One of `fedkl attack --list`, with options if you like: pruning:keep=0.1."),
+    ] = "none",
     masking: Annotated[
         Literal["none", "blind", "pairwise", "both"], typer.Option(help="Of the clients' updates.")
     ] = "none",

@@ -67,6 +67,16 @@ class Defense:
 
     type: str = "undefended"
 
+    @property
+    def keeps_tensors(self) -> bool:
+        """Whether some tensors may stay with the client."""
+        return type(self).prepare is not Defense.prepare
+
+    @property
+    def changes_updates(self) -> bool:
+        """Whether what is sent may be another update than what was trained."""
+        return type(self).transform is not Defense.transform
+
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
         """Splits a copy of the model into private and public tensors.
 

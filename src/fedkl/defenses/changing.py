@@ -34,6 +34,17 @@ class Draws:
         """Standard normal numbers, likewise."""
         return normal(self.source, *like.shape).to(like)
 
+    def laplace(self, like: Tensor) -> Tensor:
+        """Laplace numbers of scale 1, likewise."""
+        uniform = self.source(*like.shape)
+        sizes = -torch.log(2 * torch.minimum(uniform, 1 - uniform))
+        return torch.where(uniform < 0.5, -sizes, sizes).to(like)
+
+
+def only_kept(change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A `Transform`: what was not kept, and was sent as 0, says nothing, and is not compared."""
+    return {name: tensor * (observed[name] != 0) for name, tensor in change.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateDefense(Defense):

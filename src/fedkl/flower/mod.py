@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp.typing import ClientAppCallable
 from torch import nn
 
-from fedkl.defenses import Defense, KeyLock
+from fedkl.defenses import KeyLock
 from fedkl.errors import ConfigError, FedKLError, LockError, SecretError, UpdateError, gathered, shown
 from fedkl.flower.records import arrays_of, fitted, only_arrays, tensors_of
 from fedkl.flower.store import ClientStore, StoredClient, client_name
@@ -71,7 +71,7 @@ class LockMod:
     def __init__(self, build: Callable[[], nn.Module], *, defense: KeyLock | None = None) -> None:
         self._build = build
         self._defense = defense or KeyLock()
-        if type(self._defense).transform is not Defense.transform:
+        if self._defense.changes_updates:
             raise ConfigError(
                 f"LockMod: expected a lock that changes no updates, got {type(self._defense).__name__}, "
                 "whose transform would not be applied. Put fedkl.flower.TransformMod before this one for it."

@@ -27,15 +27,14 @@ class TransformMod:
     cannot find them behind noise.
 
     Args:
-        defense: One that overrides `Defense.transform`, such as noise.
+        defense: One that changes updates, such as noise.
 
     Raises:
         ConfigError: It keeps tensors private, which takes a `LockMod`, or changes nothing.
     """
 
     def __init__(self, defense: Defense) -> None:
-        kind = type(defense)
-        if kind.prepare is not Defense.prepare or kind.transform is Defense.transform:
+        if defense.keeps_tensors or not defense.changes_updates:
             raise ConfigError(
                 f"TransformMod: expected a defense that changes updates and keeps no tensors private, got "
                 f"{defense.describe()}. A key-lock takes fedkl.flower.LockMod."

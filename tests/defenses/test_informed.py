@@ -1,0 +1,64 @@
+"""A server that knows a defense gets more out of its updates than one that does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedkl import data, models
+from fedkl.attacking import observe, trials_of
+from fedkl.attacks import DLG
+from fedkl.defenses import own_arms
+from fedkl.defenses.combined import Combined
+from fedkl.defenses.local_dp import LocalDpMod
+from fedkl.defenses.noise import GaussianNoise
+from fedkl.defenses.percentile import Percentile
+from fedkl.defenses.pruning import Pruning
+from fedkl.defenses.sparse_vector import SparseVector
+
+TRIALS = 2
+BLURRED = GaussianNoise(deviation=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trials():
+    return trials_of(data.load("mnist-sample"), trials=TRIALS)
+
+
+def observations(defense, trials):
+    found = []
+    for trial in trials:
+        model = models.build_model(
+            "lenet", channels=3, classes=10, seed=trial.index, initialization="default"
+        )
+        arm = own_arms(defense)[defense.type]
+        found.append(observe(defense.prepare(model), arm=arm, model=model, trial=trial, classes=10))
+    return found
+
+
+def error(seen, trials):
+    """Mean squared error of what DLG finds; 0.4 and more at its start."""
+    generators = [torch.Generator().manual_seed(trial.index) for trial in trials]
+    found = DLG(evaluations=40).reconstruct_many(seen, generators=generators)
+    images = torch.cat([each.images for each in found])
+    return float((images - torch.cat([trial.images for trial in trials])).square().mean())
+
+
+@pytest.mark.parametrize(
+    "defense",
+    [
+        Pruning(keep=0.3),
+        Percentile(),
+        SparseVector(fraction=0.5, epsilon=1e9, noise_var=1e4, gamma=1.0, tau=1e-9),
+        LocalDpMod(clipping_norm=0.1, sensitivity=1e-6),
+        Combined(parts=(BLURRED, Pruning(keep=0.3))),
+        Combined(parts=(Pruning(keep=0.3), Percentile(percentile=0.0))),
+    ],
+    ids=lambda defense: defense.describe(),
+)
+def test_matching_what_was_kept_beats_matching_all(defense, trials):
+    seen = observations(defense, trials)
+    informed, naive = error(seen, trials), error([replace(each, transform=None) for each in seen], trials)
+    assert informed < 0.75 * naive
