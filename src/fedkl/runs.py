@@ -3,6 +3,7 @@
 config.toml                 the complete experiment
 environment.json            versions and machine, in words
 results.jsonl               one JSON object a line
+ledger.jsonl                what a training's rounds spent of each client's privacy, if it gives a guarantee
 reconstructions/*.safetensors   images of an attack, one file per (arm, trial)
 summary.json                written last: a run without it was interrupted
 
@@ -37,6 +38,7 @@ _OURS = (
     "config.toml",
     "environment.json",
     "results.jsonl",
+    "ledger.jsonl",
     "summary.json",
     "reconstructions",
     "checkpoints",

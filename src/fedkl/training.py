@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import nn
 
 from fedkl import rng
@@ -21,7 +21,8 @@ from fedkl.errors import ConfigError
 from fedkl.federated import Checkpoints, Execution, Federation, RoundResult, server_fill_ins
 from fedkl.lockfile import default_passphrase
 from fedkl.norms import statistics_names
-from fedkl.runs import Count, FillIn, Needed, RunDirectory, Seconds, Share, damaged_summary
+from fedkl.privacy import LedgerFile
+from fedkl.runs import Count, FillIn, Needed, RunDirectory, Seconds, Share, Word, damaged_summary
 from fedkl.study import Progress, begun, silent
 from fedkl.validation import problems_of
 
@@ -145,6 +146,7 @@ def _rounds(
         checkpoints.save(federation, round=0)  # keys are born here: no later attempt may draw others
     first, total = first or 0, config.training.rounds
     records = _finished_rounds(directory, first)
+    _open_ledger(directory, federation, first)
     partition = {"event": "partition", "class_counts": federation.class_counts.tolist()}
     directory.restart_from([partition, *records])
     earlier = records[-1]["elapsed"] if records else 0.0
@@ -157,11 +159,33 @@ def _rounds(
             with directory.writing():
                 plot(record)
             done = result.round + 1
-            if done == total or perf_counter() - saved >= config.checkpoints.seconds:
+            if federation.is_last(result.round) or perf_counter() - saved >= config.checkpoints.seconds:
                 checkpoints.save(federation, round=done)
                 saved = perf_counter()
             progress(done, total, _accuracy_note(result.accuracy))
+    if records[-1]["accuracy"] is None:  # no privacy is left for the round that is evaluated
+        records[-1] |= _evaluated(federation)
+        directory.restart_from([partition, *records])
     return records
+
+
+def _evaluated(federation: Federation) -> dict[str, Any]:
+    accuracies, local_accuracies = federation.evaluate()
+    return {
+        "accuracies": accuracies,
+        "local_accuracies": local_accuracies,
+        "accuracy": fmean(accuracies.values()),
+        "local_accuracy": fmean(local_accuracies.values()) if local_accuracies else None,
+    }
+
+
+def _open_ledger(directory: RunDirectory, federation: Federation, first: int) -> None:
+    """Goes on with what earlier processes counted: rounds that are repeated were sent, and count twice."""
+    ledger = federation.ledger
+    if ledger is not None:
+        file = LedgerFile(directory.path / "ledger.jsonl", delta=ledger.options.delta)
+        ledger.restore(file.entries(rounds=first))
+        ledger.on_charge = file.append
 
 
 def _finished_rounds(directory: RunDirectory, first: int) -> list[dict[str, Any]]:
@@ -236,11 +260,25 @@ def _train_summary(
         "lost_rounds": sum(bool(r.get("lost")) for r in rounds),
         "skipped_rounds": sum(not r["aggregated"] for r in rounds),
         "fill_ins": fill_ins,
+        "privacy": _privacy(federation),
         "public_parameters": sum(p.numel() for p in federation.split.public_parameters().values()),
         "private_parameters": sum(p.numel() for p in federation.split.private_parameters().values()),
         "update_bytes": max(r["update_bytes"] for r in rounds),
         "seconds": seconds,
         "round_seconds": median(r["seconds"] for r in rounds),
+    }
+
+
+def _privacy(federation: Federation) -> dict[str, Any] | None:
+    """What each client's rounds have spent; None where nothing is guaranteed."""
+    ledger = federation.ledger
+    if ledger is None:
+        return None
+    return {
+        "delta": ledger.options.delta,
+        "budget": ledger.options.budget,
+        "protects": next(iter(ledger.costs.values())).protects,
+        "epsilon": ledger.spent,
     }
 
 
@@ -267,6 +305,15 @@ ORACLE = "mean-affine"
 """The completion that no server can have."""
 
 
+class _Privacy(Needed):
+    """What a training spent of its clients' privacy."""
+
+    delta: Share
+    budget: Annotated[float, Field(gt=0)] | None
+    protects: Word
+    epsilon: Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1)]
+
+
 class _TrainSummary(Needed):
     """What the report takes from a training's summary; older runs lack what has a value here."""
 
@@ -284,6 +331,7 @@ class _TrainSummary(Needed):
     test_images: Count = 0
     classes: Count = 0
     statistics_shared: bool | None = None
+    privacy: _Privacy | None = None
     dropped: Count = 0
     failed: Count = 0
     skipped_rounds: Count = 0

@@ -15,6 +15,7 @@ from fedkl import rng
 from fedkl.attacking.updates import gradients, mean_of, stacked, updated
 from fedkl.defenses import Arm, Defense
 from fedkl.defenses.base import Known
+from fedkl.keys import imitated_uniform
 from fedkl.locking import Split
 from fedkl.protocol import Procedure, Sending
 from fedkl.protocol.differentiable import transformed
@@ -134,7 +135,13 @@ class SimulatedClients:
     ) -> dict[str, Tensor]:
         """What it sends for each batch, stacked."""
         if self.local.is_gradient and self.local.differentiable:
-            updates = gradients(network, images, labels, names=self.names, train_mode=self.train_mode)
+            updates = gradients(
+                *(network, images, labels),
+                names=self.names,
+                train_mode=self.train_mode,
+                local=self.local,
+                uniform=imitated_uniform(self.generator),
+            )
         else:
             update = partial(
                 updated,
@@ -143,6 +150,7 @@ class SimulatedClients:
                 local=self.local,
                 private=private,
                 generator=rng.generator(next(self.played), "simulated-augmentation"),
+                uniform=imitated_uniform(self.generator),
             )
             updates = stacked([update(x, y) for x, y in zip(images, labels, strict=True)], self.names)
         return self._transformed(updates, network, images, labels)

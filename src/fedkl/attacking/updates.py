@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedkl import rng
+from fedkl.keys import Uniform, secure_uniform
 from fedkl.locking import Split
 from fedkl.protocol import Procedure
 from fedkl.protocol.local_training import LocalTrainer, batches_of
+from fedkl.protocol.private_gradient import is_untraceable, private_gradient
 from fedkl.protocol.procedure import loss_of
 from fedkl.types import ImageBatch, Inputs, Labels
 
@@ -26,6 +28,7 @@ def local_update(
     local: Procedure,
     private: Collection[str] = (),
     generator: torch.Generator | None = None,
+    uniform: Uniform = secure_uniform,
 ) -> dict[str, Tensor]:
     """What a client's procedure does to every parameter; the model is not changed.
 
@@ -37,6 +40,7 @@ def local_update(
         local: What the client does.
         private: Names of the parameters that it does not send.
         generator: Of the augmentation; one that is always the same if None.
+        uniform: Where noise comes from, if the procedure adds any: a real client's from the operating system.
 
     Returns:
         The gradient, or the sum of those of several steps; where weights are sent, (before − after) / lr.
@@ -49,6 +53,7 @@ def local_update(
         local=local,
         private=private,
         generator=generator,
+        uniform=uniform,
     )
 
 
@@ -61,17 +66,28 @@ def updated(
     local: Procedure,
     private: Collection[str] = (),
     generator: torch.Generator | None = None,
+    uniform: Uniform = secure_uniform,
 ) -> dict[str, Tensor]:
     """As `local_update`, but for the model's mode and its norms' running statistics."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     batches = _batches(images, labels, local, generator)
     if local.algorithm == "fedavg":
-        _train(model, batches, train_mode=train_mode, local=local, private=private)
+        samples = len(images)
+        _train(
+            *(model, batches),
+            train_mode=train_mode,
+            local=local,
+            private=private,
+            samples=samples,
+            uniform=uniform,
+        )
         total = difference(before, dict(model.named_parameters()), lr=local.lr)
     else:
         total = {}
         for x, y in batches:
-            gradient = full_gradient(model, x, y, train_mode=train_mode, precision=local.precision)
+            gradient = step_gradient(
+                *(model, x, y), train_mode=train_mode, local=local, samples=len(images), uniform=uniform
+            )
             total = {name: total[name] + g if total else g for name, g in gradient.items()}
             if local.is_gradient:
                 return total
@@ -93,11 +109,19 @@ def trained_tensors(
     local: Procedure,
     private: Collection[str],
     generator: torch.Generator | None = None,
+    uniform: Uniform = secure_uniform,
 ) -> dict[str, Tensor]:
     """All tensors after a client's training, by all their names; arguments as of `local_update`."""
     client = copy.deepcopy(model)
     batches = _batches(images, labels, local, generator)
-    _train(client, batches, train_mode=train_mode, local=local, private=private)
+    _train(
+        *(client, batches),
+        train_mode=train_mode,
+        local=local,
+        private=private,
+        samples=len(images),
+        uniform=uniform,
+    )
     found = dict(client.named_parameters()) | dict(client.named_buffers()) | client.state_dict()
     return {name: tensor.detach() for name, tensor in found.items()}
 
@@ -128,6 +152,8 @@ def _train(
     train_mode: bool,
     local: Procedure,
     private: Collection[str],
+    samples: int,
+    uniform: Uniform,
 ) -> None:
     """Trains as a federation does, with a new optimizer."""
     named = dict(model.train(train_mode).named_parameters())
@@ -136,36 +162,48 @@ def _train(
         procedure=local,
         public={name: parameter for name, parameter in named.items() if name not in private},
         private={name: parameter for name, parameter in named.items() if name in private},
+        uniform=uniform,
     )
-    trainer.train(batches)
+    trainer.train(batches, samples=samples)
     trainer.optimizer.zero_grad()
 
 
 def gradients(
-    model: nn.Module, images: Tensor, labels: Tensor, *, names: Sequence[str], train_mode: bool
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    names: Sequence[str],
+    train_mode: bool,
+    local: Procedure | None = None,
+    uniform: Uniform = secure_uniform,
 ) -> dict[str, Tensor]:
-    """Gradients of several batches, stacked; the model is changed."""
+    """Gradients of several batches, stacked; the model is changed.
+
+    Args:
+        model: The network.
+        images: Shape ``(updates, batch, …)``.
+        labels: Theirs.
+        names: Of the parameters.
+        train_mode: Whether norms use the batch's statistics.
+        local: What each client does, one gradient; a plain one if None.
+        uniform: Where noise comes from, if there is any.
+    """
+    if local is not None and local.per_example is not None:
+        each = [
+            step_gradient(*(model, x, y), train_mode=train_mode, local=local, samples=len(x), uniform=uniform)
+            for x, y in zip(images, labels, strict=True)
+        ]
+        return stacked(each, names)
     try:
         return _gradients_at_once(model, images, labels, names=names, train_mode=train_mode)
     except RuntimeError as error:
-        if not _untraceable(error):
+        if not is_untraceable(error):
             raise
         each = [
             full_gradient(model, x, y, train_mode=train_mode) for x, y in zip(images, labels, strict=True)
         ]
         return stacked(each, names)
-
-
-def _untraceable(error: RuntimeError) -> bool:
-    """Whether torch.func says that it cannot trace a network, e.g. steps that depend on values.
-
-    It has no exception of its own for that, only texts. Whatever else goes wrong, such as memory that does
-    not suffice, would go wrong one by one too, later and with another message.
-    """
-    return not isinstance(error, torch.OutOfMemoryError) and any(word in str(error) for word in _TRACING)
-
-
-_TRACING = ("vmap", "functorch", "torch.func", "function transform", "atching rule")
 
 
 def _gradients_at_once(
@@ -183,6 +221,42 @@ def _gradients_at_once(
     wanted = {name: parameters[name] for name in names}
     found = torch.vmap(gradient, in_dims=(None, 0, 0), randomness="different")(wanted, images, labels)
     return dict(found)
+
+
+def step_gradient(
+    model: nn.Module,
+    images: Inputs,
+    labels: Labels,
+    *,
+    train_mode: bool,
+    local: Procedure,
+    samples: int,
+    uniform: Uniform = secure_uniform,
+) -> dict[str, Tensor]:
+    """What a client's step takes for the gradient of one batch, by every parameter.
+
+    Args:
+        model: Its mode is changed.
+        images: Of the batch.
+        labels: Theirs.
+        train_mode: Whether norms use the batch's statistics.
+        local: What the client does.
+        samples: How many images the client has.
+        uniform: Where noise comes from, if there is any.
+    """
+    if local.per_example is None:
+        return full_gradient(model, images, labels, train_mode=train_mode, precision=local.precision)
+    gradient, _ = private_gradient(
+        model.train(train_mode),
+        images,
+        labels,
+        how=local.per_example,
+        expected=samples * local.sampling_rate(samples),
+        loss=loss_of,
+        uniform=uniform,
+        half=local.precision == "bfloat16",
+    )
+    return gradient
 
 
 def full_gradient(

@@ -18,7 +18,7 @@ from fedkl.auditing.results import Exposure
 from fedkl.auditing.subject import LocalLoop, Subject
 from fedkl.defenses import Arm, Defense, plain_arm
 from fedkl.defenses.completion import Completion
-from fedkl.errors import FedKLError, TrainingError, printable
+from fedkl.errors import ConfigError, FedKLError, TrainingError, printable
 from fedkl.locking import Split
 from fedkl.protocol import Knowledge, Procedure, Sending
 
@@ -85,6 +85,11 @@ class Clients:
             defense = defense.for_untrained()
         if isinstance(procedure, Procedure):
             procedure = defense.procedure(procedure)
+        elif type(defense).procedure is not Defense.procedure:
+            raise ConfigError(
+                f"{subject.name}: {defense.describe()} changes how clients train, and a "
+                "function of the owner's that trains cannot be changed. State the training as a fedkl.Procedure."
+            )
         return cls(
             subject=subject,
             exposure=exposure,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedkl.keys import Key, imitated_uniform
 from fedkl.locking import Generation, Split
+from fedkl.privacy import GaussianCost
 from fedkl.protocol import Knowledge, Procedure, Sending, Transform
 from fedkl.registration import Kinds
 from fedkl.types import NamedTensors
@@ -111,6 +112,15 @@ class Defense:
     def procedure(self, procedure: AnyProcedure) -> AnyProcedure:
         """How a client trains that would train so without the defense; of what this gives, the same again."""
         return procedure
+
+    def privacy(self, procedure: Procedure, *, samples: int) -> GaussianCost | None:
+        """What a round costs a client in differential privacy; None where nothing is guaranteed.
+
+        Args:
+            procedure: How the client trains, with what the defense makes of that.
+            samples: How many images it has.
+        """
+        return None
 
     def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
         """What the client does to an update before it is sent.

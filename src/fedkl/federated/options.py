@@ -12,6 +12,7 @@ from fedkl.data import AUGMENTATIONS, IID, AnyPartition
 from fedkl.errors import ConfigError, gathered
 from fedkl.federated.schedules import AnySchedule, StepSchedule
 from fedkl.federated.server import AnyServerOptimizer, Averaging
+from fedkl.privacy import PrivacyOptions
 from fedkl.protocol import Procedure
 
 
@@ -31,6 +32,10 @@ class LocalTraining(Procedure):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     keep_optimizer: bool = True
+
+    def sampling_rate(self, images: int) -> float:
+        """As of `Procedure`; a gradient is of one batch here, too."""
+        return min(1.0, (self.batch_size or images) / images)
 
     def _checks(self) -> dict[str, bool]:
         return super()._checks() | {
@@ -62,6 +67,7 @@ class FederatedTraining:
         eval_clients: At most so many clients are evaluated: the first, in an order drawn once, of those that
             have trained.
         local: How a client trains.
+        privacy: What is accounted for, where the defense gives a guarantee.
     """
 
     clients: int = 3
@@ -78,6 +84,7 @@ class FederatedTraining:
     eval_every: int = 1
     eval_clients: int = 20
     local: LocalTraining = field(default_factory=LocalTraining)
+    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
 
     def __post_init__(self) -> None:
         cohort = self.cohort_size

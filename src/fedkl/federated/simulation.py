@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedkl import rng
 from fedkl.aggregation import Aggregation, FederationPlan, OnSeen, RoundAggregation, RoundPlan
 from fedkl.data import Dataset, class_counts
-from fedkl.defenses import Defense
+from fedkl.defenses import DEFENSES, Defense
 from fedkl.errors import ConfigError, FedKLError, RoundLostError, TrainingError, UpdateError
 from fedkl.federated.client import Client
 from fedkl.federated.options import Execution, FederatedTraining
@@ -29,7 +29,9 @@ from fedkl.federated.worker import (
 )
 from fedkl.locking import Split
 from fedkl.metrics import class_accuracies
+from fedkl.privacy import Ledger
 from fedkl.protocol import Sending
+from fedkl.protocol.private_gradient import check_separate
 from fedkl.types import Images, NamedTensors
 from fedkl.update import PublicUpdate
 
@@ -128,6 +130,7 @@ class Federation:
         self.aggregation = options.for_federation(self._federation_plan())
         self._pool = self._workers(model, execution)
         _check_fedsgd(self.split, training)
+        self.ledger = self._new_ledger()
         _check_tied(self.split, training)
         self.server = Server(
             self.split.public_state(),
@@ -176,6 +179,8 @@ class Federation:
     ) -> Iterator[RoundResult]:
         """Trains all rounds from `start` on, yielding each as it is done.
 
+        It ends before a round that would exceed the privacy budget.
+
         Args:
             start: The first of them.
             on_seen: Is told what the server saw of the watched rounds; see `run_round`.
@@ -183,8 +188,11 @@ class Federation:
 
         Raises:
             TrainingError: The training of all clients of a round diverged.
+            ConfigError: The privacy budget does not suffice for one round.
         """
         for round in range(start, self.training.rounds):
+            if round > 0 and not self._affords(round):
+                return
             yield self.run_round(round, on_seen=on_seen if watched is None or round in watched else None)
 
     def run_round(self, round: int, *, on_seen: OnSeen | None = None) -> RoundResult:
@@ -198,11 +206,14 @@ class Federation:
         Raises:
             TrainingError: The training of all clients of the round diverged, of more than one where the
                 federation has more than one.
+            ConfigError: The privacy budget does not suffice.
         """
         begin = perf_counter()
         lr = self.training.lr_at(round)
         present, dropped = self._cohort(round)
         plan = self._plan(round, [*present, *dropped])
+        if self.ledger is not None:
+            self.ledger.charge(round, [client.name for client in present])
         collected = self.aggregation.begin(plan, record=on_seen is not None)
         for client in dropped:
             collected.drop(client.name)
@@ -237,6 +248,36 @@ class Federation:
             local_accuracies=local_accuracies,
             update_bytes=collected.update_bytes,
         )
+
+    def is_last(self, round: int) -> bool:
+        """Whether no round comes after this one: all are done, or there is no privacy left for another."""
+        return round == self.training.rounds - 1 or not self._affords(round + 1)
+
+    def _affords(self, round: int) -> bool:
+        if self.ledger is None:
+            return True
+        present, _ = self._cohort(round)
+        return self.ledger.affords([client.name for client in present])
+
+    def _new_ledger(self) -> Ledger | None:
+        """Of a defense that gives every client a guarantee; None of others."""
+        training, procedure = self.training, self.defense.procedure(self.training.local)
+        if procedure.per_example is not None:
+            check_separate(self.split.model.train())
+        costs = {
+            client.name: self.defense.privacy(procedure, samples=client.num_samples)
+            for client in self.clients
+        }
+        guaranteed = {name: cost for name, cost in costs.items() if cost is not None}
+        if len(guaranteed) == len(costs):
+            return Ledger(guaranteed, options=training.privacy)
+        if training.privacy.budget is not None:
+            others = [kind.type for kind in DEFENSES if kind.privacy is not Defense.privacy]
+            raise ConfigError(
+                f"privacy.budget: {self.defense.describe()} gives no guarantee that could be counted. Leave "
+                f"the budget out, or use a defense with noise that gives one: {', '.join(others)}."
+            )
+        return None
 
     def _federation_plan(self) -> FederationPlan:
         return FederationPlan(
@@ -313,8 +354,7 @@ class Federation:
             self.server.apply_gradient(average, lr_factor=factor)
 
     def _evaluation_due(self, round: int) -> bool:
-        last = round == self.training.rounds - 1
-        return last or round % self.training.eval_every == self.training.eval_every - 1
+        return self.is_last(round) or round % self.training.eval_every == self.training.eval_every - 1
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, float]]:
         """Test accuracy of the global model by client, each with its own private state, in [0, 1].

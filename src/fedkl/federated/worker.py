@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from fedkl.errors import UpdateError, gathered
 from fedkl.federated.client import Client
 from fedkl.federated.optimizer_state import put_state, take_state
 from fedkl.federated.options import LocalTraining
+from fedkl.keys import secure_uniform
 from fedkl.locking import Split
 from fedkl.protocol import Sending
 from fedkl.protocol.local_training import LocalTrainer, batches_of
@@ -111,7 +113,7 @@ class Worker:
             group["lr"] = lr
         with self._model_randomness(client, round):
             if self._training.algorithm == "fedavg":
-                losses = self._trainer.train(self._batches(client, round))
+                losses = self._trainer.train(self._batches(client, round), samples=client.num_samples)
                 tensors, num_samples = self.split.public_state(), client.num_samples
             else:
                 tensors, num_samples, losses = self._gradient(client, round)
@@ -142,6 +144,17 @@ class Worker:
     def _gradient(self, client: Client, round: int) -> tuple[dict[str, Tensor], int, list[Tensor]]:
         """The public gradient of one batch; private parameters step here, public ones on the server."""
         images, labels = next(self._batches(client, round))
+        if self._training.per_example is not None:
+            loss = self._trainer.private_backward(images, labels, samples=client.num_samples)
+            gradient = {
+                name: torch.zeros_like(p) if p.grad is None else p.grad
+                for name, p in self.split.public_parameters().items()
+                if p.requires_grad
+            }
+            self._trainer.step_private()
+            # Not how many there happen to be in the batch: that tells who is in it.
+            size = client.num_samples * self._training.sampling_rate(client.num_samples)
+            return gradient, max(1, int(size)), [loss]
         loss = self._trainer.loss(images, labels)
         gradient = self.split.public_gradient(loss, retain_graph=bool(self.split.private_parameters()))
         self._trainer.train_private(loss)
@@ -158,12 +171,29 @@ class Worker:
         """Order and augmentation depend on seed, client, round and epoch only."""
         place = (client.name, round, epoch)
         order = torch.randperm(client.num_samples, generator=rng.generator(self._seed, "batches", *place))
+        parts = torch.split(order, self._training.batch_size or client.num_samples)
+        if self._training.per_example is not None:
+            parts = self._drawn(client)
         return batches_of(
             self._data.images,
             self._data.labels,
-            torch.split(client.samples[order], self._training.batch_size or client.num_samples),
+            [client.samples[part] for part in parts],
             augmentation=self._training.augmentation,
-            generator=rng.generator(self._seed, "augmentation", *place),
+            generator=self._generator("augmentation", *place),
+        )
+
+    def _generator(self, *place: str | int) -> torch.Generator:
+        """Of what touches each image; where that is to be private, nobody may know the seed."""
+        if self._training.per_example is not None:
+            return torch.Generator().manual_seed(secrets.randbits(63))
+        return rng.generator(self._seed, *place)
+
+    def _drawn(self, client: Client) -> tuple[Tensor, ...]:
+        """An epoch's batches of images that are drawn: whoever knew the draws would know who is in which."""
+        count, training = client.num_samples, self._training
+        rate = training.sampling_rate(count)
+        return tuple(
+            (secure_uniform(count) < rate).nonzero().flatten() for _ in range(training.steps_of_epoch(count))
         )
 
     @contextmanager
@@ -172,7 +202,7 @@ class Worker:
         if not self._draws:
             yield
             return
-        seed = rng.generator(self._seed, "model", client.name, round).initial_seed()
+        seed = self._generator("model", client.name, round).initial_seed()
         devices = [self._data.labels.device] if self._data.labels.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)

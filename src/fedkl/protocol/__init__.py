@@ -2,6 +2,8 @@
 
     procedure.py    what a client does between receiving a model and sending an update
     local_training.py  carried out; not imported from here, since attacks do not see `fedkl.data`
+    per_example.py  the images' gradients, clipped one by one
+    private_gradient.py  carried out, with noise; not imported from here either
     differentiable.py  the same as a function of the images
     sending.py      what a client has at hand when it sends
     observation.py  all that a server has afterwards, and what it was granted
@@ -9,8 +11,18 @@
 Nothing here knows an attack or a defense.
 """
 
-from fedkl.protocol.observation import Auxiliary, Knowledge, Observation, Transform
+from fedkl.protocol.observation import Auxiliary, Knowledge, Observation, Rescaling, Transform
+from fedkl.protocol.per_example import PerExample
 from fedkl.protocol.procedure import Procedure
 from fedkl.protocol.sending import Sending
 
-__all__ = ["Auxiliary", "Knowledge", "Observation", "Procedure", "Sending", "Transform"]
+__all__ = [
+    "Auxiliary",
+    "Knowledge",
+    "Observation",
+    "PerExample",
+    "Procedure",
+    "Rescaling",
+    "Sending",
+    "Transform",
+]

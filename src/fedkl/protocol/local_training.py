@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from fedkl.data import AUGMENTATIONS, prefetched
 from fedkl.errors import TrainingError
+from fedkl.keys import Uniform, secure_uniform
+from fedkl.protocol.private_gradient import private_gradient
 from fedkl.protocol.procedure import Procedure, loss_of
 from fedkl.types import Images
 
@@ -25,6 +27,7 @@ class LocalTrainer:
         procedure: How.
         public: Its parameters that are sent, by name.
         private: Its other parameters.
+        uniform: Where noise comes from, if the procedure adds any: a real client's from the operating system.
     """
 
     def __init__(
@@ -34,29 +37,76 @@ class LocalTrainer:
         procedure: Procedure,
         public: Mapping[str, nn.Parameter],
         private: Mapping[str, nn.Parameter],
+        uniform: Uniform = secure_uniform,
     ) -> None:
         self._model = model
         self._procedure = procedure
         self._public = dict(public)
         self._private = dict(private)
+        self._uniform = uniform
         self.named = self._public | self._private
         self.optimizer = self._new_optimizer()
 
-    def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    def train(self, batches: Iterable[tuple[Tensor, Tensor]], *, samples: int | None = None) -> list[Tensor]:
         """A step for each batch, on from the optimizer's present state; returns the loss of each.
 
         FedProx pulls towards the weights that the model has when this is called.
+
+        Args:
+            batches: Images and labels.
+            samples: How many images the client has; needed where they are clipped one by one.
         """
         start = [parameter.detach().clone() for parameter in self._anchored()]
         losses = []
         for images, labels in batches:
             self.optimizer.zero_grad()
-            loss = self.loss(images, labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(self._backward(images, labels, samples=samples))
             self._pull_towards(start)
             self.optimizer.step()
-            losses.append(loss.detach())
         return losses
+
+    def _backward(self, images: Tensor, labels: Tensor, *, samples: int | None) -> Tensor:
+        """Gives the parameters the gradient of one batch, and returns its loss."""
+        if self._procedure.per_example is not None:
+            return self.private_backward(images, labels, samples=samples)
+        loss = self.loss(images, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def private_backward(self, images: Tensor, labels: Tensor, *, samples: int | None) -> Tensor:
+        """Gives all parameters, private ones too, the gradient of images that are clipped one by one.
+
+        Private parameters are not sent, but later public gradients depend on them.
+
+        Returns:
+            The batch's mean loss, 0 of an empty one.
+
+        Raises:
+            TrainingError: See `private_gradient`; or it is not said how many images the client has.
+        """
+        how = self._procedure.per_example
+        if how is None or samples is None:
+            raise TrainingError("LocalTrainer: expected per_example and the client's number of samples.")
+        gradient, loss = private_gradient(
+            self._model,
+            images,
+            labels,
+            how=how,
+            expected=samples * self._procedure.sampling_rate(samples),
+            loss=loss_of,
+            uniform=self._uniform,
+            half=self._procedure.precision == "bfloat16",
+        )
+        for name, parameter in self._model.named_parameters():
+            parameter.grad = gradient.get(name)
+        return loss
+
+    def step_private(self) -> None:
+        """The private parameters' step where a gradient is sent, with those that they were given."""
+        for parameter in self._public.values():
+            parameter.grad = None  # parameters without a gradient are left alone
+        if self._private:
+            self.optimizer.step()
 
     def train_private(self, loss: Tensor) -> None:
         """The private parameters' own step where a gradient is sent; the public ones step on the server."""
@@ -130,4 +180,4 @@ def batches_of(
     """
     augment, parts = AUGMENTATIONS[augmentation], list(parts)
     for index, batch in zip(parts, prefetched(images, parts), strict=True):
-        yield augment(batch, generator), labels[index]
+        yield augment(batch, generator) if len(batch) else batch, labels[index]

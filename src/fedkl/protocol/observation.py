@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
@@ -16,6 +17,14 @@ from fedkl.types import ImageBatch, Labels
 
 Transform = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
 """What a defense does to a change (see `fedkl.defenses.Defense.public_transform`), given the one observed."""
+
+
+class Rescaling(ABC):
+    """A `Transform` that multiplies all of a change by one positive factor: its direction stays open."""
+
+    @abstractmethod
+    def __call__(self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The change, scaled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +216,13 @@ class Observation:
     def unsent(self) -> frozenset[str]:
         """Names of `trained` that the client keeps: lock layers, and parameters that were not observed."""
         return frozenset(n for n in self.trained if n in self.secrets or n not in self.gradient)
+
+    @property
+    def up_to_a_factor(self) -> bool:
+        """Whether `gradient` is what the client computed, up to noise and one positive factor."""
+        if self.transform is None:
+            return True
+        return isinstance(self.transform, Rescaling) and self.cohort == 1  # each client has its own factor
 
     @property
     def kind(self) -> Hashable:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fedkl import rng
 from fedkl.errors import ConfigError, gathered
+from fedkl.protocol.per_example import PerExample
 
 
 def loss_of(predictions: Tensor, labels: Tensor) -> Tensor:
@@ -43,6 +44,8 @@ class Procedure:
             μ (w − w_global). Private parameters have no global value. 0: plain FedAvg.
         augmentation: Name of `fedkl.data.AUGMENTATIONS`, applied to every training batch.
         precision: ``"bfloat16"`` runs forward passes under autocast; weights stay float32.
+        per_example: Clips each image's gradient and adds noise, in every step; None: neither. Batches are
+            then drawn: each image is in each with the probability `sampling_rate`, and one may be empty.
 
     Raises:
         ConfigError: A field is out of range.
@@ -60,6 +63,7 @@ class Procedure:
     proximal: float = 0.0
     augmentation: str = "none"
     precision: Literal["float32", "bfloat16"] = "float32"
+    per_example: PerExample | None = None
 
     def __post_init__(self) -> None:
         problems = [problem for problem, fine in self._checks().items() if not fine]
@@ -134,8 +138,14 @@ class Procedure:
 
         Steps take the images in turn. Of epochs the first takes them as they come (images that are attacked
         have no order of their own), and each later one is shuffled, always in the same way: the server is
-        granted the order, which in practice it would have to guess.
+        granted the order, which in practice it would have to guess. Drawn batches are always the same, too.
         """
+        if self.per_example is not None and not self.is_gradient:
+            draws = rng.generator(0, "audited-batches", "drawn")
+            return [
+                (torch.rand(images, generator=draws) < self.sampling_rate(images)).nonzero().flatten()
+                for _ in range(self.steps or self.epochs * self.steps_of_epoch(images))
+            ]
         if self.algorithm == "fedsgd" or self.steps is not None:
             size = images if self.batch_size is None else min(self.batch_size, images)
             steps = self.steps or 1
@@ -145,6 +155,18 @@ class Procedure:
         for epoch in range(1, self.epochs):
             orders.append(torch.randperm(images, generator=rng.generator(0, "audited-batches", epoch)))
         return [part for order in orders for part in torch.split(order, self.batch_size or images)]
+
+    def steps_of_epoch(self, images: int) -> int:
+        """Batches in an epoch of a client with so many images."""
+        return math.ceil(images / (self.batch_size or images))
+
+    def sampling_rate(self, images: int) -> float:
+        """The probability of each image to be in a batch, where batches are drawn.
+
+        Args:
+            images: How many the client has.
+        """
+        return 1.0 if self.is_gradient else min(1.0, (self.batch_size or images) / images)
 
     def summed_share(self, images: int) -> float:
         """The sum of the steps' gradients as they are sent, if all of them were one and the same, over it.

@@ -66,6 +66,7 @@ def training_table(trains: Sequence[TrainRun]) -> Table:
         ACCURACY_COLUMN: lambda run: _accuracy(run.summary["accuracy"], run.summary["accuracies"]),
         OWN_COLUMN: _own_classes,
         "Best round": lambda run: wording.percent(run.summary["best_accuracy"], digits=2),
+        "Privacy spent": _privacy,
         "Public parameters": lambda run: f"{run.summary['public_parameters']:,}",
         "Private parameters": lambda run: f"{run.summary['private_parameters']:,}",
         "Bytes per update": lambda run: f"{run.summary['update_bytes']:,}",
@@ -100,7 +101,29 @@ def _training_notes(trains: Sequence[TrainRun], *, own_classes: bool) -> list[st
         "A lock adds norm layers to a network that has none, such as LeNet. public-norm is the network of "
         "the lock with public γ and β, and its difference to the lock is what the lock costs.",
     )
-    return notes + _participation_notes(trains)
+    return notes + _privacy_notes(trains) + _participation_notes(trains)
+
+
+def _privacy(run: TrainRun) -> str:
+    """ε of the client that spent most."""
+    spent = run.summary.get("privacy")
+    return wording.NONE if spent is None else f"ε = {max(spent['epsilon'].values()):.2f}"
+
+
+def _privacy_notes(trains: Sequence[TrainRun]) -> list[str]:
+    """What ε is of, and who spent it."""
+    notes = []
+    for run in trains:
+        spent = run.summary.get("privacy")
+        if spent is None:
+            continue
+        each, budget = spent["epsilon"].values(), spent["budget"]
+        limit = "" if budget is None else f", budget {budget:g}"
+        notes.append(
+            f"{run.name}: clients spent ε = {min(each):.2f} to {max(each):.2f} at δ = {spent['delta']:g}"
+            f"{limit}; protected: {spent['protects']}. Each round of each client is in ledger.jsonl."
+        )
+    return notes
 
 
 def _participation_notes(trains: Sequence[TrainRun]) -> list[str]:

@@ -54,10 +54,10 @@ def open_chain(observation: Observation, *, attack: str, private_stem: bool = Fa
             f"{attack}: it looks for the secrets by itself; nothing may be free, got "
             f"{', '.join(observation.free)}. Leave out the arms that regress."
         )
-    if not observation.local.is_gradient or observation.transform is not None:
+    if not observation.local.is_gradient or not observation.up_to_a_factor:
         raise AttackError(
-            f"{attack}: expected the gradient of one step as it is, got several local steps, weights or "
-            "a transformed update. Use another attack."
+            f"{attack}: expected the gradient of one step, up to a factor, got several local steps, weights "
+            "or an update that was changed otherwise. Use another attack."
         )
     chain = chain_of(observation, attack=attack)
     name = chain.blocks[-1].layer.name

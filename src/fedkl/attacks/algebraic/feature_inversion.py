@@ -97,11 +97,12 @@ class FeatureInversion(Attack):
         return Needs(own_images=_LEAST)
 
     def _check(self, observation: Observation) -> None:
-        if not observation.local.is_gradient or observation.transform is not None:
+        if not observation.local.is_gradient or not observation.up_to_a_factor:
             steps = observation.local.step_count(observation.batch_size // observation.cohort)
             raise AttackError(
-                f"FeatureInversion: expected the gradient of one step as it is, got {steps} steps, weights "
-                "or a transformed update: the gradient's rows span too much then. Use the attack learned."
+                f"FeatureInversion: expected the gradient of one step, up to a factor, got {steps} steps, "
+                "weights or an update that was changed otherwise: the gradient's rows span too much "
+                "then. Use the attack learned."
             )
         if observation.free or observation.secrets:
             raise AttackError(

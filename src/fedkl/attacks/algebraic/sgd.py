@@ -14,16 +14,21 @@ ROUNDING = 2.0**-24
 def check_sgd(observation: Observation, *, attack: str) -> None:
     """Raises AttackError where an update is no weighted sum of gradients of the client's own images.
 
+    Clipping changes the weights only, of whole updates or of each image. Where a whole one also holds weight
+    decay, that cannot be taken out again: the factor is not known.
+
     Args:
         observation: What the server has.
         attack: Who asks, for the message.
     """
     local = observation.local
     adaptive = local.algorithm == "fedavg" and local.optimizer != "sgd"
-    if observation.transform is not None or adaptive or local.augmentation != "none":
+    decays = local.algorithm == "fedavg" and local.weight_decay > 0 and observation.transform is not None
+    changed = decays or not observation.up_to_a_factor
+    if changed or adaptive or local.augmentation != "none":
         raise AttackError(
-            f"{attack}: expected a gradient, or weights after steps of SGD, as they are, got a transformed "
-            "update, another optimizer or augmented images. Use the attack learned."
+            f"{attack}: expected a gradient, or weights after steps of SGD, up to a factor, got an update "
+            "that was changed otherwise, another optimizer or augmented images. Use the attack learned."
         )
 
 

@@ -64,16 +64,16 @@ def read_structure(observation: Observation) -> Structure:
     """Reads a gradient; values of γ and β in `Observation.model` play no part.
 
     Args:
-        observation: Of any network with a linear head. Several local steps, weights or a transformed update
-            blur the head, so that it is not read there.
+        observation: Of any network with a linear head. Several local steps, weights or an update that was
+            changed otherwise than by a factor blur the head, so that it is not read there.
     """
-    plain = observation.local.is_gradient and observation.transform is None
+    plain = observation.local.is_gradient and observation.up_to_a_factor
     single = observation.batch_size == 1 and plain
     exact = observation.local.algorithm == "fedsgd"  # weights hide what is below their last digit
     return Structure(
         label=_label(observation) if single else None,
         head_input=_head_input(observation) if single else None,
-        dead=_dead(observation) if observation.transform is None and exact else {},
+        dead=_dead(observation) if observation.up_to_a_factor and exact else {},
         scales=_scales(observation),
     )
 

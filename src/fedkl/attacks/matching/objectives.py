@@ -20,6 +20,7 @@ from fedkl.protocol.differentiable import (
     differentiable_update,
     transformed,
 )
+from fedkl.protocol.per_example import clipped_sum
 from fedkl.protocol.procedure import loss_of
 
 Weighting = Literal["none", "sqrt", "full"]
@@ -195,7 +196,9 @@ class GradientMatching:
         def gradient(part: _Tensors, batch: Tensor) -> _Tensors:
             whole = local.is_gradient  # indexing would only cost time
             x, y = (images, target) if whole else (images[batch], target[batch])
-            return self._gradient(part, x, y, tensors, buffers)
+            if local.per_example is None:
+                return self._gradient(part, x, y, tensors, buffers)
+            return self._clipped(part, x, y, tensors, buffers, clip=local.per_example.clip)
 
         update = differentiable_update(
             local,
@@ -210,6 +213,29 @@ class GradientMatching:
             return update
         seen = change_of(observed, procedure=local)
         return transformed(update, lambda change: transform(change, seen), procedure=local)
+
+    def _clipped(
+        self,
+        of: _Tensors,
+        images: Tensor,
+        target: Tensor,
+        tensors: _Tensors,
+        buffers: _Tensors,
+        *,
+        clip: float,
+    ) -> _Tensors:
+        """The mean of gradients that are clipped one by one, over a batch's expected size.
+
+        The client's noise has mean 0: its expectation is what is matched.
+        """
+        samples, local = self._first.batch_size, self._first.local
+
+        def one(x: Tensor, y: Tensor) -> tuple[_Tensors, Tensor]:
+            return self._gradient(of, x, y, tensors, buffers), x.new_zeros(())  # its loss is not needed
+
+        total, _ = clipped_sum(one, images, target, clip=clip, like=of)
+        expected = samples * local.sampling_rate(samples)
+        return {name: tensor / expected for name, tensor in total.items()}
 
     def _gradient(
         self, of: _Tensors, images: Tensor, target: Tensor, tensors: _Tensors, buffers: _Tensors

@@ -1,0 +1,87 @@
+"""The ledger on disk: one JSON object a line for each round that was begun, never taken back."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from fedkl.errors import ConfigError
+from fedkl.files import read_file, write_atomically
+from fedkl.parsing import parse_json_object
+from fedkl.privacy.ledger import Entry
+
+_VERSION = 1
+_MAX_BYTES = 2**28
+
+
+class LedgerFile:
+    """``ledger.jsonl`` of a run directory.
+
+    Args:
+        path: The file; it need not exist.
+        delta: δ of every ε in it.
+    """
+
+    def __init__(self, path: Path, *, delta: float) -> None:
+        self._path = path
+        self._delta = delta
+
+    def append(self, entry: Entry) -> None:
+        """Appends a round, on disk when this returns.
+
+        Raises:
+            ConfigError: It cannot be written.
+        """
+        record = {
+            "version": _VERSION,
+            "round": entry.round,
+            "delta": self._delta,
+            "epsilon": dict(entry.epsilon),
+        }
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            with os.fdopen(os.open(self._path, flags, 0o644), "ab") as file:
+                file.write((json.dumps(record, allow_nan=False) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ConfigError(f"{self._path}: cannot be written ({error.strerror}).") from error
+
+    def entries(self, *, rounds: int) -> list[Entry]:
+        """What was counted so far; a last line that was cut off, of a round that was not begun, is dropped.
+
+        Args:
+            rounds: Each of so many must be there.
+
+        Raises:
+            ConfigError: The file cannot be read, a line is damaged, or a round is missing.
+        """
+        try:
+            data = read_file(self._path, limit=_MAX_BYTES) if self._path.exists() else b""
+            whole = data[: data.rfind(b"\n") + 1]
+            if whole != data:
+                write_atomically(self._path, whole)
+            found = [self._entry(parse_json_object(line)) for line in whole.splitlines()]
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"{self._path}: cannot be read ({reason}). Restore it to continue.") from error
+        missing = set(range(rounds)).difference(entry.round for entry in found)
+        if missing:
+            raise ConfigError(
+                f"{self._path}: expected the {rounds} rounds that the checkpoint has behind it, got none of "
+                f"round {min(missing)}. Restore it: what is not in it would be spent twice."
+            )
+        return found
+
+    def _entry(self, record: dict[str, Any]) -> Entry:
+        round, spent = record.get("round"), record.get("epsilon")
+        if record.get("version") != _VERSION or record.get("delta") != self._delta:
+            raise ValueError(f"expected version {_VERSION} and δ = {self._delta} on every line")
+        if type(round) is not int or round < 0 or not isinstance(spent, dict):
+            raise ValueError("expected a round and ε by client on every line")
+        if not all(type(value) is float and 0 <= value < math.inf for value in spent.values()):
+            raise ValueError("expected finite numbers ≥ 0 as ε")
+        return Entry(round=round, epsilon=spent)
