@@ -107,6 +107,7 @@ class Attack:
     """
 
     title: ClassVar[str] = ""  # its name as in the literature; empty: its type
+    reads_gradients: ClassVar[bool] = False  # of weights after one step it gets the gradient in them
     type: str = "unnamed"
 
     @property
@@ -137,6 +138,7 @@ class Attack:
         Args:
             observation: What the server has.
         """
+        observation = self._read(observation)
         lacking = self.needs.missing(observation)
         if lacking is not None:
             return Refusal(kind="does not apply", reason=f"{type(self).__name__}: expected {lacking}.")
@@ -195,13 +197,16 @@ class Attack:
         refusal = self.refusal(observations[0])
         if refusal is not None:
             raise RefusedError(refusal)
-        pairs = list(zip(observations, generators, strict=True))
+        pairs = list(zip(map(self._read, observations), generators, strict=True))
 
         def run(share: list[tuple[Observation, torch.Generator]], progress: Progress) -> list[Reconstruction]:
             return self._run([o for o, _ in share], [g for _, g in share], progress)
 
         workers = self._fitting(observations[0], workers) if self.divisible else 1
         return shared_out(run, pairs, workers=workers, progress=on_evaluation)
+
+    def _read(self, observation: Observation) -> Observation:
+        return observation.as_gradient() if self.reads_gradients else observation
 
     def _fitting(self, observation: Observation, workers: int) -> int:
         """How many threads the memory suffices for, of so many and at least one."""

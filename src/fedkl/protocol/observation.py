@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -216,6 +216,23 @@ class Observation:
     def unsent(self) -> frozenset[str]:
         """Names of `trained` that the client keeps: lock layers, and parameters that were not observed."""
         return frozenset(n for n in self.trained if n in self.secrets or n not in self.gradient)
+
+    def as_gradient(self) -> Observation:
+        """The same, of a gradient, where the weights after one step of SGD were sent; else this one itself.
+
+        Those are a gradient with a factor, in the digits that weights have.
+        """
+        local, images = self.local, self.batch_size // self.cohort
+        one_step = local.algorithm == "fedavg" and local.optimizer == "sgd" and local.step_count(images) == 1
+        plain = self.transform is None or (self.up_to_a_factor and not local.weight_decay)
+        if not one_step or not plain or self.secrets or local.augmentation != "none":
+            return self
+        received, share = dict(self.model.named_parameters()), local.summed_share(images)
+        gradient = {
+            name: tensor / share - local.decay(private=False) * received[name].detach()
+            for name, tensor in self.gradient.items()
+        }
+        return replace(self, gradient=gradient, local=Procedure(per_example=local.per_example))
 
     @property
     def up_to_a_factor(self) -> bool:

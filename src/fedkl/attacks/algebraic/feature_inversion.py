@@ -73,6 +73,7 @@ class FeatureInversion(Attack):
     """
 
     title: ClassVar[str] = "feature inversion"
+    reads_gradients: ClassVar[bool] = True
     type: Literal["feature-inversion"] = "feature-inversion"
     layers: int = 2
     simulations: int | None = None
