@@ -49,26 +49,26 @@ def reason(entries, attacker, exposure):
     ("fields", "options", "expected"),
     [
         ({}, {}, [("your-client", "2 local steps on 8 images", 2, True),
-                  ("gradient-of-1", "one gradient of one image", 1, True),
-                  ("gradient-of-16", "one gradient of 16 images", 1, True),
-                  ("untrained", "one gradient of one image, untrained network", 1, False)]),
+                  ("gradient-of-1", "one step on one image", 1, True),
+                  ("gradient-of-16", "one step on 16 images", 1, True),
+                  ("untrained", "one step on one image, untrained network", 1, False)]),
         ({"weights": None}, {"batch_sizes": (4, 4)}, [
             ("your-client", "2 local steps on 8 images", 2, False),
-            ("gradient-of-4", "one gradient of 4 images", 1, False)]),
+            ("gradient-of-4", "one step on 4 images", 1, False)]),
         ({"procedure": GRADIENT}, {"batch_sizes": (8, 2)}, [
             ("your-client", "one gradient of 8 images", 1, True),
             ("gradient-of-2", "one gradient of 2 images", 1, True),
             ("untrained", "one gradient of one image, untrained network", 1, False)]),
         ({"procedure": replace(EPOCH, batch_size=8)}, {"batch_sizes": ()}, [
             ("your-client", "1 local step on 8 images", 1, True),
-            ("untrained", "one gradient of one image, untrained network", 1, False)]),
+            ("untrained", "one step on one image, untrained network", 1, False)]),
         ({"procedure": trains, "images_per_client": 1}, {"batch_sizes": ()}, [
             ("your-client", "your training loop on one image", 0, True),
             ("untrained", "one gradient of one image, untrained network", 1, False)]),
         ({}, {"masking": "pairwise", "batch_sizes": ()}, [
             ("your-client", "2 local steps on 8 images", 2, True),
             ("sum-of-3", "the sum of 3 clients, 2 local steps on 8 images", 2, True),
-            ("untrained", "one gradient of one image, untrained network", 1, False)]),
+            ("untrained", "one step on one image, untrained network", 1, False)]),
     ],
     ids=["epoch", "untrained", "gradient", "one step", "loop", "pairwise"],
 )  # fmt: skip
@@ -86,7 +86,7 @@ def test_masks_hide_single_updates_and_no_sums():
         "untrained": "masked",
     }  # fmt: skip
     assert found["sum-of-3"].exposure.clients == 3
-    assert found["gradient-of-1"].procedure == GRADIENT
+    assert found["gradient-of-1"].procedure == replace(EPOCH, steps=1, batch_size=None)
     blind = exposed(subject(), masking="blind", batch_sizes=())
     assert [each.defense.describe() for each in blind] == ["masked (blind)"] * 2
 
