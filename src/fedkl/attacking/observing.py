@@ -145,7 +145,7 @@ def observe(
         secrets=view.secrets if simulated else {},
         generate=view.generate if simulated else None,
         free={"nothing": (), "key": (KEY,), "affine": view.private}[arm.regress],
-        transform=_public_transform(arm.defense),
+        transform=_public_transform(arm.defense) if knowledge.defense else None,
         auxiliary=auxiliary,
         client=client,
         cohort=len(cohort),

@@ -30,6 +30,8 @@ class Knowledge:
         affine: The values of γ and β, and the norm statistics.
         affine_gradient: The gradient of γ and β, as if they were public parameters.
         auxiliary: How many labeled images of the same kind the server owns.
+        defense: That clients use the defense, so that the server allows for it, as any defense must expect.
+            Without, it takes what it sees for a plain client's: what most papers attack.
     """
 
     labels: bool = True
@@ -39,6 +41,7 @@ class Knowledge:
     affine: bool = False
     affine_gradient: bool = False
     auxiliary: int = 0
+    defense: bool = True
 
     def describe(self) -> str:
         """The granted secrets as one phrase."""
