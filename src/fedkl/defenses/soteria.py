@@ -44,7 +44,7 @@ class Soteria(UpdateDefense):
         probes: How many derivatives are taken at most.
 
     Source:
-        Sun et al. 2021 (CVPR), section 4, perturbs the features with the largest |r_i| · ‖∂r_i/∂X‖⁻¹. Its code
+        Sun et al. 2021 (CVPR), section 4, perturbs the features of the largest |r_i| · ‖∂r_i/∂X‖⁻¹. Its code
         divides as here; it adds 0.1 to r_i for one of its attacks, nothing for the other, as here.
         Deviations: the network is in eval mode. Where weights are sent, the mask of the received network is
         applied to the change; theirs is applied to every step. Of more than 32 images, the mask is that of

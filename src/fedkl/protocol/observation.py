@@ -216,6 +216,7 @@ class Observation:
         """What observations must have in common to be attacked as one batch."""
         return (
             tuple((name, tuple(tensor.shape)) for name, tensor in self.model.named_parameters()),
+            tuple((name, tuple(tensor.shape)) for name, tensor in self.model.named_buffers()),
             tuple(sorted(self.gradient)),
             self.image_shape,
             self.classes,
