@@ -108,34 +108,17 @@ def test_stacked_clients_draw_noise_of_their_own():
     assert not torch.allclose(each[1], each[2])
 
 
-def test_a_known_latent_gives_the_gradient_of_the_client_and_its_slope_in_the_image():
-    """What the server does with z of one image is what the client did; checked against ε written out."""
-    network, image, label = net().double(), FEATURES[:1].double(), LABELS[:1]
-    head = network[1]
-    latent = torch.randn(5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-    def client(x, noise):
-        mean, raw = head.bottleneck.encoder(x.tanh()).chunk(2, 1)
-        z = mean + F.softplus(raw) * noise
-        kl = -0.5 * (1 + 2 * F.softplus(raw).log() - mean**2 - F.softplus(raw) ** 2).sum() / math.log(2)
-        logits = F.linear(head.bottleneck.decoder(z), head.weight, head.bias)
-        return torch.autograd.grad(
-            F.cross_entropy(logits, label) + 1e-3 * kl, list(network.parameters()), create_graph=True
-        )
-
-    x = image.clone().requires_grad_()
-    fixed = [parameter.detach() for parameter in head.bottleneck.encoder.parameters()]
-    mean, raw = F.linear(x.tanh(), *fixed).chunk(2, 1)
-    expected = client(x, (latent - mean) / F.softplus(raw))
-    head.bottleneck.latent = latent
-    found = torch.autograd.grad(
-        F.cross_entropy(network(x), label), list(network.parameters()), create_graph=True
-    )
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.allclose(ours, theirs)
-    (slope,) = torch.autograd.grad(sum(each.square().sum() for each in found), x)
-    (wanted,) = torch.autograd.grad(sum(each.square().sum() for each in expected), x)
-    assert torch.allclose(slope, wanted)
+def test_the_noise_of_one_image_is_read_off_the_update():
+    network, defense = net(), PRECODE(size=5)
+    torch.manual_seed(3)
+    gradient = full_gradient(network, FEATURES[:1], LABELS[:1])
+    torch.manual_seed(3)
+    noise = torch.randn(1, 5)
+    read = defense.informed(net(), gradient, images=1)
+    assert torch.allclose(read[1].bottleneck.noise, noise[0], atol=1e-4)
+    repeated = full_gradient(read, FEATURES[:1], LABELS[:1])
+    assert all(torch.allclose(repeated[name], gradient[name], atol=1e-5) for name in gradient)
+    assert defense.informed(net(), gradient, images=2)[1].bottleneck.noise is None
 
 
 @pytest.fixture(scope="module")

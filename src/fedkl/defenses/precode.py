@@ -33,9 +33,9 @@ class PRECODE(Defense):
     linear decoder gives the features back. The loss gets β KL(N(μ, σ²) ‖ N(0, 1)) in bits, by the gradient
     only, so that whatever loss a client has, it need not know; see `Bottleneck`.
 
-    The claim is that an attack that matches gradients never meets the ε of the client. But the decoder's
-    gradient is δ zᵀ, and its bias's is δ: of one image and one step the server reads z, and has
-    ε = (z − μ) / σ for any image that it tries. Of more images it takes z = μ. What comes before the
+    The claim is that an attack that matches gradients never meets the ε of the client. But the gradient of a
+    linear layer is δ rᵀ, and that of its bias δ: of one image and one step the server reads z, and the
+    features that gave μ and σ, and has ε = (z − μ) / σ. Of more images it takes z = μ. What comes before the
     bottleneck gets the noise through δ only: attacks that divide by δ (rows of a linear layer) do not notice.
 
     Nothing is changed in what is sent. For Flower, or a loop of one's own: ``with_bottleneck(model)`` in place
@@ -51,7 +51,7 @@ class PRECODE(Defense):
         so; the bottleneck starts from the same weights for all clients, as `torch.nn.Linear` draws them, from
         a fixed seed. ε comes from PyTorch's global generator, as theirs: who knows its seed knows ε.
         Attackers that know the defense: Balunović et al. 2022 (ICLR) read the image off the first linear
-        layer; Scheliga et al. 2022 (arXiv 2208.04767) leave the random gradients out. Reading z is ours.
+        layer; Scheliga et al. 2022 (arXiv 2208.04767) leave the random gradients out. Reading ε is ours.
     """
 
     type: Literal["precode"] = "precode"
@@ -82,16 +82,18 @@ class PRECODE(Defense):
         """The network at z = μ; as it is for a server that does not know of the defense."""
         view = super().server_view(victim, model, granted=granted, generator=generator)
         if granted.defense:
-            _put(view.model, torch.empty(0))
+            for bottleneck in _bottlenecks(view.model).values():
+                bottleneck.noise = torch.zeros_like(bottleneck.encoder.bias[: self.size])
         return view
 
     def informed(self, model: nn.Module, seen: Mapping[str, Tensor], *, images: int) -> nn.Module:
-        """With z as the decoder's gradient has it, of one image."""
-        weights = [name for name in seen if name.endswith(f"{NAME}.decoder.weight")]
-        if images == 1 and weights:
-            bias = seen[weights[0].removesuffix("weight") + "bias"]
-            row = bias.abs().argmax()
-            _put(model, seen[weights[0]][row] / bias[row])
+        """With the ε of the client, of one image."""
+        for name, bottleneck in _bottlenecks(model).items():
+            read = [_input_of(f"{name}.{layer}", seen) for layer in ("encoder", "decoder")]
+            if images == 1 and all(each.isfinite().all() for each in read):
+                features, latent = read
+                mean, deviation = bottleneck.statistics(features[None])
+                bottleneck.noise = ((latent - mean[0]) / deviation[0]).detach()
         return model
 
     def guesses(self) -> tuple[Arm, ...]:
@@ -140,10 +142,15 @@ def with_bottleneck(model: nn.Module, *, size: int = 256, beta: float = 1e-3) ->
     return extended
 
 
-def _put(model: nn.Module, latent: Tensor) -> None:
-    for module in model.modules():
-        if isinstance(module, Bottleneck):
-            module.latent = latent.to(module.decoder.weight)
+def _bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Bottleneck)}
+
+
+def _input_of(layer: str, seen: Mapping[str, Tensor]) -> Tensor:
+    """What a linear layer got of the one image: any row of its gradient over the bias's; the largest."""
+    weight, bias = (seen[f"{layer}.{part}"] for part in ("weight", "bias"))
+    row = bias.abs().argmax()
+    return weight[row] / bias[row]
 
 
 def _before(head: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
@@ -159,34 +166,32 @@ class Bottleneck(nn.Module):
     over the batch, had it.
 
     Attributes:
-        latent: What a server takes z for where it takes a gradient; empty: μ. None: a client's, drawn.
+        noise: The ε that a server takes for the client's where it takes a gradient. None: ε is drawn.
     """
 
-    latent: Tensor | None
+    noise: Tensor | None
 
     def __init__(self, features: int, *, size: int, beta: float) -> None:
         super().__init__()
         self.encoder = _linear(features, 2 * size)
         self.decoder = _linear(size, features)
         self.beta = beta
-        self.register_buffer("latent", None, persistent=False)
+        self.register_buffer("noise", None, persistent=False)
 
     def forward(self, features: Float[Tensor, "batch *rows features"]) -> Tensor:
         """The features again, as far as z tells them."""
-        mean, raw = self.encoder(features).chunk(2, -1)
-        mean, deviation = _WithKL.apply(mean, F.softplus(raw), self.beta)  # type: ignore[no-untyped-call]
-        decoded: Tensor = self.decoder(self._latent(mean, deviation))
+        latent, deviation = self.statistics(features)
+        if torch.is_grad_enabled() or (self.training and self.noise is None):
+            noise = torch.randn_like(deviation) if self.noise is None else self.noise
+            latent = latent + deviation * noise
+        decoded: Tensor = self.decoder(latent)
         return decoded
 
-    def _latent(self, mean: Tensor, deviation: Tensor) -> Tensor:
-        if self.latent is None:
-            drawn = self.training or torch.is_grad_enabled()
-            return mean + deviation * torch.randn_like(deviation) if drawn else mean
-        if self.latent.shape[-1] and torch.is_grad_enabled():
-            latent = self.latent.expand_as(mean)
-            known: Tensor = _Known.apply(mean, deviation, latent)  # type: ignore[no-untyped-call]
-            return known
-        return mean
+    def statistics(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """μ and σ of z."""
+        mean, raw = self.encoder(features).chunk(2, -1)
+        mean, deviation = _WithKL.apply(mean, F.softplus(raw), self.beta)  # type: ignore[no-untyped-call]
+        return mean, deviation
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -228,27 +233,3 @@ class _WithKL(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, mean: Tensor, deviation: Tensor, _: None) -> tuple[Tensor, Tensor]:
         return mean.clone(), deviation.clone()
-
-
-class _Known(torch.autograd.Function):
-    """z = μ + σ ⊙ ε of a known z: ε is what it must have been, and a constant to the client."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(mean: Tensor, deviation: Tensor, latent: Tensor) -> Tensor:
-        return latent.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
-        mean, deviation, latent = ctx.saved_tensors
-        return slope, slope * (latent - mean) / deviation, None
-
-    @staticmethod
-    def jvp(ctx: Any, mean: Tensor, deviation: Tensor, _: Any) -> Tensor:
-        return torch.zeros_like(mean)  # z stays, whatever image is tried
