@@ -38,8 +38,8 @@ class PRECODE(Defense):
     features that gave μ and σ, and has ε = (z − μ) / σ. Of more images it takes z = μ. What comes before the
     bottleneck gets the noise through δ only: attacks that divide by δ (rows of a linear layer) do not notice.
 
-    Nothing is changed in what is sent. For Flower, or a loop of one's own: ``with_bottleneck(model)`` in place
-    of the model, on all clients and on the server.
+    Nothing is changed in what is sent. For Flower, or a loop of one's own: ``with_bottleneck(model)`` in
+    place of the model, on all clients and on the server.
 
     Attributes:
         size: K, the length of z.
