@@ -114,11 +114,12 @@ def test_the_noise_of_one_image_is_read_off_the_update():
     gradient = full_gradient(network, FEATURES[:1], LABELS[:1])
     torch.manual_seed(3)
     noise = torch.randn(1, 5)
-    read = defense.informed(net(), gradient, images=1)
+    read = defense.informed(net(), gradient)
     assert torch.allclose(read[1].bottleneck.noise, noise[0], atol=1e-4)
     repeated = full_gradient(read, FEATURES[:1], LABELS[:1])
     assert all(torch.allclose(repeated[name], gradient[name], atol=1e-5) for name in gradient)
-    assert defense.informed(net(), gradient, images=2)[1].bottleneck.noise is None
+    for hidden in ({}, full_gradient(network, FEATURES[:2], LABELS[:2])):
+        assert defense.informed(net(), hidden)[1].bottleneck.noise is None
 
 
 @pytest.fixture(scope="module")

@@ -131,8 +131,7 @@ def observe(
     channels, height, width = trial.images.shape[1:]
     view = _completed(victim, arm, model, auxiliary, generator)
     if knowledge.defense:
-        told = arm.defense.informed(view.model, gradient, images=len(trial.images) * steps)
-        view = replace(view, model=told)
+        view = replace(view, model=arm.defense.informed(view.model, gradient))
     # What generates γ and β only matters where it is looked at or trains along: otherwise their values do.
     drawn = arm.filled_in == "drawn" and arm.regress != "affine"
     simulated = knowledge.lock_gradient or arm.regress == "key" or (steps > 1 and drawn)

@@ -174,13 +174,12 @@ class Defense:
             generate=generate,
         )
 
-    def informed(self, model: nn.Module, seen: Mapping[str, Tensor], *, images: int) -> nn.Module:
+    def informed(self, model: nn.Module, seen: Mapping[str, Tensor]) -> nn.Module:
         """The server's network once it has an update that gives away what the client drew.
 
         Args:
             model: Of `server_view`; may be changed.
             seen: The update, by name, as in `Observation.gradient`.
-            images: How many images' gradients it is a sum of, over all local steps.
         """
         return model
 

@@ -23,6 +23,8 @@ from fedkl.protocol import Knowledge
 NAME = "bottleneck"
 """What the module is called inside the linear layer that it stands before."""
 
+_EXACT = 1e-3  # relative; of two images it is tenths
+
 
 @register_defense
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +88,17 @@ class PRECODE(Defense):
                 bottleneck.noise = torch.zeros_like(bottleneck.encoder.bias[: self.size])
         return view
 
-    def informed(self, model: nn.Module, seen: Mapping[str, Tensor], *, images: int) -> nn.Module:
-        """With the ε of the client, of one image."""
+    def informed(self, model: nn.Module, seen: Mapping[str, Tensor]) -> nn.Module:
+        """With the ε of the client, where the update is of one image and one step."""
         for name, bottleneck in _bottlenecks(model).items():
-            read = [_input_of(f"{name}.{layer}", seen) for layer in ("encoder", "decoder")]
-            if images == 1 and all(each.isfinite().all() for each in read):
-                features, latent = read
+            features, latent = (_input_of(f"{name}.{layer}", seen) for layer in ("encoder", "decoder"))
+            if features is not None and latent is not None:
                 mean, deviation = bottleneck.statistics(features[None])
                 bottleneck.noise = ((latent - mean[0]) / deviation[0]).detach()
         return model
 
     def guesses(self) -> tuple[Arm, ...]:
-        """A server that leaves the noise out, and one that draws its own in every pass."""
+        """A server that reads the noise or leaves it out, and one that draws its own in every pass."""
         (informed,) = super().guesses()
         return (
             informed,
@@ -146,11 +147,14 @@ def _bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Bottleneck)}
 
 
-def _input_of(layer: str, seen: Mapping[str, Tensor]) -> Tensor:
-    """What a linear layer got of the one image: any row of its gradient over the bias's; the largest."""
-    weight, bias = (seen[f"{layer}.{part}"] for part in ("weight", "bias"))
-    row = bias.abs().argmax()
-    return weight[row] / bias[row]
+def _input_of(layer: str, seen: Mapping[str, Tensor]) -> Tensor | None:
+    """What a linear layer got, r, if its gradient is δ rᵀ and its bias's δ; else None."""
+    weight, bias = (seen.get(f"{layer}.{part}") for part in ("weight", "bias"))
+    if weight is None or bias is None:
+        return None
+    found = weight.T @ bias / bias.square().sum()
+    fits = torch.dist(torch.outer(bias, found), weight) < _EXACT * weight.norm()
+    return found if bool(fits) else None
 
 
 def _before(head: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
