@@ -130,6 +130,8 @@ def observe(
     )
     channels, height, width = trial.images.shape[1:]
     view = _completed(victim, arm, model, auxiliary, generator)
+    if knowledge.defense:
+        view = replace(view, model=arm.defense.informed(view.model, gradient))
     # What generates γ and β only matters where it is looked at or trains along: otherwise their values do.
     drawn = arm.filled_in == "drawn" and arm.regress != "affine"
     simulated = knowledge.lock_gradient or arm.regress == "key" or (steps > 1 and drawn)
@@ -145,7 +147,7 @@ def observe(
         secrets=view.secrets if simulated else {},
         generate=view.generate if simulated else None,
         free={"nothing": (), "key": (KEY,), "affine": view.private}[arm.regress],
-        transform=_public_transform(arm.defense),
+        transform=_public_transform(arm.defense) if knowledge.defense else None,
         auxiliary=auxiliary,
         client=client,
         cohort=len(cohort),

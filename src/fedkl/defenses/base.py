@@ -194,6 +194,15 @@ class Defense:
             generate=generate,
         )
 
+    def informed(self, model: nn.Module, seen: Mapping[str, Tensor]) -> nn.Module:
+        """The server's network once it has an update that gives away what the client drew.
+
+        Args:
+            model: Of `server_view`; may be changed.
+            seen: The update, by name, as in `Observation.gradient`.
+        """
+        return model
+
     def known(self, victim: Split, *, granted: Knowledge) -> Known:
         """What the server has of a client: what is public, and the key and lock layers if granted."""
         return Known(

@@ -145,12 +145,13 @@ class Federation:
         threads = torch.get_num_threads()
         wanted = execution.workers or (threads if device.type == "cpu" else 1)
         probe = dataset.train_images[torch.arange(2) % len(dataset.train_images)]
-        draws = draws_random_numbers(model, probe)
+        first = self.defense.prepare(model)
+        draws = draws_random_numbers(first.model, probe)
         if draws:
             wanted = 1  # threads would share one generator, and their turns would decide the result
         count = max(1, min(wanted, self.training.cohort_size, os.cpu_count() or 1))
         memory = torch.channels_last if execution.channels_last else torch.contiguous_format
-        splits = [self.defense.prepare(model) for _ in range(count)]
+        splits = [first, *(self.defense.prepare(model) for _ in range(count - 1))]
         local = self.defense.procedure(self.training.local)
         for split in splits:
             split.model.to(device).to(memory_format=memory)  # type: ignore[call-overload]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
+from torch import Tensor, nn
 
 from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, UpdateError
@@ -27,19 +29,39 @@ class TransformMod:
     cannot find them behind noise.
 
     Args:
-        defense: One that changes updates, such as noise.
+    def __init__(
+        self,
+        defense: Defense,
+        *,
+        network: nn.Module | None = None,
+        sample: Callable[[int], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        if defense.keeps_tensors or not defense.changes_updates:
 
     Raises:
         ConfigError: It keeps tensors private, which takes a `LockMod`, or changes nothing.
     """
 
+<<<<<<< HEAD
     def __init__(self, defense: Defense) -> None:
         if defense.keeps_tensors or not defense.changes_updates:
+=======
+    def __init__(
+        self,
+        defense: Defense,
+        *,
+        network: nn.Module | None = None,
+        sample: Callable[[int], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        kind = type(defense)
+        if kind.prepare is not Defense.prepare or kind.transform is Defense.transform:
+>>>>>>> bd5e242c1980f059ccdb96ec88a27e65db3cfd40
             raise ConfigError(
                 f"TransformMod: expected a defense that changes updates and keeps no tensors private, got "
                 f"{defense.describe()}. A key-lock takes fedkl.flower.LockMod."
             )
         self._defense = defense
+        self._network, self._sample = network, sample
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Handles a message; called by Flower."""
@@ -67,7 +89,8 @@ class TransformMod:
         specs = {n: TensorSpec(shape=tuple(t.shape), dtype=trained[n].dtype) for n, t in came.items()}
         schema = PublicSchema(kind="weights", specs=specs, private=frozenset())
         update = PublicUpdate(schema=schema, tensors=trained, num_samples=1, round=0)
-        changed = self._defense.transform(update, client=Sending(received=came))
+        at_hand = Sending(received=came, network=self._network, sample=self._sample)
+        changed = self._defense.transform(update, client=at_hand)
         if changed.schema is not schema:
             raise UpdateError("TransformMod: the defense gave an update of another kind.")
         arrays = arrays_of(changed.tensors)

@@ -39,6 +39,8 @@ class Knowledge:
         affine: The values of γ and β, and the norm statistics.
         affine_gradient: The gradient of γ and β, as if they were public parameters.
         auxiliary: How many labeled images of the same kind the server owns.
+        defense: That clients use the defense, so that the server allows for it, as any defense must expect.
+            Without, it takes what it sees for a plain client's: what most papers attack.
     """
 
     labels: bool = True
@@ -48,6 +50,7 @@ class Knowledge:
     affine: bool = False
     affine_gradient: bool = False
     auxiliary: int = 0
+    defense: bool = True
 
     def describe(self) -> str:
         """The granted secrets as one phrase."""
@@ -246,6 +249,7 @@ class Observation:
         """What observations must have in common to be attacked as one batch."""
         return (
             tuple((name, tuple(tensor.shape)) for name, tensor in self.model.named_parameters()),
+            tuple((name, tuple(tensor.shape)) for name, tensor in self.model.named_buffers()),
             tuple(sorted(self.gradient)),
             self.image_shape,
             self.classes,

@@ -144,7 +144,7 @@ class GradientMatching:
         )
         # Where the point's own logits serve, a placeholder.
         targets = points.new_zeros(len(points)) if self._labels is None else self._labels[index]
-        gradients, values = vmap(grad_and_value(self._value))(
+        gradients, values = vmap(grad_and_value(self._value), randomness="different")(
             points, known, buffers, observed, weights, aside, targets
         )
         return values.detach(), gradients.detach()
