@@ -15,6 +15,8 @@ from fedkl.attacks import PriorOnly
 from fedkl.config import AttackConfig
 from fedkl.defenses import DEFENSES, KeyLock, NoDefense, own_arms, register_defense
 from fedkl.defenses.changing import UpdateDefense
+from fedkl.defenses.client_dp import ClientDP
+from fedkl.defenses.clipping import Clipping
 from fedkl.defenses.noise import GaussianNoise
 from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining, Federation
@@ -39,7 +41,12 @@ def halved(tensors, seen=None):
     return {name: tensor / 2 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-ROWS = [Halving(), GaussianNoise(deviation=0.01)]
+ROWS = [
+    Halving(),
+    GaussianNoise(deviation=0.01),
+    Clipping(max_norm=0.01),
+    ClientDP(clip=0.01),
+]
 
 
 @pytest.fixture(autouse=True)

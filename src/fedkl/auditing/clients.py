@@ -87,8 +87,8 @@ class Clients:
             procedure = defense.procedure(procedure)
         elif type(defense).procedure is not Defense.procedure:
             raise ConfigError(
-                f"{subject.name}: {defense.describe()} changes how clients train, and a "
-                "function of the owner's that trains cannot be changed. State the training as a fedkl.Procedure."
+                f"{subject.name}: {defense.describe()} changes how clients train, and a function "
+                "of the owner's that trains cannot be changed. State the training as a fedkl.Procedure."
             )
         return cls(
             subject=subject,
