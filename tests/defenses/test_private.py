@@ -191,9 +191,21 @@ def test_one_gradient_is_of_all_images():
     assert [batch.tolist() for batch in how.batches(5)] == [[0, 1, 2, 3, 4]]
 
 
-def test_a_federations_gradient_is_of_drawn_images_and_does_not_tell_how_many():
-    local = DPSGD().procedure(LocalTraining(algorithm="fedsgd", batch_size=8, momentum=0.0, weight_decay=0.0))
-    assert local.sampling_rate(100) == 0.08
+def test_a_federation_draws_its_batches(images):
+    """Their sizes differ, and are others each time: the operating system draws."""
+    local = LocalTraining(batch_size=8, epochs=10)
+    training = FederatedTraining(clients=1, rounds=1, local=local)
+    federation = Federation(net(), defense=DPSGD(), dataset=images, training=training, seed=0)
+    worker, client = federation._pool.workers[0], federation.clients[0]
+
+    def sizes():
+        return [len(labels) for _, labels in worker._batches(client, 0)]
+
+    first, again = sizes(), sizes()
+    assert len(first) == 10 * 15
+    assert sum(first) / len(first) == pytest.approx(8, abs=1.2)
+    assert len(set(first)) > 3
+    assert first != again
 
 
 def test_a_sampled_gradient_does_not_say_how_many_images_it_is_of(images):
@@ -275,7 +287,7 @@ def test_a_factor_that_nobody_knows_does_not_let_weight_decay_be_taken_out(image
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 20), nn.ReLU(), nn.Linear(20, 10))
     local = Procedure(algorithm="fedavg", steps=1, lr=0.1, weight_decay=0.1)
     _, seen = observed(Clipping(max_norm=CLIP), images, local=local, model=model)
-    with pytest.raises(AttackError, match="changed otherwise"):
+    with pytest.raises(AttackError, match="transformed update"):
         LinearRows().reconstruct(seen, generator=torch.Generator())
 
 

@@ -44,7 +44,7 @@ def halved(tensors, seen=None):
 ROWS = [
     Halving(),
     GaussianNoise(deviation=0.01),
-    Clipping(max_norm=0.01),
+    Clipping(max_norm=1e-3),
     ClientDP(clip=0.01),
 ]
 
