@@ -21,6 +21,8 @@ from fedkl.defenses.noise import GaussianNoise, LaplaceNoise
 from fedkl.defenses.percentile import Percentile
 from fedkl.defenses.pruning import Pruning
 from fedkl.defenses.sparse_vector import SparseVector
+from fedkl.defenses.client_dp import ClientDP
+from fedkl.defenses.clipping import Clipping
 from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining, Federation
 from fedkl.protocol import Procedure
@@ -53,6 +55,8 @@ ROWS = [
     SparseVector(fraction=0.3, epsilon=1e9, noise_var=1e3, tau=0.0),
     LocalDpMod(clipping_norm=1e-3, epsilon=100.0),
     Combined(parts=(GaussianNoise(deviation=0.01), Pruning())),
+    Clipping(max_norm=1e-3),
+    ClientDP(clip=0.01),
 ]
 
 

@@ -57,7 +57,7 @@ def open_chain(observation: Observation, *, attack: str, private_stem: bool = Fa
     if not observation.local.is_gradient or not observation.up_to_a_factor:
         raise AttackError(
             f"{attack}: expected the gradient of one step, up to a factor, got several local steps, weights "
-            "or an update that was changed otherwise. Use another attack."
+            "or a transformed update. Use another attack."
         )
     chain = chain_of(observation, attack=attack)
     name = chain.blocks[-1].layer.name

@@ -102,7 +102,7 @@ class FeatureInversion(Attack):
             steps = observation.local.step_count(observation.batch_size // observation.cohort)
             raise AttackError(
                 f"FeatureInversion: expected the gradient of one step, up to a factor, got {steps} steps, "
-                "weights or an update that was changed otherwise: the gradient's rows span too much "
+                "weights or a transformed update: the gradient's rows span too much "
                 "then. Use the attack learned."
             )
         if observation.free or observation.secrets:

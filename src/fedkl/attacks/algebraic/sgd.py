@@ -27,8 +27,8 @@ def check_sgd(observation: Observation, *, attack: str) -> None:
     changed = decays or not observation.up_to_a_factor
     if changed or adaptive or local.augmentation != "none":
         raise AttackError(
-            f"{attack}: expected a gradient, or weights after steps of SGD, up to a factor, got an update "
-            "that was changed otherwise, another optimizer or augmented images. Use the attack learned."
+            f"{attack}: expected a gradient, or weights after steps of SGD, up to a factor, got a "
+            "transformed update, another optimizer or augmented images. Use the attack learned."
         )
 
 

@@ -1,0 +1,262 @@
+"""The ledger of a training: who spent what, when it ends, and what an interruption costs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from torch import nn
+
+from fedkl import config as configs
+from fedkl import data, experiments, report
+from fedkl.defenses import NoDefense
+from fedkl.defenses.client_dp import ClientDP
+from fedkl.defenses.clipping import Clipping
+from fedkl.defenses.dp_sgd import DPSGD
+from fedkl.defenses.keylock import KeyLock
+from fedkl.errors import ConfigError, FedKLError
+from fedkl.federated import FederatedTraining, Federation
+from fedkl.federated.options import LocalTraining
+from fedkl.privacy import Entry, GaussianCost, Ledger, LedgerFile, PrivacyOptions, epsilon
+
+COST = GaussianCost(noise_multiplier=2.0, protects="one image")
+
+
+@pytest.fixture(scope="module")
+def images():
+    whole = data.load("mnist-sample")
+    parts = ("train_images", "train_labels", "test_images", "test_labels")
+    return replace(whole, **{part: getattr(whole, part)[:64] for part in parts})
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 2, 5, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 10))
+
+
+def federation(images, *, defense, **fields):
+    local = LocalTraining(batch_size=16)
+    training = FederatedTraining(**{"clients": 4, "local": local, **fields})
+    return Federation(net(), defense=defense, dataset=images, training=training, seed=0)
+
+
+def of(rounds, cost=COST, delta=1e-5):
+    return epsilon(cost, rounds=rounds, delta=delta)
+
+
+# In memory
+
+
+def test_who_did_not_take_part_spent_nothing():
+    ledger = Ledger({"a": COST, "b": COST, "c": COST}, options=PrivacyOptions())
+    ledger.charge(0, ["a", "b"])
+    ledger.charge(1, ["a"])
+    assert ledger.spent == {"a": of(2), "b": of(1), "c": 0.0}
+
+
+def test_a_budget_is_kept_to_the_digit():
+    exact = Ledger({"a": COST}, options=PrivacyOptions(budget=of(3)))
+    for round in range(3):
+        exact.charge(round, ["a"])
+    assert not exact.affords(["a"])
+    with pytest.raises(ConfigError, match="budget"):
+        exact.charge(3, ["a"])
+    assert exact.spent == {"a": of(3)}
+
+
+@pytest.mark.parametrize("fields", [{"delta": 0.0}, {"delta": 1.0}, {"budget": 0.0}, {"budget": 1e999}])
+def test_impossible_options_are_refused(fields):
+    with pytest.raises(ConfigError, match=next(iter(fields))):
+        PrivacyOptions(**fields)
+
+
+# In a federation
+
+
+@pytest.mark.parametrize("defense", [DPSGD(noise_multiplier=1.0), ClientDP(noise_multiplier=8.0)])
+def test_sampled_clients_are_charged_and_no_others(images, defense):
+    trained = federation(images, defense=defense, cohort=2, rounds=3)
+    seen = []
+    trained.ledger.on_charge = seen.append
+    list(trained.run())
+    assert [entry.round for entry in seen] == [0, 1, 2]
+    assert all(len(entry.epsilon) == 2 for entry in seen)
+    taken = [client for entry in seen for client in entry.epsilon]
+    cost = next(iter(trained.ledger.costs.values()))
+    assert trained.ledger.spent == {
+        f"client-{number}": of(taken.count(f"client-{number}"), cost) for number in range(4)
+    }
+
+
+def test_clients_that_were_gone_are_not_charged(images):
+    trained = federation(images, defense=ClientDP(noise_multiplier=8.0), dropout=0.5, rounds=4)
+    seen = []
+    trained.ledger.on_charge = seen.append
+    results = list(trained.run())
+    assert sum(len(result.dropped) for result in results) > 0
+    for entry, result in zip(seen, results, strict=True):
+        assert not set(entry.epsilon).intersection(result.dropped)
+        assert len(entry.epsilon) + len(result.dropped) == 4
+
+
+def test_a_training_ends_before_the_round_that_would_exceed_the_budget(images):
+    defense = ClientDP(noise_multiplier=8.0)
+    cost = defense.privacy(LocalTraining(), samples=16)
+    privacy = PrivacyOptions(budget=(of(2, cost) + of(3, cost)) / 2)
+    trained = federation(images, defense=defense, rounds=9, eval_every=9, privacy=privacy)
+    results = list(trained.run())
+    assert [result.round for result in results] == [0, 1]
+    assert results[-1].accuracies  # the last round is evaluated, whichever it is
+    assert max(trained.ledger.spent.values()) <= privacy.budget
+    with pytest.raises(ConfigError, match="budget"):
+        trained.run_round(2)
+
+
+def test_a_budget_below_one_round_is_refused(images):
+    trained = federation(images, defense=ClientDP(), rounds=2, privacy=PrivacyOptions(budget=0.1))
+    with pytest.raises(ConfigError, match="Round 0: the budget"):
+        list(trained.run())
+
+
+@pytest.mark.parametrize("defense", [NoDefense(), Clipping(), KeyLock(), DPSGD(noise_multiplier=0.0)])
+def test_a_budget_needs_a_guarantee(images, defense):
+    with pytest.raises(ConfigError, match=r"no guarantee.*client-dp, dp-sgd"):
+        federation(images, defense=defense, rounds=1, privacy=PrivacyOptions(budget=8.0))
+
+
+# On disk
+
+
+def test_entries_come_back(tmp_path):
+    file = LedgerFile(tmp_path / "ledger.jsonl", delta=1e-5)
+    entries = [Entry(round=0, epsilon={"a": 0.5}), Entry(round=1, epsilon={"a": 0.75, "b": 0.5})]
+    for entry in entries:
+        file.append(entry)
+    assert file.entries(rounds=2) == entries
+    ledger = Ledger({"a": COST, "b": COST}, options=PrivacyOptions())
+    ledger.restore(file.entries(rounds=2))
+    assert ledger.spent == {"a": of(2), "b": of(1)}
+
+
+def test_half_a_line_is_a_round_that_was_not_begun(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    file = LedgerFile(path, delta=1e-5)
+    file.append(Entry(round=0, epsilon={"a": 0.5}))
+    path.write_bytes(path.read_bytes() + b'{"version": 1, "rou')
+    assert [entry.round for entry in file.entries(rounds=1)] == [0]
+    file.append(Entry(round=1, epsilon={"a": 0.75}))
+    assert [entry.round for entry in file.entries(rounds=2)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"version": 2, "round": 0, "delta": 1e-5, "epsilon": {"a": 1.0}},
+        {"version": 1, "round": 0, "delta": 1e-6, "epsilon": {"a": 1.0}},
+        {"version": 1, "round": -1, "delta": 1e-5, "epsilon": {"a": 1.0}},
+        {"version": 1, "round": 0, "delta": 1e-5, "epsilon": {"a": -1.0}},
+        {"version": 1, "round": 0, "delta": 1e-5, "epsilon": ["a"]},
+        {"version": 1, "delta": 1e-5, "epsilon": {"a": 1.0}},
+    ],
+)
+def test_damaged_ledgers_are_refused(tmp_path, line):
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(ConfigError, match=r"ledger\.jsonl"):
+        LedgerFile(path, delta=1e-5).entries(rounds=0)
+
+
+def test_a_round_that_is_not_in_the_ledger_is_refused(tmp_path):
+    file = LedgerFile(tmp_path / "ledger.jsonl", delta=1e-5)
+    file.append(Entry(round=0, epsilon={"a": 0.5}))
+    with pytest.raises(ConfigError, match="none of round 1"):
+        file.entries(rounds=2)
+
+
+def small(**fields):
+    settings = {
+        "data.name": "mnist-sample",
+        "training.clients": 2,
+        "training.rounds": 4,
+        "training.local.batch_size": 250,
+        "training.local.steps": 1,
+        "checkpoints.seconds": 0.0,
+    }
+    return configs.from_flags(
+        "train",
+        file=None,
+        fields=settings | fields,
+        defense="client-dp",
+        settings=["defense.noise_multiplier=20.0", "defense.clip=0.1"],
+    )
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+def test_a_run_keeps_its_ledger_and_reports_it(tmp_path):
+    run = experiments.run(small(), out=tmp_path / "run")
+    kept = lines(run.path)
+    assert [line["round"] for line in kept] == [0, 1, 2, 3]
+    assert run.summary["privacy"]["epsilon"] == kept[-1]["epsilon"]
+    report.build(run.path)
+    text = (run.path / "report.md").read_text()
+    spent = max(kept[-1]["epsilon"].values())
+    assert f"ε = {spent:.2f}" in text
+    assert "at δ = 1e-05" in text
+    assert "all images of a client" in text
+
+
+def test_an_interrupted_run_goes_on_with_what_was_spent(tmp_path):
+    def stop(done, total, note):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        experiments.run(small(), out=tmp_path / "run", progress=stop)
+    before = lines(tmp_path / "run")
+    assert [line["round"] for line in before] == [0, 1]
+    run = experiments.run(small(), out=tmp_path / "run")
+    assert lines(run.path)[:2] == before
+    assert [line["round"] for line in lines(run.path)] == [0, 1, 2, 3]
+    whole = experiments.run(small(), out=tmp_path / "whole")
+    assert run.summary["privacy"] == whole.summary["privacy"]
+
+
+def test_rounds_that_are_done_again_are_charged_again(tmp_path):
+    """Their noise is another: what was sent the first time is out."""
+
+    def stop(done, total, note):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    slow = {"checkpoints.seconds": 1e6}
+    with pytest.raises(KeyboardInterrupt):
+        experiments.run(small(**slow), out=tmp_path / "run", progress=stop)
+    run = experiments.run(small(**slow), out=tmp_path / "run")
+    assert [line["round"] for line in lines(run.path)] == [0, 1, 0, 1, 2, 3]
+    cost = ClientDP(clip=0.1, noise_multiplier=20.0).privacy(LocalTraining(), samples=1)
+    assert set(run.summary["privacy"]["epsilon"].values()) == {of(6, cost)}
+
+
+def test_without_its_ledger_a_run_does_not_go_on(tmp_path):
+    def stop(done, total, note):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        experiments.run(small(), out=tmp_path / "run", progress=stop)
+    (tmp_path / "run" / "ledger.jsonl").unlink()
+    with pytest.raises(FedKLError, match="none of round 0"):
+        experiments.run(small(), out=tmp_path / "run")
+
+
+def test_a_budget_ends_a_run_and_its_last_round_is_evaluated(tmp_path):
+    cost = ClientDP(clip=0.1, noise_multiplier=20.0).privacy(LocalTraining(), samples=1)
+    fields = {"training.privacy.budget": (of(2, cost) + of(3, cost)) / 2, "training.eval_every": 4}
+    run = experiments.run(small(**fields), out=tmp_path / "run")
+    assert run.summary["rounds"] == 2
+    assert run.summary["accuracy"] is not None
+    report.build(run.path)
+    assert "budget" in (run.path / "report.md").read_text()
