@@ -4,13 +4,15 @@
     local_training.py  carried out; not imported from here, since attacks do not see `fedkl.data`
     differentiable.py  the same as a function of the images
     sending.py      what a client has at hand when it sends
+    kept.py         of updates of which a part was sent
     observation.py  all that a server has afterwards, and what it was granted
 
 Nothing here knows an attack or a defense.
 """
 
+from fedkl.protocol.kept import only_kept
 from fedkl.protocol.observation import Auxiliary, Knowledge, Observation, Transform
 from fedkl.protocol.procedure import Procedure
 from fedkl.protocol.sending import Sending
 
-__all__ = ["Auxiliary", "Knowledge", "Observation", "Procedure", "Sending", "Transform"]
+__all__ = ["Auxiliary", "Knowledge", "Observation", "Procedure", "Sending", "Transform", "only_kept"]
