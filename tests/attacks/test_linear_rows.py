@@ -155,12 +155,8 @@ def test_of_a_pruned_update_what_was_kept_is_exact(images, local):
 
 
 def test_of_pruned_updates_only_images_are_read(images):
-    own = Auxiliary(
-        images=images.train_images[:200],
-        labels=images.train_labels[:200],
-        simulate=lambda x, y: {},
-        draw=dict,
-    )
+    x, y = images.train_images[:200], images.train_labels[:200]
+    own = Auxiliary(images=x, labels=y, simulate=lambda x, y: {}, draw=dict)
     for model, changes in ((perceptron(), {"batch_size": 2}), (behind_convolutions(), {"auxiliary": own})):
         seen, _ = seen_of(images, model, defense=Pruning(), **changes)
         with pytest.raises(AttackError, match="of a pruned update, expected one of one image"):

@@ -153,6 +153,6 @@ def test_flowers_mod_takes_such_a_defense_only():
     pytest.importorskip("flwr")
     from fedkl.flower import TransformMod
 
-    for defense in (KeyLock(), NoDefense()):
+    for defense in (KeyLock(), NoDefense(), Combined(parts=(KeyLock(), GaussianNoise()))):
         with pytest.raises(ConfigError, match="expected a defense that changes updates"):
             TransformMod(defense)
