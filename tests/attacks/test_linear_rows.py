@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 from fedkl.attacking import attack_arms, observe, trials_of
-from fedkl.attacks import Knowledge, LinearRows, Procedure
+from fedkl.attacks import Auxiliary, Knowledge, LinearRows, Procedure
 from fedkl.attacks.algebraic.first_linear import unexplained
 from fedkl.auditing.subject import Subject
 from fedkl.defenses import Arm, NoDefense
+from fedkl.defenses.combined import Combined
+from fedkl.defenses.noise import GaussianNoise
+from fedkl.defenses.pruning import Pruning
+from fedkl.defenses.sparse_vector import SparseVector
 from fedkl.errors import AttackError
 from fedkl.metrics import psnr
 
@@ -35,8 +39,8 @@ def behind_convolutions(norm=nn.Identity):
     )  # fmt: skip
 
 
-def seen_of(images, model, *, batch_size=1, **changes):
-    arm = Arm(name="seen", description="", defense=NoDefense(), knowledge=Knowledge(labels=False))
+def seen_of(images, model, *, batch_size=1, defense=None, **changes):
+    arm = Arm(name="seen", description="", defense=defense or NoDefense(), knowledge=Knowledge(labels=False))
     (trial,) = trials_of(images, trials=1, batch_size=batch_size)
     victim = arm.defense.prepare(model)
     return observe(victim, arm=arm, model=model, trial=trial, classes=10, **changes), trial
@@ -132,3 +136,35 @@ def test_refusals(images):
     for message, observation in cases.items():
         with pytest.raises(AttackError, match=message):
             reconstructed(observation)
+
+
+@pytest.mark.parametrize(
+    "local", [Procedure(), Procedure(algorithm="fedavg", lr=0.1, steps=3, momentum=0.9, weight_decay=1e-3)]
+)
+def test_of_a_pruned_update_what_was_kept_is_exact(images, local):
+    """And what was kept in no row is small: with it taken for 0, the image is as good as there."""
+    seen, trial = seen_of(images, perceptron(), defense=Pruning(keep=0.1), local=local)
+    (found,) = reconstructed(seen).images
+    (truth,) = trial.images
+    kept = found != 0
+    torch.testing.assert_close(found[kept], truth[kept], atol=1e-4, rtol=0)
+    assert int(kept.sum()) > 0.9 * int((truth > 0).sum())
+    assert float(psnr(found[None], truth[None])) > 30
+    with pytest.raises(AttackError, match="as they are, got a transformed update"):
+        reconstructed(replace(seen, transform=lambda change, observed: change))
+
+
+def test_of_pruned_updates_only_images_are_read(images):
+    x, y = images.train_images[:200], images.train_labels[:200]
+    own = Auxiliary(images=x, labels=y, simulate=lambda x, y: {}, draw=dict)
+    for model, changes in ((perceptron(), {"batch_size": 2}), (behind_convolutions(), {"auxiliary": own})):
+        seen, _ = seen_of(images, model, defense=Pruning(), **changes)
+        with pytest.raises(AttackError, match="of a pruned update, expected one of one image"):
+            reconstructed(seen)
+
+
+def test_what_was_sent_with_noise_is_not_taken_for_exact(images):
+    for defense in (SparseVector(), Combined(parts=(GaussianNoise(), Pruning()))):
+        seen, _ = seen_of(images, perceptron(), defense=defense)
+        with pytest.raises(AttackError, match="as they are, got a transformed update"):
+            reconstructed(seen)

@@ -236,4 +236,6 @@ def test_a_locked_combination_is_attacked_as_the_lock_is():
     assert defense.control() == lock.control()
     assert defense.baselines() == lock.baselines()
     model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 28 * 28, 10))
-    assert defense.prepare(model).public_state().keys() == lock.prepare(model).public_state().keys()
+    own, theirs = defense.prepare(model), lock.prepare(model)
+    assert own.public_state().keys() == theirs.public_state().keys()
+    assert own.private_parameters().keys() == theirs.private_parameters().keys() != set()

@@ -15,14 +15,14 @@ from fedkl.attacks import PriorOnly
 from fedkl.config import AttackConfig
 from fedkl.defenses import DEFENSES, KeyLock, NoDefense, own_arms, register_defense
 from fedkl.defenses.changing import UpdateDefense
+from fedkl.defenses.client_dp import ClientDP
+from fedkl.defenses.clipping import Clipping
 from fedkl.defenses.combined import Combined
 from fedkl.defenses.local_dp import LocalDpMod
 from fedkl.defenses.noise import GaussianNoise, LaplaceNoise
 from fedkl.defenses.percentile import Percentile
 from fedkl.defenses.pruning import Pruning
 from fedkl.defenses.sparse_vector import SparseVector
-from fedkl.defenses.client_dp import ClientDP
-from fedkl.defenses.clipping import Clipping
 from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining, Federation
 from fedkl.protocol import Procedure
@@ -157,6 +157,6 @@ def test_flowers_mod_takes_such_a_defense_only():
     pytest.importorskip("flwr")
     from fedkl.flower import TransformMod
 
-    for defense in (KeyLock(), NoDefense()):
+    for defense in (KeyLock(), NoDefense(), Combined(parts=(KeyLock(), GaussianNoise()))):
         with pytest.raises(ConfigError, match="expected a defense that changes updates"):
             TransformMod(defense)

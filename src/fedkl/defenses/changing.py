@@ -41,11 +41,6 @@ class Draws:
         return torch.where(uniform < 0.5, -sizes, sizes).to(like)
 
 
-def only_kept(change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A `Transform`: what was not kept, and was sent as 0, says nothing, and is not compared."""
-    return {name: tensor * (observed[name] != 0) for name, tensor in change.items()}
-
-
 @dataclass(frozen=True, kw_only=True)
 class UpdateDefense(Defense):
     """Base of defenses that change what is sent, and keep no tensor private.

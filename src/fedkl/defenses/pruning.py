@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fedkl.defenses.base import register_defense
-from fedkl.defenses.changing import Draws, UpdateDefense, only_kept
+from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.errors import ConfigError
-from fedkl.protocol import Sending, Transform
+from fedkl.protocol import Sending, Transform, only_kept
 from fedkl.types import NamedTensors
 
 

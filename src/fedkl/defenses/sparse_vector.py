@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedkl.defenses.base import register_defense
-from fedkl.defenses.changing import Draws, UpdateDefense, only_kept
+from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.errors import ConfigError
-from fedkl.protocol import Sending, Transform
+from fedkl.protocol import Sending, Transform, only_kept
 from fedkl.types import NamedTensors
 
 _PASSES = 1000
@@ -103,8 +104,8 @@ class SparseVector(UpdateDefense):
 
     @property
     def public_transform(self) -> Transform:
-        """Only what was kept."""
-        return only_kept
+        """Only what was kept, which is not as it was."""
+        return partial(only_kept)
 
     def describe(self) -> str:
         """Its numbers."""

@@ -42,10 +42,6 @@ class TransformMod:
         ConfigError: It keeps tensors private, which takes a `LockMod`, or changes nothing.
     """
 
-<<<<<<< HEAD
-    def __init__(self, defense: Defense) -> None:
-        if defense.keeps_tensors or not defense.changes_updates:
-=======
     def __init__(
         self,
         defense: Defense,
@@ -53,9 +49,7 @@ class TransformMod:
         network: nn.Module | None = None,
         sample: Callable[[int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        kind = type(defense)
-        if kind.prepare is not Defense.prepare or kind.transform is Defense.transform:
->>>>>>> bd5e242c1980f059ccdb96ec88a27e65db3cfd40
+        if defense.keeps_tensors or not defense.changes_updates:
             raise ConfigError(
                 f"TransformMod: expected a defense that changes updates and keeps no tensors private, got "
                 f"{defense.describe()}. A key-lock takes fedkl.flower.LockMod."

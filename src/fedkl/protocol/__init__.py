@@ -6,11 +6,13 @@
     private_gradient.py  carried out, with noise; not imported from here either
     differentiable.py  the same as a function of the images
     sending.py      what a client has at hand when it sends
+    kept.py         of updates of which a part was sent
     observation.py  all that a server has afterwards, and what it was granted
 
 Nothing here knows an attack or a defense.
 """
 
+from fedkl.protocol.kept import only_kept
 from fedkl.protocol.observation import Auxiliary, Knowledge, Observation, Rescaling, Transform
 from fedkl.protocol.per_example import PerExample
 from fedkl.protocol.procedure import Procedure
@@ -25,4 +27,5 @@ __all__ = [
     "Rescaling",
     "Sending",
     "Transform",
+    "only_kept",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ from fedkl.attacks.algebraic.sgd import check_sgd
 from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.parallel import Progress
 from fedkl.errors import AttackError
-from fedkl.protocol import Observation
+from fedkl.protocol import Observation, only_kept
 
 _AGREE, _UNSURE = 1e-5, 1e-4  # relative: rows of one image agree to 2e-7, of several to 2e-4 at best
 _CERTAIN = 10.0  # times float32's errors
@@ -30,6 +30,9 @@ class LinearRows(Attack):
     rows get something of one image only: those that agree with another one. Images without two such rows
     are not found, and are NaN. It needs no labels and no learning rate, and accepts a gradient, or weights
     after steps of SGD: each image's x is the same in all steps, where the layer is the first.
+
+    Of a pruned update of one image, each input is read off the row with the largest |δ| where it was kept.
+    Inputs that were kept in no row are the small ones, and are taken for 0.
 
     Behind convolutions the inputs are features: `FeatureInversion`, with images of the server's own, takes
     them to images. `Reconstruction.loss` is the share of the layer's gradient that they do not explain.
@@ -49,13 +52,20 @@ class LinearRows(Attack):
         return False
 
     def _check(self, observation: Observation) -> None:
-        check_sgd(observation, attack="LinearRows")
+        pruned = observation.transform is only_kept
+        check_sgd(replace(observation, transform=None) if pruned else observation, attack="LinearRows")
         if observation.batch_size > 1 and observation.classes == 2:
             raise AttackError(
                 "LinearRows: expected one image, or more than two classes: with two all images have parallel "
                 "slopes, and rows of several agree too. Use the attack disaggregation."
             )
-        first_linear(observation, attack="LinearRows")
+        layer = first_linear(observation, attack="LinearRows")
+        if pruned and (observation.batch_size > 1 or layer.pixels is None):
+            raise AttackError(
+                "LinearRows: of a pruned update, expected one of one image, and a linear layer that gets the "
+                f"image itself, got {observation.batch_size} images and the layer '{layer.name}'. Use the "
+                "attack ig."
+            )
 
     def _run(
         self,
@@ -64,7 +74,8 @@ class LinearRows(Attack):
         on_evaluation: Progress,
     ) -> list[Reconstruction]:
         layer = first_linear(observations[0], attack="LinearRows")
-        inputs = [_inputs(observation, layer) for observation in observations]
+        read = _kept_inputs if observations[0].transform is only_kept else _inputs
+        inputs = [read(observation, layer) for observation in observations]
         losses = [
             unexplained(layer.gradient(observation), rows)
             for observation, rows in zip(observations, inputs, strict=True)
@@ -87,6 +98,17 @@ def _inputs(observation: Observation, layer: FirstLinear) -> Float[Tensor, "foun
     return agreeing(
         rows[sure], torch.maximum(_AGREE * size, _CERTAIN * error)[sure], most=observation.batch_size
     )
+
+
+def _kept_inputs(observation: Observation, layer: FirstLinear) -> Float[Tensor, "found inputs"]:
+    """Of one image; none where no row has its δ."""
+    gradient = layer.gradient(observation)
+    weight, bias = gradient[:, :-1], gradient[:, -1:]
+    kept, driven = (observation.gradient[f"{layer.name}.{part}"].cpu() != 0 for part in ("weight", "bias"))
+    seen = kept & driven[:, None]
+    best = (seen * bias.abs()).argmax(0, keepdim=True)
+    inputs = torch.where(seen, weight / bias, 0).gather(0, best)
+    return inputs if bool(seen.any()) else inputs[:0]
 
 
 def agreeing(
