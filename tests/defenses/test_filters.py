@@ -233,6 +233,7 @@ def test_a_locked_combination_is_attacked_as_the_lock_is():
     for arm, theirs in zip(defense.guesses(), own, strict=True):
         assert (arm.defense, arm.knowledge, arm.control) == (defense, theirs.knowledge, "public-norm")
         assert "gaussian-noise" in arm.description
+        assert not arm.open  # noise hides what knowing the lock does not
     assert defense.control() == lock.control()
     assert defense.baselines() == lock.baselines()
     model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 28 * 28, 10))

@@ -124,6 +124,7 @@ class Combined(Defense):
                 name=f"{self.type}-{arm.name}",
                 description=f"{arm.description}; with {others}" if others else arm.description,
                 defense=self,
+                open=arm.open and not self.changes_updates,
             )
             for arm in arms
         )
