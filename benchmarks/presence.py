@@ -10,8 +10,8 @@
     python benchmarks/presence.py private --epsilon 1 4 8 inf      # one step of DP-SGD on the quickstart
 
 `private`: one gradient of 32 images by the defense dp-sgd, each clipped to norm 1, with noise for (ε, 1e-5)
-by the exact curve of the Gaussian mechanism (Balle and Wang 2018). Beside what the test reaches stands what no
-test can exceed at its own rate of false alarms, and at the ends of that rate's interval: Φ(Φ⁻¹(α) + 1/σ)
+by the exact curve of the Gaussian mechanism (Balle and Wang 2018). Beside what the test reaches stands what
+no test can exceed at its own rate of false alarms, and at the ends of that rate's interval: Φ(Φ⁻¹(α) + 1/σ)
 (Dong, Roth and Su 2022). One JSON object a line.
 """
 
