@@ -9,10 +9,10 @@
     python benchmarks/presence.py resnet
     python benchmarks/presence.py private --epsilon 1 4 8 inf      # one step of DP-SGD on the quickstart
 
-`private`: one gradient of 32 images, each clipped to norm 1, with Gaussian noise for (ε, 1e-5) by the exact
-curve of the Gaussian mechanism (Balle and Wang 2018). Beside what the test reaches stands what no test can
-exceed at its own rate of false alarms, and at the ends of that rate's interval: Φ(Φ⁻¹(α) + 1/σ) (Dong, Roth
-and Su 2022). One JSON object a line.
+`private`: one gradient of 32 images by the defense dp-sgd, each clipped to norm 1, with noise for (ε, 1e-5)
+by the exact curve of the Gaussian mechanism (Balle and Wang 2018). Beside what the test reaches stands what
+no test can exceed at its own rate of false alarms, and at the ends of that rate's interval: Φ(Φ⁻¹(α) + 1/σ)
+(Dong, Roth and Su 2022). One JSON object a line.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ from statistics import NormalDist
 from time import process_time
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from fedkl.auditing import Subject
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.plan import defense_of, exposures_of
 from fedkl.auditing.recognition import Pools, recognize
 from fedkl.data import load
+from fedkl.defenses import Defense
+from fedkl.defenses.dp_sgd import DPSGD
+from fedkl.protocol import Procedure
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "audit"
 DELTA = 1e-5
@@ -66,33 +65,11 @@ def most(sigma: float, alarms: float) -> float:
     return 1.0 if sigma == 0 else NormalDist().cdf(NormalDist().inv_cdf(alarms) + 1 / sigma)
 
 
-class PrivateStep:
-    """One step of DP-SGD with learning rate 1: a client's loop, see `fedkl.Subject`."""
-
-    def __init__(self, sigma: float) -> None:
-        self._sigma = sigma
-
-    def __call__(self, network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
-        """Trains the network in place."""
-        parameters = list(network.parameters())
-        total = [torch.zeros_like(p) for p in parameters]
-        for image, label in zip(inputs, labels, strict=True):
-            loss = F.cross_entropy(network(image[None]), label[None])
-            gradient = torch.autograd.grad(loss, parameters)
-            norm = torch.stack([g.norm() for g in gradient]).norm()
-            for sums, each in zip(total, gradient, strict=True):
-                sums += each * (CLIP / norm).clamp_max(1)
-        with torch.no_grad():
-            for parameter, sums in zip(parameters, total, strict=True):
-                noise = self._sigma * CLIP * torch.randn_like(sums)
-                parameter -= (sums + noise) / len(inputs)
-
-
-def measured(subject: Subject, given: argparse.Namespace, *, clients: int, **about: Any) -> dict[str, Any]:
+def measured(
+    subject: Subject, given: argparse.Namespace, *, clients: int, defense: Defense, **about: Any
+) -> dict[str, Any]:
     """One line."""
-    first = exposures_of(
-        subject, defense=defense_of(given.defense), masking=given.masking, batch_sizes=(), seed=given.seed
-    )[0]
+    first = exposures_of(subject, defense=defense, masking=given.masking, batch_sizes=(), seed=given.seed)[0]
     exposure = first.exposure.model_copy(update={"clients": clients})
     people = Clients.of(
         subject,
@@ -155,12 +132,16 @@ def main() -> None:
         subject = replace(subject, images_per_client=given.images)
     if given.subject != "private":
         for clients in given.clients:
-            print(json.dumps(measured(subject, given, clients=clients)), flush=True)
+            defense = defense_of(given.defense)
+            print(json.dumps(measured(subject, given, clients=clients, defense=defense)), flush=True)
         return
     for epsilon in given.epsilon:
         sigma = noise_of(epsilon)
-        private = replace(subject, procedure=PrivateStep(sigma), images_per_client=BATCH)
-        line = measured(private, given, clients=1, epsilon=str(epsilon), sigma=round(sigma, 3))
+        private = replace(subject, procedure=Procedure(), images_per_client=BATCH)
+        defense = DPSGD(clip=CLIP, noise_multiplier=sigma)
+        line = measured(
+            *(private, given), clients=1, defense=defense, epsilon=str(epsilon), sigma=round(sigma, 3)
+        )
         # What false alarms there really are is known up to their interval.
         line["at_most"] = rounded([most(sigma, alarms) for alarms in line["false_alarms"][:3]])
         line["auc_at_most"] = 1.0 if sigma == 0 else round(NormalDist().cdf(1 / (sigma * math.sqrt(2))), 3)

@@ -76,7 +76,8 @@ def training_table(trains: Sequence[TrainRun]) -> Table:
     columns = {name: [cell(run) for run in trains] for name, cell in cells.items()}
     usual = ({wording.NONE}, {_READS["updates"]})
     columns = {name: column for name, column in columns.items() if set(column) not in usual}
-    essential = ("Run", "The server reads", "Rounds", ACCURACY_COLUMN, OWN_COLUMN, PAPER_COLUMN)
+    essential = {"Run", "The server reads", "Rounds", "Privacy spent"}
+    essential |= {ACCURACY_COLUMN, OWN_COLUMN, PAPER_COLUMN}
     return Table(
         title="Training runs",
         header=list(columns),
