@@ -53,6 +53,7 @@ class Compared(BaseModel):
         title: In words.
         defense: With its options.
         masking: Mode of masks over it.
+        lr: Learning rate in place of the table's, with which it would diverge.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +61,7 @@ class Compared(BaseModel):
     title: str
     defense: Annotated[Defense, DEFENSES]
     masking: Masking = "none"
+    lr: float | None = None
 
 
 @cache
@@ -139,7 +141,7 @@ class DefensesTable:
                 clients=self.clients,
                 rounds=self.rounds,
                 eval_every=self.rounds,
-                local=self._procedure(LocalTraining()),
+                local=self._procedure(LocalTraining(), wanted),
                 aggregation=(
                     PlainAggregation() if wanted.masking == "none" else MaskedAggregation(mode=wanted.masking)
                 ),
@@ -150,9 +152,9 @@ class DefensesTable:
         name, initialization = ROWS[self.row][0], _INITIALIZATION[self.row]
         return ModelConfig(name=name, initialization=initialization, standardize=True, weights=weights)
 
-    def _procedure(self, like: Any) -> Any:
+    def _procedure(self, like: Any, wanted: Compared) -> Any:
         """What clients do: an epoch of SGD with momentum."""
-        how = {"algorithm": "fedavg", "batch_size": 32, "lr": _LR[self.row], "momentum": 0.9}
+        how = {"algorithm": "fedavg", "batch_size": 32, "lr": wanted.lr or _LR[self.row], "momentum": 0.9}
         return replace(like, **how, weight_decay=0.0)
 
     def audited(self, out: Path) -> Subject:
@@ -172,7 +174,7 @@ class DefensesTable:
             weights={name: tensor.detach().clone() for name, tensor in trained.state_dict().items()},
             images=images,
             labels=dataset.test_labels[: len(images)],
-            procedure=self._procedure(Procedure(algorithm="fedavg")),
+            procedure=self._procedure(Procedure(algorithm="fedavg"), compared()[PLAIN]),
             images_per_client=self.images_per_client,
             classes=dataset.spec.classes,
         )
@@ -242,6 +244,8 @@ def _audited(
     wanted: DefensesTable, name: str, subject: Subject, *, out: Path, progress: OpenProgress
 ) -> Audit | FedKLError:
     each = compared()[name]
+    if each.lr is not None and isinstance(subject.procedure, Procedure):
+        subject = replace(subject, procedure=replace(subject.procedure, lr=each.lr))
     place = Path("audited", name)
     with progress(str(place)) as step:
         try:
