@@ -47,6 +47,7 @@ def run(*command):
         ("attack", "--help"),
         ("audit", "--help"),
         ("reproduce", "adaptive", "--help"),
+        ("reproduce", "defenses", "--help"),
         ("member", "--help"),
         ("cohort", "new", "--help"),
         ("--version",),

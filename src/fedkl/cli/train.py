@@ -71,7 +71,7 @@ def train(
     defense: Annotated[
         str | None,
         typer.Option(
-            help="none, keylock, private-layers, or the norm-matched controls public-norm and private-norm.",
+            help="none, keylock, dp-sgd, pruning …: see `fedkl attack --list`.",
             show_default="none",
         ),
     ] = None,

@@ -72,6 +72,9 @@ class UpdateDefense(Defense):
             change = {name: tensor - before[name] for name, tensor in floating.items()}
             changed = self.changed(change, draws=draws, client=client)
             sent = {name: before[name] + tensor for name, tensor in changed.items()}
+            for name in sent:
+                if name.endswith("running_var"):  # else noise makes a norm divide by a root of less than 0
+                    sent[name] = sent[name].clamp_min(0)
         return replace(update, tensors={**update.tensors, **sent})
 
     def imitate_transform(

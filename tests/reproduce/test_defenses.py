@@ -1,0 +1,100 @@
+"""The table of defenses: trained and audited cells, resumed, and the figures behind each cell."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+
+from fedkl.attacking.matrix import ROWS
+from fedkl.defenses import DEFENSES
+from fedkl.errors import ConfigError
+from fedkl.reproduce import DefensesTable, compared, defenses
+from fedkl.reproduce.defenses_table import markdown, points
+from tests.auditing.subjects import subject
+
+
+def no_progress(name):
+    return nullcontext(lambda done, total, note: None)
+
+
+def test_every_registered_defense_is_compared():
+    """Whoever adds one finds out here what stops it."""
+    controls = {"public-norm", "private-norm", "masked"}  # of the lock; masks are `masking`
+    found = {each.defense.type for each in compared().values()}
+    assert found == set(DEFENSES.names()) - controls
+    assert {each.masking for each in compared().values()} == {"none", "blind"}
+    assert len({each.title for each in compared().values()}) == len(compared())
+
+
+def test_a_subject_is_audited_behind_each_and_not_trained(tmp_path):
+    wanted = DefensesTable(subject=subject(), defenses=("noise-strong",), minutes=0.01)
+    records = defenses(wanted, out=tmp_path, progress=no_progress)
+    assert [each["name"] for each in records] == ["none", "noise-strong"]
+    plain, noisy = (each["exposed"]["your-client"]["presence"] for each in records)
+    assert plain["outcome"] == "leaks"
+    assert noisy["rate"] < 0.7 * plain["rate"]
+    assert all(each["accuracy"] is None for each in records)
+    first = (tmp_path / "table.md").read_text()
+    audited = (tmp_path / "audited/noise-strong/results.jsonl").read_bytes()
+    assert defenses(wanted, out=tmp_path, progress=no_progress) == records
+    assert (tmp_path / "table.md").read_text() == first
+    assert (tmp_path / "audited/noise-strong/results.jsonl").read_bytes() == audited
+    assert json.loads((tmp_path / "table.json").read_text()) == records
+    assert (tmp_path / "defenses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_is_trained_with_and_with_its_own_learning_rate(monkeypatch):
+    monkeypatch.setitem(ROWS, "lenet/sample", ("lenet", "mnist-sample"))
+    wanted = DefensesTable(row="lenet/sample", defenses=("precode", "masked"), seeds=2, images=90)
+    cells = wanted.trainings()
+    assert [str(cell.place) for cell in cells] == [
+        f"trained/{name}-seed-{seed}" for seed in (0, 1) for name in ("none", "precode", "masked")
+    ]
+    plain, precode, masked = (cell.experiment.training for cell in cells[:3])
+    assert (plain.local.lr, precode.local.lr) == (0.1, 0.01)
+    assert (plain.aggregation.type, masked.aggregation.type) == ("plain", "masked")
+
+
+def share(rate, outcome="leaks"):
+    return {"attacker": "a", "outcome": outcome, "rate": rate, "low": rate, "high": rate, "n": 9,
+            "floor": 0.0, "auc": None}  # fmt: skip
+
+
+def record(name, **changes):
+    exposed = {
+        "your-client": {"title": "2 steps", "presence": share(0.5), "identified": None},
+        "gradient-of-1": {"title": "one", "presence": share(1.0), "identified": share(0.2)},
+    }
+    trained = {"accuracy": 0.9, "spread": None, "seeds": 1, "epsilon": None}
+    about = {"name": name, "title": f"the {name}", "defense": name, "masking": "none"}
+    return about | trained | {"exposed": exposed, "reasons": []} | changes
+
+
+def test_what_says_nothing_is_no_defense():
+    silent = {"your-client": {"title": "2 steps", "presence": share(0.0, "says nothing"), "identified": None}}
+    records = [record("none"), record("odd", accuracy=0.7, exposed=silent)]
+    assert [(p.name, p.cost, p.share) for p in points(records, row="x")] == [
+        ("the none", 0.0, 50.0),
+        ("the none", 0.0, 20.0),
+    ]
+    (line,) = [
+        line for line in markdown(records, row="x").splitlines() if line.startswith("| the odd | 70.0")
+    ]
+    assert line == "| the odd | 70.0 | – | ? | – |"
+
+
+def test_what_could_not_be_trained_stands_there_with_its_reason():
+    text = markdown([record("none"), record("odd", accuracy=None, reasons=["it *diverged*"])], row="x")
+    assert "* the odd: it \\*diverged\\*" in text
+    assert len(points([record("none"), record("odd", accuracy=None)], row="x")) == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"row": "lenet/none"}, {"defenses": ("wall",)}, {"rounds": 0}, {"minutes": 0.0}]
+)
+def test_wrong_use_is_named(changes):
+    with pytest.raises(ConfigError, match="reproduce defenses"):
+        replace(DefensesTable(), **changes)
