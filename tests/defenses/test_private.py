@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,11 +22,13 @@ from fedkl.defenses import DEFENSES, NoDefense, own_arms, plain_arm
 from fedkl.defenses.client_dp import ClientDP
 from fedkl.defenses.clipping import Clipping
 from fedkl.defenses.dp_sgd import DPSGD
-from fedkl.errors import AttackError, ConfigError, TrainingError
+from fedkl.errors import AttackError, ConfigError, TrainingError, UpdateError
 from fedkl.federated import FederatedTraining, Federation
 from fedkl.federated.options import LocalTraining
 from fedkl.keys import imitated_uniform
-from fedkl.protocol import Procedure
+from fedkl.protocol import Procedure, Sending
+from fedkl.protocol.per_example import clipped_sum
+from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
 
 CLIP = 0.05  # far below the norm of a gradient here
 
@@ -412,3 +415,27 @@ def test_imitated_noise_is_normal():
 
 def test_they_are_registered():
     assert {"clipping", "client-dp", "dp-sgd"} <= {kind.type for kind in DEFENSES}
+
+
+def test_an_image_whose_gradient_overflows_decides_nothing():
+    def gradient(x, y):
+        return {"w": x.flatten() * torch.tensor([1.0, 2.0])}, x.sum()
+
+    images = torch.tensor([[3.0, 4.0], [math.inf, 1.0]])
+    like = {"w": torch.zeros(2)}
+    total, _ = clipped_sum(gradient, images, torch.zeros(2), clip=1.0, like=like)
+    alone, _ = clipped_sum(gradient, images[:1], torch.zeros(1), clip=1.0, like=like)
+    assert torch.equal(total["w"], alone["w"])
+    assert float(alone["w"].norm()) == pytest.approx(1.0)
+
+
+def test_client_dp_sends_nothing_exactly():
+    specs = {name: TensorSpec(shape=(3,), dtype=dtype) for name, dtype in (
+        ("w", torch.float32), ("hist", torch.int64), ("norm.num_batches_tracked", torch.int64))}  # fmt: skip
+    tensors = {name: torch.ones(3, dtype=spec.dtype) for name, spec in specs.items()}
+    update = PublicUpdate(
+        schema=PublicSchema(kind="weights", specs=specs), tensors=tensors, num_samples=1, round=0
+    )
+    with pytest.raises(UpdateError, match=r"(?s)'hist' is torch.int64") as refused:
+        ClientDP().transform(update, client=Sending(received=tensors))
+    assert "num_batches_tracked" not in str(refused.value)

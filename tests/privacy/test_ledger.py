@@ -260,3 +260,9 @@ def test_a_budget_ends_a_run_and_its_last_round_is_evaluated(tmp_path):
     assert run.summary["accuracy"] is not None
     report.build(run.path)
     assert "budget" in (run.path / "report.md").read_text()
+
+
+def test_a_delta_at_which_nothing_can_be_computed_is_refused():
+    cost = GaussianCost(noise_multiplier=0.5, sampling_rate=0.5, releases=10, protects="one image")
+    with pytest.raises(ConfigError, match=r"privacy\.delta: no finite ε"):
+        Ledger({"client-0": cost}, options=PrivacyOptions(delta=1e-40))

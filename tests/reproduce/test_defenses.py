@@ -58,6 +58,21 @@ def test_each_is_trained_with_and_with_its_own_learning_rate(monkeypatch):
     assert (plain.aggregation.type, masked.aggregation.type) == ("plain", "masked")
 
 
+def test_what_was_spent_comes_from_the_ledger(tmp_path, monkeypatch):
+    pytest.importorskip("dp_accounting")
+    monkeypatch.setitem(ROWS, "lenet/sample", ("lenet", "mnist-sample"))
+    wanted = DefensesTable(
+        row="lenet/sample", defenses=("client-dp",), rounds=2, images=90, seeds=1, minutes=0.01
+    )
+    monkeypatch.setattr(DefensesTable, "audited", lambda self, out: subject())
+    plain, private = defenses(wanted, out=tmp_path, progress=no_progress)
+    summary = json.loads((tmp_path / "trained/client-dp-seed-0/summary.json").read_text())
+    assert plain["epsilon"] is None
+    assert private["epsilon"] == max(summary["privacy"]["epsilon"].values()) > 0
+    assert private["accuracy"] == summary["accuracy"]
+    assert f"| {private['epsilon']:.3g} |" in (tmp_path / "table.md").read_text()
+
+
 def share(rate, outcome="leaks"):
     return {"attacker": "a", "outcome": outcome, "rate": rate, "low": rate, "high": rate, "n": 9,
             "floor": 0.0, "auc": None}  # fmt: skip

@@ -9,10 +9,13 @@ from typing import Literal
 from fedkl.defenses.base import register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.defenses.clipping import Clipped
-from fedkl.errors import ConfigError
+from fedkl.errors import ConfigError, UpdateError, gathered
 from fedkl.privacy import GaussianCost
 from fedkl.protocol import Procedure, Sending, Transform
 from fedkl.types import NamedTensors
+from fedkl.update import PublicUpdate
+
+_COUNT = "num_batches_tracked"
 
 
 @register_defense
@@ -49,6 +52,27 @@ class ClientDP(UpdateDefense):
             raise ConfigError(
                 f"ClientDP: noise_multiplier: expected a finite value ≥ 0, got {self.noise_multiplier}."
             )
+
+    def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
+        """Clips and adds noise, where nothing else would be sent as it is.
+
+        Raises:
+            UpdateError: It holds other numbers than floating-point ones and counts of batches.
+        """
+        exact = [
+            name
+            for name, tensor in update.tensors.items()
+            if not tensor.is_floating_point() and not name.endswith(_COUNT)
+        ]
+        if exact:
+            raise UpdateError(
+                gathered(
+                    "ClientDP: expected floating-point numbers, which noise can cover, got others.",
+                    [f"'{name}' is {update.tensors[name].dtype}" for name in exact],
+                    "Make them floating-point buffers, or keep them out of what is sent.",
+                )
+            )
+        return super().transform(update, client=client)
 
     def changed(self, change: NamedTensors, *, draws: Draws, client: Sending) -> NamedTensors:
         """Clips the change and adds noise to every tensor."""

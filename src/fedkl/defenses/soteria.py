@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedkl.defenses.base import Arm, register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
@@ -176,9 +177,10 @@ def _probed(
     features: _Features, images: Tensor, *, probes: int, draws: Draws
 ) -> Float[Tensor, "images *rows features"]:
     """E (J u)_i² = ‖J_i‖² for normal u; images do not see each other in eval mode."""
-    squares = [
-        torch.func.jvp(features, (images,), (draws.normal(images),))[1].square() for _ in range(probes)
-    ]
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward derivative
+        squares = [
+            torch.func.jvp(features, (images,), (draws.normal(images),))[1].square() for _ in range(probes)
+        ]
     return torch.stack(squares).mean(0).sqrt()
 
 

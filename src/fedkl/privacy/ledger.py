@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Ledger:
         options: δ and the budget.
 
     Raises:
-        ConfigError: dp-accounting is not installed.
+        ConfigError: dp-accounting is not installed, or δ is too small.
 
     >>> cost = GaussianCost(noise_multiplier=2.0, protects="one image more or less")
     >>> ledger = Ledger({"client-0": cost, "client-1": cost}, options=PrivacyOptions(budget=3.0))
@@ -74,6 +75,13 @@ class Ledger:
         self.costs = dict(costs)
         self.on_charge: Callable[[Entry], None] | None = None
         self._rounds = Counter[str]()
+        if not all(
+            math.isfinite(epsilon(c, rounds=1, delta=options.delta)) for c in set(self.costs.values())
+        ):
+            raise ConfigError(
+                f"privacy.delta: no finite ε can be computed at δ = {options.delta}. Choose a larger δ, well "
+                "below one over the number of a client's images, or more noise."
+            )
 
     @property
     def spent(self) -> dict[str, float]:

@@ -65,7 +65,9 @@ def clipped_sum(
         # The derivative of a root is infinite at zero, and a gradient of zero is not scaled anyway.
         norm = (squares + torch.finfo(squares.dtype).tiny).sqrt()
         factor = clip / norm.clamp_min(clip)
-        return {name: factor * tensor for name, tensor in found.items()}, loss
+        # An image whose gradient overflows counts as none: else it alone decided whether anything is sent.
+        finite = norm.isfinite()
+        return {name: torch.where(finite, factor * tensor, 0.0) for name, tensor in found.items()}, loss
 
     total = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
     losses = images.new_zeros(())

@@ -109,4 +109,4 @@ def is_untraceable(error: RuntimeError) -> bool:
     return not isinstance(error, torch.OutOfMemoryError) and any(word in str(error) for word in _TRACING)
 
 
-_TRACING = ("vmap", "functorch", "torch.func", "function transform", "atching rule")
+_TRACING = ("vmap", "functorch", "torch.func", "unction transform", "grad (vjp, jvp", "atching rule")

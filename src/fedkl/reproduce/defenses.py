@@ -7,7 +7,7 @@ and one audit a cell, in folders of their own, so that a table goes on over many
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -275,10 +275,15 @@ def _record(name: str, trained: Sequence[RunDirectory | FedKLError], found: Audi
         "accuracy": fmean(accuracies) if accuracies else None,
         "spread": stdev(accuracies) if len(accuracies) > 1 else None,
         "seeds": len(accuracies),
-        "epsilon": max((s["epsilon"] for s in summaries if s.get("epsilon") is not None), default=None),
+        "epsilon": max((_epsilon(summary) for summary in summaries if summary["privacy"]), default=None),
         "exposed": {} if isinstance(found, FedKLError) else _exposed(found),
         "reasons": list(dict.fromkeys(reasons)),
     }
+
+
+def _epsilon(summary: Mapping[str, Any]) -> float:
+    """Of the client that spent most."""
+    return float(max(summary["privacy"]["epsilon"].values()))
 
 
 def _exposed(found: Audit) -> dict[str, Exposed]:
