@@ -1,17 +1,19 @@
 """Flower's PyTorch quickstart, recorded by one line more, and what its clients' updates give away.
 
     python benchmarks/recorded_quickstart.py [--nodes 3] [--seed 0] [--minutes 3] [--out DIR]
+    python benchmarks/recorded_quickstart.py --processes    # SuperLink and SuperNodes, TLS, node keys
 
-The app is Flower's ``quickstart-pytorch`` as NumPyClients have it: its network and training loop
-(examples/audit/quickstart.py), a node's own CIFAR-10 images, FedAvg. All nodes run in this process. The only
-change is ``mods=[RecordingMod(…)]``. One round starts from the example's weights, never trained on any of
-these images. Needs Flower (the extra ``flower``) and CIFAR-10. Prints one JSON object.
+The app is Flower's ``quickstart-pytorch``: its network and training loop (examples/audit/quickstart.py), a
+node's own CIFAR-10 images, FedAvg. All nodes run in this process, as NumPyClients, or each in its own
+(recorded_app/). The only change is ``mods=[RecordingMod(…)]``. One round starts from the example's weights,
+never trained on any of these images. Needs Flower (the extra ``flower``) and CIFAR-10. Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +21,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from flower_harness import DeploymentError, deployment
 from flwr.app import Context
 from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
@@ -76,9 +79,27 @@ def record(subject: Subject, members: list[list[int]], folder: Path) -> None:
     run_in_process(ServerApp(server_fn=server_fn), app, clients=len(members))
 
 
+def deploy(folder: Path, *, nodes: int, seed: int) -> None:
+    """One round of recorded_app/, each node a process of its own."""
+    os.environ["QUICKSTART_RECORDINGS"] = str(folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
+    app = Path(__file__).with_name("recorded_app")
+    with deployment(folder.parent / "deployment", nodes=nodes, app=app) as running:
+        run = running.run({"seed": seed, "nodes": nodes})
+        running.wait(lambda: run.poll() is not None, "the round", seconds=600)
+        if run.returncode:
+            raise DeploymentError(running.log("run")[-2000:])
+
+
+def partition_of(node: Path) -> int:
+    """A node's number: what its process wrote down, or the node's id, where all are in this process."""
+    told = node.parent.parent / f"partition-{node.name.removeprefix('node-')}"
+    return int(told.read_text(encoding="utf-8") if told.exists() else node.name.removeprefix("node-"))
+
+
 def recorded(folder: Path, members: list[list[int]]) -> list[RecordedClient]:
-    """What the nodes recorded; they are numbered as their partitions are."""
-    nodes = sorted(folder.iterdir(), key=lambda node: int(node.name.removeprefix("node-")))
+    """What the nodes recorded."""
+    nodes = sorted(folder.iterdir(), key=partition_of)
     return [
         RecordedClient(
             update=RecordedUpdate.from_recording(list(recorded_rounds(node).values())[-1]), members=own
@@ -110,6 +131,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--processes", action="store_true", help="SuperLink and SuperNodes of their own.")
     parser.add_argument("--out", help="Folder for recordings and audit; a temporary one if not given.")
     given = parser.parse_args()
     sys.path.insert(0, str(EXAMPLES))
@@ -119,7 +141,11 @@ def main() -> None:
     members = [part.tolist() for part in order.split(subject.images_per_client)[: given.nodes]]
     start = perf_counter()
     torch.manual_seed(given.seed)
-    record(subject, members, folder / "updates")
+    if given.processes:
+        folder.mkdir(parents=True, exist_ok=True)
+        deploy(folder.resolve() / "updates", nodes=given.nodes, seed=given.seed)
+    else:
+        record(subject, members, folder / "updates")
     clients = recorded(folder / "updates", members)
     done = audit_recorded(subject, clients, out=folder / "audit", seed=given.seed, minutes=given.minutes)
     seconds = round(perf_counter() - start, 1)

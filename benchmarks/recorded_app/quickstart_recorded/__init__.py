@@ -1,0 +1,1 @@
+"""Flower's PyTorch quickstart, recorded by one line more."""
