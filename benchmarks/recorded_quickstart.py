@@ -6,7 +6,8 @@
 The app is Flower's ``quickstart-pytorch``: its network and training loop (examples/audit/quickstart.py), a
 node's own CIFAR-10 images, FedAvg. All nodes run in this process, as NumPyClients, or each in its own
 (recorded_app/). The only change is ``mods=[RecordingMod(…)]``. One round starts from the example's weights,
-never trained on any of these images. Needs Flower (the extra ``flower``) and CIFAR-10. Prints one JSON object.
+never trained on any of these images. Needs Flower (the extra ``flower``) and CIFAR-10. Prints one JSON
+object.
 """
 
 from __future__ import annotations
