@@ -31,7 +31,8 @@ from typing import Any
 
 from fedkl.auditing import Subject
 from fedkl.auditing.clients import Clients
-from fedkl.auditing.plan import defense_of, exposures_of
+from fedkl.auditing.defended import defense_of
+from fedkl.auditing.plan import exposures_of
 from fedkl.auditing.recognition import Pools, recognize
 from fedkl.data import load
 from fedkl.defenses import Defense
