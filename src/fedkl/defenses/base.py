@@ -78,6 +78,11 @@ class Defense:
         """Whether what is sent may be another update than what was trained."""
         return type(self).transform is not Defense.transform
 
+    @property
+    def changes_procedure(self) -> bool:
+        """Whether clients may train in another way than without it."""
+        return type(self).procedure is not Defense.procedure
+
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
         """Splits a copy of the model into private and public tensors.
 

@@ -59,6 +59,11 @@ class Combined(Defense):
         """Whether a part does."""
         return any(part.changes_updates for part in self.parts)
 
+    @property
+    def changes_procedure(self) -> bool:
+        """Whether a part does."""
+        return any(part.changes_procedure for part in self.parts)
+
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
         """As the part that keeps tensors."""
         return self._keeper.prepare(model, key=key)
