@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from fedkl import data, rng
 from fedkl.attacking import SimulatedClients
+from fedkl.attacking.gradients import full_gradient
 from fedkl.attacking.observing import observe, trials_of
-from fedkl.attacking.updates import full_gradient
 from fedkl.attacks import DLG, LinearRows
 from fedkl.defenses import KeyLock, own_arms
 from fedkl.defenses.combined import Combined

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkl import rng
-from fedkl.attacking.updates import gradients, mean_of, stacked, updated
+from fedkl.attacking.gradients import gradients, stacked
+from fedkl.attacking.updates import mean_of, updated
 from fedkl.defenses import Arm, Defense
 from fedkl.defenses.base import Known
 from fedkl.keys import imitated_uniform
