@@ -12,7 +12,8 @@ import torch
 from fedkl import config as configs
 from fedkl import data, models, rng
 from fedkl.attacking import SimulatedClients, observe, trials_of
-from fedkl.attacking.updates import difference, gradients, trained_tensors
+from fedkl.attacking.gradients import gradients
+from fedkl.attacking.updates import difference, trained_tensors
 from fedkl.attacks import DLG, InvertingGradients, Knowledge, Procedure
 from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.defenses import Arm, KeyLock, NoDefense, UpdateDefense, arms_of

@@ -13,7 +13,11 @@ from fedkl.attacking.updates import local_update
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.results import Exposure
 from fedkl.defenses import DEFENSES, KeyLock, NoDefense
+from fedkl.defenses.combined import Combined
+from fedkl.defenses.dp_sgd import DPSGD
 from fedkl.defenses.masked import MaskedUpload
+from fedkl.defenses.noise import GaussianNoise
+from fedkl.defenses.pruning import Pruning
 from fedkl.errors import ConfigError, TrainingError
 from fedkl.protocol import Knowledge
 from tests.auditing.subjects import CLASSES, EPOCH, convnet, images, labels, mlp, subject, trained, trains
@@ -310,3 +314,27 @@ def test_played_clients_augment_each_in_its_own_way():
     one = clients.played(*batch(), number=0)
     assert same(one, clients.played(*batch(), number=0))
     assert not alike(one, clients.played(*batch(), number=1))
+
+
+def test_the_control_of_clients_that_train_privately_trains_as_the_owner_does():
+    """Nothing is hidden there: no image is clipped, and there is no noise."""
+    clients = clients_of(mlp, defense=DPSGD(clip=1e-3, noise_multiplier=1.0), norm_mode="eval")
+    plain = clients_of(mlp, norm_mode="eval").update(*batch(), number=0)
+    opened = clients.open()
+    assert opened.procedure.per_example is None
+    assert alike(opened.update(*batch(), number=0), plain)
+    for found in (clients.update(*batch(), number=0), clients.played(*batch(), number=0)):
+        assert all(not torch.allclose(found[name], plain[name], rtol=0.1) for name in plain)
+    silent = clients_of(mlp, defense=DPSGD(clip=1e-3, noise_multiplier=0.0), norm_mode="eval")
+    for found in (silent.update(*batch(), number=0), silent.played(*batch(), number=0)):
+        norms = torch.stack([tensor.norm() for tensor in found.values()])
+        most = 2 * SIZE / EPOCH.batch_size * 1e-3  # two steps, of all images at most
+        assert 0 < float(norms.norm()) <= most * 1.0001
+
+
+def test_parts_that_change_no_training_are_taken_with_a_function_that_trains():
+    looped = {"procedure": lambda network, x, y: trains(network, x, y)}
+    clients = clients_of(mlp, defense=Combined(parts=(Pruning(), GaussianNoise())), **looped)
+    assert all(tensor.isfinite().all() for tensor in clients.update(*batch(), number=0).values())
+    with pytest.raises(ConfigError, match="changes how clients train"):
+        clients_of(mlp, defense=Combined(parts=(DPSGD(), GaussianNoise())), **looped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -13,10 +14,12 @@ from torch.nn import functional as F
 
 from fedkl import data, rng
 from fedkl.attacking import SimulatedClients
+from fedkl.attacking.gradients import full_gradient
 from fedkl.attacking.observing import observe, trials_of
-from fedkl.attacking.updates import full_gradient
 from fedkl.attacks import DLG, LinearRows
-from fedkl.defenses import own_arms
+from fedkl.defenses import KeyLock, own_arms
+from fedkl.defenses.combined import Combined
+from fedkl.defenses.noise import GaussianNoise
 from fedkl.defenses.precode import PRECODE, with_bottleneck
 from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining, Federation, LocalTraining
@@ -122,6 +125,55 @@ def test_the_noise_of_one_image_is_read_off_the_update():
         assert defense.informed(net(), hidden)[1].bottleneck.noise is None
 
 
+def test_the_noise_is_read_through_the_rounding_of_weights():
+    """Of a step so small that a thousandth of what it changes is lost in their digits."""
+    parameters, lr = dict(net().named_parameters()), 3e-5
+    gradient = full_gradient(net(), FEATURES[:1], LABELS[:1])
+    seen = {name: (p - (p - lr * gradient[name])).detach() / lr for name, p in parameters.items()}
+    off = torch.dist(*(each["1.bottleneck.encoder.weight"] for each in (seen, gradient)))
+    assert float(off) > 1e-3 * float(gradient["1.bottleneck.encoder.weight"].norm())
+    exact, rounded = (PRECODE(size=5).informed(net(), each)[1].bottleneck.noise for each in (gradient, seen))
+    assert torch.allclose(rounded, exact, atol=0.1)
+
+
+def test_the_noise_is_read_off_weights_that_decay(images):
+    """What decay takes from a weight, which has nothing to do with the image, is put back first."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    local = Procedure(algorithm="fedavg", steps=1, lr=0.05, weight_decay=0.05)
+    defense, (trial,) = PRECODE(size=8), trials_of(images, trials=1)
+    arm, victim = own_arms(defense)["precode"], defense.prepare(network)
+    found = observe(victim, arm=arm, model=network, trial=trial, classes=10, local=local)
+    repeated = full_gradient(copy.deepcopy(found.model), trial.images, trial.labels)
+    for name, tensor in found.as_gradient().gradient.items():
+        assert torch.allclose(repeated[name], tensor, rtol=1e-2, atol=1e-4), name
+
+
+def test_it_changes_the_network_and_hides_nothing():
+    defense = PRECODE()
+    assert (defense.keeps_tensors, defense.changes_network, defense.changes_updates) == (False, True, False)
+    with pytest.raises(ConfigError, match=r"at most one that keeps tensors or changes.*precode, keylock"):
+        Combined(parts=(defense, KeyLock()))
+
+
+def test_a_combination_is_attacked_as_the_part_that_changes_the_network(images):
+    """The noise is read where the others leave the update so, and left out where they do not."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    trials = trials_of(images, trials=1)
+
+    def noise(deviation, name):
+        parts = (PRECODE(size=8), GaussianNoise(deviation=deviation))
+        ((observation,),) = [
+            each for arm, each in seen(Combined(parts=parts), network, trials).items() if arm == name
+        ]
+        return observation.model[1].bottleneck.noise
+
+    assert noise(1e-7, "combined-precode").count_nonzero() == 8
+    assert noise(10.0, "combined-precode").count_nonzero() == 0
+    assert noise(1e-7, "combined-precode-naive") is None
+
+
 @pytest.fixture(scope="module")
 def images():
     return data.load("mnist-sample")
@@ -183,6 +235,33 @@ def test_clients_that_the_server_plays_draw_too(images):
         once, again = clients(*batch), clients(*batch)
         assert not torch.equal(once["1.weight"], again["1.weight"])
         assert all(tensor.isfinite().all() for tensor in once.values())
+
+
+@pytest.mark.parametrize("procedure", [Procedure(), Procedure(algorithm="fedavg", steps=2)])
+def test_what_played_clients_draw_repeats(images, procedure):
+    """From the attacker's seed, anew in every call, and without a trace in the global generator."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    batch = images.test_images[:3][:, None], images.test_labels[:3][:, None]
+    defense = PRECODE(size=8)
+
+    def played(seed):
+        clients = SimulatedClients.of(
+            own_arms(defense)["precode"],
+            defense.prepare(network),
+            network,
+            local=procedure,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return [clients(*batch)["1.weight"] for _ in range(2)]
+
+    state = torch.get_rng_state()
+    (first, second), again, (other, _) = played(0), played(0), played(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again[0])
+    assert torch.equal(second, again[1])
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, other)
 
 
 def test_training_goes_on(images):

@@ -11,8 +11,8 @@ from torch import nn
 
 from fedkl import data
 from fedkl.attacking import SimulatedClients, trials_of
+from fedkl.attacking.gradients import full_gradient, step_gradient
 from fedkl.attacking.observing import observe
-from fedkl.attacking.updates import full_gradient, step_gradient
 from fedkl.attacks import DLG, ClosedForm, LinearRows
 from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.auditing import Subject

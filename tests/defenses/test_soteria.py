@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fedkl import data, rng
+from fedkl.attacking.gradients import full_gradient
 from fedkl.attacking.observing import observe, trials_of
-from fedkl.attacking.updates import full_gradient
 from fedkl.attacks import DLG, LinearRows
 from fedkl.defenses import own_arms
 from fedkl.defenses.soteria import Soteria

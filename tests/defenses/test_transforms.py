@@ -18,9 +18,11 @@ from fedkl.defenses.changing import UpdateDefense
 from fedkl.defenses.client_dp import ClientDP
 from fedkl.defenses.clipping import Clipping
 from fedkl.defenses.combined import Combined
+from fedkl.defenses.dp_sgd import DPSGD
 from fedkl.defenses.local_dp import LocalDpMod
 from fedkl.defenses.noise import GaussianNoise, LaplaceNoise
 from fedkl.defenses.percentile import Percentile
+from fedkl.defenses.precode import PRECODE
 from fedkl.defenses.pruning import Pruning
 from fedkl.defenses.sparse_vector import SparseVector
 from fedkl.errors import ConfigError
@@ -157,6 +159,15 @@ def test_flowers_mod_takes_such_a_defense_only():
     pytest.importorskip("flwr")
     from fedkl.flower import TransformMod
 
-    for defense in (KeyLock(), NoDefense(), Combined(parts=(KeyLock(), GaussianNoise()))):
-        with pytest.raises(ConfigError, match="expected a defense that changes updates"):
+    noise = GaussianNoise()
+    for defense, why in {
+        KeyLock(): "keeps tensors private",
+        NoDefense(): "changes none",
+        PRECODE(): "changes the network",
+        DPSGD(): "changes how clients train",
+        Combined(parts=(KeyLock(), noise)): "keeps tensors private",
+        Combined(parts=(PRECODE(), noise)): "changes the network",
+        Combined(parts=(DPSGD(), noise)): "changes how clients train",
+    }.items():
+        with pytest.raises(ConfigError, match=f"expected a defense that changes updates.*{why}"):
             TransformMod(defense)

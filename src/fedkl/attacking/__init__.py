@@ -1,7 +1,7 @@
 """What a server could reconstruct: arms × trials, attacked and scored.
 
 views.py      what a client does, and what the server knows of it
-updates.py    what a client computes
+gradients.py  of batches; updates.py: what a client computes from them
 observing.py  what the server has after an update
 simulating.py clients that the server plays itself
 grid.py       every trial in every arm
@@ -10,10 +10,11 @@ matrix.py     many attacks against many arrangements; arrangements.py: of what; 
 records.py    their figures; verdict.py: what they say
 """
 
+from fedkl.attacking.gradients import full_gradient
 from fedkl.attacking.grid import CANDIDATES, TrialResult, attack_arms
 from fedkl.attacking.observing import Trial, observe, trials_of
 from fedkl.attacking.simulating import SimulatedClients
-from fedkl.attacking.updates import full_gradient, local_update, sent_statistics
+from fedkl.attacking.updates import local_update, sent_statistics
 from fedkl.attacking.views import chosen_arms
 
 __all__ = [

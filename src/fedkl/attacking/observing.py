@@ -130,13 +130,11 @@ def observe(
     )
     channels, height, width = trial.images.shape[1:]
     view = _completed(victim, arm, model, auxiliary, generator)
-    if knowledge.defense:
-        view = replace(view, model=arm.defense.informed(view.model, gradient))
     # What generates γ and β only matters where it is looked at or trains along: otherwise their values do.
     drawn = arm.filled_in == "drawn" and arm.regress != "affine"
     simulated = knowledge.lock_gradient or arm.regress == "key" or (steps > 1 and drawn)
-    return Observation(
-        model=networks.shared(view.model, of=model, defense=arm.defense) if networks else view.model,
+    found = Observation(
+        model=view.model,
         gradient=gradient,
         image_shape=(channels, height, width),
         classes=classes,
@@ -153,6 +151,11 @@ def observe(
         cohort=len(cohort),
         statistics=sent_statistics(victim, trial.images) if plain and untouched else {},
     )
+    if knowledge.defense:
+        found = replace(found, model=arm.defense.informed(found.model, found.as_gradient().gradient))
+    if networks:
+        found = replace(found, model=networks.shared(found.model, of=model, defense=arm.defense))
+    return found
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkl import rng
-from fedkl.attacking.updates import gradients, mean_of, stacked, updated
+from fedkl.attacking.gradients import gradients, stacked
+from fedkl.attacking.updates import mean_of, updated
 from fedkl.defenses import Arm, Defense
 from fedkl.defenses.base import Known
 from fedkl.keys import imitated_uniform
@@ -40,6 +42,7 @@ class SimulatedClients:
         cohort: So many clients share each batch; what is seen is their mean.
         generator: The attacker's, of what these clients draw.
         played: Numbers that make every client's augmentation its own.
+        called: Numbers that make what a network draws on the way forward each call's own.
     """
 
     defense: Defense
@@ -54,6 +57,7 @@ class SimulatedClients:
     cohort: int = 1
     generator: torch.Generator = field(default_factory=torch.Generator, repr=False)
     played: Iterator[int] = field(default_factory=itertools.count, repr=False)
+    called: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     @classmethod
     def of(
@@ -113,8 +117,20 @@ class SimulatedClients:
         """Updates of one client or cohort, stacked; see `Auxiliary`."""
         members = [self._client(granted=self.common or not member) for member in range(self.cohort)]
         shares = zip(members, images.chunk(self.cohort, 1), labels.chunk(self.cohort, 1), strict=True)
-        sent = [self._sent(*member, x, y) for member, x, y in shares]
-        return mean_of(sent)
+        with self._own_numbers(images.device):
+            return mean_of([self._sent(*member, x, y) for member, x, y in shares])
+
+    @contextmanager
+    def _own_numbers(self, device: torch.device) -> Iterator[None]:
+        """Lets what networks draw from PyTorch's global generators follow the attacker's: dropout's, say."""
+        own = rng.generator(self.generator.initial_seed(), "simulated-passes", next(self.called))
+        seed = own.initial_seed()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            yield
 
     def _client(self, *, granted: bool) -> tuple[nn.Module, Collection[str]]:
         """The victim's network, as far as the server was granted its secrets, or another client's.

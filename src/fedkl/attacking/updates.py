@@ -1,4 +1,4 @@
-"""Clients' updates: what a procedure sends, many batches at once, and what sent statistics add."""
+"""Clients' updates: what a procedure sends, and what sent statistics add."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fedkl import rng
+from fedkl.attacking.gradients import step_gradient
 from fedkl.keys import Uniform, secure_uniform
 from fedkl.locking import Split
 from fedkl.protocol import Procedure
 from fedkl.protocol.local_training import LocalTrainer, batches_of
-from fedkl.protocol.private_gradient import is_untraceable, private_gradient
-from fedkl.protocol.procedure import loss_of
 from fedkl.types import ImageBatch, Inputs, Labels
 
 
@@ -166,118 +164,6 @@ def _train(
     )
     trainer.train(batches, samples=samples)
     trainer.optimizer.zero_grad()
-
-
-def gradients(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    names: Sequence[str],
-    train_mode: bool,
-    local: Procedure | None = None,
-    uniform: Uniform = secure_uniform,
-) -> dict[str, Tensor]:
-    """Gradients of several batches, stacked; the model is changed.
-
-    Args:
-        model: The network.
-        images: Shape ``(updates, batch, …)``.
-        labels: Theirs.
-        names: Of the parameters.
-        train_mode: Whether norms use the batch's statistics.
-        local: What each client does, one gradient; a plain one if None.
-        uniform: Where noise comes from, if there is any.
-    """
-    if local is not None and local.per_example is not None:
-        each = [
-            step_gradient(*(model, x, y), train_mode=train_mode, local=local, samples=len(x), uniform=uniform)
-            for x, y in zip(images, labels, strict=True)
-        ]
-        return stacked(each, names)
-    try:
-        return _gradients_at_once(model, images, labels, names=names, train_mode=train_mode)
-    except RuntimeError as error:
-        if not is_untraceable(error):
-            raise
-        each = [
-            full_gradient(model, x, y, train_mode=train_mode) for x, y in zip(images, labels, strict=True)
-        ]
-        return stacked(each, names)
-
-
-def _gradients_at_once(
-    model: nn.Module, images: Tensor, labels: Tensor, *, names: Sequence[str], train_mode: bool
-) -> dict[str, Tensor]:
-    model.train(train_mode)
-    if train_mode:  # running statistics would be updated in place, and are not looked at
-        torch.func.replace_all_batch_norm_modules_(model)
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    def loss(wanted: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss_of(functional_call(model, parameters | wanted, (x,)), y)
-
-    gradient = torch.func.grad(loss)
-    wanted = {name: parameters[name] for name in names}
-    found = torch.vmap(gradient, in_dims=(None, 0, 0), randomness="different")(wanted, images, labels)
-    return dict(found)
-
-
-def step_gradient(
-    model: nn.Module,
-    images: Inputs,
-    labels: Labels,
-    *,
-    train_mode: bool,
-    local: Procedure,
-    samples: int,
-    uniform: Uniform = secure_uniform,
-) -> dict[str, Tensor]:
-    """What a client's step takes for the gradient of one batch, by every parameter.
-
-    Args:
-        model: Its mode is changed.
-        images: Of the batch.
-        labels: Theirs.
-        train_mode: Whether norms use the batch's statistics.
-        local: What the client does.
-        samples: How many images the client has.
-        uniform: Where noise comes from, if there is any.
-    """
-    if local.per_example is None:
-        return full_gradient(model, images, labels, train_mode=train_mode, precision=local.precision)
-    gradient, _ = private_gradient(
-        model.train(train_mode),
-        images,
-        labels,
-        how=local.per_example,
-        expected=samples * local.sampling_rate(samples),
-        loss=loss_of,
-        uniform=uniform,
-        half=local.precision == "bfloat16",
-    )
-    return gradient
-
-
-def full_gradient(
-    model: nn.Module,
-    images: Inputs,
-    labels: Labels,
-    *,
-    train_mode: bool = True,
-    precision: str = "float32",
-) -> dict[str, Tensor]:
-    """The gradient of the mean cross-entropy with respect to every parameter."""
-    parameters = dict(model.train(train_mode).named_parameters())
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        loss = loss_of(model(images), labels)
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    return dict(zip(parameters, gradients, strict=True))
-
-
-def stacked(updates: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
-    """Some tensors of several updates, by name, the updates first."""
-    return {name: torch.stack([update[name] for update in updates]) for name in names}
 
 
 def mean_of(updates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ class Clients:
     Attributes:
         subject: Whose.
         exposure: How many, of how many images.
-        procedure: What each does.
+        procedure: What each would do without the defense.
         defense: What each does against a curious server.
         seed: Of what is drawn; clients' own secrets come from the operating system.
         network: What they receive; as `Subject.classifier` gives it, or as the owner calls it where a
@@ -83,9 +83,7 @@ class Clients:
             defense = defense.for_images((channels, height, width))
         if not exposure.trained:
             defense = defense.for_untrained()
-        if isinstance(procedure, Procedure):
-            procedure = defense.procedure(procedure)
-        elif type(defense).procedure is not Defense.procedure:
+        if not isinstance(procedure, Procedure) and defense.changes_procedure:
             raise ConfigError(
                 f"{subject.name}: {defense.describe()} changes how clients train, and a function of the "
                 "owner's that trains cannot be changed. State the training as a fedkl.Procedure."
@@ -195,7 +193,7 @@ class Clients:
                 images,
                 labels,
                 train_mode=self.exposure.norm_mode == "train",
-                local=self.procedure,
+                local=self.defense.procedure(self.procedure),
                 generator=rng.generator(self.seed, "audited-augmentation", number),
             )
         at_hand = self._at_hand(client, images, labels)

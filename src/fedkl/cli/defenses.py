@@ -10,6 +10,16 @@ from fedkl.cli.commands import Continued
 from fedkl.cli.options import FirstSeedOption, RootOption, TableOption
 from fedkl.cli.terminal import console, names, print_table, progress_bar
 
+WantedOption = Annotated[str, typer.Option("--defenses", help="Comma-separated, see --list; all: every one.")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Of a training.")]
+ClientsOption = Annotated[int, typer.Option(min=1, help="Share the training images.")]
+ImagesOption = Annotated[
+    int, typer.Option(min=0, help="Training images of all clients together; 0: all there are.")
+]
+SeedsOption = Annotated[int, typer.Option(min=1, help="Trainings of each defense.")]
+AuditedOption = Annotated[int, typer.Option(min=1, help="Behind an audited epoch.")]
+MinutesOption = Annotated[float, typer.Option(min=0.01, help="Of each audit.")]
+
 
 def add_to(app: typer.Typer) -> None:
     """Adds the command."""
@@ -34,17 +44,13 @@ def defenses(
         str | None,
         typer.Option(help="As for `fedkl audit`: a subject of your own, audited and not trained."),
     ] = None,
-    wanted: Annotated[
-        str, typer.Option("--defenses", help="Comma-separated, see --list; all: every one.")
-    ] = "all",
-    rounds: Annotated[int, typer.Option(min=1, help="Of a training.")] = 20,
-    clients: Annotated[int, typer.Option(min=1, help="Share the training images.")] = 3,
-    images: Annotated[
-        int, typer.Option(min=0, help="Training images of all clients together; 0: all there are.")
-    ] = 12_000,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each defense.")] = 1,
-    images_per_client: Annotated[int, typer.Option(min=1, help="Behind an audited epoch.")] = 100,
-    minutes: Annotated[float, typer.Option(min=0.01, help="Of each audit.")] = 4.0,
+    wanted: WantedOption = "all",
+    rounds: RoundsOption = 20,
+    clients: ClientsOption = 3,
+    images: ImagesOption = 12_000,
+    seeds: SeedsOption = 1,
+    images_per_client: AuditedOption = 100,
+    minutes: MinutesOption = 4.0,
     seed: FirstSeedOption = 0,
     data_root: RootOption = None,
     listed: Annotated[

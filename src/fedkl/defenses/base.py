@@ -71,12 +71,31 @@ class Defense:
     @property
     def keeps_tensors(self) -> bool:
         """Whether some tensors may stay with the client."""
-        return type(self).prepare is not Defense.prepare
+        return type(self).prepare is not Defense.prepare and not self.changes_network
+
+    @property
+    def changes_network(self) -> bool:
+        """Whether clients train another network than the model, all of whose tensors are public."""
+        return False
 
     @property
     def changes_updates(self) -> bool:
         """Whether what is sent may be another update than what was trained."""
         return type(self).transform is not Defense.transform
+
+    @property
+    def changes_procedure(self) -> bool:
+        """Whether clients may train in another way than without it."""
+        return type(self).procedure is not Defense.procedure
+
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether `transform` looks at the client's network or images, and not at the update only.
+
+        In a combination, one that does not say so has neither at hand: what is done to a private update costs
+        no privacy if the update is all that it sees.
+        """
+        return False
 
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
         """Splits a copy of the model into private and public tensors.
@@ -199,7 +218,7 @@ class Defense:
 
         Args:
             model: Of `server_view`; may be changed.
-            seen: The update, by name, as in `Observation.gradient`.
+            seen: The update, by name, as in the `gradient` of `Observation.as_gradient`.
         """
         return model
 

@@ -10,13 +10,23 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from fedkl.defenses.base import DEFENSES, AnyProcedure, Arm, Defense, NoDefense, register_defense
+from fedkl.defenses.base import (
+    DEFENSES,
+    AnyProcedure,
+    Arm,
+    Defense,
+    Known,
+    NoDefense,
+    ServerView,
+    register_defense,
+)
 from fedkl.defenses.noise import GaussianNoise
 from fedkl.defenses.pruning import Pruning
 from fedkl.errors import ConfigError
 from fedkl.keys import Key
 from fedkl.locking import Split
-from fedkl.protocol import Sending, Transform
+from fedkl.privacy import GaussianCost
+from fedkl.protocol import Knowledge, Procedure, Sending, Transform
 from fedkl.update import PublicUpdate
 
 
@@ -29,39 +39,58 @@ class Combined(Defense):
     sees what the last one sends: which entries were pruned shows where pruning comes after noise, and not the
     other way around.
 
+    Its differential privacy is that of the last part which has any, if no part that acts after that one looks
+    at images; training comes before all that is done to updates.
+
     Attributes:
-        parts: The defenses, the first first. At most one may keep tensors.
+        parts: The defenses, the first first. At most one may keep tensors or change the network.
     """
 
     type: Literal["combined"] = "combined"
     parts: tuple[Annotated[Defense, DEFENSES], ...] = (Pruning(), GaussianNoise())
 
     def __post_init__(self) -> None:
-        keeping = [part.type for part in self.parts if part.keeps_tensors]
-        if not self.parts or len(keeping) > 1:
-            got = f"{', '.join(keeping)} that all keep some" if keeping else "none"
+        preparing = [part.type for part in self.parts if _prepares(part)]
+        if not self.parts or len(preparing) > 1:
+            got = f"{', '.join(preparing)} that all do" if preparing else "none"
             raise ConfigError(
-                f"Combined: parts: expected at least one defense, at most one that keeps tensors, got {got}."
+                "Combined: parts: expected at least one defense, at most one that keeps tensors or changes "
+                f"the network, got {got}."
             )
 
     @property
-    def _keeper(self) -> Defense:
-        """The part that keeps tensors."""
-        return next((part for part in self.parts if part.keeps_tensors), NoDefense())
+    def _preparing(self) -> Defense:
+        """The part that keeps tensors or changes the network."""
+        return next((part for part in self.parts if _prepares(part)), NoDefense())
 
     @property
     def keeps_tensors(self) -> bool:
         """Whether a part does."""
-        return self._keeper.keeps_tensors
+        return self._preparing.keeps_tensors
+
+    @property
+    def changes_network(self) -> bool:
+        """Whether a part does."""
+        return self._preparing.changes_network
+
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether a part does."""
+        return any(part.looks_at_images for part in self.parts)
 
     @property
     def changes_updates(self) -> bool:
         """Whether a part does."""
         return any(part.changes_updates for part in self.parts)
 
+    @property
+    def changes_procedure(self) -> bool:
+        """Whether a part does."""
+        return any(part.changes_procedure for part in self.parts)
+
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
-        """As the part that keeps tensors."""
-        return self._keeper.prepare(model, key=key)
+        """As the part that keeps tensors or changes the network."""
+        return self._preparing.prepare(model, key=key)
 
     def for_images(self, shape: tuple[int, int, int]) -> Combined:
         """Every part for such images."""
@@ -86,7 +115,9 @@ class Combined(Defense):
 
     def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
         """Every part in turn."""
-        return reduce(lambda found, part: part.transform(found, client=client), self.parts, update)
+        return reduce(
+            lambda found, part: part.transform(found, client=_seen_by(part, client)), self.parts, update
+        )
 
     @property
     def public_transform(self) -> Transform | None:
@@ -104,20 +135,60 @@ class Combined(Defense):
     ) -> Mapping[str, Tensor]:
         """Every part in turn."""
         for part in self.parts:
-            changes = part.imitate_transform(changes, clients=clients, generator=generator)
+            seen = [_seen_by(part, client) for client in clients]
+            changes = part.imitate_transform(changes, clients=seen, generator=generator)
         return changes
 
+    def privacy(self, procedure: Procedure, *, samples: int) -> GaussianCost | None:
+        """That of one part, which nothing after it may spoil; see the class.
+
+        Args:
+            procedure: How the client trains, with what all parts make of that.
+            samples: How many images it has.
+        """
+        for place, part in reversed(list(enumerate(self.parts))):
+            cost = part.privacy(procedure, samples=samples)
+            if cost is None or part.procedure(procedure) != procedure:  # a later part trains otherwise
+                continue
+            others = (*self.parts[:place], *self.parts[place + 1 :])
+            after = others if part.changes_procedure else self.parts[place + 1 :]
+            return None if any(other.looks_at_images for other in after) else cost
+        return None
+
+    def server_view(
+        self,
+        victim: Split,
+        model: nn.Module,
+        *,
+        granted: Knowledge,
+        generator: torch.Generator | None = None,
+    ) -> ServerView:
+        """That of the part that keeps tensors or changes the network."""
+        return self._preparing.server_view(victim, model, granted=granted, generator=generator)
+
+    def informed(self, model: nn.Module, seen: Mapping[str, Tensor]) -> nn.Module:
+        """As of the same part, as far as the others leave of the update."""
+        return self._preparing.informed(model, seen)
+
+    def known(self, victim: Split, *, granted: Knowledge) -> Known:
+        """As of the same part."""
+        return self._preparing.known(victim, granted=granted)
+
+    def imitated(self, model: nn.Module, *, known: Known, generator: torch.Generator | None = None) -> Split:
+        """As of the same part."""
+        return self._preparing.imitated(model, known=known, generator=generator)
+
     def control(self) -> Arm:
-        """That of the part that keeps tensors: the same network, with nothing hidden."""
-        return self._keeper.control()
+        """That of the part that keeps tensors or changes the network: the same, with nothing hidden."""
+        return self._preparing.control()
 
     def guesses(self) -> tuple[Arm, ...]:
-        """What a server would try against the part that keeps tensors, of which it knows all others."""
-        keeper = self._keeper
-        arms = [arm for arm in keeper.guesses() if arm.defense == keeper]
+        """What a server would try against the part that keeps tensors or changes the network."""
+        preparing = self._preparing
+        arms = [arm for arm in preparing.guesses() if arm.defense == preparing]
         if not arms:
             return super().guesses()
-        others = ", ".join(part.describe() for part in self.parts if part != keeper)
+        others = ", ".join(part.describe() for part in self.parts if part != preparing)
         return tuple(
             replace(
                 arm,
@@ -130,8 +201,8 @@ class Combined(Defense):
         )
 
     def baselines(self) -> tuple[tuple[Defense, str], ...]:
-        """Those of the part that keeps tensors."""
-        return self._keeper.baselines() or super().baselines()
+        """Those of the part that keeps tensors or changes the network."""
+        return self._preparing.baselines() or super().baselines()
 
     @classmethod
     def variants(cls) -> tuple[Defense, ...]:
@@ -141,3 +212,12 @@ class Combined(Defense):
     def describe(self) -> str:
         """Its parts, in order."""
         return f"{self.type} ({', then '.join(part.describe() for part in self.parts)})"
+
+
+def _prepares(part: Defense) -> bool:
+    return part.keeps_tensors or part.changes_network
+
+
+def _seen_by(part: Defense, client: Sending) -> Sending:
+    """What a part has at hand: no more than it says that it looks at."""
+    return client if part.looks_at_images else Sending(received=client.received)

@@ -63,6 +63,11 @@ class Soteria(UpdateDefense):
             got = f"{self.percentile} and {self.probes}"
             raise ConfigError(f"Soteria: expected a percentile in [0, 100] and probes ≥ 1, got {got}.")
 
+    @property
+    def looks_at_images(self) -> bool:
+        """For what is pruned."""
+        return True
+
     def changed(self, change: NamedTensors, *, draws: Draws, client: Sending) -> NamedTensors:
         """Sets the pruned columns to zero.
 

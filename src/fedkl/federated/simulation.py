@@ -273,7 +273,8 @@ class Federation:
         if len(guaranteed) == len(costs):
             return Ledger(guaranteed, options=training.privacy)
         if training.privacy.budget is not None:
-            others = [kind.type for kind in DEFENSES if kind.privacy is not Defense.privacy]
+            offered = [each for kind in DEFENSES for each in kind.variants()]
+            others = [each.type for each in offered if each.privacy(each.procedure(procedure), samples=1)]
             raise ConfigError(
                 f"privacy.budget: {self.defense.describe()} gives no guarantee that could be counted. Leave "
                 f"the budget out, or use a defense with noise that gives one: {', '.join(others)}."

@@ -29,17 +29,14 @@ class TransformMod:
     cannot find them behind noise.
 
     Args:
-    def __init__(
-        self,
-        defense: Defense,
-        *,
-        network: nn.Module | None = None,
-        sample: Callable[[int], tuple[Tensor, Tensor]] | None = None,
-    ) -> None:
-        if defense.keeps_tensors or not defense.changes_updates:
+        defense: What is done to updates.
+        network: The client's, as the app trains it, for defenses that look at it. Only read.
+        sample: Gives so many of the client's images at most, and their labels, as the network is called with
+            them; for defenses that look at images.
 
     Raises:
-        ConfigError: It keeps tensors private, which takes a `LockMod`, or changes nothing.
+        ConfigError: It keeps tensors private, which takes a `LockMod`; changes the network or how clients
+            train, which the app itself must do; or changes nothing that is sent.
     """
 
     def __init__(
@@ -49,10 +46,10 @@ class TransformMod:
         network: nn.Module | None = None,
         sample: Callable[[int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        if defense.keeps_tensors or not defense.changes_updates:
+        if problem := _problem(defense):
             raise ConfigError(
-                f"TransformMod: expected a defense that changes updates and keeps no tensors private, got "
-                f"{defense.describe()}. A key-lock takes fedkl.flower.LockMod."
+                f"TransformMod: expected a defense that changes updates and nothing else, got "
+                f"{defense.describe()}, {problem}"
             )
         self._defense = defense
         self._network, self._sample = network, sample
@@ -89,3 +86,14 @@ class TransformMod:
             raise UpdateError("TransformMod: the defense gave an update of another kind.")
         arrays = arrays_of(changed.tensors)
         return RecordDict({key: arrays if isinstance(r, ArrayRecord) else r for key, r in content.items()})
+
+
+def _problem(defense: Defense) -> str | None:
+    """What a defense does that no mod of updates can do, and who can."""
+    if defense.keeps_tensors:
+        return "which keeps tensors private. A key-lock takes fedkl.flower.LockMod."
+    if defense.changes_network:
+        return "which changes the network. Build the changed one in the app and on the server."
+    if defense.changes_procedure:
+        return "which changes how clients train. Train so in the app."
+    return None if defense.changes_updates else "which changes none."
