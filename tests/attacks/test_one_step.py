@@ -52,6 +52,15 @@ def test_nothing_else_is_one(dataset, changes):
     assert other.as_gradient().local == other.local
 
 
+def test_a_step_of_some_images_is_no_gradient_of_all(dataset):
+    model = models.build_model("lenet", channels=3, classes=10, seed=0)
+    (trial,) = trials_of(dataset, trials=1, batch_size=4)
+    arm, some = own_arms(NoDefense())["no-norm"], replace(ONE_STEP, batch_size=2)
+    sent = observe(NoDefense().prepare(model), arm=arm, model=model, trial=trial, classes=10, local=some)
+    assert sent.as_gradient() is sent
+    assert replace(sent, local=replace(ONE_STEP, batch_size=4)).as_gradient().local.is_gradient
+
+
 def test_a_changed_update_with_weight_decay_is_left_alone(dataset):
     _, sent = seen(dataset, ONE_STEP)
     changed = replace(sent, transform=lambda change, observed: change)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Annotated, Literal
@@ -16,8 +16,32 @@ from fedkl.defenses.pruning import Pruning
 from fedkl.errors import ConfigError
 from fedkl.keys import Key
 from fedkl.locking import Split
-from fedkl.protocol import Sending, Transform
+from fedkl.protocol import Rescaling, Sending, Transform
 from fedkl.update import PublicUpdate
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """A `Transform` that does several, each with the change that was observed in the end.
+
+    Attributes:
+        transforms: The first first.
+    """
+
+    transforms: tuple[Transform, ...]
+
+    def __call__(self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The change, after all of them."""
+        return reduce(lambda found, transform: transform(found, observed), self.transforms, change)
+
+
+class Rescalings(InTurn, Rescaling):
+    """The same of such as multiply by a factor: together they do, too."""
+
+    def altered(self, model: nn.Module) -> Collection[str]:
+        """What any of them alters."""
+        of = [transform.altered(model) for transform in self.transforms if isinstance(transform, Rescaling)]
+        return frozenset().union(*of)
 
 
 @register_defense
@@ -91,13 +115,14 @@ class Combined(Defense):
     @property
     def public_transform(self) -> Transform | None:
         """Those of the parts in turn, each with the change that was observed in the end."""
-        transforms = [part.public_transform for part in self.parts]
-        known = [transform for transform in transforms if transform is not None]
-
-        def all_of(change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            return reduce(lambda found, transform: transform(found, observed), known, change)
-
-        return all_of if known else None
+        changing = [part for part in self.parts if part.changes_updates]
+        if len(changing) == 1:
+            return changing[0].public_transform
+        known = [part.public_transform for part in changing]
+        transforms = tuple(transform for transform in known if transform is not None)
+        if all(isinstance(transform, Rescaling) for transform in transforms):
+            return Rescalings(transforms) if transforms else None
+        return InTurn(transforms)
 
     def imitate_transform(
         self, changes: Mapping[str, Tensor], *, clients: Sequence[Sending], generator: torch.Generator

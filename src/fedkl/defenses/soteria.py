@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedkl.defenses.base import Arm, register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.errors import ConfigError, UpdateError, shown
-from fedkl.protocol import Knowledge, Sending, Transform
+from fedkl.protocol import Knowledge, Rescaling, Sending, Transform
 from fedkl.types import NamedTensors
 
 _IMAGES = 32  # the mask is of so many of the client's images at most
@@ -88,18 +88,7 @@ class Soteria(UpdateDefense):
     @property
     def public_transform(self) -> Transform:
         """Prunes what was seen to be pruned."""
-        return self._as_observed
-
-    def _as_observed(
-        self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]
-    ) -> Mapping[str, Tensor]:
-        """Which layer is the last but one, names do not say: of any matrix, columns of zeros say nothing."""
-        return {
-            name: tensor * observed[name].ne(0).any(0)
-            if (tensor.ndim == 2 if self.layer is None else name == f"{self.layer}.weight")
-            else tensor
-            for name, tensor in change.items()
-        }
+        return SeenColumns(self.layer)
 
     def guesses(self) -> tuple[Arm, ...]:
         """A server that ignores what is pruned, and one that takes it for a gradient of zero."""
@@ -121,7 +110,7 @@ class Soteria(UpdateDefense):
         return f"{self.type} ({self.percentile:g} % of {where})"
 
     def _defended(self, network: nn.Module) -> str:
-        linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+        linear = _linear(network)
         layer = linear[-2:][0] if self.layer is None and linear else self.layer
         if layer in linear:
             return str(layer)
@@ -129,6 +118,36 @@ class Soteria(UpdateDefense):
         raise ConfigError(
             f"Soteria: expected the name of a linear layer, got {shown(str(self.layer))}. There are: {known}."
         )
+
+
+@dataclass(frozen=True)
+class SeenColumns(Rescaling):
+    """Ignores columns of the defended weight that are seen to be zero; all else is as it was.
+
+    Attributes:
+        layer: The layer's name; None: the last but one linear layer. Which that is, names do not say: of any
+            matrix, columns of zeros say nothing.
+    """
+
+    layer: str | None
+
+    def __call__(self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The change, without these columns."""
+        return {
+            name: tensor * observed[name].ne(0).any(0)
+            if (tensor.ndim == 2 if self.layer is None else name == f"{self.layer}.weight")
+            else tensor
+            for name, tensor in change.items()
+        }
+
+    def altered(self, model: nn.Module) -> Collection[str]:
+        """The defended weight."""
+        names = _linear(model)[-2:][:1] if self.layer is None else [self.layer]
+        return [f"{name}.weight" for name in names]
+
+
+def _linear(network: nn.Module) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
 
 
 _Features = Callable[[Tensor], Tensor]
