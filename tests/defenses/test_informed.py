@@ -10,12 +10,15 @@ import torch
 from fedkl import data, models
 from fedkl.attacking import observe, trials_of
 from fedkl.attacks import DLG
+from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.defenses import own_arms
+from fedkl.defenses.client_dp import ClientDP
 from fedkl.defenses.combined import Combined
 from fedkl.defenses.local_dp import LocalDpMod
 from fedkl.defenses.noise import GaussianNoise
 from fedkl.defenses.percentile import Percentile
 from fedkl.defenses.pruning import Pruning
+from fedkl.defenses.soteria import Soteria
 from fedkl.defenses.sparse_vector import SparseVector
 
 TRIALS = 2
@@ -62,3 +65,25 @@ def test_matching_what_was_kept_beats_matching_all(defense, trials):
     seen = observations(defense, trials)
     informed, naive = error(seen, trials), error([replace(each, transform=None) for each in seen], trials)
     assert informed < 0.75 * naive
+
+
+@pytest.mark.parametrize(
+    "noise", [GaussianNoise(deviation=1e-6), ClientDP(clip=1e3, noise_multiplier=1e-9)], ids=lambda d: d.type
+)
+@pytest.mark.parametrize(
+    "filtering", [Pruning(keep=0.1), Percentile(percentile=90.0), Soteria()], ids=lambda d: d.type
+)
+def test_noise_on_what_was_filtered_does_not_hide_the_filter(filtering, noise, trials):
+    """The true images fit what was sent, though no entry of it is zero."""
+    seen = observations(Combined(parts=(filtering, noise)), trials)
+    assert all(bool((tensor != 0).all()) for tensor in seen[0].gradient.values())
+    matching = GradientMatching(seen, labels=[trial.labels for trial in trials])
+    points = torch.stack([trial.images.double().flatten() for trial in trials])
+    values, slopes = matching(points, torch.arange(len(trials)))
+    assert float(values.max()) < 1e-3
+    blind = GradientMatching(
+        [replace(each, transform=None) for each in seen], labels=[trial.labels for trial in trials]
+    )
+    assert float(blind(points, torch.arange(len(trials)))[0].min()) > 0.1
+    assert bool(matching(torch.rand_like(points), torch.arange(len(trials)))[1].isfinite().all())
+    assert bool(slopes.isfinite().all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -51,7 +52,7 @@ class Combined(Defense):
 
     A server that knows them does to its own change what a server does that knows each, in the same order. It
     sees what the last one sends: which entries were pruned shows where pruning comes after noise, and not the
-    other way around.
+    other way around. There it prunes its own change as the client does its own.
 
     Attributes:
         parts: The defenses, the first first. At most one may keep tensors.
@@ -113,12 +114,20 @@ class Combined(Defense):
         return reduce(lambda found, part: part.transform(found, client=client), self.parts, update)
 
     @property
+    def noise_deviation(self) -> float:
+        """Of all parts, where none takes any of it away again."""
+        return math.hypot(*(part.noise_deviation for part in self.parts))
+
+    @property
     def public_transform(self) -> Transform | None:
         """Those of the parts in turn, each with the change that was observed in the end."""
         changing = [part for part in self.parts if part.changes_updates]
         if len(changing) == 1:
             return changing[0].public_transform
-        known = [part.public_transform for part in changing]
+        known = []
+        for place, part in enumerate(changing):
+            noise = math.hypot(*(later.noise_deviation for later in changing[place + 1 :]))
+            known.append(part.transform_under_noise(noise) if noise else part.public_transform)
         transforms = tuple(transform for transform in known if transform is not None)
         if all(isinstance(transform, Rescaling) for transform in transforms):
             return Rescalings(transforms) if transforms else None

@@ -58,14 +58,16 @@ class LocalDpMod(UpdateDefense):
             )
 
     @property
-    def deviation(self) -> float:
-        """Standard deviation of the noise."""
+    def noise_deviation(self) -> float:
+        """In every entry."""
         return self.sensitivity * math.sqrt(2 * math.log(1.25 / self.delta)) / self.epsilon
 
     def changed(self, change: NamedTensors, *, draws: Draws, client: Sending) -> NamedTensors:
         """Clips all tensors together, and adds noise to each."""
         clipped = Clipped(self.clipping_norm)(change, change)
-        return {name: tensor + self.deviation * draws.normal(tensor) for name, tensor in clipped.items()}
+        return {
+            name: tensor + self.noise_deviation * draws.normal(tensor) for name, tensor in clipped.items()
+        }
 
     @property
     def public_transform(self) -> Transform:

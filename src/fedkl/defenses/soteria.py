@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,6 +21,7 @@ from fedkl.types import NamedTensors
 _IMAGES = 32  # the mask is of so many of the client's images at most
 _AT_ONCE = 16  # features that are differentiated together
 _TINY = 1e-12
+_RARE = 14.0  # a column of noise is taken for more with a probability of exp(-14) at most
 
 
 @register_defense
@@ -90,6 +92,10 @@ class Soteria(UpdateDefense):
         """Prunes what was seen to be pruned."""
         return SeenColumns(self.layer)
 
+    def transform_under_noise(self, deviation: float) -> Transform:
+        """Prunes columns that are no longer than the noise makes them: these say nothing, pruned or not."""
+        return SeenColumns(self.layer, noise=deviation)
+
     def guesses(self) -> tuple[Arm, ...]:
         """A server that ignores what is pruned, and one that takes it for a gradient of zero."""
         (informed,) = super().guesses()
@@ -122,23 +128,31 @@ class Soteria(UpdateDefense):
 
 @dataclass(frozen=True)
 class SeenColumns(Rescaling):
-    """Ignores columns of the defended weight that are seen to be zero; all else is as it was.
+    """Ignores columns of the defended weight that are seen to be zero, or noise; all else is as it was.
 
     Attributes:
         layer: The layer's name; None: the last but one linear layer. Which that is, names do not say: of any
-            matrix, columns of zeros say nothing.
+            matrix, such columns say nothing.
+        noise: Standard deviation of what was added to every entry since.
     """
 
     layer: str | None
+    noise: float = 0.0
 
     def __call__(self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The change, without these columns."""
         return {
-            name: tensor * observed[name].ne(0).any(0)
+            name: tensor * self._told(observed[name])
             if (tensor.ndim == 2 if self.layer is None else name == f"{self.layer}.weight")
             else tensor
             for name, tensor in change.items()
         }
+
+    def _told(self, observed: Tensor) -> Tensor:
+        """The columns with more in them than noise; the bound: Laurent and Massart 2000, lemma 1."""
+        share = _RARE / max(1, len(observed))
+        most = self.noise**2 * (1 + 2 * math.sqrt(share) + 2 * share)
+        return observed.square().mean(0) > most if self.noise else observed.ne(0).any(0)
 
     def altered(self, model: nn.Module) -> Collection[str]:
         """The defended weight."""
