@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from fedkl import data, models
-from fedkl.attacking import observe, trials_of
+from fedkl.attacking import SimulatedClients, observe, trials_of
 from fedkl.attacks import DLG
 from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.defenses import own_arms
 from fedkl.defenses.client_dp import ClientDP
+from fedkl.defenses.clipping import Clipping
 from fedkl.defenses.combined import Combined
 from fedkl.defenses.local_dp import LocalDpMod
 from fedkl.defenses.noise import GaussianNoise
@@ -20,6 +22,7 @@ from fedkl.defenses.percentile import Percentile
 from fedkl.defenses.pruning import Pruning
 from fedkl.defenses.soteria import Soteria
 from fedkl.defenses.sparse_vector import SparseVector
+from fedkl.protocol import Procedure
 
 TRIALS = 2
 BLURRED = GaussianNoise(deviation=1e-5)
@@ -87,3 +90,37 @@ def test_noise_on_what_was_filtered_does_not_hide_the_filter(filtering, noise, t
     assert float(blind(points, torch.arange(len(trials)))[0].min()) > 0.1
     assert bool(matching(torch.rand_like(points), torch.arange(len(trials)))[1].isfinite().all())
     assert bool(slopes.isfinite().all())
+
+
+def normed():
+    torch.manual_seed(0)
+    body = nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.Sigmoid(), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(196, 10))
+
+
+@pytest.fixture
+def clipped_with_statistics():
+    """Of weights after a step, of which running statistics are most, clipped together."""
+    defense, local = Clipping(max_norm=0.05), Procedure(algorithm="fedavg", steps=1, lr=0.1)
+    (trial,) = trials_of(data.load("mnist-sample"), trials=1, batch_size=4)
+    arm, model = own_arms(defense)["clipping"], normed()
+    victim = defense.prepare(model)
+    seen = observe(victim, arm=arm, model=model, trial=trial, classes=10, local=local)
+    return arm, victim, model, trial, seen
+
+
+def test_played_clients_clip_running_statistics_along(clipped_with_statistics):
+    arm, victim, model, trial, seen = clipped_with_statistics
+    clients = SimulatedClients.of(arm, victim, model, local=seen.local)
+    played = clients(trial.images[None].repeat(2, 1, 1, 1, 1), trial.labels[None].repeat(2, 1))
+    assert set(played) == set(seen.gradient)
+    for name, tensor in seen.gradient.items():
+        for each in played[name]:
+            torch.testing.assert_close(each, tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_matching_finds_the_factor_where_statistics_are_clipped_along(clipped_with_statistics):
+    *_, trial, seen = clipped_with_statistics
+    matching = GradientMatching([seen], labels=[trial.labels])
+    value, _ = matching(trial.images.double().flatten()[None], torch.zeros(1, dtype=torch.long))
+    assert float(value) < 1e-4
