@@ -179,6 +179,19 @@ def test_what_is_clipped_and_by_whomever_is_exact_up_to_a_factor(images, defense
     assert min(qualities(reconstructed(seen), trial)) > EXACT
 
 
+@pytest.mark.parametrize("max_norm", [1e9, 1e-3], ids=["longer than it", "clipped"])
+def test_weight_decay_in_a_clipped_update_is_a_small_error(images, max_norm):
+    local = Procedure(algorithm="fedavg", lr=0.1, steps=1, weight_decay=5e-4)
+    seen, trial = seen_of(images, perceptron(), defense=Clipping(max_norm=max_norm), local=local)
+    assert qualities(reconstructed(seen), trial)[0] > 30
+    plain, _ = seen_of(images, perceptron(), local=Procedure())
+    read = seen.as_gradient()
+    assert read.local.is_gradient
+    for name, expected in plain.gradient.items():
+        cosine = torch.cosine_similarity(read.gradient[name].flatten(), expected.flatten(), dim=0)
+        assert float(cosine) > 0.99
+
+
 def test_the_only_part_that_changes_updates_is_known_as_it_is():
     assert Combined(parts=(KeyLock(), Clipping())).public_transform == Clipping().public_transform
     assert Combined(parts=(PrivateNorm(), Pruning())).public_transform is Pruning().public_transform

@@ -212,18 +212,19 @@ class Observation:
     def as_gradient(self) -> Observation:
         """The same, of a gradient, where the weights after one step of SGD were sent; else this one itself.
 
-        Those are a gradient with a factor, in the digits that weights have.
+        Those are a gradient with a factor, in the digits that weights have. Of a rescaled one, weight decay
+        cannot be taken out again, as its factor is not known: it stays in as an error.
         """
         local, images = self.local, self.batch_size // self.cohort
         one_step = local.algorithm == "fedavg" and local.optimizer == "sgd" and local.step_count(images) == 1
         of_all = one_step and len(local.batches(images)[0]) == images  # and not of those of a smaller batch
-        plain = self.transform is None or (self._rescaled and not local.weight_decay)
+        plain = self.transform is None or self._rescaled
         if not of_all or not plain or self.secrets or local.augmentation != "none":
             return self
         received, share = dict(self.model.named_parameters()), local.summed_share(images)
+        decay = local.decay(private=False) if self.transform is None else 0.0
         gradient = {
-            name: tensor / share - local.decay(private=False) * received[name].detach()
-            for name, tensor in self.gradient.items()
+            name: tensor / share - decay * received[name].detach() for name, tensor in self.gradient.items()
         }
         return replace(self, gradient=gradient, local=Procedure(per_example=local.per_example))
 
