@@ -11,11 +11,13 @@ from torch import nn
 from fedkl import data, models
 from fedkl.attacking import SimulatedClients, observe, trials_of
 from fedkl.attacks import DLG
+from fedkl.attacks.labels import infer_labels
 from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.defenses import own_arms
 from fedkl.defenses.client_dp import ClientDP
 from fedkl.defenses.clipping import Clipping
 from fedkl.defenses.combined import Combined
+from fedkl.defenses.dp_sgd import DPSGD
 from fedkl.defenses.local_dp import LocalDpMod
 from fedkl.defenses.noise import GaussianNoise
 from fedkl.defenses.percentile import Percentile
@@ -124,3 +126,23 @@ def test_matching_finds_the_factor_where_statistics_are_clipped_along(clipped_wi
     matching = GradientMatching([seen], labels=[trial.labels])
     value, _ = matching(trial.images.double().flatten()[None], torch.zeros(1, dtype=torch.long))
     assert float(value) < 1e-4
+
+
+@pytest.mark.parametrize("wanted", [[2, 2, 2, 2], [0, 1, 1, 7]], ids=str)
+@pytest.mark.parametrize(
+    "defense",
+    [
+        Clipping(max_norm=0.01),
+        LocalDpMod(clipping_norm=0.01, sensitivity=0.0),
+        DPSGD(clip=0.01, noise_multiplier=0.0),
+    ],
+    ids=lambda d: d.type,
+)
+def test_labels_are_counted_whatever_was_clipped(defense, wanted, trials):
+    model = models.build_model("lenet", channels=3, classes=10, seed=0, initialization="default")
+    trial = replace(trials[0], images=trials[0].images.repeat(4, 1, 1, 1), labels=torch.tensor(wanted))
+    arm = own_arms(defense)[defense.type]
+    arm = replace(arm, knowledge=replace(arm.knowledge, labels=False))
+    local = Procedure(algorithm="fedavg", steps=1, lr=0.1, weight_decay=0.01)
+    seen = observe(defense.prepare(model), arm=arm, model=model, trial=trial, classes=10, local=local)
+    assert infer_labels(seen).tolist() == wanted
