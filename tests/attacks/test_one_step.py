@@ -10,8 +10,9 @@ import torch
 from fedkl import data, models
 from fedkl.attacking.observing import observe, trials_of
 from fedkl.attacks import ATTACKS
+from fedkl.attacks.algebraic.structure import read_structure
 from fedkl.defenses import NoDefense, own_arms
-from fedkl.protocol import Procedure
+from fedkl.protocol import Auxiliary, Procedure
 
 ONE_STEP = Procedure(algorithm="fedavg", steps=1, lr=0.1, momentum=0.9, weight_decay=1e-3)
 
@@ -52,6 +53,15 @@ def test_nothing_else_is_one(dataset, changes):
     assert other.as_gradient().local == other.local
 
 
+def test_a_step_of_some_images_is_no_gradient_of_all(dataset):
+    model = models.build_model("lenet", channels=3, classes=10, seed=0)
+    (trial,) = trials_of(dataset, trials=1, batch_size=4)
+    arm, some = own_arms(NoDefense())["no-norm"], replace(ONE_STEP, batch_size=2)
+    sent = observe(NoDefense().prepare(model), arm=arm, model=model, trial=trial, classes=10, local=some)
+    assert sent.as_gradient() is sent
+    assert replace(sent, local=replace(ONE_STEP, batch_size=4)).as_gradient().local.is_gradient
+
+
 def test_a_changed_update_with_weight_decay_is_left_alone(dataset):
     _, sent = seen(dataset, ONE_STEP)
     changed = replace(sent, transform=lambda change, observed: change)
@@ -69,3 +79,29 @@ def test_the_closed_form_reads_weights_as_it_reads_a_gradient(dataset):
     assert errors[1] < 10 * errors[0] + 1e-3
     blurred = replace(ONE_STEP, steps=2)
     assert attack.refusal(seen(dataset, blurred)[1]) is not None
+
+
+def test_what_is_read_off_a_gradient_is_read_off_weights(dataset):
+    """The label, the head's input: also where an update was clipped."""
+    trial, plain = seen(dataset, Procedure())
+    expected = read_structure(plain)
+    found = read_structure(seen(dataset, ONE_STEP)[1])
+    assert torch.equal(found.label, trial.labels)
+    torch.testing.assert_close(found.head_input, expected.head_input, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("attack", ["wiener", "mean-map", "closed-form", "feature-inversion"])
+def test_attacks_on_gradients_read_weights_after_a_step(dataset, attack):
+    """What they refuse, if anything, is the network."""
+    own = Auxiliary(
+        images=dataset.train_images[:100],
+        labels=dataset.train_labels[:100],
+        simulate=lambda images, labels: {},
+        draw=dict,
+    )
+    refusals = [
+        ATTACKS[attack]().refusal(replace(seen(dataset, local)[1], auxiliary=own))
+        for local in (Procedure(), ONE_STEP)
+    ]
+    assert refusals[1] == refusals[0]
+    assert (refusals[0] is None) == (attack == "closed-form")

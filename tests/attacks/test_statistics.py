@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedkl.attacking import observe, sent_statistics
+from fedkl.attacking import observe, sent_statistics, trials_of
 from fedkl.attacks import ClosedForm, Procedure
 from fedkl.attacks.algebraic.chain import read_chain
-from fedkl.defenses import Arm, KeyLock, NoDefense
+from fedkl.defenses import Arm, KeyLock, NoDefense, own_arms
+from fedkl.defenses.noise import GaussianNoise
+from fedkl.defenses.soteria import Soteria
 from fedkl.errors import AttackError
 from fedkl.metrics import psnr
 
@@ -126,3 +128,21 @@ def test_statistics_of_a_norm_without_scale_and_shift_are_used(observed, small):
     chain = read_chain(seen.model, image_shape=seen.image_shape, train_mode=True)
     assert seen.statistics.keys() == {"3"}
     assert [block.norm.name for block in chain.blocks if block.norm] == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("defense", "told"), [(Soteria(), True), (GaussianNoise(deviation=1e-2), False)], ids=lambda v: str(v)[:7]
+)
+def test_statistics_that_a_defense_leaves_are_seen(images, defense, told):
+    torch.manual_seed(0)
+    body = nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()
+    model = nn.Sequential(*body, nn.LazyLinear(10))
+    (trial,) = trials_of(images, trials=1, batch_size=2)
+    model.eval()(trial.images)
+    arm, local = own_arms(defense)[defense.type], Procedure(algorithm="fedavg", steps=1, lr=0.1)
+    seen = observe(defense.prepare(model), arm=arm, model=model, trial=trial, classes=10, local=local)
+    assert set(seen.statistics) == ({"1"} if told else set())
+    features = model[0](trial.images).detach()
+    for mean, variance in seen.statistics.values():
+        torch.testing.assert_close(mean, features.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(variance, features.var((0, 2, 3), correction=0), rtol=1e-3, atol=1e-5)

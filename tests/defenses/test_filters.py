@@ -149,7 +149,7 @@ def test_local_dp_has_flowers_noise(monkeypatch):
     monkeypatch.setattr(privacy, "ndarrays_to_parameters", lambda arrays: arrays)
     privacy.add_localdp_gaussian_noise_to_params([], 0.3, 2.0, 1e-5)
     defense = LocalDpMod(sensitivity=0.3, epsilon=2.0, delta=1e-5)
-    assert defense.deviation == pytest.approx(said[0], rel=1e-12)
+    assert defense.noise_deviation == pytest.approx(said[0], rel=1e-12)
     noise = changed(defense, {"w": torch.zeros(100_000)})["w"]
     assert float(noise.std()) == pytest.approx(said[0], rel=0.01)
 

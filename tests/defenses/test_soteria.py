@@ -12,6 +12,7 @@ from fedkl import data, rng
 from fedkl.attacking.gradients import full_gradient
 from fedkl.attacking.observing import observe, trials_of
 from fedkl.attacks import DLG, LinearRows
+from fedkl.attacks.algebraic.structure import read_structure
 from fedkl.defenses import own_arms
 from fedkl.defenses.soteria import Soteria
 from fedkl.errors import ConfigError, UpdateError
@@ -173,9 +174,34 @@ def test_rows_of_a_layer_that_is_not_defended_are_read_as_ever(images):
         nn.Flatten(), nn.Linear(3072, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)
     )
     trials = trials_of(images, trials=4)
-    observations = seen(Soteria(), mlp, trials)["soteria-naive"]
-    assert all(int((o.gradient["3.weight"] == 0).all(0).sum()) >= 51 for o in observations)
-    assert float(errors(LinearRows(), observations, trials).max()) < 1e-8
+    by_arm = seen(Soteria(), mlp, trials)
+    for name in ("soteria", "soteria-naive"):
+        assert all(int((o.gradient["3.weight"] == 0).all(0).sum()) >= 51 for o in by_arm[name])
+        assert float(errors(LinearRows(), by_arm[name], trials).max()) < 1e-8
+
+
+def test_a_defended_layer_is_not_read_as_it_is(images):
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(3072, 64), nn.ReLU(), nn.Linear(64, 10))
+    (observation,) = seen(Soteria(layer="1"), mlp, trials_of(images, trials=1))["soteria"]
+    assert observation.altered == {"1.weight"}
+    read = observation.unaltered()
+    assert set(read.gradient) == set(observation.gradient) - {"1.weight"}
+    assert read.up_to_a_factor
+    assert "at least 100 auxiliary images" in LinearRows().refusal(observation).reason
+
+
+@pytest.mark.parametrize("layer", ["3", None])
+def test_structure_reads_what_is_left(images, layer):
+    """The head's bias gives the label; of a pruned weight no input is read and no output called dead."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(3072, 64), nn.ReLU(), nn.Linear(64, 10))
+    (trial,) = trials_of(images, trials=1)
+    (observation,) = seen(Soteria(layer=layer), mlp, [trial])["soteria"]
+    structure = read_structure(observation)
+    assert torch.equal(structure.label, trial.labels)
+    assert (structure.head_input is None) == (layer == "3")
+    assert set(structure.dead) == ({"1"} if layer == "3" else {"3"})
 
 
 def test_training_goes_on(images):

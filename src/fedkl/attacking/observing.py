@@ -115,8 +115,8 @@ def observe(
     cohort = (victim, *others)
     shares = zip(cohort, trial.images.chunk(len(cohort)), trial.labels.chunk(len(cohort)), strict=True)
     steps = local.step_count(len(trial.images) // len(cohort))
-    untouched = not arm.defense.changes_updates  # statistics are sent, too
     plain = train_mode and steps == 1 and not others and local.augmentation == "none" and sent is None
+    buffers: dict[str, Tensor] = {}
     gradient = sent or mean_of(
         [
             sent_by(
@@ -124,10 +124,12 @@ def observe(
                 train_mode=train_mode,
                 local=local,
                 generator=rng.generator(trial.index, "audited-augmentation", member),
+                buffers=buffers,
             )
             for member, (one, x, y) in enumerate(shares)
         ]
     )
+    known = plain and (bool(buffers) or not arm.defense.changes_updates)  # statistics are sent, too
     channels, height, width = trial.images.shape[1:]
     view = _completed(victim, arm, model, auxiliary, generator)
     # What generates γ and β only matters where it is looked at or trains along: otherwise their values do.
@@ -149,7 +151,7 @@ def observe(
         auxiliary=auxiliary,
         client=client,
         cohort=len(cohort),
-        statistics=sent_statistics(victim, trial.images) if plain and untouched else {},
+        statistics=sent_statistics(victim, trial.images, sent=buffers or None) if known else {},
     )
     if knowledge.defense:
         found = replace(found, model=arm.defense.informed(found.model, found.as_gradient().gradient))
@@ -173,6 +175,7 @@ def sent_by(
     train_mode: bool,
     local: Procedure,
     generator: torch.Generator,
+    buffers: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """One client's update as it is sent, and what else of it the server was granted.
 
@@ -184,6 +187,7 @@ def sent_by(
         train_mode: Whether its norms use the batch's statistics.
         local: What it does, with what the defense makes of that.
         generator: Of its augmentation.
+        buffers: Gets those that are sent along with weights after a defense changed them.
 
     Returns:
         By name: the gradient, or (before − after) / lr where weights are sent.
@@ -199,6 +203,8 @@ def sent_by(
         state = {name: after[name] for name in client.public_state()}
         sent = client.public_update(state, kind="weights", num_samples=len(images), round=0, search=False)
         weights = arm.defense.transform(sent, client=at_hand).tensors
+        if buffers is not None and arm.defense.changes_updates:
+            buffers |= {name: tensor for name, tensor in weights.items() if name not in public}
         before = dict(trained.named_parameters())
         update = difference(before, after, lr=local.lr)
         seen = difference({name: before[name] for name in public}, weights, lr=local.lr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedkl import rng
 from fedkl.attacking.gradients import gradients, stacked
-from fedkl.attacking.updates import mean_of, updated
+from fedkl.attacking.updates import difference, mean_of, updated
 from fedkl.defenses import Arm, Defense
 from fedkl.defenses.base import Known
 from fedkl.keys import imitated_uniform
@@ -168,14 +168,49 @@ class SimulatedClients:
                 generator=rng.generator(next(self.played), "simulated-augmentation"),
                 uniform=imitated_uniform(self.generator),
             )
-            updates = stacked([update(x, y) for x, y in zip(images, labels, strict=True)], self.names)
-        return self._transformed(updates, network, images, labels)
+            kept = self._sent_buffers(network)
+            each = [
+                _with_buffers(update, network, kept, x, y, lr=self.local.lr)
+                for x, y in zip(images, labels, strict=True)
+            ]
+            updates = stacked(each, [*self.names, *kept])
+        sent = self._transformed(updates, network, images, labels)
+        return {name: sent[name] for name in self.names}
+
+    def _sent_buffers(self, network: nn.Module) -> dict[str, Tensor]:
+        """Norms' running statistics as they came, where weights are sent: a change is made of them too."""
+        if self.local.algorithm != "fedavg":
+            return {}
+        return {
+            name: tensor.clone()
+            for name, tensor in network.named_buffers()
+            if name in self.known.public and tensor.is_floating_point()
+        }
 
     def _transformed(
         self, updates: Mapping[str, Tensor], network: nn.Module, images: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
         """What the defense does to them before they are sent, in the units in which they are seen."""
         received = {name: parameter.detach() for name, parameter in network.named_parameters()}
+        received |= dict(network.named_buffers())
         clients = [Sending.of(received, network, x, y) for x, y in zip(images, labels, strict=True)]
         imitate = partial(self.defense.imitate_transform, clients=clients, generator=self.generator)
         return transformed(updates, imitate, procedure=self.local)
+
+
+def _with_buffers(
+    update: Callable[[Tensor, Tensor], Mapping[str, Tensor]],
+    network: nn.Module,
+    received: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    lr: float,
+) -> dict[str, Tensor]:
+    """An update with what its training made of some buffers, which are as they came before and after it."""
+    buffers = dict(network.named_buffers())
+    found = dict(update(images, labels))
+    after = {name: buffers[name].clone() for name in received}
+    for name, tensor in received.items():
+        buffers[name].copy_(tensor)
+    return found | difference(received, after, lr=lr)

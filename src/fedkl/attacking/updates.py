@@ -173,7 +173,9 @@ def mean_of(updates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([update[name] for update in updates]).mean(0) for name in updates[0]}
 
 
-def sent_statistics(victim: Split, images: ImageBatch) -> dict[str, tuple[Tensor, Tensor]]:
+def sent_statistics(
+    victim: Split, images: ImageBatch, *, sent: Mapping[str, Tensor] | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
     """What a server solves for that sees a client's running statistics before and after one train-mode step.
 
     new = (1 − m) · old + m · batch, with the norm's momentum m. The running variance takes the unbiased one;
@@ -182,6 +184,8 @@ def sent_statistics(victim: Split, images: ImageBatch) -> dict[str, tuple[Tensor
     Args:
         victim: Not changed. Norms whose statistics are private, or never change (momentum 0), are left out.
         images: The client's batch.
+        sent: Buffers as a defense has them sent; norms whose statistics it changed by more than their last
+            digits are left out. None: they are sent as they are.
 
     Returns:
         Mean and biased variance of the batch per channel, by the norm's qualified name.
@@ -201,6 +205,9 @@ def sent_statistics(victim: Split, images: ImageBatch) -> dict[str, tuple[Tensor
         with torch.no_grad():
             client(images)
     after = dict(client.named_buffers())
+    if sent is not None:
+        norms = {name: norm for name, norm in norms.items() if _is_as_it_was(name, sent, after)}
+        after |= sent
     found = {}
     for name, norm in norms.items():
         if norm not in sizes or norm.momentum == 0:  # it was not called, or gives nothing away
@@ -213,3 +220,9 @@ def sent_statistics(victim: Split, images: ImageBatch) -> dict[str, tuple[Tensor
         )
         found[name] = (mean, (variance * (1 - 1 / sizes[norm])).clamp_min(0))
     return found
+
+
+def _is_as_it_was(norm: str, sent: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
+    """Whether a norm's statistics were sent as they are, but for the rounding of before + change."""
+    names = (f"{norm}.running_mean", f"{norm}.running_var")
+    return all(torch.allclose(sent[name], after[name], rtol=1e-6, atol=1e-7) for name in names)

@@ -115,6 +115,9 @@ class Attack:
 
     title: ClassVar[str] = ""  # its name as in the literature; empty: its type
     reads_gradients: ClassVar[bool] = False  # of weights after one step it gets the gradient in them
+    reads_unaltered: ClassVar[bool] = (
+        False  # of tensors that a defense altered it gets none, if others are left
+    )
     type: str = "unnamed"
 
     @property
@@ -215,7 +218,9 @@ class Attack:
             return shared_out(run, pairs, workers=workers, progress=on_evaluation)
 
     def _read(self, observation: Observation) -> Observation:
-        return observation.as_gradient() if self.reads_gradients else observation
+        if self.reads_gradients:
+            observation = observation.as_gradient()
+        return observation.unaltered() if self.reads_unaltered else observation
 
     def _fitting(self, observation: Observation, workers: int) -> int:
         """How many threads the memory suffices for, of so many and at least one."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkl.errors import AttackError
-from fedkl.protocol import Observation
+from fedkl.protocol import Observation, Rescaling
 from fedkl.types import Labels
 
 _PROBES = 64
@@ -50,6 +50,9 @@ def infer_labels(observation: Observation) -> Labels:
     server estimates p̄ from random images; the counts B (p̄ − g) are rounded so that they sum up to B. Exact as
     long as predictions hardly depend on the image, as in an untrained network. One image: `infer_label`.
 
+    Weight decay of the bias is taken out. Where a defense clips, g is up to a factor: that of the classes
+    that are not there, whose g is p̄ before it; none has a larger one. Where all are, counts are too even.
+
     Returns:
         Shape ``(batch,)``, in ascending order: which image has which label is not known, and does not matter.
 
@@ -75,7 +78,15 @@ def infer_labels(observation: Observation) -> Labels:
         )
     clients = observation.batch_size // observation.cohort
     gradient = observation.gradient[bias] / observation.local.summed_share(clients)
-    expected = observation.batch_size * (_mean_prediction(observation) - gradient)
+    decay = observation.local.weight_decay if observation.local.algorithm == "fedavg" else 0.0
+    pull = decay * observation.model.get_parameter(bias).detach()
+    whole = isinstance(observation.transform, Rescaling)  # decay is clipped along, where updates are
+    predicted = _mean_prediction(observation) + (pull if whole else 0)
+    if not whole:
+        gradient = gradient - pull
+    clipped = whole or observation.local.per_example is not None
+    factor = (gradient / predicted).max() if clipped and bool((gradient > 0).any()) else 1.0
+    expected = observation.batch_size * (predicted - gradient / factor)
     return torch.repeat_interleave(_rounded(expected.clamp_min(0), observation.batch_size))
 
 

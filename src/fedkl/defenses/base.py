@@ -163,6 +163,19 @@ class Defense:
         """
         return None
 
+    @property
+    def noise_deviation(self) -> float:
+        """Standard deviation of the noise that `transform` adds to every entry; 0 where it adds none."""
+        return 0.0
+
+    def transform_under_noise(self, deviation: float) -> Transform | None:
+        """`public_transform` where another defense adds noise afterwards, so that no zeros are seen.
+
+        Args:
+            deviation: Of that noise, in the units of the change.
+        """
+        return self.public_transform
+
     def imitate_transform(
         self, changes: Mapping[str, Tensor], *, clients: Sequence[Sending], generator: torch.Generator
     ) -> Mapping[str, Tensor]:

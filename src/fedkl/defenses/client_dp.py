@@ -53,6 +53,11 @@ class ClientDP(UpdateDefense):
                 f"ClientDP: noise_multiplier: expected a finite value ≥ 0, got {self.noise_multiplier}."
             )
 
+    @property
+    def noise_deviation(self) -> float:
+        """In every entry."""
+        return self.noise_multiplier * self.clip
+
     def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
         """Clips and adds noise, where nothing else would be sent as it is.
 
@@ -76,9 +81,8 @@ class ClientDP(UpdateDefense):
 
     def changed(self, change: NamedTensors, *, draws: Draws, client: Sending) -> NamedTensors:
         """Clips the change and adds noise to every tensor."""
-        deviation = self.noise_multiplier * self.clip
         return {
-            name: tensor + deviation * draws.normal(tensor)
+            name: tensor + self.noise_deviation * draws.normal(tensor)
             for name, tensor in Clipped(self.clip)(change, change).items()
         }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Annotated, Literal
@@ -26,8 +27,32 @@ from fedkl.errors import ConfigError
 from fedkl.keys import Key
 from fedkl.locking import Split
 from fedkl.privacy import GaussianCost
-from fedkl.protocol import Knowledge, Procedure, Sending, Transform
+from fedkl.protocol import Knowledge, Procedure, Rescaling, Sending, Transform
 from fedkl.update import PublicUpdate
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """A `Transform` that does several, each with the change that was observed in the end.
+
+    Attributes:
+        transforms: The first first.
+    """
+
+    transforms: tuple[Transform, ...]
+
+    def __call__(self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The change, after all of them."""
+        return reduce(lambda found, transform: transform(found, observed), self.transforms, change)
+
+
+class Rescalings(InTurn, Rescaling):
+    """The same of such as multiply by a factor: together they do, too."""
+
+    def altered(self, model: nn.Module) -> Collection[str]:
+        """What any of them alters."""
+        of = [transform.altered(model) for transform in self.transforms if isinstance(transform, Rescaling)]
+        return frozenset().union(*of)
 
 
 @register_defense
@@ -37,7 +62,7 @@ class Combined(Defense):
 
     A server that knows them does to its own change what a server does that knows each, in the same order. It
     sees what the last one sends: which entries were pruned shows where pruning comes after noise, and not the
-    other way around.
+    other way around. There it prunes its own change as the client does its own.
 
     Its differential privacy is that of the last part which has any, if no part that acts after that one looks
     at images; training comes before all that is done to updates.
@@ -120,15 +145,24 @@ class Combined(Defense):
         )
 
     @property
+    def noise_deviation(self) -> float:
+        """Of all parts, where none takes any of it away again."""
+        return math.hypot(*(part.noise_deviation for part in self.parts))
+
+    @property
     def public_transform(self) -> Transform | None:
         """Those of the parts in turn, each with the change that was observed in the end."""
-        transforms = [part.public_transform for part in self.parts]
-        known = [transform for transform in transforms if transform is not None]
-
-        def all_of(change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            return reduce(lambda found, transform: transform(found, observed), known, change)
-
-        return all_of if known else None
+        changing = [part for part in self.parts if part.changes_updates]
+        if len(changing) == 1:
+            return changing[0].public_transform
+        known = []
+        for place, part in enumerate(changing):
+            noise = math.hypot(*(later.noise_deviation for later in changing[place + 1 :]))
+            known.append(part.transform_under_noise(noise) if noise else part.public_transform)
+        transforms = tuple(transform for transform in known if transform is not None)
+        if all(isinstance(transform, Rescaling) for transform in transforms):
+            return Rescalings(transforms) if transforms else None
+        return InTurn(transforms)
 
     def imitate_transform(
         self, changes: Mapping[str, Tensor], *, clients: Sequence[Sending], generator: torch.Generator

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
-
-import torch
-from torch import Tensor
 
 from fedkl.defenses.base import register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
+from fedkl.defenses.clipping import Clipped
 from fedkl.errors import ConfigError
 from fedkl.protocol import Sending, Transform
 from fedkl.types import NamedTensors
@@ -62,19 +58,21 @@ class LocalDpMod(UpdateDefense):
             )
 
     @property
-    def deviation(self) -> float:
-        """Standard deviation of the noise."""
+    def noise_deviation(self) -> float:
+        """In every entry."""
         return self.sensitivity * math.sqrt(2 * math.log(1.25 / self.delta)) / self.epsilon
 
     def changed(self, change: NamedTensors, *, draws: Draws, client: Sending) -> NamedTensors:
         """Clips all tensors together, and adds noise to each."""
-        clipped = _clipped(change, most=self.clipping_norm)
-        return {name: tensor + self.deviation * draws.normal(tensor) for name, tensor in clipped.items()}
+        clipped = Clipped(self.clipping_norm)(change, change)
+        return {
+            name: tensor + self.noise_deviation * draws.normal(tensor) for name, tensor in clipped.items()
+        }
 
     @property
     def public_transform(self) -> Transform:
         """Clipped."""
-        return partial(_clipped, most=self.clipping_norm)
+        return Clipped(self.clipping_norm)
 
     def describe(self) -> str:
         """Its numbers."""
@@ -82,10 +80,3 @@ class LocalDpMod(UpdateDefense):
             f"{self.type} (norm ≤ {self.clipping_norm:g}, sensitivity {self.sensitivity:g}, ε = "
             f"{self.epsilon:g} and δ = {self.delta:g} a round)"
         )
-
-
-def _clipped(
-    change: Mapping[str, Tensor], observed: Mapping[str, Tensor] | None = None, *, most: float
-) -> dict[str, Tensor]:
-    norm = torch.stack([torch.linalg.vector_norm(tensor) for tensor in change.values()]).norm()
-    return {name: tensor * (most / norm.clamp_min(most)) for name, tensor in change.items()}

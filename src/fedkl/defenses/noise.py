@@ -32,6 +32,11 @@ class GaussianNoise(UpdateDefense):
     type: Literal["gaussian-noise"] = "gaussian-noise"
     deviation: float = 1e-3
 
+    @property
+    def noise_deviation(self) -> float:
+        """As given."""
+        return self.deviation
+
     def __post_init__(self) -> None:
         if not 0 <= self.deviation < math.inf:
             raise ConfigError(f"GaussianNoise: expected a finite deviation ≥ 0, got {self.deviation}.")
@@ -63,6 +68,11 @@ class LaplaceNoise(UpdateDefense):
 
     type: Literal["laplace-noise"] = "laplace-noise"
     scale: float = 1e-3
+
+    @property
+    def noise_deviation(self) -> float:
+        """√2 times the scale."""
+        return math.sqrt(2) * self.scale
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale < math.inf:

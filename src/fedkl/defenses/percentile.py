@@ -58,8 +58,12 @@ class Percentile(UpdateDefense):
 
     def changed(self, change: NamedTensors, *, draws: Draws, client: Sending) -> NamedTensors:
         """Filters all tensors together."""
+        return self._filtered(change, change)
+
+    def _filtered(self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         each = {name: tensor / self.steps for name, tensor in change.items()}
-        cutoff = _percentile(torch.cat([tensor.abs().flatten() for tensor in each.values()]), self.percentile)
+        sizes = torch.cat([tensor.detach().abs().flatten() for tensor in each.values()])
+        cutoff = _percentile(sizes, self.percentile)
         sent = {
             name: self.steps * tensor.clamp(-self.gamma, self.gamma) * (tensor.abs() >= cutoff)
             for name, tensor in each.items()
@@ -70,6 +74,10 @@ class Percentile(UpdateDefense):
     def public_transform(self) -> Transform:
         """Only what was kept, clipped."""
         return partial(_kept_and_clipped, most=self.steps * self.gamma)
+
+    def transform_under_noise(self, deviation: float) -> Transform:
+        """Filters its own change: which entries were kept, noise hides."""
+        return self._filtered
 
     def describe(self) -> str:
         """Its numbers."""

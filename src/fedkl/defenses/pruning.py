@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,14 +47,24 @@ class Pruning(UpdateDefense):
         return {name: self._pruned(tensor) for name, tensor in change.items()}
 
     def _pruned(self, tensor: Tensor) -> Tensor:
-        flat = tensor.flatten()
-        kept = flat.abs().topk(math.ceil(self.keep * len(flat)), sorted=False).indices
-        return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).reshape(tensor.shape)
+        sizes = tensor.detach().flatten().abs()
+        kept = sizes.topk(math.ceil(self.keep * len(sizes)), sorted=False).indices
+        mask = torch.zeros_like(sizes).scatter(0, kept, 1.0).bool().reshape(tensor.shape)
+        return torch.where(mask, tensor, torch.zeros_like(tensor))
 
     @property
     def public_transform(self) -> Transform:
         """Only what was kept."""
         return only_kept
+
+    def transform_under_noise(self, deviation: float) -> Transform:
+        """Only what would be kept of its own change: which entries were, noise hides."""
+        return self._pruned_as_own
+
+    def _pruned_as_own(
+        self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        return {name: self._pruned(tensor) for name, tensor in change.items()}
 
     def describe(self) -> str:
         """How much is kept."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,12 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedkl.defenses.base import Arm, register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.errors import ConfigError, UpdateError, shown
-from fedkl.protocol import Knowledge, Sending, Transform
+from fedkl.protocol import Knowledge, Rescaling, Sending, Transform
 from fedkl.types import NamedTensors
 
 _IMAGES = 32  # the mask is of so many of the client's images at most
 _AT_ONCE = 16  # features that are differentiated together
 _TINY = 1e-12
+_RARE = 14.0  # a column of noise is taken for more with a probability of exp(-14) at most
 
 
 @register_defense
@@ -94,18 +96,11 @@ class Soteria(UpdateDefense):
     @property
     def public_transform(self) -> Transform:
         """Prunes what was seen to be pruned."""
-        return self._as_observed
+        return SeenColumns(self.layer)
 
-    def _as_observed(
-        self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]
-    ) -> Mapping[str, Tensor]:
-        """Which layer is the last but one, names do not say: of any matrix, columns of zeros say nothing."""
-        return {
-            name: tensor * observed[name].ne(0).any(0)
-            if (tensor.ndim == 2 if self.layer is None else name == f"{self.layer}.weight")
-            else tensor
-            for name, tensor in change.items()
-        }
+    def transform_under_noise(self, deviation: float) -> Transform:
+        """Prunes columns that are no longer than the noise makes them: these say nothing, pruned or not."""
+        return SeenColumns(self.layer, noise=deviation)
 
     def guesses(self) -> tuple[Arm, ...]:
         """A server that ignores what is pruned, and one that takes it for a gradient of zero."""
@@ -127,7 +122,7 @@ class Soteria(UpdateDefense):
         return f"{self.type} ({self.percentile:g} % of {where})"
 
     def _defended(self, network: nn.Module) -> str:
-        linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+        linear = _linear(network)
         layer = linear[-2:][0] if self.layer is None and linear else self.layer
         if layer in linear:
             return str(layer)
@@ -135,6 +130,44 @@ class Soteria(UpdateDefense):
         raise ConfigError(
             f"Soteria: expected the name of a linear layer, got {shown(str(self.layer))}. There are: {known}."
         )
+
+
+@dataclass(frozen=True)
+class SeenColumns(Rescaling):
+    """Ignores columns of the defended weight that are seen to be zero, or noise; all else is as it was.
+
+    Attributes:
+        layer: The layer's name; None: the last but one linear layer. Which that is, names do not say: of any
+            matrix, such columns say nothing.
+        noise: Standard deviation of what was added to every entry since.
+    """
+
+    layer: str | None
+    noise: float = 0.0
+
+    def __call__(self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The change, without these columns."""
+        return {
+            name: tensor * self._told(observed[name])
+            if (tensor.ndim == 2 if self.layer is None else name == f"{self.layer}.weight")
+            else tensor
+            for name, tensor in change.items()
+        }
+
+    def _told(self, observed: Tensor) -> Tensor:
+        """The columns with more in them than noise; the bound: Laurent and Massart 2000, lemma 1."""
+        share = _RARE / max(1, len(observed))
+        most = self.noise**2 * (1 + 2 * math.sqrt(share) + 2 * share)
+        return observed.square().mean(0) > most if self.noise else observed.ne(0).any(0)
+
+    def altered(self, model: nn.Module) -> Collection[str]:
+        """The defended weight."""
+        names = _linear(model)[-2:][:1] if self.layer is None else [self.layer]
+        return [f"{name}.weight" for name in names]
+
+
+def _linear(network: nn.Module) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
 
 
 _Features = Callable[[Tensor], Tensor]

@@ -6,6 +6,7 @@
     private_gradient.py  carried out, with noise; not imported from here either
     differentiable.py  the same as a function of the images
     sending.py      what a client has at hand when it sends
+    transforms.py   what everybody knows of what a defense does to it
     kept.py         of updates of which a part was sent
     observation.py  all that a server has afterwards, and what it was granted
 
@@ -13,10 +14,11 @@ Nothing here knows an attack or a defense.
 """
 
 from fedkl.protocol.kept import only_kept
-from fedkl.protocol.observation import Auxiliary, Knowledge, Observation, Rescaling, Transform
+from fedkl.protocol.observation import Auxiliary, Knowledge, Observation
 from fedkl.protocol.per_example import PerExample
 from fedkl.protocol.procedure import Procedure
 from fedkl.protocol.sending import Sending
+from fedkl.protocol.transforms import Rescaling, Transform
 
 __all__ = [
     "Auxiliary",

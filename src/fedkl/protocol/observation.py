@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -13,18 +12,8 @@ from fedkl.errors import AttackError, gathered
 from fedkl.metrics import Scaling
 from fedkl.norms import loses_scale
 from fedkl.protocol.procedure import Procedure
+from fedkl.protocol.transforms import Rescaling, Transform
 from fedkl.types import ImageBatch, Labels
-
-Transform = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""What a defense does to a change (see `fedkl.defenses.Defense.public_transform`), given the one observed."""
-
-
-class Rescaling(ABC):
-    """A `Transform` that multiplies all of a change by one positive factor: its direction stays open."""
-
-    @abstractmethod
-    def __call__(self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The change, scaled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,26 +212,45 @@ class Observation:
     def as_gradient(self) -> Observation:
         """The same, of a gradient, where the weights after one step of SGD were sent; else this one itself.
 
-        Those are a gradient with a factor, in the digits that weights have.
+        Those are a gradient with a factor, in the digits that weights have. Of a rescaled one, weight decay
+        cannot be taken out again, as its factor is not known: it stays in as an error.
         """
         local, images = self.local, self.batch_size // self.cohort
         one_step = local.algorithm == "fedavg" and local.optimizer == "sgd" and local.step_count(images) == 1
-        plain = self.transform is None or (self.up_to_a_factor and not local.weight_decay)
-        if not one_step or not plain or self.secrets or local.augmentation != "none":
+        of_all = one_step and len(local.batches(images)[0]) == images  # and not of those of a smaller batch
+        plain = self.transform is None or self._rescaled
+        if not of_all or not plain or self.secrets or local.augmentation != "none":
             return self
         received, share = dict(self.model.named_parameters()), local.summed_share(images)
+        decay = local.decay(private=False) if self.transform is None else 0.0
         gradient = {
-            name: tensor / share - local.decay(private=False) * received[name].detach()
-            for name, tensor in self.gradient.items()
+            name: tensor / share - decay * received[name].detach() for name, tensor in self.gradient.items()
         }
         return replace(self, gradient=gradient, local=Procedure(per_example=local.per_example))
 
     @property
+    def altered(self) -> frozenset[str]:
+        """Names of what is not as the client computed it, up to noise and one positive factor of all."""
+        if self.transform is None:
+            return frozenset()
+        if not isinstance(self.transform, Rescaling) or not self._rescaled:
+            return frozenset(self.gradient)
+        return frozenset(self.transform.altered(self.model)).intersection(self.gradient)
+
+    @property
+    def _rescaled(self) -> bool:
+        return isinstance(self.transform, Rescaling) and self.cohort == 1  # each client has its own factor
+
+    @property
     def up_to_a_factor(self) -> bool:
         """Whether `gradient` is what the client computed, up to noise and one positive factor."""
-        if self.transform is None:
-            return True
-        return isinstance(self.transform, Rescaling) and self.cohort == 1  # each client has its own factor
+        return not self.altered
+
+    def unaltered(self) -> Observation:
+        """The same of what was not `altered`; this one itself where that is all or nothing."""
+        left = {name: tensor for name, tensor in self.gradient.items() if name not in self.altered}
+        found = any(bool(tensor.any()) for tensor in left.values())
+        return replace(self, gradient=left) if found and self.altered else self
 
     @property
     def kind(self) -> Hashable:

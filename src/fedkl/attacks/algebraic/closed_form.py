@@ -103,6 +103,7 @@ class ClosedForm(Attack):
 
     title: ClassVar[str] = "the closed form"
     reads_gradients: ClassVar[bool] = True
+    reads_unaltered: ClassVar[bool] = True
     type: Literal["closed-form"] = "closed-form"
     smoothness: float = 10.0
     chroma: float = 10.0

@@ -56,6 +56,7 @@ class Disaggregation(Attack):
     """
 
     title: ClassVar[str] = "exact disaggregation"
+    reads_unaltered: ClassVar[bool] = True
     type: Literal["disaggregation"] = "disaggregation"
     draws: int = 200_000
 

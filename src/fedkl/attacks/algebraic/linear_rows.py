@@ -44,6 +44,7 @@ class LinearRows(Attack):
     """
 
     title: ClassVar[str] = "rows of a linear layer"
+    reads_unaltered: ClassVar[bool] = True
     type: Literal["linear-rows"] = "linear-rows"
 
     @property

@@ -68,6 +68,8 @@ class MeanMap(Attack):
     """
 
     title: ClassVar[str] = "the mean map"
+    reads_gradients: ClassVar[bool] = True
+    reads_unaltered: ClassVar[bool] = True
     type: Literal["mean-map"] = "mean-map"
     components: int = 200
     draws: int = 5

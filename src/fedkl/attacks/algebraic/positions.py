@@ -55,6 +55,7 @@ class Positions(Attack):
     """
 
     title: ClassVar[str] = "positions"
+    reads_unaltered: ClassVar[bool] = True
     type: Literal["positions"] = "positions"
 
     @property

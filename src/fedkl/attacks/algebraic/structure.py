@@ -67,6 +67,7 @@ def read_structure(observation: Observation) -> Structure:
         observation: Of any network with a linear head. Several local steps, weights or an update that was
             changed otherwise than by a factor blur the head, so that it is not read there.
     """
+    observation = observation.as_gradient().unaltered()
     plain = observation.local.is_gradient and observation.up_to_a_factor
     single = observation.batch_size == 1 and plain
     exact = observation.local.algorithm == "fedsgd"  # weights hide what is below their last digit

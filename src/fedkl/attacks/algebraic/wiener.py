@@ -74,6 +74,8 @@ class Wiener(Attack):
     """
 
     title: ClassVar[str] = "the Wiener filter"
+    reads_gradients: ClassVar[bool] = True
+    reads_unaltered: ClassVar[bool] = True
     type: Literal["wiener"] = "wiener"
     components: int = 300
     draws: int = 20

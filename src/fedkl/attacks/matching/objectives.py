@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 
 from fedkl.attacks.matching.stacks import Stacks
 from fedkl.attacks.priors import Prior
-from fedkl.protocol import Observation
+from fedkl.protocol import Observation, Rescaling
 from fedkl.protocol.differentiable import (
     change_of,
     check_differentiable,
@@ -212,7 +212,15 @@ class GradientMatching:
         if transform is None:
             return update
         seen = change_of(observed, procedure=local)
-        return transformed(update, lambda change: transform(change, seen), procedure=local)
+        changed = transformed(update, lambda change: transform(change, seen), procedure=local)
+        return _rescaled(changed, observed) if self._open_factor else changed
+
+    @property
+    def _open_factor(self) -> bool:
+        """Whether a factor depends on running statistics, which are sent with weights, and not matched."""
+        sent = self._first.train_mode and self._first.local.algorithm == "fedavg"
+        buffers = any(tensor.is_floating_point() for tensor in self._first.model.buffers())
+        return sent and buffers and isinstance(self._first.transform, Rescaling)
 
     def _clipped(
         self,
@@ -248,6 +256,14 @@ class GradientMatching:
 
         gradient: _Tensors = grad(loss)(of)
         return gradient
+
+
+def _rescaled(dummy: _Tensors, observed: _Tensors) -> _Tensors:
+    """Times the factor of least squares; as no factor is negative, of its size where they point apart."""
+    product = torch.stack([(dummy[name] * observed[name]).sum() for name in observed]).sum()
+    square = torch.stack([dummy[name].square().sum() for name in observed]).sum()
+    factor = product.abs() / square.clamp_min(torch.finfo(square.dtype).tiny)
+    return {name: factor * tensor for name, tensor in dummy.items()}
 
 
 def _relative(dummy: _Tensors, observed: _Tensors, weights: _Tensors) -> Tensor:
