@@ -273,6 +273,17 @@ class Defense:
         """What a server that knows this defense would try, the plainest first."""
         return (Arm(name=self.type, description=self.describe(), defense=self, control=self.control().name),)
 
+    def unknown(self, informed: Arm, what: str) -> Arm:
+        """A server that does not know of the defense, to be run where it is named.
+
+        Args:
+            informed: The one that does.
+            what: How it errs, in words.
+        """
+        description, knowledge = f"{self.describe()}, {what}", Knowledge(defense=False)
+        name = f"{self.type}-naive"
+        return replace(informed, name=name, description=description, knowledge=knowledge, main=False)
+
     def baselines(self) -> tuple[tuple[Defense, str], ...]:
         """What a training with it is compared with, the closest first, and what differs, in words."""
         return ((plain_arm().defense, "plain network"),)

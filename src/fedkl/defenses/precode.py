@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -105,16 +105,7 @@ class PRECODE(Defense):
     def guesses(self) -> tuple[Arm, ...]:
         """A server that reads the noise or leaves it out, and one that draws its own in every pass."""
         (informed,) = super().guesses()
-        return (
-            informed,
-            replace(
-                informed,
-                name=f"{self.type}-naive",
-                description=f"{self.describe()}, the server draws noise too",
-                knowledge=Knowledge(defense=False),
-                main=False,
-            ),
-        )
+        return informed, self.unknown(informed, "the server draws noise too")
 
     def describe(self) -> str:
         """How large, and β."""

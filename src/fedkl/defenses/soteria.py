@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedkl.defenses.base import Arm, register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.errors import ConfigError, UpdateError, shown
-from fedkl.protocol import Knowledge, Rescaling, Sending, Transform
+from fedkl.protocol import Rescaling, Sending, Transform
 from fedkl.types import NamedTensors
 
 _IMAGES = 32  # the mask is of so many of the client's images at most
@@ -105,16 +105,7 @@ class Soteria(UpdateDefense):
     def guesses(self) -> tuple[Arm, ...]:
         """A server that ignores what is pruned, and one that takes it for a gradient of zero."""
         (informed,) = super().guesses()
-        return (
-            informed,
-            replace(
-                informed,
-                name=f"{self.type}-naive",
-                description=f"{self.describe()}, unknown to the server",
-                knowledge=Knowledge(defense=False),
-                main=False,
-            ),
-        )
+        return informed, self.unknown(informed, "unknown to the server")
 
     def describe(self) -> str:
         """Where, and how much."""
