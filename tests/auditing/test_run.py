@@ -215,8 +215,8 @@ def test_without_time_presence_of_real_clients_is_measured_all_the_same(tmp_path
     assert measured == [("presence", "gradient-of-1"), ("presence", "your-client")]
     late = [each for each in found.not_run if each.kind == "no time left"]
     assert [(each.attacker, each.exposure) for each in late] == [
-        ("presence", "gradient-of-2"), ("linear-rows", "gradient-of-1"), ("linear-rows", "your-client"),
-        ("linear-rows", "gradient-of-2"),
+        ("linear-rows", "gradient-of-1"), ("linear-rows", "your-client"), ("linear-rows", "gradient-of-2"),
+        ("presence", "gradient-of-2"),
     ]  # fmt: skip
     assert all("0 s were left of 1e-09 minutes" in each.reason for each in late)
     assert found.summary is not None

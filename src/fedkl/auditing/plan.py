@@ -177,8 +177,9 @@ def plan(
 ) -> list[Planned]:
     """Every attacker on every exposure, in the order in which they are run.
 
-    Presence comes first, then the others from the cheapest on. Of each the control comes first: it says
-    whether the attacker can do anything at all. Then real clients, then the other upper bounds.
+    Presence of real clients comes first, then the attackers of pictures from the cheapest on, then presence
+    of upper bounds. Of each the control comes first: it says whether the attacker can do anything at all.
+    Then real clients, then the other upper bounds.
 
     Args:
         exposures: See `exposures_of`.
@@ -201,13 +202,19 @@ def plan(
     return sorted(
         found,
         key=lambda each: (
-            each.attacker is not None,
-            0 if each.attacker is None else available().index(each.attacker),
+            _turn(each),
             each.exposure.name != CONTROL,
             not each.exposure.headline,
             order[id(each)],
         ),
     )
+
+
+def _turn(entry: Planned) -> int:
+    """Presence of real clients and its control first, that of other upper bounds after all pictures."""
+    if entry.attacker is not None:
+        return available().index(entry.attacker)
+    return -1 if entry.exposure.headline or entry.exposure.name == CONTROL else len(available())
 
 
 def _seconds_of_update(clients: Clients, pools: Pools) -> float:
