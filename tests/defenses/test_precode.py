@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from fedkl import data, rng
+from fedkl import data
 from fedkl.attacking import SimulatedClients
 from fedkl.attacking.gradients import full_gradient
 from fedkl.attacking.observing import observe, trials_of
@@ -25,6 +25,7 @@ from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining, Federation, LocalTraining
 from fedkl.federated.worker import draws_random_numbers
 from fedkl.protocol import Procedure
+from tests.defenses.attacked import errors, seen
 
 FEATURES = torch.rand(4, 12, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([1, 0, 3, 2])
@@ -177,23 +178,6 @@ def test_a_combination_is_attacked_as_the_part_that_changes_the_network(images):
 @pytest.fixture(scope="module")
 def images():
     return data.load("mnist-sample")
-
-
-def seen(defense, network, trials):
-    return {
-        name: [
-            observe(arm.defense.prepare(network), arm=arm, model=network, trial=trial, classes=10)
-            for trial in trials
-        ]
-        for name, arm in own_arms(defense).items()
-    }
-
-
-def errors(attack, observations, trials):
-    generators = [rng.generator(0, "attack", trial.index) for trial in trials]
-    found = attack.reconstruct_many(observations, generators=generators)
-    pairs = zip(found, trials, strict=True)
-    return torch.stack([(each.images - trial.images).square().mean() for each, trial in pairs])
 
 
 def test_a_server_that_reads_the_noise_beats_one_that_draws_its_own(images):

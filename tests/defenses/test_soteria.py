@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from fedkl import data, rng
+from fedkl import data
 from fedkl.attacking.gradients import full_gradient
-from fedkl.attacking.observing import observe, trials_of
+from fedkl.attacking.observing import trials_of
 from fedkl.attacks import DLG, LinearRows
 from fedkl.attacks.algebraic.structure import read_structure
-from fedkl.defenses import own_arms
 from fedkl.defenses.soteria import Soteria
 from fedkl.errors import ConfigError, UpdateError
 from fedkl.federated import FederatedTraining, Federation, LocalTraining
 from fedkl.locking import Split
 from fedkl.protocol import Sending
+from tests.defenses.attacked import errors, seen
 
 IMAGES = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([1, 0, 3, 2])
@@ -119,23 +119,6 @@ def test_what_it_cannot_do_is_refused():
 @pytest.fixture(scope="module")
 def images():
     return data.load("mnist-sample")
-
-
-def seen(defense, network, trials):
-    return {
-        name: [
-            observe(arm.defense.prepare(network), arm=arm, model=network, trial=trial, classes=10)
-            for trial in trials
-        ]
-        for name, arm in own_arms(defense).items()
-    }
-
-
-def errors(attack, observations, trials):
-    generators = [rng.generator(0, "attack", trial.index) for trial in trials]
-    found = attack.reconstruct_many(observations, generators=generators)
-    pairs = zip(found, trials, strict=True)
-    return torch.stack([(each.images - trial.images).square().mean() for each, trial in pairs])
 
 
 def small_trials(images):

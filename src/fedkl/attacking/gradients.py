@@ -36,21 +36,18 @@ def gradients(
         local: What each client does, one gradient; a plain one if None.
         uniform: Where noise comes from, if there is any.
     """
-    if local is not None and local.per_example is not None:
-        each = [
-            step_gradient(*(model, x, y), train_mode=train_mode, local=local, samples=len(x), uniform=uniform)
-            for x, y in zip(images, labels, strict=True)
-        ]
-        return stacked(each, names)
-    try:
-        return _gradients_at_once(model, images, labels, names=names, train_mode=train_mode)
-    except RuntimeError as error:
-        if not is_untraceable(error):
-            raise
-        each = [
-            full_gradient(model, x, y, train_mode=train_mode) for x, y in zip(images, labels, strict=True)
-        ]
-        return stacked(each, names)
+    how = local or Procedure()
+    if how.per_example is None:
+        try:
+            return _gradients_at_once(model, images, labels, names=names, train_mode=train_mode)
+        except RuntimeError as error:
+            if not is_untraceable(error):
+                raise
+    each = [
+        step_gradient(*(model, x, y), train_mode=train_mode, local=how, samples=len(x), uniform=uniform)
+        for x, y in zip(images, labels, strict=True)
+    ]
+    return stacked(each, names)
 
 
 def _gradients_at_once(

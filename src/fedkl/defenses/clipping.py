@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fedkl.defenses.base import register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.errors import ConfigError
 from fedkl.protocol import Rescaling, Sending, Transform
+from fedkl.protocol.per_example import clip_factor
 from fedkl.types import NamedTensors
 
 
@@ -29,10 +29,7 @@ class Clipped(Rescaling):
 
     def __call__(self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The change, shorter; what was observed plays no part."""
-        squares = torch.stack([tensor.square().sum() for tensor in change.values()]).sum()
-        # The derivative of a root is infinite at zero, and a change of zero is not scaled anyway.
-        norm = (squares + torch.finfo(squares.dtype).tiny).sqrt()
-        factor = self.max_norm / norm.clamp_min(self.max_norm)
+        factor = clip_factor(change, clip=self.max_norm)
         return {name: factor * tensor for name, tensor in change.items()}
 
 

@@ -38,6 +38,19 @@ class PerExample:
             )
 
 
+def clip_factor(tensors: Mapping[str, Tensor], *, clip: float) -> Tensor:
+    """What shortens tensors to an L2 norm of at most `clip`, over all of them together; in [0, 1].
+
+    Args:
+        tensors: By name; at least one.
+        clip: Above 0.
+    """
+    squares = torch.stack([tensor.square().sum() for tensor in tensors.values()]).sum()
+    # The derivative of a root is infinite at zero, and what is zero is not scaled anyway.
+    norm = (squares + torch.finfo(squares.dtype).tiny).sqrt()
+    return clip / norm.clamp_min(clip)
+
+
 def clipped_sum(
     gradient: Callable[[Tensor, Tensor], tuple[dict[str, Tensor], Tensor]],
     images: Tensor,
@@ -61,12 +74,9 @@ def clipped_sum(
 
     def clipped(image: Tensor, label: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         found, loss = gradient(image[None], label[None])
-        squares = torch.stack([tensor.square().sum() for tensor in found.values()]).sum()
-        # The derivative of a root is infinite at zero, and a gradient of zero is not scaled anyway.
-        norm = (squares + torch.finfo(squares.dtype).tiny).sqrt()
-        factor = clip / norm.clamp_min(clip)
+        factor = clip_factor(found, clip=clip)
         # An image whose gradient overflows counts as none: else it alone decided whether anything is sent.
-        finite = norm.isfinite()
+        finite = factor > 0
         return {name: torch.where(finite, factor * tensor, 0.0) for name, tensor in found.items()}, loss
 
     total = {name: torch.zeros_like(tensor) for name, tensor in like.items()}

@@ -6,7 +6,6 @@ and one audit a cell, in folders of their own, so that a table goes on over many
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,16 +27,12 @@ from fedkl.defenses import DEFENSES, Defense
 from fedkl.errors import ConfigError, FedKLError
 from fedkl.federated import FederatedTraining, LocalTraining
 from fedkl.files import write_atomically
+from fedkl.parsing import parse_toml
 from fedkl.protocol import Procedure
 from fedkl.report import figures
 from fedkl.reproduce.defenses_table import Exposed, markdown, points
 from fedkl.runs import RunDirectory
 from fedkl.study import OpenProgress, check_names, run_cells, write_table
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 NAME = "defenses"
 PLAIN = "none"
@@ -69,7 +64,7 @@ class Compared(BaseModel):
 def compared() -> dict[str, Compared]:
     """The table's defenses by name."""
     text = (files("fedkl.reproduce") / "defenses.toml").read_text(encoding="utf-8")
-    found: dict[str, Compared] = TypeAdapter(dict[str, Compared]).validate_python(tomllib.loads(text))
+    found: dict[str, Compared] = TypeAdapter(dict[str, Compared]).validate_python(parse_toml(text))
     return found
 
 
