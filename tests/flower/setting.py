@@ -9,7 +9,8 @@ from flwr.serverapp import ServerApp
 from torch import nn
 
 from fedkl.defenses import KeyLock
-from fedkl.flower import ClientStore, LockMod, current_client, public_arrays
+from fedkl.flower import LockMod, current_client, public_arrays
+from fedkl.flower.node import node_store
 from tests.locking.leaks import encodings, patterns, secrets_of
 
 DEFENSE = KeyLock(key_length=16)
@@ -87,7 +88,7 @@ def ask(app, content=None, kind="train", **node_config):
 
 
 def store():
-    return ClientStore.of_node({})
+    return node_store({})
 
 
 def stored(name="client-0", build=net):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fedkl
+from fedkl.custody import ClientStore
 from fedkl.errors import ConfigError, KeyFileError
-from fedkl.flower import ClientStore
-from fedkl.flower.store import client_name
+from fedkl.flower.node import client_name, node_store
 from tests.flower.setting import DEFENSE, net, step
 
 
@@ -133,10 +133,10 @@ def test_stores_in_temporary_folders_are_not_remembered(store, folder):
 
 def test_new_keys_can_be_forbidden(folder):
     config = {"fedkl-store": str(folder), "fedkl-new-keys": False}
-    refused(ClientStore.of_node(config), "fedkl-new-keys is false")
+    refused(node_store(config), "fedkl-new-keys is false")
     assert not folder.exists()
     with pytest.raises(ConfigError, match="expected true or false"):
-        ClientStore.of_node({"fedkl-store": str(folder), "fedkl-new-keys": "no"})
+        node_store({"fedkl-store": str(folder), "fedkl-new-keys": "no"})
 
 
 @pytest.mark.parametrize("what", ["lock", "folder", "lock without ledger"])
@@ -273,13 +273,13 @@ def test_the_mode_of_a_passphrase_file_is_looked_at(folder, tmp_path, permission
     file.chmod(permissions)
     config = {"fedkl-store": str(folder), "fedkl-passphrase-file": str(file)}
     if outcome == "fine":
-        ClientStore.of_node(config)
+        node_store(config)
     elif outcome == "warned":
         with pytest.warns(UserWarning, match="others may read the passphrase's file"):
-            ClientStore.of_node(config)
+            node_store(config)
     else:
         with pytest.raises(KeyFileError, match="others may write to the passphrase's file"):
-            ClientStore.of_node(config)
+            node_store(config)
 
 
 def test_a_client_is_open_in_one_place_only(store):
@@ -310,13 +310,13 @@ def test_the_passphrase_may_lie_in_a_file(folder, tmp_path):
     file = tmp_path / "passphrase"
     config = {"fedkl-store": str(folder), "fedkl-passphrase-file": str(file)}
     with pytest.raises(KeyFileError, match="cannot be read"):
-        ClientStore.of_node(config)
+        node_store(config)
     file.touch(mode=0o600)
     file.write_text("\n")
     with pytest.raises(KeyFileError, match="empty"):
-        ClientStore.of_node(config)
+        node_store(config)
     file.write_text("horse\n")
-    with opened(ClientStore.of_node(config)) as client:
+    with opened(node_store(config)) as client:
         key = client.lock.key.reveal()
     with opened(ClientStore(folder, passphrase="horse")) as client:
         assert torch.equal(client.lock.key.reveal(), key)

@@ -20,6 +20,7 @@ A defense that changes updates and keeps nothing private takes ``TransformMod(de
 ``RecordingMod(folder)`` writes what a node gets and sends to its disk, to be audited (docs/recorded.md).
 """
 
+from fedkl.custody import ClientStore, StoredClient
 from fedkl.errors import ConfigError
 
 try:
@@ -37,7 +38,6 @@ from fedkl.flower.masked import Masked
 from fedkl.flower.mod import LockMod, current_client
 from fedkl.flower.recording_mod import RecordingMod
 from fedkl.flower.records import public_arrays
-from fedkl.flower.store import ClientStore, StoredClient
 from fedkl.flower.transforming import TransformMod
 
 del _flwr

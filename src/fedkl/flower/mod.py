@@ -12,10 +12,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp.typing import ClientAppCallable
 from torch import nn
 
+from fedkl.custody import ClientStore, StoredClient
 from fedkl.defenses import KeyLock
 from fedkl.errors import ConfigError, FedKLError, LockError, SecretError, UpdateError, gathered, shown
+from fedkl.flower.node import client_name, node_store
 from fedkl.flower.records import arrays_of, fitted, only_arrays, tensors_of
-from fedkl.flower.store import ClientStore, StoredClient, client_name
 from fedkl.locking import Lock
 from fedkl.secret_search import SecretSearch
 
@@ -82,7 +83,7 @@ class LockMod:
         stage = _Stage()
         try:
             name = client_name(context.node_config)
-            store = ClientStore.of_node(context.node_config)
+            store = node_store(context.node_config)
             with store.client(name, model=self._build(), defense=self._defense) as client:
                 return _handle(message, context, call_next, store, client, stage)
         except Exception as error:

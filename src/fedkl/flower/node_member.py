@@ -15,8 +15,8 @@ from fedkl.dates import today
 from fedkl.errors import ConfigError, MaskingError, UpdateError
 from fedkl.files import PRIVATE_FILE
 from fedkl.flower.mask_records import Base, Who
+from fedkl.flower.node import client_name, node_passphrase
 from fedkl.flower.records import tensors_of
-from fedkl.flower.store import client_name, node_passphrase
 from fedkl.masking import Call, Contribution, ListMessage, Member, MemberFile, Reveal, Upload
 from fedkl.masking.contents import SUFFIX
 from fedkl.modelfile import write_model

@@ -5,29 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from fedkl.custody.ledger import Ledger, check_never_born, now, remember_birth
 from fedkl.defenses import KeyLock
 from fedkl.errors import ConfigError, KeyFileError, shown
 from fedkl.files import PRIVATE_FOLDER, exclusive, open_to_others, remove_parts
-from fedkl.flower.ledger import Ledger, check_never_born, now, remember_birth
-from fedkl.lockfile import default_passphrase, read_passphrase
 from fedkl.locking import Lock, read_lock
 
-STORE, CLIENT, PASSPHRASE_FILE, NEW_KEYS = (
-    "fedkl-store",
-    "fedkl-client",
-    "fedkl-passphrase-file",
-    "fedkl-new-keys",
-)
-"""Entries of a SuperNode's ``--node-config``."""
+CLIENT, NEW_KEYS = "fedkl-client", "fedkl-new-keys"
+"""Entries of a Flower SuperNode's ``--node-config``; errors name them."""
 
-STORE_VARIABLE = "FEDKL_STORE"
 _LOG = logging.getLogger("fedkl.flower")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
 _DEVICES = re.compile(
@@ -78,31 +71,6 @@ class ClientStore:
         self._folder = folder
         self._passphrase = passphrase
         self._new_keys = new_keys
-
-    @classmethod
-    def of_node(cls, node_config: Mapping[str, object]) -> ClientStore:
-        """The store that a node's own configuration names; nothing of it comes from the server.
-
-        The folder is ``fedkl-store`` of the node's configuration, or `FEDKL_STORE`. The passphrase is what
-        the file ``fedkl-passphrase-file`` holds, or `FEDKL_PASSPHRASE`, or a random one of this machine's
-        user; see `fedkl.lockfile.default_passphrase`. ``fedkl-new-keys=false`` keeps new keys from being
-        made.
-
-        Raises:
-            ConfigError: No folder is named, or ``fedkl-new-keys`` is neither true nor false.
-            KeyFileError: There is no passphrase, or its file cannot be read, or others may write to it.
-        """
-        folder = node_config.get(STORE) or os.environ.get(STORE_VARIABLE)
-        if not folder:
-            raise ConfigError(
-                f"This node has no store for its clients' locks. Start it with --node-config "
-                f"'{STORE}=\"/a/folder\" …', or set {STORE_VARIABLE}."
-            )
-        new_keys = node_config.get(NEW_KEYS, True)
-        if not isinstance(new_keys, bool):
-            raise ConfigError(f"{NEW_KEYS}: expected true or false in --node-config, got {shown(new_keys)}.")
-        passphrase = node_passphrase(node_config)
-        return cls(Path(str(folder)).expanduser(), passphrase=passphrase, new_keys=new_keys)
 
     def path(self, name: str) -> Path:
         """Where a client's file is.
@@ -237,31 +205,3 @@ def _close(folder: Path) -> None:
             raise ConfigError(
                 f"{folder}: open to others, and not ours to close ({error.strerror})."
             ) from error
-
-
-def node_passphrase(node_config: Mapping[str, object]) -> str:
-    """The passphrase of a node's private files; see `ClientStore.of_node`.
-
-    Raises:
-        KeyFileError: There is none, or its file cannot be read, or others may write to it.
-    """
-    file = node_config.get(PASSPHRASE_FILE)
-    return read_passphrase(Path(str(file)).expanduser()) if file else default_passphrase()
-
-
-def client_name(node_config: Mapping[str, object]) -> str:
-    """The stable name of a node's client.
-
-    ``fedkl-client`` of the node's configuration, or else its ``partition-id``, which simulations set.
-
-    Raises:
-        ConfigError: There is neither.
-    """
-    if CLIENT in node_config:
-        return str(node_config[CLIENT])
-    if "partition-id" in node_config:
-        return f"client-{node_config['partition-id']}"
-    raise ConfigError(
-        f"This node's client has no stable name. Start it with --node-config '{CLIENT}=\"hospital-a\" …'; "
-        "its key is found by this name after a restart."
-    )
