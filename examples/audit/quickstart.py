@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,3 +63,9 @@ def subject() -> fedkl.Subject:
         procedure=train,
         images_per_client=300,
     )
+
+
+def described() -> fedkl.Subject:
+    """The same round in words: attackers can then replay it, and defenses such as DP-SGD change it."""
+    epoch = fedkl.Procedure(algorithm="fedavg", batch_size=32, lr=0.01, momentum=0.9)
+    return replace(subject(), procedure=epoch)
