@@ -114,9 +114,10 @@ def train_run(tmp_path):
         class_counts: list[list[int]] | None = None,
         local_accuracies: dict[str, float] | None = None,
         summary: dict | None = None,
+        lost: dict[int, str] | None = None,
         **training,
     ) -> RunDirectory:
-        """`class_counts`, `local_accuracies` and `summary` are what runs of older versions lack."""
+        """`lost` are rounds, and why. Runs of older versions lack it, as other things that are None here."""
         federated = FederatedTraining(rounds=rounds, **training)
         config = TrainConfig(defense=defense or NoDefense(), training=federated)
         run = RunDirectory.create(tmp_path / name, config=config, version="0")
@@ -126,7 +127,8 @@ def train_run(tmp_path):
         local = {} if local_accuracies is None else {"local_accuracies": local_accuracies}
         for index in range(done):
             entry = {"event": "round", "round": index, "seconds": 0.1, "accuracy": accuracy}
-            run.append({**entry, "accuracies": each, "update_bytes": 100, **local})
+            why = {"lost": lost[index]} if lost and index in lost else {}
+            run.append({**entry, "accuracies": each, "update_bytes": 100, **local, **why})
         if done == rounds:
             completed = _fill_ins(fill_ins or {}, statistics)
             figures = _train_summary(config, accuracy, each, completed, test_images)

@@ -15,7 +15,7 @@ from fedkl.defenses import KeyLock
 from fedkl.report import figures
 from fedkl.report.collect import collect
 from fedkl.report.partitions import divisions
-from fedkl.report.tables import training_table
+from fedkl.report.training_tables import training_table
 
 SKEWED = [[9, 0, 1], [0, 8, 0]]
 EVEN = [[5, 4, 1], [4, 4, 0]]
@@ -125,3 +125,14 @@ def test_who_was_missing_is_noted_once_for_runs_alike(tmp_path, train_run):
         "rounds skipped for lack of updates: 2; 2 of 10 clients tested."
     )
     assert not [note for note in notes if "complete" in note or "older" in note]
+
+
+def test_rounds_that_masks_lost_are_told_from_those_without_updates(tmp_path, train_run):
+    train_run(
+        "a", clients=2, summary={"skipped_rounds": 3, "lost_rounds": 2}, lost={1: "It cannot be opened."}
+    )
+    _, notes = table(tmp_path)
+    assert (
+        "rounds skipped for lack of updates: 1; rounds lost: 2, the first because: It cannot be opened."
+        in notes[-1]
+    )

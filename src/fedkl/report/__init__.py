@@ -7,7 +7,17 @@ from typing import NamedTuple
 
 from fedkl.errors import ConfigError
 from fedkl.files import write_atomically
-from fedkl.report import audit, figures, html, markdown, partitions, pictures, tables, verdict
+from fedkl.report import (
+    attack_tables,
+    audit,
+    figures,
+    html,
+    markdown,
+    partitions,
+    pictures,
+    training_tables,
+    verdict,
+)
 from fedkl.report.collect import AttackRun, Collected, collect
 from fedkl.report.page import NOTE, AttackSection, Figure, Page, Repeat, Table
 from fedkl.report.side_by_side import side_by_side
@@ -76,11 +86,13 @@ def _page(collected: Collected) -> Page:
         opening=opening,
         verdict=verdict.paragraph(collected),
         note=NOTE if collected.attacks else "",
-        verdict_table=tables.verdict_table(verdict.findings(collected)),
+        verdict_table=attack_tables.verdict_table(verdict.findings(collected)),
         unfinished=collected.unfinished,
-        training=tables.training_table(collected.trains) if collected.trains else None,
+        training=training_tables.training_table(collected.trains) if collected.trains else None,
         partitions=[Figure(name, each.caption, each.alt) for name, each in divisions.items()],
-        claim_b=tables.fill_in_table(collected.trains) if any(r.fill_ins for r in collected.trains) else None,
+        claim_b=training_tables.fill_in_table(collected.trains)
+        if any(r.fill_ins for r in collected.trains)
+        else None,
         attacks=sections,
         repeat=[
             Repeat(run.name, run.command, run.text, run.machine, run.config.seed)
@@ -104,6 +116,6 @@ def _attack_section(run: AttackRun, collected: Collected) -> AttackSection:
         name=run.name,
         grid=pictures.grid(run),
         figure="reconstructions.png" if alone else f"reconstructions-{slug}.png",
-        table=tables.attack_table(run, titled=not alone),
+        table=attack_tables.attack_table(run, titled=not alone),
         paper=verdict.paper_comparison(run),
     )
