@@ -54,7 +54,7 @@ def test_each_is_trained_with_and_with_its_own_learning_rate(monkeypatch):
         f"trained/{name}-seed-{seed}" for seed in (0, 1) for name in ("none", "precode", "masked")
     ]
     plain, precode, masked = (cell.experiment.training for cell in cells[:3])
-    assert (plain.local.lr, precode.local.lr) == (0.1, 0.01)
+    assert (plain.local.lr, precode.local.lr) == (0.03, 0.01)
     assert (plain.aggregation.type, masked.aggregation.type) == ("plain", "masked")
 
 
