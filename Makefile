@@ -1,45 +1,51 @@
-# Two commands do all of their own set-up: `make demo` and `make test`.
+# Every target does all of its own set-up; `make help` lists them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint types imports unit bench fuzz mutants clean
+.PHONY: help demo test docs lint types imports unit bench fuzz mutants clean
 
 FUZZ_SECONDS ?= 3600
 TEST_PROCESSES ?= 2
 
-demo: $(READY)
+help: ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(READY) ## a leak, the lock, the masks: pictures and a report in runs/demo
 	$(BIN)/fedkl demo --out runs/demo
 
-test: lint types imports unit
+test: lint types imports unit ## all that CI runs
 
-lint: $(READY)
+docs: $(READY) ## the documentation as a site, in site/
+	$(RUN) $(BIN)/sphinx-build --quiet --fail-on-warning -b html -d build/doctrees docs site
+
+lint: $(READY) ## ruff, formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
+types: $(READY) ## mypy --strict
 	$(BIN)/mypy
 
-imports: $(READY)
+imports: $(READY) ## imports go downwards only
 	$(BIN)/lint-imports
 
 # Two processes of one thread each: a core each on the smallest machine that this is meant for.
 # Bytecode is kept: some tests start processes, and each would compile the package again.
-unit: $(READY)
+unit: $(READY) ## the tests
 	PYTHONDONTWRITEBYTECODE= $(RUN) $(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 
-bench: $(READY)
+bench: $(READY) ## what a lock costs a step
 	$(RUN) $(BIN)/python benchmarks/lock_overhead.py
 
 # Goes on where the last one stopped; findings are in .fuzz. Coverage-guided where atheris installs.
-fuzz: $(READY)
+fuzz: $(READY) ## hostile files and messages, for FUZZ_SECONDS
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: "$$(grep '^atheris==' constraints.txt)"
 	$(RUN) $(BIN)/python -m tests.fuzzing --seconds $(FUZZ_SECONDS)
 
 # Takes protections out of a copy, one by one: the tests must fail each time.
-mutants: $(READY)
+mutants: $(READY) ## tests find protections that were taken out
 	$(RUN) $(BIN)/python -m tests.mutants
 
 # torch first and pinned: a bare `torch` may bring gigabytes of CUDA libraries.
@@ -49,5 +55,5 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
 
-clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+clean: ## removes what the others made
+	rm -rf $(VENV) runs build site docs/made .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

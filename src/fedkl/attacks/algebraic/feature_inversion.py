@@ -53,8 +53,9 @@ class FeatureInversion(Attack):
     It needs one step, a convolution that `subspace.py` can read, and auxiliary images. Labels are not used;
     the images of a batch come in no order. Secrets of simulated clients are drawn as clients draw theirs,
     from the operating system's randomness: results vary a little. Images come out with the scale that the
-    auxiliary ones have. `Reconstruction.loss` is 1 − |cos| between the found images' features and the
-    observed ones, averaged over images and layers; images are NaN where no features could be read.
+    auxiliary ones have. `Reconstruction.loss` is one minus the size of the cosine between the found images'
+    features and the observed ones, averaged over images and layers; images are NaN where no features could
+    be read.
 
     Attributes:
         layers: At most so many convolutions, those next to the image; of a batch one, as images come in

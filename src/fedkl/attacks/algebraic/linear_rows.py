@@ -26,12 +26,12 @@ class LinearRows(Attack):
     """Divides rows of ∂L/∂W by their entries of ∂L/∂b: what one image drives is that layer's input, exactly.
 
     With u = W x + b and δ = ∂L/∂u, ∂L/∂W = Σ δ xᵀ and ∂L/∂b = Σ δ over the images. Of one image every row
-    says x; the one with the largest |δ| is taken, for the least rounding. Of a batch, behind a ReLU, some
+    says x; the largest δ rounds least, and is taken. Of a batch, behind a ReLU, some
     rows get something of one image only: those that agree with another one. Images without two such rows
     are not found, and are NaN. It needs no labels and no learning rate, and accepts a gradient, or weights
     after steps of SGD: each image's x is the same in all steps, where the layer is the first.
 
-    Of a pruned update of one image, each input is read off the row with the largest |δ| where it was kept.
+    Of a pruned update of one image, each input is read off the row with the largest δ that was kept.
     Inputs that were kept in no row are the small ones, and are taken for 0.
 
     Behind convolutions the inputs are features: `FeatureInversion`, with images of the server's own, takes

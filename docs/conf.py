@@ -1,0 +1,79 @@
+"""The documentation as a site, by Sphinx with MyST: `make docs`. The pages read well without it."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+import typer
+from sphinx.application import Sphinx
+from typer.cli import get_docs_for_click
+
+import fedkl
+from fedkl.cli import app as commands
+
+project = "fedkl"
+author = copyright = "The fedkl authors"
+release = version = fedkl.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["images"]
+myst_enable_extensions = ["deflist"]
+myst_heading_anchors = 4  # pages link to headings
+
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = "fedkl"
+html_show_copyright = False
+html_copy_source = False
+html_theme_options = {"top_of_page_buttons": []}
+
+ROOT = Path(__file__).parent.parent
+MADE = "made"
+"""Folder of the pages that are made here."""
+
+ELSEWHERE = {
+    "CHANGELOG.md": f"docs/{MADE}/changes.md",
+    "CONTRIBUTING.md": f"docs/{MADE}/contributing.md",
+    "benchmarks/README.md": f"docs/{MADE}/benchmarks.md",
+    "examples/audit/README.md": f"docs/{MADE}/examples-audit.md",
+    "examples/flower/README.md": f"docs/{MADE}/examples-flower.md",
+}
+"""Pages of the repository that do not lie in this folder."""
+
+_LINK = re.compile(r"(?<=\]\()[^)\s#:]+(?=[#)])")
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    folder = ROOT / "docs" / MADE
+    folder.mkdir(exist_ok=True)
+    root = typer.main.get_command(commands)
+    text = get_docs_for_click(obj=root, ctx=typer.Context(root), name="fedkl", title="Commands")
+    (folder / "commands.md").write_text(text, encoding="utf-8")
+    for source, place in ELSEWHERE.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        (ROOT / place).write_text(_linked(text, source, place), encoding="utf-8")
+    app.connect("source-read", _link_elsewhere)
+
+
+def _link_elsewhere(app: Sphinx, page: str, source: list[str]) -> None:
+    if not page.startswith(MADE):
+        source[0] = _linked(source[0], f"docs/{page}.md", f"docs/{page}.md")
+
+
+def _linked(text: str, source: str, place: str) -> str:
+    """A page's text with links from where it is in the site."""
+
+    def turned(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[0]))
+        if not (ROOT / target).exists():
+            return match[0]  # the build names it
+        return posixpath.relpath(ELSEWHERE.get(target, target), posixpath.dirname(place))
+
+    return _LINK.sub(turned, text)

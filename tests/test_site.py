@@ -1,0 +1,101 @@
+"""The documentation as a site: it builds without a warning, links included, and is read on a phone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedkl.auditing.target import load
+
+ROOT = Path(__file__).parent.parent
+PAGES = (
+    "index",
+    "tutorial",
+    "expect",
+    "masked",
+    "made/commands",
+    "reference/python",
+    "results/2026-11-audit",
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("sphinx", reason="the site is built by Sphinx")
+    copy, out = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("site")
+    for name in ("docs", "src", "examples", "benchmarks", "tests/mutants"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "made"))
+    for file in ROOT.glob("*.md"):
+        shutil.copy(file, copy)
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "--quiet",
+        "--fail-on-warning",
+        "-b",
+        "html",
+        copy / "docs",
+        out,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_every_page_is_in_the_site_and_found_by_its_search(site):
+    pages = {p.relative_to(ROOT / "docs").with_suffix("") for p in (ROOT / "docs").rglob("*.md")}
+    pages = {page for page in pages if page.parts[0] != "made"}
+    assert not [page for page in pages if not (site / page).with_suffix(".html").is_file()]
+    index = (site / "searchindex.js").read_text(encoding="utf-8")
+    assert all(f'"{page.as_posix()}"' in index for page in pages)
+
+
+def test_nothing_is_loaded_from_elsewhere(site):
+    loaded = re.compile(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//', re.IGNORECASE)
+    assert not [page for page in PAGES if loaded.search((site / f"{page}.html").read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_chromium_shows_no_page_wider_than_its_window(site, width, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine: its test of the site needs one on PATH")
+    frame = "".join(
+        f'<iframe src="{site}/{page}.html" width="{width}" height="800"></iframe>' for page in PAGES
+    )
+    measure = (
+        "<script>onload = () => { document.title = [...document.querySelectorAll('iframe')]"
+        ".map(f => f.contentDocument.documentElement.scrollWidth).join(',') }</script>"
+    )
+    (site / "frames.html").write_text(frame.replace(f"{site}/", "") + measure, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    options += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000", "--dump-dom"]
+    done = subprocess.run(
+        [chromium, *options, (site / "frames.html").as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=200,
+    )
+    found = re.search(r"<title>([\d,]+)</title>", done.stdout)
+    assert found is not None
+    widths = [int(each) for each in found[1].split(",")]
+    assert len(widths) == len(PAGES)
+    assert max(widths) <= width
+
+
+def test_the_tutorials_subject_can_be_audited(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    (tmp_path / "mine.py").write_text(code[1], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    subject = load("mine.py:subject").subject
+    subject.check()
+    assert (subject.name, subject.images_per_client) == ("mine", 32)
