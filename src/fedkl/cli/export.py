@@ -74,16 +74,20 @@ def export(
 
 
 def _lines_of_client(out: Path, client: str, form: Form, rounds: int) -> list[str]:
+    name = repr(str(out))
     use = {
-        "state": f"Net().load_state_dict(safetensors.torch.load_file({str(out)!r}))  # a lock's own norms: see docs",
-        "torch": f"torch.export.load({str(out)!r}).module()(images)",
-        "onnx": f"onnxruntime.InferenceSession({str(out)!r}).run(None, {{'x': images}})",
+        "state": [f"model.load_state_dict(safetensors.torch.load_file({name}))"],
+        "torch": [f"torch.export.load({name}).module()(images)"],
+        "onnx": [
+            f"session = onnxruntime.InferenceSession({name})",
+            "session.run(None, {session.get_inputs()[0].name: images})",
+        ],
     }
     return [
         f"{out}: the whole model of {client} after {rounds} round{'s' * (rounds > 1)}",
         "Private: what the client keeps (γ, β, norm statistics …) is in it, not encrypted. Never send it.",
         "Use it:",
-        f"    {use[form]}",
+        *(f"    {line}" for line in use[form]),
     ]
 
 

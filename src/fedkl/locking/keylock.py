@@ -387,6 +387,7 @@ def lock(
 
     Raises:
         LockError: With every problem found; the activation cannot give the γ and β of a trained model.
+        SecretError: The model was made by `bake()`, and something would be sent that was private there.
 
     Source:
         arXiv 2305.04095, section 3.2; the published setting is `Key.generate(distribution="uniform")`,

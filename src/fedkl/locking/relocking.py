@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from fedkl.errors import LockError, gathered
+from fedkl.errors import SecretError, gathered
 from fedkl.locking import norms
 from fedkl.locking.options import LockOptions
 from fedkl.locking.targets import Target
@@ -23,7 +23,7 @@ def check_stays_private(model: nn.Module, chosen: Sequence[Target], *, options: 
         options: How.
 
     Raises:
-        LockError: With the names of these tensors.
+        SecretError: With the names of these tensors.
     """
     own = {id(module) for name in options.private for module in model.get_submodule(name).modules()}
     locked = {id(each.module): norms.generated_names(each.module) for each in chosen if not each.inserts}
@@ -37,4 +37,4 @@ def check_stays_private(model: nn.Module, chosen: Sequence[Target], *, options: 
     if problems:
         summary = "lock: the model is one client's own, made by bake(), and these would be sent."
         remedy = "Lock the same layers again, with the same private= and share_statistics=, or a plain model."
-        raise LockError(gathered(summary, problems, remedy))
+        raise SecretError(gathered(summary, problems, remedy))
