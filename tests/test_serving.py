@@ -291,9 +291,10 @@ def test_no_reader_of_public_tensors_takes_a_private_model(own, private_file, tm
         modelfile.read_model(private_file)
     with pytest.raises(ConfigError, match=REFUSED):
         fedkl.load_lock(tmp_path / "lock", Net(), passphrase=None, public=private_file)
+    images, labels = torch.rand(40, 1, 2, 2), torch.arange(40) % 3
+    subject = fedkl.Subject(model=Flat, weights=private_file, images=images, labels=labels)
     with pytest.raises(ConfigError, match=REFUSED):
-        images, labels = torch.rand(40, 1, 2, 2), torch.arange(40) % 3
-        fedkl.Subject(model=Flat, weights=private_file, images=images, labels=labels).build()
+        subject.build()
 
 
 def test_an_experiment_does_not_start_from_a_private_model(tmp_path):
