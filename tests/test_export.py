@@ -23,6 +23,7 @@ from fedkl.errors import ConfigError, FedKLError, KeyFileError, UpdateError
 from fedkl.export import client_of, export
 from fedkl.federated import ConstantSchedule, FederatedTraining, LocalTraining
 from fedkl.metrics import evaluate
+from fedkl.modelfile import read_model
 from fedkl.models.registry import MODELS, ModelEntry
 from fedkl.parsing import parse_tensors
 from fedkl.runs import RunDirectory
@@ -409,3 +410,58 @@ def test_a_run_from_elsewhere_whose_summary_is_not_one(run, tmp_path):
     (run / "summary.json").write_text(json.dumps({**summary, "rounds": "two"}))
     with pytest.warns(UserWarning, match="The checkpoint of round 2 is used instead"):
         assert export(run, out=tmp_path / "model").rounds == 2
+
+
+def own_model(form, path):
+    """A client's file as a function of images."""
+    if form == "torch":
+        return torch.export.load(path).module()
+    if form == "onnx":
+        session = pytest.importorskip("onnxruntime").InferenceSession(path)
+        name = session.get_inputs()[0].name
+        return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+    model = network().eval()
+    model.load_state_dict(safetensors.torch.load_file(path))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("keylock", "state"), ("all", "torch"), ("keylock", "onnx"), ("private-layers", "torch")],
+)
+def test_a_clients_whole_model_predicts_what_the_run_recorded(command, runs, tmp_path, name, form):
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+    run, out = runs(name), tmp_path / "own"
+    before = content(run)
+    code, text = command(run, "--out", out, "--client", "client-1", "--for", form)
+    assert code == 0, text
+    assert "the whole model of client-1 after 2 rounds" in text
+    assert "not encrypted. Never send it." in text
+    assert [path.name for path in tmp_path.iterdir()] == ["own"], "neither lock nor public tensors beside it"
+    assert content(run) == before
+    model, data = own_model(form, out), images()
+    logits = torch.cat([model(batch) for batch in data.test_images.split(50)])
+    correct = float((logits.argmax(1) == data.test_labels).double().mean())
+    assert correct == pytest.approx(recorded(run)["client-1"], abs=1e-9)
+    if form == "state":
+        with pytest.raises(ConfigError, match="the private model of client 'client-1'"):
+            read_model(out)
+
+
+@pytest.mark.parametrize("words", [(), ("--client", "client-0", "--member", "a.secret")])
+def test_a_whole_model_is_one_clients(command, runs, tmp_path, words):
+    code, text = command(runs("keylock"), "--out", tmp_path / "own", "--for", "torch", *words)
+    assert code == 2
+    assert "--for writes the model of one client" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_whole_model_replaces_no_file(command, runs, tmp_path):
+    (tmp_path / "own").write_text("precious")
+    words = (runs("keylock"), "--out", tmp_path / "own", "--client", "client-0", "--for", "state")
+    code, text = command(*words)
+    assert (code, (tmp_path / "own").read_text()) == (2, "precious")
+    assert "own: exists already" in text
+    assert command(*words, "--replace")[0] == 0

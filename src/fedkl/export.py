@@ -9,12 +9,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
+import torch
 from torch import Tensor
 
+from fedkl import serving
 from fedkl.errors import ConfigError, FedKLError, shown, warn
-from fedkl.federated import Checkpoints
+from fedkl.federated import Checkpoints, Federation
 from fedkl.lockfile import default_passphrase
 from fedkl.locking import Lock, Split
 from fedkl.masking import MemberFile
@@ -23,6 +25,9 @@ from fedkl.runs import RunDirectory, is_run
 from fedkl.training import restored, training_of, training_summary
 
 _ROUNDS = "round-*.fedkl"  # of a Flower server; see `fedkl.flower.round_files`
+
+Form = Literal["state", "torch", "onnx"]
+"""How a client's own model is written: its tensors, a program of PyTorch, or ONNX; see `fedkl.serving`."""
 
 State = tuple[int, dict[str, Tensor]]
 """A number of rounds, and the public tensors after them."""
@@ -109,6 +114,39 @@ def export(
     return Exported(model=out, rounds=rounds, lock=path, **facts)
 
 
+def export_client(
+    source: str | Path, *, out: str | Path, client: str, form: Form, replace: bool = False
+) -> int:
+    """Writes one client's own trained model to one file, for that client to serve; see `fedkl.serving`.
+
+    Args:
+        source: A run directory of a training, finished or not. Nothing in it is changed.
+        out: The file, mode 0600.
+        client: Whose, e.g. ``client-0``.
+        form: As what.
+        replace: Whether a file that is there is replaced.
+
+    Returns:
+        How many rounds of training the model has behind it.
+
+    Raises:
+        FedKLError: As for `client_of`; nothing is trained here yet; PyTorch cannot write the model so; or the
+            file is there already or cannot be written.
+    """
+    federation, rounds = _client(Path(source), client)
+    if rounds == 0:
+        raise ConfigError(f"{source}: nothing is trained here yet. Let it train a round first.")
+    split, images = federation.split, torch.zeros(2, *federation.dataset.spec.shape)
+    match form:
+        case "state":
+            serving.save_state(split, out, client=client, replace=replace)
+        case "torch":
+            serving.save_program(split, out, client=client, example_inputs=images, replace=replace)
+        case "onnx":
+            serving.save_onnx(split, out, client=client, example_inputs=images, replace=replace)
+    return rounds
+
+
 def _facts(source: Path) -> _Facts:
     """What a run's configuration says of its public tensors; a Flower server does not know."""
     if not is_run(source):
@@ -147,10 +185,10 @@ def client_of(source: str | Path, name: str) -> Split:
         FedKLError: The folder holds no training, or no checkpoint that can be read with this machine's
             passphrase; it has no such client; or its images are not there.
     """
-    return _client(Path(source), name)[0]
+    return _client(Path(source), name)[0].split
 
 
-def _client(source: Path, name: str) -> tuple[Split, int]:
+def _client(source: Path, name: str) -> tuple[Federation, int]:
     federation, rounds = restored(RunDirectory.open(source))
     clients = {client.name: client for client in federation.clients}
     if name not in clients:
@@ -159,11 +197,12 @@ def _client(source: Path, name: str) -> tuple[Split, int]:
         )
     clients[name].enter(federation.split, federation.server.state)
     federation.split.model.eval()
-    return federation.split, rounds
+    return federation, rounds
 
 
 def _lock_of(source: Path, name: str) -> tuple[Lock, int]:
-    split, rounds = _client(source, name)
+    federation, rounds = _client(source, name)
+    split = federation.split
     if isinstance(split, Lock):
         return split, rounds
     reason = f"{source}: clients of this training have no locks."

@@ -12,11 +12,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkl.defenses import KeyLock
+from fedkl.defenses import KeyLock, NoDefense
 from fedkl.defenses.noise import GaussianNoise
-from fedkl.errors import ConfigError, LockError
+from fedkl.errors import ConfigError, LockError, SecretError
 from fedkl.flower import LockMod, TransformMod, current_client, public_arrays
 from fedkl.flower.mod import FAILED, REFUSED_MESSAGE, REFUSED_REPLY
+from fedkl.flower.records import arrays_of
 from fedkl.flower.transforming import NOT_CHANGED
 from tests.flower.setting import (
     DEFENSE,
@@ -398,3 +399,30 @@ def test_no_text_of_a_defense_reaches_the_server():
     plain = ClientApp(mods=[TransformMod(GaussianNoise(deviation=1e-3))])
     plain.train()(lambda message, context: reply(message, ArrayRecord(net().state_dict())))
     assert not ask(plain, sent).has_error()
+
+
+def test_a_baked_model_is_no_start_for_a_server_and_no_network_of_an_app():
+    baked = DEFENSE.prepare(net()).bake()
+    for defense in (None, DEFENSE, NoDefense(), GaussianNoise(deviation=0.1)):
+        with pytest.raises(SecretError, match=r"public_arrays: .* made by bake\(\).*public_state"):
+            public_arrays(baked, defense=defense)
+    with pytest.raises(SecretError, match=r"TransformMod: .* made by bake\(\)"):
+        TransformMod(GaussianNoise(deviation=0.1), network=baked)
+    TransformMod(GaussianNoise(deviation=0.1), network=net())
+
+
+def baked_whole(state):
+    return state
+
+
+def baked_scale_as_a_bias(state):
+    return {name: state[name] for name in arrays_with({})} | {"0.bias": state["1.weight"]}
+
+
+@pytest.mark.parametrize("made", [baked_whole, baked_scale_as_a_bias])
+def test_a_reply_with_a_baked_models_tensors_is_refused(made):
+    def reply_baked(message, context):
+        return reply(message, arrays_of(made(current_client().lock.bake().state_dict())))
+
+    answer = ask(app_of(reply_baked))
+    assert (answer.has_content(), answer.error.reason) == (False, REFUSED_REPLY)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedkl.cli.commands import Command
 from fedkl.cli.membership import opened
 from fedkl.cli.terminal import console
-from fedkl.errors import printable
+from fedkl.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from fedkl.export import Exported
+
+Form = Literal["state", "torch", "onnx"]
 
 
 class _ExportCommand(Command):
@@ -31,7 +33,7 @@ def export(
     source: Annotated[
         Path, typer.Argument(help="Run directory of fedkl train, or folder of rounds of a Guard on Flower.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="Safetensors file to write.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
     client: Annotated[
         str | None,
         typer.Option(help="Of a run directory: write this client's lock too, beside --out as NAME.lock."),
@@ -39,6 +41,13 @@ def export(
     member: Annotated[
         Path | None,
         typer.Option(help="Of a Guard's rounds with masks: the secret file of a member, who can open them."),
+    ] = None,
+    form: Annotated[
+        Form | None,
+        typer.Option(
+            "--for",
+            help="With --client: write its own whole model instead, to serve. It is private, not to be sent.",
+        ),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace files that are there.")] = False,
 ) -> None:
@@ -49,10 +58,37 @@ def export(
     """
     from fedkl import export as exporting
 
-    with nullcontext() if member is None else opened(member) as file:
-        done = exporting.export(source, out=out, client=client, member=file, replace=replace)
-    for line in _lines(done, source):
+    if form is not None:
+        if client is None or member is not None:
+            raise ConfigError(
+                "--for writes the model of one client of a run directory: give --client, no --member."
+            )
+        rounds = exporting.export_client(source, out=out, client=client, form=form, replace=replace)
+        lines = _lines_of_client(out, client, form, rounds)
+    else:
+        with nullcontext() if member is None else opened(member) as file:
+            done = exporting.export(source, out=out, client=client, member=file, replace=replace)
+        lines = _lines(done, source)
+    for line in lines:
         console.print(printable(line, limit=None), markup=False, highlight=False, soft_wrap=True)
+
+
+def _lines_of_client(out: Path, client: str, form: Form, rounds: int) -> list[str]:
+    name = repr(str(out))
+    use = {
+        "state": [f"model.load_state_dict(safetensors.torch.load_file({name}))"],
+        "torch": [f"torch.export.load({name}).module()(images)"],
+        "onnx": [
+            f"session = onnxruntime.InferenceSession({name})",
+            "session.run(None, {session.get_inputs()[0].name: images})",
+        ],
+    }
+    return [
+        f"{out}: the whole model of {client} after {rounds} round{'s' * (rounds > 1)}",
+        "Private: what the client keeps (γ, β, norm statistics …) is in it, not encrypted. Never send it.",
+        "Use it:",
+        *(f"    {line}" for line in use[form]),
+    ]
 
 
 def _lines(done: Exported, source: Path) -> list[str]:

@@ -20,6 +20,7 @@ from fedkl.locking import (
     Split,
     Start,
     lock,
+    make_public,
     withhold,
     withhold_statistics,
 )
@@ -211,6 +212,7 @@ class PublicNorm(Defense):
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
         """Locks and bakes a copy of the model; norm statistics are private as in `like`."""
         plain = self.like.prepare(model, key=key).bake()
+        make_public(plain)
         if not self.like.share_statistics:
             withhold_statistics(plain)
         return Split(plain)

@@ -13,7 +13,8 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor, nn
 
 from fedkl.defenses import Defense, KeyLock
-from fedkl.errors import UpdateError, gathered, shown
+from fedkl.errors import SecretError, UpdateError, gathered, shown
+from fedkl.locking import is_private
 from fedkl.types import NamedTensors
 from fedkl.update import TensorSpec
 
@@ -38,12 +39,18 @@ def public_arrays(model: nn.Module, *, defense: Defense | None = None) -> ArrayR
 
     Raises:
         LockError: The model cannot be locked so.
+        SecretError: It is one client's own, made by `bake()`.
 
     >>> from fedkl.models import build_model
     >>> model = build_model("lenet", channels=3, classes=10, seed=0, initialization="uniform")
     >>> sorted(public_arrays(model)) == sorted(model.state_dict())
     True
     """
+    if is_private(model):
+        raise SecretError(
+            f"public_arrays: this {type(model).__name__} is one client's own, made by bake(): it holds what "
+            "the lock keeps private. Build the plain model, and load lock.public_state() into it."
+        )
     return arrays_of((defense or KeyLock()).prepare(model).public_state())
 
 

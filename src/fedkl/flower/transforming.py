@@ -10,9 +10,10 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
 
 from fedkl.defenses import Defense
-from fedkl.errors import ConfigError, UpdateError
+from fedkl.errors import ConfigError, SecretError, UpdateError
 from fedkl.flower import mod
 from fedkl.flower.records import arrays_of, only_arrays, tensors_of
+from fedkl.locking import is_private
 from fedkl.protocol import Sending
 from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
 
@@ -37,6 +38,7 @@ class TransformMod:
     Raises:
         ConfigError: It keeps tensors private, which takes a `LockMod`; changes the network or how clients
             train, which the app itself must do; or changes nothing that is sent.
+        SecretError: The network is one client's own, made by `bake()`.
     """
 
     def __init__(
@@ -50,6 +52,11 @@ class TransformMod:
             raise ConfigError(
                 f"TransformMod: expected a defense that changes updates and nothing else, got "
                 f"{defense.describe()}, {problem}"
+            )
+        if network is not None and is_private(network):
+            raise SecretError(
+                f"TransformMod: this {type(network).__name__} is one client's own, made by bake(): an app "
+                "that trains it sends what the lock keeps private. Train a LockMod's model, or a plain one."
             )
         self._defense = defense
         self._network, self._sample = network, sample

@@ -14,6 +14,7 @@
 * private_layers.py: whole layers that stay with the client
 * generation.py: how secrets become γ and β, without the model
 * options.py: how a lock was made, as its file says
+* relocking.py: a baked model is locked again: what was private stays so
 * keylock.py: `lock`, `lock_` and the `Lock` they return
 """
 
@@ -26,13 +27,14 @@ from fedkl.locking.options import Granularity
 from fedkl.locking.private_layers import OwnLayers, OwnSplit, find_layers
 from fedkl.locking.split import Split
 from fedkl.locking.start import Start, is_trained
-from fedkl.locking.targets import Layers
-from fedkl.locking.withholding import withhold, withhold_statistics
+from fedkl.locking.targets import ExampleInputs, Layers
+from fedkl.locking.withholding import is_private, make_public, withhold, withhold_statistics
 
 __all__ = [
     "KEY",
     "Activation",
     "ElementwiseAffine",
+    "ExampleInputs",
     "Generation",
     "Granularity",
     "Initialization",
@@ -44,11 +46,13 @@ __all__ = [
     "Split",
     "Start",
     "find_layers",
+    "is_private",
     "is_trained",
     "load_lock",
     "load_memory",
     "lock",
     "lock_",
+    "make_public",
     "read_lock",
     "register_norm",
     "withhold",

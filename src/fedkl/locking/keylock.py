@@ -24,6 +24,7 @@ from fedkl.locking.generation import Generation, generation_of, secrets_of
 from fedkl.locking.layers import Initialization
 from fedkl.locking.options import Granularity, LockOptions
 from fedkl.locking.private_layers import OwnLayers, find_layers
+from fedkl.locking.relocking import check_stays_private
 from fedkl.locking.split import Split
 from fedkl.locking.start import Start, is_kept
 from fedkl.locking.targets import ExampleInputs, Layers, Target
@@ -111,6 +112,7 @@ class Lock(Split):
 
         The copy gives the same outputs and is as private as the lock itself: it holds the generated γ and β
         and the private layers, and its `state_dict()` holds the norm statistics too.
+        `fedkl.locking.is_private` knows it, and `fedkl.serving` writes it to files that say so.
         """
         plain = copy.deepcopy(self._model)
         surgery.unlock(plain)
@@ -305,6 +307,7 @@ def _new(model: nn.Module, *, key: Key, options: LockOptions, keep: bool) -> Loc
 def _install(
     model: nn.Module, *, key: Key, options: LockOptions, chosen: Sequence[Target], keep: bool = False
 ) -> Lock:
+    check_stays_private(model, chosen, options=options)
     norm_names = tuple(target.norm_name for target in chosen)
     surgery.install(
         model,
@@ -384,6 +387,7 @@ def lock(
 
     Raises:
         LockError: With every problem found; the activation cannot give the γ and β of a trained model.
+        SecretError: The model was made by `bake()`, and something would be sent that was private there.
 
     Source:
         arXiv 2305.04095, section 3.2; the published setting is `Key.generate(distribution="uniform")`,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedkl.errors import SecretError, UpdateError, gathered, shown
 from fedkl.keys import Key, Uniform, secure_uniform
 from fedkl.locking.generation import Generation
-from fedkl.locking.withholding import statistics_revision, withheld
+from fedkl.locking.withholding import release, statistics_revision, withheld
 from fedkl.secret_search import SecretSearch
 from fedkl.types import NamedTensors
 from fedkl.update import PublicSchema, PublicUpdate, TensorSpec, UpdateKind, check_tensors
@@ -110,8 +110,13 @@ class Split:
         """Puts another client's key in; nothing where there is no lock."""
 
     def bake(self) -> nn.Module:
-        """A plain copy of the model, private tensors included, as ordinary parameters and buffers."""
-        return copy.deepcopy(self._model)
+        """A plain copy of the model, private tensors included, as ordinary parameters and buffers.
+
+        As private as the split itself; see `fedkl.locking.is_private`.
+        """
+        plain = copy.deepcopy(self._model)
+        release(plain)
+        return plain
 
     def generation(self) -> Generation | None:
         """How `reveal_secrets` become parameters of `bake()`; None where nothing is generated."""

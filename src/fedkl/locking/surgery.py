@@ -17,7 +17,7 @@ from fedkl.locking.activations import Activation
 from fedkl.locking.chain import Chain, Opener, remembering
 from fedkl.locking.layers import Initialization, LockLayer, Role, SingleParametrization
 from fedkl.locking.targets import Target
-from fedkl.locking.withholding import withhold, withhold_statistics
+from fedkl.locking.withholding import mark_released, withhold, withhold_statistics
 
 
 def insert_norms(targets: Sequence[Target]) -> list[nn.Module]:
@@ -178,6 +178,7 @@ def unlock(model: nn.Module) -> None:
         del norm.parametrizations
         for name, value in tensors.items():
             norm.register_parameter(name, nn.Parameter(value))
+        mark_released(norm, tuple(tensors))
 
 
 def _take_off_openers(model: nn.Module) -> None:

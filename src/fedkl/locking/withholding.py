@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedkl.errors import LockError, SecretError, gathered
+from fedkl.modelfile import PRIVATE_STATE
 from fedkl.norms import statistics_names
 
 _MARK = "_fedkl_withheld"
@@ -24,7 +25,10 @@ class _Withheld:
         names: Local names of those tensors.
         statistics: How often it was said that the statistics of every norm below the module are to be
             private; then a state is refused which a norm added since would be in.
+        released: Local names of tensors that were private once and are ordinary ones of a plain model now.
     """
+
+    released: tuple[str, ...] = ()  # of the class: models that were pickled before have none of their own
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
@@ -32,7 +36,7 @@ class _Withheld:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Withheld:
         memo[id(self)] = replica = type(self)()
-        replica.names, replica.statistics = self.names, self.statistics
+        replica.names, replica.statistics, replica.released = self.names, self.statistics, self.released
         return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -46,8 +50,15 @@ class _Withheld:
     def save(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         for name in self.names:
             state.pop(prefix + name, None)
+        if self.open_in(module):
+            metadata[PRIVATE_STATE] = True
         if self.statistics:
             _refuse_open_statistics(module, prefix)
+
+    def open_in(self, module: nn.Module) -> tuple[str, ...]:
+        """Those released names that a state of the module would hold."""
+        own = {*module._parameters, *module._buffers}.difference(self.names)
+        return tuple(name for name in self.released if name in own)
 
     def load(
         self,
@@ -137,11 +148,50 @@ def _refuse_open_statistics(model: nn.Module, prefix: str) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """Ends the withholding: every tensor of the model is in its `state_dict()` again."""
+    """Ends the withholding: every tensor of the model is in its `state_dict()` again; see `is_private`."""
     for module in model.modules():
         mark = module.__dict__.get(_MARK)
         if mark is not None:
+            mark_released(module, mark.names)
             mark.names, mark.statistics = (), 0
+
+
+def mark_released(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Notes that tensors which the module directly owns hold what a lock kept private."""
+    mark = _marked(module)
+    mark.released += tuple(name for name in names if name not in mark.released)
+
+
+def make_public(model: nn.Module) -> None:
+    """Says that nothing released is private any more: for controls, whose γ and β everybody may know."""
+    for module in model.modules():
+        mark = module.__dict__.get(_MARK)
+        if mark is not None:
+            mark.released = ()
+
+
+def released(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """What was private and would be in the model's `state_dict()`: module, local name, qualified name."""
+    for prefix, module in model.named_modules():
+        mark = module.__dict__.get(_MARK)
+        for name in mark.open_in(module) if mark else ():
+            yield module, name, f"{prefix}.{name}" if prefix else name
+
+
+def is_private(model: nn.Module) -> bool:
+    """Whether a model is one client's own, made by `bake()`: its `state_dict()` holds what was private.
+
+    The mark is on the modules. It survives `copy.deepcopy` and `torch.save` of the model, and moving a module
+    into another model. **It is not on tensors**: who builds a state by hand from `parameters()`, or loads
+    this one into a plain model, has lost it.
+
+    >>> from torch import nn
+    >>> import fedkl
+    >>> lock = fedkl.lock(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)))
+    >>> is_private(lock.model), is_private(lock.bake())
+    (False, True)
+    """
+    return next(released(model), None) is not None
 
 
 def withheld(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, Tensor]]:

@@ -27,7 +27,7 @@ class Embedding(nn.Module):
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Tokens:
         """The tokens of images in [0, 1]."""
         patches = self.patches(x).flatten(2).transpose(1, 2)
-        return torch.cat([self.class_token.expand(len(x), -1, -1), patches], 1) + self.positions
+        return torch.cat([self.class_token.expand(x.shape[0], -1, -1), patches], 1) + self.positions
 
 
 class Attention(nn.Module):
