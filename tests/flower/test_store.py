@@ -303,7 +303,11 @@ def test_a_write_that_was_killed_leaves_the_lock_before(store, monkeypatch):
     assert store.path("a").read_bytes() == before
     (store.path("a").parent / ".lock.fedkl.0123abcd.part").write_bytes(b"half")
     with opened(store):
-        assert sorted(path.name for path in store.path("a").parent.iterdir()) == ["ledger.json", "lock.fedkl"]
+        assert sorted(path.name for path in store.path("a").parent.iterdir()) == [
+            "journal.jsonl",
+            "ledger.json",
+            "lock.fedkl",
+        ]
 
 
 def test_the_passphrase_may_lie_in_a_file(folder, tmp_path):
