@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
+from datetime import datetime, timedelta, timezone
 
 import pytest
 import torch
+from flwr.serverapp.strategy import FedAvg
 
 import fedkl
-from fedkl.custody import ClientStore
-from fedkl.errors import ConfigError, KeyFileError
+from fedkl.custody import ClientStore, Ledger, journal
+from fedkl.custody.check import check_store
+from fedkl.custody.journal import Journal
+from fedkl.custody.member import identity_of, new_member_of
+from fedkl.dates import today
+from fedkl.errors import ConfigError, KeyFileError, MaskingError
+from fedkl.flower import Guard, LockMod, Masked, MaskMod, public_arrays, run_in_process
 from fedkl.flower.node import client_name, node_store
-from tests.flower.setting import DEFENSE, net, step
+from fedkl.flower.node_member import NodeMember
+from fedkl.masking import MemberFile
+from tests.flower.cohorts import PASSPHRASE, app_of, found, trained
+from tests.flower.setting import DEFENSE, honest, net, server_of, step
 
 
 def opened(store, name="a"):
@@ -347,3 +358,88 @@ def test_repr_shows_names_only(store):
         client.memory["momentum"] = torch.tensor([0.123])
         assert "0.123" not in repr(client)
         assert "<secret>" in repr(client)
+
+
+# The member in the same folder
+
+
+@pytest.fixture
+def members(tmp_path):
+    """Three clients of the node's store, each with its member in its folder, in one cohort."""
+    files = {}
+    for number in range(3):
+        name = f"client-{number}"
+        new_member_of(tmp_path / "store" / name, name, passphrase=PASSPHRASE, today=today())
+        files[name] = MemberFile.open(tmp_path / "store" / name / f"{name}.secret", passphrase=PASSPHRASE)
+    found(files)
+    return tmp_path / "store"
+
+
+def trained_with_masks(mods):
+    strategy = Guard(FedAvg(), aggregation=Masked())
+    app = app_of(*mods, train=honest if len(mods) > 1 else trained)
+    run_in_process(
+        server_of(lambda grid: strategy.start(grid, public_arrays(net(), defense=DEFENSE), num_rounds=2)),
+        app,
+        clients=3,
+    )
+
+
+def test_one_folder_and_one_passphrase_hold_lock_and_member(members, caplog):
+    trained_with_masks([MaskMod(), LockMod(net, defense=DEFENSE)])
+    for name in ("client-0", "client-1", "client-2"):
+        folder = members / name
+        assert (folder / f"{name}.study.safetensors").is_file()
+        ledger = Ledger.read(folder)
+        with MemberFile.open(folder / f"{name}.secret", passphrase=PASSPHRASE) as file:
+            assert ledger.member == identity_of(file.keys)
+        assert [entry.what for entry in Journal(folder).read()[0]].count("member joined") == 2
+    assert {fact.level for fact in check_store(members, passphrase=PASSPHRASE, today=today())} == {
+        "note",
+        "fact",
+    }
+
+
+def test_another_member_in_its_place_takes_no_part(members, caplog):
+    trained_with_masks([MaskMod(), LockMod(net, defense=DEFENSE)])
+    mine, other = members / "client-0", members / "client-1"
+    for path in other.glob("client-1.*"):
+        shutil.copy(path, mine)
+    for path in mine.glob("client-0.*"):
+        path.unlink()
+    with pytest.raises(MaskingError, match="client-1 is not the member that client client-0 has had"):
+        with NodeMember.of_node({"fedkl-client": "client-0"}):
+            pass
+    with NodeMember.of_node({"fedkl-client": "client-1"}) as node:
+        assert node.who.member == "client-1"
+    # on purpose: a new one
+    for path in mine.glob("client-1.*"):
+        path.unlink()
+    new_member_of(mine, "hospital-a", passphrase=PASSPHRASE, today=today())
+    with pytest.raises(MaskingError, match="has joined none yet"):
+        with NodeMember.of_node({"fedkl-client": "client-0"}):
+            pass
+
+
+def test_two_members_in_a_folder_and_none(members):
+    shutil.copy(members / "client-1" / "client-1.secret", members / "client-0")
+    for client, says in (("client-0", "got client-0.secret, client-1.secret"), ("x", "and none is in .*x")):
+        with pytest.raises(ConfigError, match=says), NodeMember.of_node({"fedkl-client": client}):
+            pass
+
+
+def test_a_node_whose_clock_was_turned_back_takes_no_part(members, monkeypatch):
+    with NodeMember.of_node({"fedkl-client": "client-0"}):
+        pass
+    monkeypatch.setattr(journal, "_now", lambda: datetime.now(timezone.utc) - timedelta(days=3))
+    with pytest.raises(MaskingError, match="clock"), NodeMember.of_node({"fedkl-client": "client-0"}):
+        pass
+
+
+def test_a_ledger_of_earlier_versions_has_no_member(store):
+    with opened(store):
+        pass
+    path = store.path("a").parent / "ledger.json"
+    assert set(json.loads(path.read_text())) == {"client", "born", "saved"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "member": 1}))
+    refused(store, r"ledger\.json: damaged")
