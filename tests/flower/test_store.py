@@ -10,15 +10,19 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 import torch
+from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
+from safetensors.torch import load_file
 
 import fedkl
 from fedkl.custody import ClientStore, Ledger, journal
+from fedkl.custody.backup import read_backup, restore, write_backup
 from fedkl.custody.check import check_store
 from fedkl.custody.journal import Journal
 from fedkl.custody.member import identity_of, new_member_of
 from fedkl.dates import today
 from fedkl.errors import ConfigError, KeyFileError, MaskingError
+from fedkl.export import export
 from fedkl.flower import Guard, LockMod, Masked, MaskMod, public_arrays, run_in_process
 from fedkl.flower.node import client_name, node_store
 from fedkl.flower.node_member import NodeMember
@@ -443,3 +447,22 @@ def test_a_ledger_of_earlier_versions_has_no_member(store):
     assert set(json.loads(path.read_text())) == {"client", "born", "saved"}
     path.write_text(json.dumps({**json.loads(path.read_text()), "member": 1}))
     refused(store, r"ledger\.json: damaged")
+
+
+def test_a_restored_member_opens_sums_and_takes_no_part(members, tmp_path):
+    rounds, backup = tmp_path / "rounds", tmp_path / "backup"
+    strategy = Guard(FedAvg(), aggregation=Masked(), checkpoints=rounds)
+    initial = ArrayRecord(net().state_dict())
+    app = app_of(MaskMod(), train=trained)
+    run_in_process(server_of(lambda grid: strategy.start(grid, initial, num_rounds=1)), app, clients=3)
+    write_backup(members, "client-0", out=backup, passphrase=PASSPHRASE, backup_passphrase="mule")
+    kept = read_backup(backup, passphrase="mule")
+    folder = restore(kept, tmp_path / "new", client="client-0", passphrase=PASSPHRASE, today=today())
+    with MemberFile.open(folder / "client-0.secret", passphrase=PASSPHRASE) as file:
+        export(rounds, out=tmp_path / "model.safetensors", member=file)
+        with pytest.raises(MaskingError, match="the memory of cohort study is lost"):
+            file.memory()
+    opened_again = load_file(tmp_path / "model.safetensors")
+    delivered = load_file(members / "client-0" / "client-0.study.safetensors")
+    assert set(opened_again) == set(delivered)
+    assert all(torch.equal(tensor, delivered[name]) for name, tensor in opened_again.items())
