@@ -118,6 +118,8 @@ def test_a_link_in_its_place_is_neither_read_nor_written(folder, tmp_path):
     (folder / "journal.jsonl").symlink_to(tmp_path / "other")
     with pytest.raises(KeyFileError, match="symbolic link"):
         Journal(folder).note("rotated")
+    with pytest.raises(KeyFileError, match="symbolic link"):
+        Journal(folder).read()
     assert (tmp_path / "other").read_text() == "mine"
 
 
