@@ -178,6 +178,17 @@ def make_folder(path: Path, *, mode: int = 0o755) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
 
+def rename_new(folder: Path, name: Path) -> None:
+    """Gives a complete folder its name, at which nothing may be but an empty folder.
+
+    Raises:
+        OSError: Something is there, or it cannot be renamed; nothing was changed.
+    """
+    _sync_folder(folder)
+    folder.rename(name)
+    _sync_folder(name.parent)
+
+
 def read_file(path: Path, *, limit: int | None = None, follow: bool = True) -> bytes:
     """The content of an ordinary file; what else has the name, e.g. a pipe that nobody writes to, is refused.
 

@@ -33,7 +33,7 @@ from fedkl.keys import Key
 from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
 
-FileKind = Literal["key", "lock", "checkpoint", "member", "memory", "update"]
+FileKind = Literal["key", "lock", "checkpoint", "member", "memory", "update", "backup"]
 
 PASSPHRASE_VARIABLE = "FEDKL_PASSPHRASE"  # noqa: S105 (a name, not a passphrase)
 
@@ -212,6 +212,16 @@ def read(path: Path, *, kind: FileKind, passphrase: str | None) -> tuple[dict[st
     else:
         plain = _decrypt(path, header, fields, body, passphrase, altered)
     return _unpack(plain, altered)
+
+
+def version_of(path: Path) -> int:
+    """The version of a file's format.
+
+    Raises:
+        KeyFileError: It cannot be read, or is none of these files.
+    """
+    version: int = _parse(path)[1]["version"]
+    return version
 
 
 def _decrypt(

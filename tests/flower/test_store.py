@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
+from datetime import datetime, timedelta, timezone
 
 import pytest
 import torch
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import FedAvg
+from safetensors.torch import load_file
 
 import fedkl
-from fedkl.custody import ClientStore
-from fedkl.errors import ConfigError, KeyFileError
+from fedkl.custody import ClientStore, Ledger, journal
+from fedkl.custody.backup import read_backup, restore, write_backup
+from fedkl.custody.check import check_store
+from fedkl.custody.journal import Journal
+from fedkl.custody.member import identity_of, new_member_of
+from fedkl.dates import today
+from fedkl.errors import ConfigError, KeyFileError, MaskingError
+from fedkl.export import export
+from fedkl.flower import Guard, LockMod, Masked, MaskMod, public_arrays, run_in_process
 from fedkl.flower.node import client_name, node_store
-from tests.flower.setting import DEFENSE, net, step
+from fedkl.flower.node_member import NodeMember
+from fedkl.masking import MemberFile
+from tests.flower.cohorts import PASSPHRASE, app_of, found, trained
+from tests.flower.setting import DEFENSE, honest, net, server_of, step
 
 
 def opened(store, name="a"):
@@ -303,7 +318,11 @@ def test_a_write_that_was_killed_leaves_the_lock_before(store, monkeypatch):
     assert store.path("a").read_bytes() == before
     (store.path("a").parent / ".lock.fedkl.0123abcd.part").write_bytes(b"half")
     with opened(store):
-        assert sorted(path.name for path in store.path("a").parent.iterdir()) == ["ledger.json", "lock.fedkl"]
+        assert sorted(path.name for path in store.path("a").parent.iterdir()) == [
+            "journal.jsonl",
+            "ledger.json",
+            "lock.fedkl",
+        ]
 
 
 def test_the_passphrase_may_lie_in_a_file(folder, tmp_path):
@@ -343,3 +362,107 @@ def test_repr_shows_names_only(store):
         client.memory["momentum"] = torch.tensor([0.123])
         assert "0.123" not in repr(client)
         assert "<secret>" in repr(client)
+
+
+# The member in the same folder
+
+
+@pytest.fixture
+def members(tmp_path):
+    """Three clients of the node's store, each with its member in its folder, in one cohort."""
+    files = {}
+    for number in range(3):
+        name = f"client-{number}"
+        new_member_of(tmp_path / "store" / name, name, passphrase=PASSPHRASE, today=today())
+        files[name] = MemberFile.open(tmp_path / "store" / name / f"{name}.secret", passphrase=PASSPHRASE)
+    found(files)
+    return tmp_path / "store"
+
+
+def trained_with_masks(mods):
+    strategy = Guard(FedAvg(), aggregation=Masked())
+    app = app_of(*mods, train=honest if len(mods) > 1 else trained)
+    run_in_process(
+        server_of(lambda grid: strategy.start(grid, public_arrays(net(), defense=DEFENSE), num_rounds=2)),
+        app,
+        clients=3,
+    )
+
+
+def test_one_folder_and_one_passphrase_hold_lock_and_member(members, caplog):
+    trained_with_masks([MaskMod(), LockMod(net, defense=DEFENSE)])
+    for name in ("client-0", "client-1", "client-2"):
+        folder = members / name
+        assert (folder / f"{name}.study.safetensors").is_file()
+        ledger = Ledger.read(folder)
+        with MemberFile.open(folder / f"{name}.secret", passphrase=PASSPHRASE) as file:
+            assert ledger.member == identity_of(file.keys)
+        assert [entry.what for entry in Journal(folder).read()[0]].count("member joined") == 2
+    assert {fact.level for fact in check_store(members, passphrase=PASSPHRASE, today=today())} == {
+        "note",
+        "fact",
+    }
+
+
+def test_another_member_in_its_place_takes_no_part(members, caplog):
+    trained_with_masks([MaskMod(), LockMod(net, defense=DEFENSE)])
+    mine, other = members / "client-0", members / "client-1"
+    for path in other.glob("client-1.*"):
+        shutil.copy(path, mine)
+    for path in mine.glob("client-0.*"):
+        path.unlink()
+    with pytest.raises(MaskingError, match="client-1 is not the member that client client-0 has had"):
+        with NodeMember.of_node({"fedkl-client": "client-0"}):
+            pass
+    with NodeMember.of_node({"fedkl-client": "client-1"}) as node:
+        assert node.who.member == "client-1"
+    # on purpose: a new one
+    for path in mine.glob("client-1.*"):
+        path.unlink()
+    new_member_of(mine, "hospital-a", passphrase=PASSPHRASE, today=today())
+    with pytest.raises(MaskingError, match="has joined none yet"):
+        with NodeMember.of_node({"fedkl-client": "client-0"}):
+            pass
+
+
+def test_two_members_in_a_folder_and_none(members):
+    shutil.copy(members / "client-1" / "client-1.secret", members / "client-0")
+    for client, says in (("client-0", "got client-0.secret, client-1.secret"), ("x", "and none is in .*x")):
+        with pytest.raises(ConfigError, match=says), NodeMember.of_node({"fedkl-client": client}):
+            pass
+
+
+def test_a_node_whose_clock_was_turned_back_takes_no_part(members, monkeypatch):
+    with NodeMember.of_node({"fedkl-client": "client-0"}):
+        pass
+    monkeypatch.setattr(journal, "_now", lambda: datetime.now(timezone.utc) - timedelta(days=3))
+    with pytest.raises(MaskingError, match="clock"), NodeMember.of_node({"fedkl-client": "client-0"}):
+        pass
+
+
+def test_a_ledger_of_earlier_versions_has_no_member(store):
+    with opened(store):
+        pass
+    path = store.path("a").parent / "ledger.json"
+    assert set(json.loads(path.read_text())) == {"client", "born", "saved"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "member": 1}))
+    refused(store, r"ledger\.json: damaged")
+
+
+def test_a_restored_member_opens_sums_and_takes_no_part(members, tmp_path):
+    rounds, backup = tmp_path / "rounds", tmp_path / "backup"
+    strategy = Guard(FedAvg(), aggregation=Masked(), checkpoints=rounds)
+    initial = ArrayRecord(net().state_dict())
+    app = app_of(MaskMod(), train=trained)
+    run_in_process(server_of(lambda grid: strategy.start(grid, initial, num_rounds=1)), app, clients=3)
+    write_backup(members, "client-0", out=backup, passphrase=PASSPHRASE, backup_passphrase="mule")
+    kept = read_backup(backup, passphrase="mule")
+    folder = restore(kept, tmp_path / "new", client="client-0", passphrase=PASSPHRASE, today=today())
+    with MemberFile.open(folder / "client-0.secret", passphrase=PASSPHRASE) as file:
+        export(rounds, out=tmp_path / "model.safetensors", member=file)
+        with pytest.raises(MaskingError, match="the memory of cohort study is lost"):
+            file.memory()
+    opened_again = load_file(tmp_path / "model.safetensors")
+    delivered = load_file(members / "client-0" / "client-0.study.safetensors")
+    assert set(opened_again) == set(delivered)
+    assert all(torch.equal(tensor, delivered[name]) for name, tensor in opened_again.items())

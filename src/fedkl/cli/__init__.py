@@ -7,10 +7,10 @@ and `--version` answer at once.
     commands.py   what every command does on Ctrl-C
     options.py    options that several commands have
     terminal.py   progress, tables, messages
-    membership.py what `fedkl member` and `fedkl cohort` have in common
+    membership.py what `fedkl member`, `fedkl cohort` and `fedkl store` have in common
     plugins.py    files of one's own that register defenses and attacks
-    train.py attack.py audit.py demo.py report.py export.py data.py key.py member.py cohort.py generator.py
-    reproduce.py adaptive.py defenses.py
+    train.py attack.py audit.py demo.py report.py export.py data.py key.py member.py cohort.py store.py
+    generator.py reproduce.py adaptive.py defenses.py
                   one command, or group of commands, each
 """
 

@@ -13,7 +13,7 @@ from fedkl.cli.terminal import console
 from fedkl.errors import MaskingError
 
 if TYPE_CHECKING:
-    from fedkl.masking import Roster, SealedRoster
+    from fedkl.masking import MemberFile, Roster, SealedRoster
 
 app = typer.Typer(help="Cohorts of masked federations: new, join, change, end, show.", no_args_is_help=True)
 
@@ -75,9 +75,12 @@ def cohort_join(
     from one that was exchanged on its way. A later epoch is signed by a member of the one before; it is
     compared again if its rules differ, or, but for blind masks, its members.
     """
+    from fedkl.custody.journal import journal_beside
+    from fedkl.custody.member import check_clock
     from fedkl.masking.exchange import read_cohort
 
     with opened(member) as file:
+        check_clock(file.path.parent)
         sealed = read_cohort(path)
         file.check(sealed, today=today())
         roster = sealed.roster
@@ -92,6 +95,10 @@ def cohort_join(
             fingerprint = _compared(path, roster)
         file.join(sealed, today=today(), fingerprint=fingerprint)
         tell(f"{file.path}: {file.keys.name} has joined {roster.name}, epoch {roster.epoch}.")
+        journal = journal_beside(file.path)
+        if journal is not None:
+            journal.note("cohort joined", about=f"{roster.name}, epoch {roster.epoch}")
+        _tell_whether_it_takes_part(file, roster.name)
 
 
 @app.command("change", cls=WholeCommand)
@@ -198,6 +205,13 @@ def _compared(path: Path, roster: Roster) -> str:
             "it sent again, another way, and compare again."
         )
     return roster.fingerprint
+
+
+def _tell_whether_it_takes_part(file: MemberFile, cohort: str) -> None:
+    try:
+        file.memory(cohort)
+    except MaskingError as error:  # restored: see fedkl.masking.contents
+        tell(f"It takes no part yet. {error}")
 
 
 def _tell_limits(name: str) -> None:

@@ -25,9 +25,11 @@ from fedkl.cli import (
     plugins,
     report,
     reproduce,
+    store,
     train,
 )
 from fedkl.cli.terminal import fail
+from fedkl.coredumps import forbid_core_dumps
 from fedkl.errors import FedKLError
 
 app = typer.Typer(
@@ -44,6 +46,7 @@ GROUPS = {
     "key": key,
     "member": member,
     "cohort": cohort,
+    "store": store,
     "generator": generator,
     "reproduce": reproduce,
 }
@@ -87,6 +90,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
+    forbid_core_dumps()  # keys that a command opens must not lie in a core file
     try:
         app(prog_name="fedkl")
     except FedKLError as error:

@@ -83,7 +83,7 @@ def key_rotate(
 @app.command("passphrase", cls=_KeyCommand)
 def key_passphrase(
     path: Annotated[
-        Path, typer.Argument(help="A key file, or a lock file such as <store>/<client>/lock.fedkl.")
+        Path, typer.Argument(help="A key file, or a lock or secret file, e.g. <store>/<client>/lock.fedkl.")
     ],
     unencrypted: Annotated[
         bool, typer.Option("--unencrypted", help="The file is not encrypted yet; it will be.")
@@ -94,10 +94,14 @@ def key_passphrase(
     The new one is asked for, or taken from FEDKL_NEW_PASSPHRASE.
     """
     from fedkl import lockfile
+    from fedkl.custody.journal import journal_beside
 
     old = _passphrase(unencrypted=unencrypted, confirm=False)
     new = os.environ.get(_NEW_PASSPHRASE_VARIABLE)
     if new is None:
         new = typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True)
     lockfile.change_passphrase(path, old=old, new=new)
+    journal = journal_beside(path)
+    if journal is not None:
+        journal.note("passphrase changed", about=path.name)
     console.print(f"{path}: opens with the new passphrase only", highlight=False, soft_wrap=True)

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from fedkl.cli.membership import WholeCommand, tell, today
+from fedkl.cli.membership import PassphraseFileOption, WholeCommand, store_passphrase, tell, today
+from fedkl.errors import ConfigError
 
 app = typer.Typer(help="Members of masked federations: new, show.", no_args_is_help=True)
 
@@ -16,17 +17,35 @@ app = typer.Typer(help="Members of masked federations: new, show.", no_args_is_h
 @app.command("new", cls=WholeCommand)
 def member_new(
     name: Annotated[str, typer.Argument(help="The member's name, e.g. hospital-a.")],
+    store: Annotated[
+        Path | None,
+        typer.Option(help="A node's store: the files go into its client's folder.", show_default="here"),
+    ] = None,
+    client: Annotated[str | None, typer.Option(help="With --store: the client.", show_default="NAME")] = None,
+    passphrase_file: PassphraseFileOption = None,
 ) -> None:
-    """Makes a member in this folder: NAME.secret, to be kept, and NAME.member, its card, to be sent around.
+    """Makes a member: NAME.secret, to be kept, and NAME.member, its card, to be sent around.
 
-    The secret file is encrypted with FEDKL_PASSPHRASE, or else a passphrase of this user on this machine.
+    The secret file is encrypted with FEDKL_PASSPHRASE, or else a passphrase of this user on this machine. In
+    a node's store it is found without being named, and opens with the store's passphrase.
     """
-    from fedkl.lockfile import PASSPHRASE_VARIABLE, config_folder, default_passphrase
+    from fedkl.custody.member import new_member_of
+    from fedkl.custody.store import client_folder
+    from fedkl.lockfile import PASSPHRASE_VARIABLE, config_folder
     from fedkl.masking.exchange import new_member, read_card
 
-    secret, card, fresh = new_member(name, folder=Path(), passphrase=default_passphrase(), today=today())
+    passphrase = store_passphrase(passphrase_file)
+    if store is None:
+        if client is not None:
+            raise ConfigError("--client: expected together with --store, the node's store.")
+        files = new_member(name, folder=Path(), passphrase=passphrase, today=today())
+    else:
+        folder = client_folder(store, client or name)
+        files = new_member_of(folder, name, passphrase=passphrase, today=today())
+    secret, card, fresh = files
     given = bool(os.environ.get(PASSPHRASE_VARIABLE))
-    where = PASSPHRASE_VARIABLE if given else f"the passphrase in {config_folder() / 'passphrase'}"
+    own = PASSPHRASE_VARIABLE if given else f"the passphrase in {config_folder() / 'passphrase'}"
+    where = own if passphrase_file is None else f"the passphrase in {passphrase_file}"
     made = "keep it, and make a backup" if fresh else "was here already, its keys stay"
     tell(f"{secret}: {made}. It opens with {where} only.")
     tell(f"{card}: send it to the others. Good until {read_card(card).expires}.")

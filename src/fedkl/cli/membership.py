@@ -22,11 +22,29 @@ MemberOption = Annotated[
     typer.Option("--member", help="The member's secret file.", show_default="the only *.secret here"),
 ]
 
+PassphraseFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with the store's passphrase.", show_default="FEDKL_PASSPHRASE, or this machine's"
+    ),
+]
+
 
 class WholeCommand(Command):
     """A command after which every file is whole, however it ends."""
 
     kept = "Every file is whole: the old one or the new one. The command again:"
+
+
+def store_passphrase(file: Path | None) -> str:
+    """A store's passphrase, as its node finds it.
+
+    Raises:
+        KeyFileError: It cannot be read.
+    """
+    from fedkl.lockfile import default_passphrase, read_passphrase
+
+    return default_passphrase() if file is None else read_passphrase(file)
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 * store.py: the clients of a node, a folder each
 * ledger.py: what a node remembers of them beside their locks, so that nothing is lost unnoticed
+* journal.py: what became of a client over the years
+* member.py: a client's member of masked federations, in the same folder
+* check.py, backup.py: what a store holds, and a client in one encrypted file
 """
 
 from fedkl.custody.ledger import Ledger

@@ -35,11 +35,13 @@ class Ledger:
         client: Its name.
         born: When its key was made, or first seen here: UTC, ISO 8601.
         saved: How often its lock was saved.
+        member: Who its member is, as `fedkl.custody.member.identity_of` names it; None: none was seen yet.
     """
 
     client: str
     born: str
     saved: int
+    member: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Ledger | None:
@@ -50,19 +52,34 @@ class Ledger:
         """
         path = folder / _NAME
         try:
-            values = parse_json_object(read_file(path, limit=_LIMIT, follow=False))
-            ledger = cls(**values)
-            if not (
-                isinstance(ledger.client, str) and isinstance(ledger.born, str) and type(ledger.saved) is int
-            ):
-                raise TypeError
+            return cls.of(parse_json_object(read_file(path, limit=_LIMIT, follow=False)))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
             raise KeyFileError(
                 f"{path}: damaged. Restore it from a backup together with the lock."
             ) from error
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Ledger:
+        """The ledger that `values` gave.
+
+        Raises:
+            TypeError: They are not those of one.
+        """
+        ledger = cls(**values)
+        if not (
+            isinstance(ledger.client, str)
+            and isinstance(ledger.born, str)
+            and type(ledger.saved) is int
+            and isinstance(ledger.member, str | None)
+        ):
+            raise TypeError
         return ledger
+
+    def values(self) -> dict[str, str | int]:
+        """All that is known, as JSON can hold it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def write(self, folder: Path) -> None:
         """Writes it into a client's folder, atomically.
@@ -70,7 +87,7 @@ class Ledger:
         Raises:
             OSError: It cannot be written.
         """
-        write_atomically(folder / _NAME, json.dumps(asdict(self)).encode(), mode=PRIVATE_FILE)
+        write_atomically(folder / _NAME, json.dumps(self.values()).encode(), mode=PRIVATE_FILE)
 
     def check(self, folder: Path, about: Mapping[str, str | int]) -> None:
         """Checks that a lock file is the last one that was saved here.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from fedkl.custody.journal import Journal
 from fedkl.custody.ledger import Ledger, check_never_born, now, remember_birth
 from fedkl.defenses import KeyLock
 from fedkl.errors import ConfigError, KeyFileError, shown
@@ -20,6 +21,9 @@ from fedkl.locking import Lock, read_lock
 
 CLIENT, NEW_KEYS = "fedkl-client", "fedkl-new-keys"
 """Entries of a Flower SuperNode's ``--node-config``; errors name them."""
+
+LOCK = "lock.fedkl"
+_ROLLED_BACK = "rolled back"
 
 _LOG = logging.getLogger("fedkl.flower")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
@@ -57,9 +61,11 @@ class StoredClient:
 class ClientStore:
     """The clients of a node: a folder each, mode 0700, with one encrypted file in it, `lock.fedkl`.
 
-    `fedkl.load_lock` opens such a file too, e.g. to use the trained model on the node. Beside it lies
-    `ledger.json`, by which a lock that was lost, swapped with another client's or rolled back is noticed:
-    such a client gets no new key and no old one, but an error.
+    `fedkl.load_lock` opens such a file too, e.g. to use the trained model on the node. Beside it lie
+    `ledger.json`, by which a lock that was lost, swapped with another client's or rolled back is noticed
+    (such a client gets no new key and no old one, but an error), and `journal.jsonl`, which says when keys
+    were born, opened, rolled back and so on. The secret file of a masked federation's member may lie there
+    too.
 
     Args:
         folder: Where they lie; on a disk of the node that nobody else can read.
@@ -78,12 +84,7 @@ class ClientStore:
         Raises:
             ConfigError: The name cannot be that of a folder.
         """
-        if not _NAME.fullmatch(name) or _DEVICES.fullmatch(name):
-            expected = "letters, digits, '.', '_' and '-', 64 at most, the first no sign, the last no dot"
-            raise ConfigError(
-                f"Client name {shown(name)}: expected {expected}. Set {CLIENT} in --node-config."
-            )
-        return self._folder / name / "lock.fedkl"
+        return client_folder(self._folder, name) / LOCK
 
     @contextmanager
     def client(self, name: str, *, model: nn.Module, defense: KeyLock) -> Iterator[StoredClient]:
@@ -103,7 +104,7 @@ class ClientStore:
         path = self.path(name)
         if not os.path.lexists(path):
             self._check_birth(name)  # before anything is made: a new folder would hide a missing mount
-        self._check_folder()
+        self.check_folder()
         with exclusive(path.parent, mode=PRIVATE_FOLDER, follow=False):
             _close(path.parent)
             remove_parts(path.parent)
@@ -136,15 +137,15 @@ class ClientStore:
             raise KeyFileError(
                 f"{path}: the lock of client {shown(owner)}, not of {name!r}. Restore {name}'s from a backup."
             )
+        count = saved.about.get("saved")
+        count = count if isinstance(count, int) else 0
         ledger = Ledger.read(path.parent)
         if ledger is not None:
-            ledger.check(path.parent, saved.about)
-        count = saved.about.get("saved")
-        found = Ledger(
-            client=name,
-            born=ledger.born if ledger else now(),
-            saved=count if isinstance(count, int) else 0,
-        )
+            _check(ledger, path.parent, saved.about, count=count)
+        found = replace(ledger or Ledger(client=name, born=now(), saved=count), saved=count)
+        if ledger is None and "client" in saved.about:
+            _note_missing_ledger(path.parent, found)
+        _note_opening(path.parent, count)
         return StoredClient(name, lock=saved.lock, memory=saved.memory, ledger=found)
 
     def _born(self, name: str, model: nn.Module, defense: KeyLock) -> StoredClient:
@@ -153,6 +154,7 @@ class ClientStore:
         client = StoredClient(name, lock=defense.prepare(model), memory={}, ledger=ledger)
         self.save(client)
         remember_birth(self._folder, name)
+        Journal(self.path(name).parent).note("born", saved=client.ledger.saved)
         _LOG.warning(
             "Client %s has a new key, in %s. If it has trained before, stop: this is not its store.",
             name,
@@ -186,14 +188,71 @@ class ClientStore:
                     "Choose a name that differs in more than capitals."
                 )
 
-    def _check_folder(self) -> None:
-        """Checks that nobody else can exchange the clients' folders."""
+    def check_folder(self) -> None:
+        """Checks that nobody else can exchange the clients' folders.
+
+        Raises:
+            ConfigError: Everybody can, or the folder cannot be read.
+        """
         try:
             foreign = self._folder.is_dir() and open_to_others(self._folder, permissions=0o002)
         except OSError as error:
             raise ConfigError(f"{self._folder}: cannot be read ({error.strerror}).") from error
         if foreign:
             raise ConfigError(f"{self._folder}: everybody may write to this store. Run chmod go-w on it.")
+
+
+def client_folder(store: Path, name: str) -> Path:
+    """Where a client's files are in a store.
+
+    Raises:
+        ConfigError: The name cannot be that of a folder.
+    """
+    if not _NAME.fullmatch(name) or _DEVICES.fullmatch(name):
+        expected = "letters, digits, '.', '_' and '-', 64 at most, the first no sign, the last no dot"
+        raise ConfigError(f"Client name {shown(name)}: expected {expected}. Set {CLIENT} in --node-config.")
+    return store / name
+
+
+def _check(ledger: Ledger, folder: Path, about: Mapping[str, str | int], *, count: int) -> None:
+    """Checks a lock against its ledger; an older one stands in the journal, once.
+
+    Raises:
+        KeyFileError: It is not the last one that was saved here.
+    """
+    try:
+        ledger.check(folder, about)
+    except KeyFileError:
+        journal = Journal(folder)
+        entries, _ = journal.read()
+        noted = any((entry.what, entry.saved) == (_ROLLED_BACK, count) for entry in entries[-1:])
+        if count < ledger.saved and not noted:
+            journal.note(_ROLLED_BACK, saved=count, about=f"refused: it was saved {ledger.saved} times")
+        raise
+
+
+def _note_missing_ledger(folder: Path, found: Ledger) -> None:
+    """Writes a ledger where there is none; if the journal knows a later lock, somebody has removed it."""
+    journal = Journal(folder)
+    entries, _ = journal.read()
+    known = 0
+    for entry in entries:
+        on_purpose = entry.what == "restored" or entry.about.startswith("accepted")
+        known = entry.saved or 0 if on_purpose else max(known, entry.saved or 0)
+    refused = any(entry.about.startswith("refused") for entry in entries[-1:])
+    if known > found.saved or refused:
+        journal.note(_ROLLED_BACK, saved=found.saved, about="accepted: its ledger had been removed")
+    elif entries:
+        journal.note("ledger made anew", saved=found.saved, about="it was missing")
+    found.write(folder)
+
+
+def _note_opening(folder: Path, saved: int) -> None:
+    journal = Journal(folder)
+    problem = journal.clock_problem()
+    if problem:
+        _LOG.warning("%s: %s.", folder, problem)
+    journal.note_opening(saved=saved)
 
 
 def _close(folder: Path) -> None:

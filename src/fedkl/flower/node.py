@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedkl.coredumps import forbid_core_dumps
 from fedkl.custody import ClientStore
 from fedkl.custody.store import CLIENT, NEW_KEYS
 from fedkl.errors import ConfigError, shown
@@ -29,8 +30,8 @@ def node_store(node_config: Mapping[str, object]) -> ClientStore:
         ConfigError: No folder is named, or ``fedkl-new-keys`` is neither true nor false.
         KeyFileError: There is no passphrase, or its file cannot be read, or others may write to it.
     """
-    folder = node_config.get(STORE) or os.environ.get(STORE_VARIABLE)
-    if not folder:
+    folder = store_folder(node_config)
+    if folder is None:
         raise ConfigError(
             f"This node has no store for its clients' locks. Start it with --node-config "
             f"'{STORE}=\"/a/folder\" …', or set {STORE_VARIABLE}."
@@ -39,15 +40,22 @@ def node_store(node_config: Mapping[str, object]) -> ClientStore:
     if not isinstance(new_keys, bool):
         raise ConfigError(f"{NEW_KEYS}: expected true or false in --node-config, got {shown(new_keys)}.")
     passphrase = node_passphrase(node_config)
-    return ClientStore(Path(str(folder)).expanduser(), passphrase=passphrase, new_keys=new_keys)
+    return ClientStore(folder, passphrase=passphrase, new_keys=new_keys)
+
+
+def store_folder(node_config: Mapping[str, object]) -> Path | None:
+    """Where a node keeps its clients; None: it names no store."""
+    folder = node_config.get(STORE) or os.environ.get(STORE_VARIABLE)
+    return Path(str(folder)).expanduser() if folder else None
 
 
 def node_passphrase(node_config: Mapping[str, object]) -> str:
-    """The passphrase of a node's private files; see `node_store`.
+    """The passphrase of a node's private files; see `node_store`. From here on, no crash leaves a core file.
 
     Raises:
         KeyFileError: There is none, or its file cannot be read, or others may write to it.
     """
+    forbid_core_dumps()
     file = node_config.get(PASSPHRASE_FILE)
     return read_passphrase(Path(str(file)).expanduser()) if file else default_passphrase()
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from flwr.app import RecordDict
 
+from fedkl.custody.member import admit, secret_file
+from fedkl.custody.store import CLIENT, client_folder
 from fedkl.dates import today
 from fedkl.errors import ConfigError, MaskingError, UpdateError
 from fedkl.files import PRIVATE_FILE
 from fedkl.flower.mask_records import Base, Who
-from fedkl.flower.node import client_name, node_passphrase
+from fedkl.flower.node import client_name, node_passphrase, store_folder
 from fedkl.flower.records import tensors_of
 from fedkl.masking import Call, Contribution, ListMessage, Member, MemberFile, Reveal, Upload
 from fedkl.masking.contents import SUFFIX
@@ -51,16 +53,20 @@ class NodeMember:
         """The member that a node's own configuration names; nothing of it comes from the server.
 
         Its secret file is ``fedkl-member`` of the node's configuration, or `FEDKL_MEMBER`. Where that is a
-        folder, it is the client's file in it, ``NAME.secret``. The passphrase is found as that of a store.
+        folder, it is the client's file in it, ``NAME.secret``. Where neither is given, it is the only one in
+        the client's folder of the node's store. The passphrase is found as that of a store.
 
         Raises:
-            ConfigError: No file is named, or another process has it open.
+            ConfigError: No file is found, or several, or another process has it open.
             KeyFileError: It does not open.
-            MaskingError: See `NodeMember`.
+            MaskingError: See `NodeMember` and `fedkl.custody.member.admit`.
         """
-        path = _secret_file(node_config)
+        home = _home(node_config)
+        path = _secret_file(node_config, home)
         cohort = node_config.get(COHORT)
         with MemberFile.open(path, passphrase=node_passphrase(node_config)) as file:
+            if home is not None and path.parent.resolve() == home.resolve():
+                admit(home, file)
             yield cls(file, None if cohort is None else str(cohort))
 
     @property
@@ -176,12 +182,23 @@ class NodeMember:
         )
 
 
-def _secret_file(node_config: Mapping[str, object]) -> Path:
+def _home(node_config: Mapping[str, object]) -> Path | None:
+    """The client's folder in the node's store; None: it names no store or no client, as masks alone need."""
+    store = store_folder(node_config)
+    named = CLIENT in node_config or "partition-id" in node_config
+    return client_folder(store, client_name(node_config)) if store is not None and named else None
+
+
+def _secret_file(node_config: Mapping[str, object], home: Path | None) -> Path:
     named = node_config.get(MEMBER) or os.environ.get(MEMBER_VARIABLE)
-    if not named:
+    if named:
+        path = Path(str(named)).expanduser()
+        return path / f"{client_name(node_config)}{SUFFIX}" if path.is_dir() else path
+    found = None if home is None else secret_file(home)
+    if found is None:
+        place = "" if home is None else f", and none is in {home}"
         raise ConfigError(
             "This node has no member's secret file, as `fedkl member new` makes it. Start it with "
-            f"--node-config '{MEMBER}=\"/a/folder/NAME.secret\" …', or set {MEMBER_VARIABLE}."
+            f"--node-config '{MEMBER}=\"/a/folder/NAME.secret\" …', or set {MEMBER_VARIABLE}{place}."
         )
-    path = Path(str(named)).expanduser()
-    return path / f"{client_name(node_config)}{SUFFIX}" if path.is_dir() else path
+    return found

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import date
+from dataclasses import dataclass, field, replace
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from fedkl import lockfile
 from fedkl.errors import KeyFileError, MaskingError, shown
 from fedkl.files import read_file
 from fedkl.masking.cards import MemberKeys
-from fedkl.masking.roster import Membership
+from fedkl.masking.roster import ROSTER_DAYS, Membership, Roster
 from fedkl.masking.schedule import Secret
 from fedkl.masking.texts import roster_of_values, roster_values
+from fedkl.types import NamedTensors
 
 SUFFIX = ".secret"
 _VERSION = 1
@@ -51,12 +50,14 @@ class Content:
         cohorts: Those that were joined, by name.
         past: Digests of rosters that were left, as hexadecimal text. None of them is joined again: its memory
             is gone.
+        restored: The day on which the file was made from a backup; None: never.
     """
 
     keys: MemberKeys
     memory_key: Secret = field(default_factory=lambda: Secret(secrets.token_bytes(32)))
     cohorts: Mapping[str, Joined] = field(default_factory=dict)
     past: frozenset[str] = frozenset()
+    restored: date | None = None
 
     @classmethod
     def read(cls, path: Path, *, passphrase: str) -> Content:
@@ -65,7 +66,20 @@ class Content:
         Raises:
             KeyFileError: It is damaged, foreign, or does not open with this passphrase.
         """
-        meta, tensors = lockfile.read(path, kind="member", passphrase=passphrase)
+        return cls.of(path, *lockfile.read(path, kind="member", passphrase=passphrase))
+
+    @classmethod
+    def of(cls, path: Path, meta: dict[str, Any], tensors: NamedTensors) -> Content:
+        """What a container's metadata and tensors are, of a secret file or of one within a backup.
+
+        Args:
+            path: The file that they are from; errors name it.
+            meta: The metadata.
+            tensors: The tensors.
+
+        Raises:
+            KeyFileError: They are not those of a member.
+        """
         try:
             return _content(meta, tensors)
         except (KeyError, TypeError, ValueError, MaskingError) as error:
@@ -90,6 +104,8 @@ class Content:
             "cohorts": cohorts,
             "past": sorted(self.past),
         }
+        if self.restored is not None:
+            meta["restored"] = self.restored.isoformat()
         hidden = {_SEED + kind: seed for kind, seed in self.keys.seeds.items()}
         hidden |= {_COHORT + name: joined.membership.secret for name, joined in self.cohorts.items()}
         hidden[_MEMORY] = self.memory_key
@@ -103,6 +119,23 @@ class Content:
             salt=salt,
             replace=replace,
         )
+
+    def as_restored(self, today: date) -> Content:
+        """The same member without its memory: no backup holds it, as an old one lets masks be used twice.
+
+        Of every cohort one memory more is counted than there is, and no memory file of before opens. So the
+        member opens sums, but takes no part until a cohort is changed.
+
+        Args:
+            today: The date. Rosters of up to this day may have been joined after the backup.
+        """
+        cohorts = {name: replace(joined, saved=joined.saved + 1) for name, joined in self.cohorts.items()}
+        return replace(self, memory_key=Secret(secrets.token_bytes(32)), cohorts=cohorts, restored=today)
+
+    def may_have_forgotten(self, roster: Roster) -> bool:
+        """Whether a roster may have been joined and used before the file was restored, unknown to it."""
+        made = roster.expires - timedelta(days=ROSTER_DAYS)
+        return self.restored is not None and made <= self.restored
 
 
 def check_secret_file(path: Path) -> None:
@@ -128,8 +161,9 @@ def check_secret_file(path: Path) -> None:
         )
 
 
-def _content(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Content:
-    if set(meta) != {"version", "name", "expires", "cohorts", "past"} or meta["version"] != _VERSION:
+def _content(meta: dict[str, Any], tensors: NamedTensors) -> Content:
+    fields = {"version", "name", "expires", "cohorts", "past"}
+    if set(meta) - {"restored"} != fields or meta["version"] != _VERSION:
         raise ValueError
     hidden = {name: Secret(lockfile.bytes_of(tensor)) for name, tensor in tensors.items()}
     memory_key = hidden.pop(_MEMORY)
@@ -142,7 +176,8 @@ def _content(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Content:
     if hidden or any(name != joined.membership.roster.name for name, joined in cohorts.items()):
         raise ValueError
     past = frozenset(digest_of(text) for text in list(meta["past"]))
-    return Content(keys=keys, memory_key=memory_key, cohorts=cohorts, past=past)
+    restored = date.fromisoformat(meta["restored"]) if "restored" in meta else None
+    return Content(keys=keys, memory_key=memory_key, cohorts=cohorts, past=past, restored=restored)
 
 
 def _joined(values: dict[str, Any], *, keys: MemberKeys, secret: Secret) -> Joined:

@@ -43,7 +43,7 @@ class MemberFile:
         self._lock: ExitStack | None = lock
         self._salt = os.urandom(16)  # shared, which saves deriving the key at every message
         memory = path.with_name(path.name.removesuffix(SUFFIX) + ".memory")
-        self._memory_file = MemoryFile(memory, key=content.memory_key)
+        self._memory_file = MemoryFile(memory, key=content.memory_key, restored=content.restored)
         self._memories: dict[str, Memory] = {}
 
     def __repr__(self) -> str:
@@ -188,7 +188,8 @@ class MemberFile:
         cohorts = dict(self._content.cohorts)
         before = cohorts.get(roster.name)
         past = [] if before is None else [before.membership.roster.digest.hex()]
-        cohorts[roster.name] = Joined(membership=membership)
+        lost = self._content.may_have_forgotten(roster)  # then a memory is counted that is not there
+        cohorts[roster.name] = Joined(membership=membership, saved=int(lost))
         self._change(roster.name, cohorts, past=past)
         return membership
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,13 @@ class MemoryFile:
     Args:
         path: Where it is, or will be.
         key: Encrypts it, 32 bytes.
+        restored: The day on which the secret file was made from a backup; None: never.
     """
 
-    def __init__(self, path: Path, *, key: Secret) -> None:
+    def __init__(self, path: Path, *, key: Secret, restored: date | None = None) -> None:
         self.path = path
         self._key = key
+        self._restored = restored
         self._salt = os.urandom(16)  # shared, which saves deriving the key at every message
         self._kept: dict[str, Kept] | None = None
 
@@ -137,10 +140,15 @@ class MemoryFile:
         )
 
     def _lost(self, cohort: str, problem: str) -> MaskingError:
+        remedy = (
+            "Put the newest file back, or have the cohort changed with `fedkl cohort change`"
+            if self._restored is None
+            else f"The member was restored on {self._restored}: have the cohort changed with `fedkl cohort "
+            "change` on a later day (UTC)"
+        )
         return MaskingError(
             f"{self.path}: the memory of cohort {cohort} is lost: the file {problem}. Without it a mask "
-            "could be used twice. Put the newest file back, or have the cohort changed with `fedkl cohort "
-            "change` and join the new epoch, which starts with an empty one."
+            f"could be used twice. {remedy} and join the new epoch, which starts with an empty one."
         )
 
 
