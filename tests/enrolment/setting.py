@@ -10,6 +10,7 @@ from torch import nn
 from fedkl import data
 from fedkl.defenses import KeyLock
 from fedkl.enrolment import Fitting
+from fedkl.keys import Key
 from tests.federated.setting import federation, trained
 
 DEFENSE = KeyLock(key_length=16)
@@ -59,5 +60,6 @@ def member_lock(defense=DEFENSE):
     """The lock of a client that took part, with the public tensors in it."""
     run = _federation(defense)
     lock = defense.prepare(net())
+    Key.generate(length=7)  # tests draw from one seed: what comes next must not be this client's key again
     run.clients[0].enter(lock, run.server.state)
     return lock

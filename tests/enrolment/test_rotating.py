@@ -161,7 +161,7 @@ def test_a_rotation_that_fails_leaves_the_file(tmp_path):
     for changes, error in (
         ({"passphrase": "mule"}, KeyFileError),
         ({"public": {}}, UpdateError),
-        ({"fitting": Fitting(lr=1e38)}, fedkl.FedKLError),
+        ({"fitting": Fitting(lr=1e30)}, fedkl.FedKLError),
     ):
         options = {"passphrase": "horse", "public": public(), "fitting": FITTING, **changes}
         with pytest.raises(error):
