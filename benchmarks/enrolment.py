@@ -1,7 +1,7 @@
 """What it takes a new client to be as good as those that took part, and what a rotation costs.
 
     python benchmarks/enrolment.py --out runs/enrolment --data mnist --model lenet --partition iid --rounds 30
-    python benchmarks/enrolment.py --out runs/enrolment --data cifar10 --model resnet20 --partition dirichlet …
+    python benchmarks/enrolment.py --data cifar10 --model resnet20 --partition dirichlet --rounds 100
 
 For each seed two federations are trained from the same start: without the last client, and with it. The last
 client is then enrolled into the first one with 64, 256, 1024 and all of its images, and compared with (a) the
