@@ -280,7 +280,8 @@ def _only_private_trained(lock: Lock) -> Iterator[None]:
         finally:
             for name, parameter in lock.public_parameters().items():
                 parameter.requires_grad_(wanted[name])
-            lock.model.zero_grad()
+            for parameter in lock.private_parameters().values():
+                parameter.grad = None
 
 
 @contextmanager
