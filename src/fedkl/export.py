@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from fedkl import serving
+from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, FedKLError, shown, warn
 from fedkl.federated import Checkpoints, Federation
 from fedkl.lockfile import default_passphrase
 from fedkl.locking import Lock, Split
 from fedkl.masking import MemberFile
-from fedkl.modelfile import check_finite, write_model
+from fedkl.modelfile import check_finite, read_model, write_model
 from fedkl.runs import RunDirectory, is_run
 from fedkl.training import restored, training_of, training_summary
 
@@ -101,8 +102,7 @@ def export(
     else:
         lock, rounds = _lock_of(source, client)
         state = lock.public_state()
-    if rounds == 0:
-        raise ConfigError(f"{source}: nothing is trained here yet. Let it train a round first.")
+    _check_trained(source, rounds)
     path = None if lock is None else out.with_name(f"{client}.lock")
     _check_free(out, path, replace=replace)
     write_model(out, state, rounds=rounds, replace=replace)
@@ -145,6 +145,37 @@ def export_client(
         case "onnx":
             serving.save_onnx(split, out, client=client, example_inputs=images, replace=replace)
     return rounds
+
+
+def public_tensors(source: str | Path, *, member: MemberFile | None = None) -> dict[str, Tensor]:
+    """The newest public tensors of a training, wherever they lie.
+
+    Args:
+        source: A model file, a run directory of a training, or a Flower server's folder of rounds.
+        member: As for `export`.
+
+    Raises:
+        FedKLError: It is none of these, or holds nothing trained that can be read.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        return read_model(source)
+    if is_run(source):
+        rounds, state = _state_of_run(RunDirectory.open(source))
+    else:
+        rounds, state, _ = _state_of_server(source, member)
+    _check_trained(source, rounds)
+    return state
+
+
+def defense_of(source: str | Path) -> Defense | None:
+    """What the clients of a run directory's training have; None of other sources, which do not say."""
+    return training_of(RunDirectory.open(Path(source))).defense if is_run(Path(source)) else None
+
+
+def _check_trained(source: Path, rounds: int) -> None:
+    if rounds == 0:
+        raise ConfigError(f"{source}: nothing is trained here yet. Let it train a round first.")
 
 
 def _facts(source: Path) -> _Facts:

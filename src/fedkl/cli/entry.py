@@ -18,6 +18,7 @@ from fedkl.cli import (
     data,
     defenses,
     demo,
+    enrolment,
     export,
     generator,
     key,
@@ -39,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for module in (train, attack, audit, demo, report, export):
+for module in (train, attack, audit, demo, report, export, enrolment):
     module.add_to(app)
 GROUPS = {
     "data": data,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import fedkl
+from fedkl.cli import enrolment
 from fedkl.cli.commands import Command
 from fedkl.cli.terminal import console
 from fedkl.errors import ConfigError
@@ -63,12 +64,53 @@ def key_info(
 
 @app.command("rotate", cls=_KeyCommand)
 def key_rotate(
-    path: Annotated[Path, typer.Argument(help="A key file.")], unencrypted: PlainOption = False
+    path: Annotated[Path | None, typer.Argument(help="A key file, or a lock file with --target.")] = None,
+    unencrypted: PlainOption = False,
+    target: Annotated[
+        str | None, typer.Option(help="Of a lock: file.py:function that returns a fedkl.Subject.")
+    ] = None,
+    public: Annotated[
+        Path | None, typer.Option(help="Of a lock: the public model, or a run directory of fedkl train.")
+    ] = None,
+    keep_function: Annotated[
+        bool, typer.Option("--keep-function", help="Of a lock: leave γ and β as they are.")
+    ] = False,
+    store: enrolment.StoreOption = None,
+    client: enrolment.ClientOption = None,
+    held_out: enrolment.HeldOutOption = 0.2,
+    epochs: enrolment.EpochsOption = 40,
+    lr: enrolment.RateOption = 0.02,
+    seed: enrolment.SeedOption = 0,
+    passphrase_file: enrolment.PassphraseFileOption = None,
 ) -> None:
-    """Replaces a key by a new one of the same length and distribution. Lock layers must be trained again.
+    """Replaces a key by a new one of the same length and distribution. The old file is kept beside it.
 
-    The old file is kept beside it, as NAME.old-1, NAME.old-2 and so on: locks trained with it need it.
+    Of a key file: lock layers must be trained again; locks trained with the old one need it. Of a lock file
+    (--target, --public) or a client of a store: the lock is drawn anew and fitted to the client's images, as
+    is needed where the old one may have been seen. With --keep-function γ and β stay, and so does what the
+    model computes: whoever has seen them knows them still.
     """
+    if target is None and public is None and store is None and path is not None:
+        _rotate_key(path, unencrypted=unencrypted)
+        return
+    if target is None or public is None:
+        raise typer.BadParameter("Of a lock give --target and --public; of a key file its path only.")
+    from fedkl.enrolment import Fitting
+
+    enrolment.rotate_lock(
+        path,
+        target=target,
+        public=public,
+        store=store,
+        client=client,
+        keep_function=keep_function,
+        fitting=Fitting(epochs=epochs, lr=lr, held_out=held_out, seed=seed),
+        passphrase_file=passphrase_file,
+        unencrypted=unencrypted,
+    )
+
+
+def _rotate_key(path: Path, *, unencrypted: bool) -> None:
     from fedkl import lockfile
 
     passphrase = _passphrase(unencrypted=unencrypted, confirm=False)

@@ -17,6 +17,7 @@ from fedkl.custody.ledger import Ledger, check_never_born, now, remember_birth
 from fedkl.defenses import KeyLock
 from fedkl.errors import ConfigError, KeyFileError, shown
 from fedkl.files import PRIVATE_FOLDER, exclusive, open_to_others, remove_parts
+from fedkl.lockfile import keep_copy
 from fedkl.locking import Lock, read_lock
 
 CLIENT, NEW_KEYS = "fedkl-client", "fedkl-new-keys"
@@ -110,6 +111,58 @@ class ClientStore:
             remove_parts(path.parent)
             yield self._opened(name, model) if os.path.lexists(path) else self._born(name, model, defense)
 
+    def check_new(self, name: str) -> None:
+        """Checks that a client may be given a lock here: it has none, and never had one.
+
+        Raises:
+            KeyFileError: It has one, or had one, or no new keys are made here.
+            ConfigError: The name cannot be that of a folder, or is another client's but for its capitals.
+        """
+        path = self.path(name)
+        if os.path.lexists(path):
+            raise KeyFileError(
+                f"{path}: client {name!r} has a lock here, which is never replaced. Choose another name, or "
+                "give it a new key."
+            )
+        self._check_birth(name)
+
+    def add(self, name: str, lock: Lock) -> None:
+        """Takes in the lock of a client that was never here, e.g. of one that was enrolled.
+
+        Raises:
+            ConfigError: See `client` and `check_new`.
+            KeyFileError: See `check_new`; or the file cannot be written.
+        """
+        self.check_new(name)
+        self._check_folder()
+        folder = self.path(name).parent
+        with exclusive(folder, mode=PRIVATE_FOLDER, follow=False):
+            _close(folder)
+            remove_parts(folder)
+            self.check_new(name)  # another process may have been faster
+            self._taken_in(name, lock)
+
+    def rotate(self, client: StoredClient, lock: Lock) -> Path:
+        """Gives a client another lock, and keeps the file of the old one beside it.
+
+        What it remembered is forgotten: the moments of a lock layer hold its key, up to a factor.
+
+        Args:
+            client: As `client` has opened it.
+            lock: The new one.
+
+        Returns:
+            The old one's file.
+
+        Raises:
+            KeyFileError: A file cannot be written; the old lock stays.
+        """
+        new = StoredClient(client.name, lock=lock, memory={}, ledger=client.ledger)
+        copy = keep_copy(self.path(client.name))
+        self.save(new)
+        client.lock, client.memory, client.ledger = new.lock, new.memory, new.ledger
+        return copy
+
     def save(self, client: StoredClient) -> None:
         """Writes what a client has now, atomically.
 
@@ -150,8 +203,12 @@ class ClientStore:
 
     def _born(self, name: str, model: nn.Module, defense: KeyLock) -> StoredClient:
         self._check_birth(name)
+        return self._taken_in(name, defense.prepare(model))
+
+    def _taken_in(self, name: str, lock: Lock) -> StoredClient:
+        """Writes down a client whose key is new."""
         ledger = Ledger(client=name, born=now(), saved=0)
-        client = StoredClient(name, lock=defense.prepare(model), memory={}, ledger=ledger)
+        client = StoredClient(name, lock=lock, memory={}, ledger=ledger)
         self.save(client)
         remember_birth(self._folder, name)
         Journal(self.path(name).parent).note("born", saved=client.ledger.saved)

@@ -87,14 +87,17 @@ class Lock(Split):
         """
         if key is None:
             return
+        self._check_length(key)
+        for layer in surgery.lock_layers(self._model):
+            layer.chain.set_key(key)
+        self._key = key
+
+    def _check_length(self, key: Key) -> None:
         if key.length != self._options.key_length:
             raise LockError(
                 f"This lock takes keys of length {self._options.key_length}, got one of {key.length}. "
                 f"Use Key.generate(length={self._options.key_length})."
             )
-        for layer in surgery.lock_layers(self._model):
-            layer.chain.set_key(key)
-        self._key = key
 
     def redraw(self, *, key: Key | None = None, uniform: Uniform = secure_uniform) -> None:
         """Draws a new key, as long as before, new lock layers and new private layers.
@@ -106,6 +109,24 @@ class Lock(Split):
         self.use_key(key or Key.drawn(uniform, length=old.length, distribution=old.distribution))
         surgery.redraw(self._model, uniform=uniform)
         self._own.redraw(self._model, uniform=uniform)
+
+    def rekey(self, *, key: Key | None = None) -> None:
+        """Draws a new key, as long as before, and new lock layers that generate the same γ and β.
+
+        What the model computes stays, to the rounding of its numbers, and so do private layers. Whoever
+        knows γ and β knows them still: see `redraw`.
+
+        Args:
+            key: The new key; drawn if None.
+
+        Raises:
+            LockError: The key's length is not the one that the lock layers were built for.
+        """
+        old = self._key
+        key = key or Key.generate(length=old.length, distribution=old.distribution)
+        self._check_length(key)
+        surgery.rekey(self._model, key)
+        self._key = key
 
     def bake(self) -> nn.Module:
         """A plain copy of the model: γ and β are ordinary affine parameters of their current values.

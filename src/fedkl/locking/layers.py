@@ -130,11 +130,23 @@ class LockLayer(nn.Module):
             )
         self.start = value.detach().clone().cpu()
 
-    def redraw(self, weight: Tensor, bias: Tensor, *, uniform: Uniform) -> None:
-        """Writes a new initial W and b into this layer's, from these random numbers."""
+    def redraw(self, weight: Tensor, bias: Tensor, *, uniform: Uniform, sums: Tensor | None = None) -> None:
+        """Writes a new initial W and b into this layer's, from these random numbers.
+
+        Args:
+            weight: W.
+            bias: b.
+            uniform: Where W comes from.
+            sums: What W k + b is to be; None: as at the start.
+        """
         with torch.no_grad():
-            for tensor, new in zip((weight, bias), self._initial(bias, uniform), strict=True):
+            for tensor, new in zip((weight, bias), self._initial(bias, uniform, sums), strict=True):
                 tensor.copy_(new)
+
+    def sums(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """W k + b as one vector, float64 on the CPU."""
+        source = self.chain.source(self.position).detach().double().cpu()
+        return weight.detach().double().cpu() @ source + bias.detach().double().cpu()
 
     def forward(self, weight: Tensor, bias: Tensor) -> Tensor:
         """γ or β, in the shape of the norm's tensor."""
@@ -156,12 +168,15 @@ class LockLayer(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             return torch.addmv(bias, weight, k)
 
-    def _initial(self, like: Tensor, uniform: Uniform = secure_uniform) -> tuple[Tensor, Tensor]:
+    def _initial(
+        self, like: Tensor, uniform: Uniform = secure_uniform, sums: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         source = self.chain.source(self.position).detach().double().cpu()
         weight, bias = (drawn.to(like) for drawn in self._drawn(like.numel(), source, uniform))
-        if self.start is not None:  # with W as it was rounded
-            wanted = RANGES[self.activation].inverse(self.start.double().flatten())
-            bias = (wanted - weight.detach().double().cpu() @ source).to(like)
+        if sums is None and self.start is not None:
+            sums = RANGES[self.activation].inverse(self.start.double().flatten())
+        if sums is not None:  # with W as it was rounded
+            bias = (sums - weight.detach().double().cpu() @ source).to(like)
         return weight, bias
 
     def _drawn(self, rows: int, source: Tensor, uniform: Uniform) -> tuple[Tensor, Tensor]:

@@ -107,10 +107,25 @@ def _register(layer: LockLayer, norm: nn.Module, tensor_name: str) -> None:
 
 def redraw(model: nn.Module, *, uniform: Uniform = secure_uniform) -> None:
     """Draws W and b of every lock layer anew, from the key that its chain holds now."""
+    for each in _in_order(model):
+        each[0].redraw(each.original0, each.original1, uniform=uniform)
+
+
+def rekey(model: nn.Module, key: Key, *, uniform: Uniform = secure_uniform) -> None:
+    """Puts in another key and draws every W anew; b is such that γ and β stay as they are."""
+    lists = _in_order(model)
+    sums = [each[0].sums(each.original0, each.original1) for each in lists]
+    for each in lists:
+        each[0].chain.set_key(key)
+    for each, wanted in zip(lists, sums, strict=True):
+        each[0].redraw(each.original0, each.original1, uniform=uniform, sums=wanted)
+
+
+def _in_order(model: nn.Module) -> list[Any]:
+    """The locked tensors' parametrizations, by position: a layer's k depends on those before it."""
     locked: list[Any] = [module for module in model.modules() if _is_locked(module)]
     lists: list[Any] = [each for module in locked for each in module.parametrizations.values()]
-    for each in sorted(lists, key=lambda one: one[0].position):  # a layer's scale depends on those before it
-        each[0].redraw(each.original0, each.original1, uniform=uniform)
+    return sorted(lists, key=lambda one: one[0].position)
 
 
 def warn_about_optimizers(model: nn.Module) -> None:
