@@ -8,6 +8,7 @@ from torch import nn
 
 import fedkl
 from fedkl.custody import ClientStore
+from fedkl.custody.journal import Journal
 from fedkl.defenses import KeyLock
 from fedkl.enrolment import Fitting, rotate, rotate_file
 from fedkl.errors import KeyFileError, LockError, UpdateError
@@ -183,6 +184,8 @@ def test_a_stores_client_forgets_its_memory_and_goes_on(tmp_path):
         assert client.memory == {}
         new = client.lock.key.reveal()
     path = store.path("a")
+    entries, _ = Journal(path.parent).read()
+    assert [entry.what for entry in entries if entry.what in ("born", "rotated")] == ["born", "rotated"]
     assert load_memory(path, passphrase="horse") == {}
     assert tells_the_key(load_memory(copy, passphrase="horse"), old)
     with store.client("a", model=net(), defense=DEFENSE) as client:  # the ledger agrees

@@ -134,7 +134,7 @@ class ClientStore:
             KeyFileError: See `check_new`; or the file cannot be written.
         """
         self.check_new(name)
-        self._check_folder()
+        self.check_folder()
         folder = self.path(name).parent
         with exclusive(folder, mode=PRIVATE_FOLDER, follow=False):
             _close(folder)
@@ -161,6 +161,7 @@ class ClientStore:
         copy = keep_copy(self.path(client.name))
         self.save(new)
         client.lock, client.memory, client.ledger = new.lock, new.memory, new.ledger
+        Journal(copy.parent).note("rotated", saved=new.ledger.saved)
         return copy
 
     def save(self, client: StoredClient) -> None:
