@@ -14,10 +14,12 @@ from torch import Tensor
 
 from fedkl.errors import ConfigError, UpdateError, gathered, shown
 from fedkl.files import put, read_file
+from fedkl.formats import check_version, version_of
 from fedkl.parsing import parse_tensors
 from fedkl.types import NamedTensors
 
-_FORMAT, _KIND = "fedkl-model-1", "public"
+_NAME, _VERSION, _KIND = "fedkl-model", 1, "public"
+_FORMAT = f"{_NAME}-{_VERSION}"
 _OURS = "fedkl-"  # before the format of every file that fedkl writes
 _MODE = 0o644
 _MAX_MODEL = 2**34  # bytes
@@ -56,10 +58,12 @@ def read_model(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         ConfigError: It cannot be read, or is something else that fedkl wrote, e.g. one client's update.
+        NewerFormatError: A newer fedkl wrote it.
     """
     remedy = "Give a safetensors file of the model's public tensors."
     tensors, about = read_tensors(path, limit=_MAX_MODEL, problem=f"{path}: cannot be read", remedy=remedy)
     form = about.get("format", "")
+    check_version(version_of(form, name=_NAME), source=path, reads=_VERSION)
     if form.startswith(_OURS) and (form, about.get("kind")) != (_FORMAT, _KIND):
         expected = f"expected {_FORMAT!r} of kind {_KIND!r}"
         raise ConfigError(

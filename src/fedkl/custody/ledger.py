@@ -20,10 +20,12 @@ from typing import Any
 
 from fedkl.errors import KeyFileError, shown
 from fedkl.files import PRIVATE_FILE, create_once, read_file, write_atomically
+from fedkl.formats import check_version
 from fedkl.lockfile import config_folder
 from fedkl.parsing import parse_json_object
 
 _NAME = "ledger.json"
+_VERSION = 1
 _LIMIT = 4096
 
 
@@ -47,13 +49,18 @@ class Ledger:
 
         Raises:
             KeyFileError: It is damaged.
+            NewerFormatError: A newer fedkl wrote it.
         """
         path = folder / _NAME
         try:
             values = parse_json_object(read_file(path, limit=_LIMIT, follow=False))
+            check_version(version := values.pop("version", 1), source=path, reads=_VERSION)
             ledger = cls(**values)
             if not (
-                isinstance(ledger.client, str) and isinstance(ledger.born, str) and type(ledger.saved) is int
+                version == _VERSION
+                and isinstance(ledger.client, str)
+                and isinstance(ledger.born, str)
+                and type(ledger.saved) is int
             ):
                 raise TypeError
         except FileNotFoundError:
@@ -70,7 +77,8 @@ class Ledger:
         Raises:
             OSError: It cannot be written.
         """
-        write_atomically(folder / _NAME, json.dumps(asdict(self)).encode(), mode=PRIVATE_FILE)
+        values = {"version": _VERSION, **asdict(self)}
+        write_atomically(folder / _NAME, json.dumps(values).encode(), mode=PRIVATE_FILE)
 
     def check(self, folder: Path, about: Mapping[str, str | int]) -> None:
         """Checks that a lock file is the last one that was saved here.
@@ -98,7 +106,7 @@ def remember_birth(store: Path, client: str) -> None:
     """Notes outside of the store that a client has a key in it; nowhere if this user has no home."""
     record = _record(store, client)
     if record is not None:
-        about = {"store": str(store), "client": client, "born": now()}
+        about = {"version": _VERSION, "store": str(store), "client": client, "born": now()}
         try:
             create_once(record, json.dumps(about).encode(), mode=PRIVATE_FILE)
         except OSError:  # a read-only home: the store's own ledger remains
