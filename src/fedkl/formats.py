@@ -22,9 +22,7 @@ def check_version(version: object, *, source: object, reads: int) -> None:
     Raises:
         NewerFormatError: It is newer.
 
-    >>> check_version(2, source="a", reads=1)
-    Traceback (most recent call last):
-    fedkl.errors.NewerFormatError: a: written by a newer fedkl (format 2; this one reads up to 1). Update fedkl.
+    >>> check_version(1, source="a.key", reads=1)
     """
     if type(version) is int and version > reads:
         numbers = f"format {shown(version)[1:-1]}; this one reads up to {reads}"

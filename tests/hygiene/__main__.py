@@ -1,4 +1,4 @@
-"""All scenarios, stopped at many stages: ``python -m tests.hygiene [--stages NUMBER] [--scenario NAME …]``."""
+"""All scenarios, stopped at many stages: ``python -m tests.hygiene [--stages NUMBER] [--scenario …]``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def chosen(stages: list[str], count: int) -> list[str]:
     return [stages[int(place * step)] for place in range(min(count, len(stages)))]
 
 
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def main() -> int:
     """Prints a line for each scenario; the exit code is 1 if anything was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.hygiene")
@@ -50,17 +55,16 @@ def main() -> int:
             for at in chosen(stages, options.stages):
                 all_found.append(attempt(name, at=at, root=Path(root))[0])
                 for line in all_found[-1].leaks:
-                    print(f"{name}, stopped in {at}: {line}", flush=True)
+                    _say(f"{name}, stopped in {at}: {line}")
         for line in found.leaks:
-            print(f"{name}: {line}")
+            _say(f"{name}: {line}")
         count = sum(len(each.leaks) for each in all_found)
         leaks += count
         files, size = sum(each.files for each in all_found), sum(each.bytes for each in all_found)
         secrets = sum(each.secrets for each in all_found)
-        print(
+        _say(
             f"{name}: {len(stages)} stages, stopped at {len(all_found) - 1}; {files} files, {size} bytes, "
             f"{secrets} secrets; {count} findings; {perf_counter() - start:.0f} s",
-            flush=True,
         )
     return int(leaks > 0)
 

@@ -1,4 +1,4 @@
-"""One run of a scenario in a process of its own: loud, stopped at a stage, its true secrets noted elsewhere."""
+"""One run of a scenario in a process of its own: loud, stopped at a stage, its secrets noted elsewhere."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 
-_LIMIT_S = 120
 
-
-class Stopped(RuntimeError):
+class StoppedError(RuntimeError):
     """What is raised at a stage: an accident that nobody foresaw."""
 
 
@@ -43,7 +41,7 @@ class _Stages:
         if place not in self.seen:
             self.seen[place] = None
             if place == self._at:
-                raise Stopped(f"stopped in {place}")
+                raise StoppedError(f"stopped in {place}")
 
 
 def _note_secrets(folder: Path) -> None:

@@ -171,8 +171,8 @@ class Roster:
         problems = [f"{what} {problem}" for what, problem in found if problem]
         if problems:
             remedy = (
-                "If that is not today's date, set this machine's clock. Otherwise run `fedkl cohort change`, with "
-                "new cards where they are needed."
+                "If that is not today's date, set this machine's clock. Otherwise run `fedkl cohort "
+                "change`, with new cards where they are needed."
             )
             raise MaskingError(gathered(f"Cohort {self.name} is not good on {today}.", problems, remedy))
 
