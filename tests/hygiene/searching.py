@@ -40,7 +40,7 @@ def secrets_in(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[bytes, tuple[str, torch.Tensor]] = {}
     for path in sorted(folder.glob("*.pt")):
         for name, tensor in torch.load(path, weights_only=True).items():
-            found[tensor.numpy().tobytes()] = (f"{name} {len(found)}", tensor)
+            found.setdefault(tensor.numpy().tobytes(), (f"{name} {len(found)}", tensor))
     return dict(found.values())
 
 
