@@ -312,10 +312,11 @@ def full(disk: Path) -> Iterator[None]:
 
 @contextmanager
 def read_only(disk: Path) -> Iterator[None]:
-    """Nothing is written."""
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    """Nothing is written: a second mount lies on it, for files that are open would keep it from changing."""
+    subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
     yield
-    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 FAULTS = {"full": full, "read-only": read_only}

@@ -16,15 +16,15 @@ from tests.hygiene.searching import Found, search, secrets_in
 from tests.hygiene.stopping import run
 
 
-def attempt(name: str, *, at: str | None, root: Path) -> tuple[Found, list[str]]:
+def attempt(name: str, *, at: str | None, root: Path, listing: bool = False) -> tuple[Found, bool, list[str]]:
     """Runs a scenario in a new folder and searches what it leaves.
 
     Returns:
-        What was found, and the stages that it came through.
+        What was found, whether it was stopped, and the stages that it came through, if they are listed.
     """
     folder, secrets = (Path(tempfile.mkdtemp(dir=root)) for _ in range(2))
-    stages = run(SCENARIOS[name], at=at, folder=folder, secrets=secrets)
-    return search(folder, secrets_in(secrets)), stages
+    stopped, stages = run(SCENARIOS[name], at=at, folder=folder, secrets=secrets, listing=listing)
+    return search(folder, secrets_in(secrets)), stopped, stages
 
 
 def chosen(stages: list[str], count: int) -> list[str]:
@@ -54,7 +54,7 @@ def main() -> int:
     for name in options.scenario:
         start = _cpu()
         with tempfile.TemporaryDirectory() as root:
-            found, stages = attempt(name, at=None, root=Path(root))
+            found, _, stages = attempt(name, at=None, root=Path(root), listing=True)
             all_found = [found]
             for at in chosen(stages, options.stages):
                 all_found.append(attempt(name, at=at, root=Path(root))[0])

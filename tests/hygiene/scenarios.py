@@ -52,7 +52,7 @@ def subject():
     """What is audited."""
     from tests.auditing import subjects
 
-    return subjects.subject(subjects.convnet)
+    return subjects.subject(subjects.convnet, count=120, images_per_client=4)
 
 
 def keys() -> None:

@@ -26,11 +26,12 @@ class _Stages:
     """Counts the calls of fedkl's functions, and raises in one of them.
 
     Args:
-        at: The function, ``file:name:line``; its first call is stopped. None: none is.
+        at: How the function begins, ``file:name:line``; the first call of one is stopped. None: none is.
     """
 
     def __init__(self, at: str | None) -> None:
         self._at = at
+        self.stopped = False
         self.seen: dict[str, None] = {}
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
@@ -40,7 +41,8 @@ class _Stages:
         place = f"{code.co_filename.rpartition('/fedkl/')[2]}:{code.co_name}:{code.co_firstlineno}"
         if place not in self.seen:
             self.seen[place] = None
-            if place == self._at:
+            if self._at is not None and not self.stopped and place.startswith(self._at):
+                self.stopped = True
                 raise StoppedError(f"stopped in {place}")
 
 
@@ -92,7 +94,9 @@ def _core(trace: TracebackType | None, folder: Path) -> None:
     (folder / "locals.pickle").write_bytes(b"".join(parts))
 
 
-def _alone(scenario: Callable[[], None], at: str | None, folder: Path, secrets: Path) -> None:
+def _alone(
+    scenario: Callable[[], None], at: str | None, folder: Path, secrets: Path, *, listing: bool
+) -> None:
     """The body of the process."""
     home = folder / "home"
     for name in ("home", "tmp", "config", "cache", "work"):
@@ -111,8 +115,9 @@ def _alone(scenario: Callable[[], None], at: str | None, folder: Path, secrets: 
     logging.captureWarnings(capture=True)
     _note_secrets(secrets)
     stages = _Stages(at)
-    threading.settrace(stages)
-    sys.settrace(stages)
+    if listing or at is not None:
+        threading.settrace(stages)
+        sys.settrace(stages)
     try:
         scenario()
     except BaseException:
@@ -126,26 +131,31 @@ def _alone(scenario: Callable[[], None], at: str | None, folder: Path, secrets: 
     sys.settrace(None)
     sys.stdout.flush()
     sys.stderr.flush()
+    (secrets / "stopped").write_text(str(stages.stopped))
     (secrets / "stages").write_text("\n".join(stages.seen))
 
 
-def run(scenario: Callable[[], None], *, at: str | None, folder: Path, secrets: Path) -> list[str]:
+def run(
+    scenario: Callable[[], None], *, at: str | None, folder: Path, secrets: Path, listing: bool = False
+) -> tuple[bool, list[str]]:
     """Runs a scenario in a fork of this process.
 
     Args:
         scenario: What is run.
-        at: The stage, one of those that a run without one gives; None: it is not stopped.
+        at: Where it is stopped: how one of the stages begins; None: it is not.
         folder: Empty; everything that the process leaves is in it, also stdout and stderr.
         secrets: Empty; the true secrets come here.
+        listing: Whether the stages are listed, which takes time.
 
     Returns:
-        The stages that it has come through: fedkl's functions, in the order of their first calls.
+        Whether it was stopped, and the stages that it has come through: fedkl's functions, in the order of
+        their first calls.
     """
     child = os.fork()
     if child == 0:
         try:
-            _alone(scenario, at, folder, secrets)
+            _alone(scenario, at, folder, secrets, listing=listing)
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-    return (secrets / "stages").read_text().splitlines()
+    return (secrets / "stopped").read_text() == "True", (secrets / "stages").read_text().splitlines()
