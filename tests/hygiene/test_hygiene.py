@@ -12,6 +12,7 @@ from tests.hygiene.scenarios import SCENARIOS, leak
 from tests.hygiene.stopping import run
 
 pytestmark = [
+    pytest.mark.usefixtures("unchecked"),  # with type checks, the search takes ten times as long
     pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork"),
     pytest.mark.skipif(sys.version_info < (3, 11), reason="Flower needs Python 3.11"),
 ]
