@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 
 import pytest
 
-from tests.hygiene.__main__ import attempt, chosen
-from tests.hygiene.scenarios import SCENARIOS, leak
-from tests.hygiene.stopping import run
+from tests.hygiene.__main__ import chosen
+from tests.hygiene.scenarios import SCENARIOS
 
 pytestmark = [
-    pytest.mark.usefixtures("unchecked"),  # with type checks, the search takes ten times as long
     pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork"),
     pytest.mark.skipif(sys.version_info < (3, 11), reason="Flower needs Python 3.11"),
 ]
@@ -26,46 +26,55 @@ CRITICAL = {
 }
 """Where a function that is stopped holds secrets. All other stages: ``python -m tests.hygiene``."""
 
-
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_nothing_is_left_of_a_whole_run(name, tmp_path):
-    found, _, _ = attempt(name, at=None, root=tmp_path)
-    assert found.secrets > 0, "the scenario made no secrets: nothing was tried"
-    assert found.leaks == []
-
-
-@pytest.mark.parametrize(("name", "at"), [(name, at) for name, stages in CRITICAL.items() for at in stages])
-def test_nothing_is_left_whatever_fails(name, at, tmp_path):
-    found, stopped, _ = attempt(name, at=at, root=tmp_path)
-    assert stopped, f"{at} is never called: name a stage that is"
-    assert found.secrets > 0
-    assert found.leaks == []
+FORMS = ("float32", "float64, big-endian", "base64", "hex", "decimal")
+WHOLE = [(name, None) for name in SCENARIOS]
+STOPPED = [(name, at) for name, stages in CRITICAL.items() for at in stages]
+LEAKS = [("leak", form) for form in FORMS]
+REVEALED = ("keys", "keys.py:reveal:")
 
 
-FORMS = ["float32", "float64, big-endian", "base64", "hex", "decimal"]
+@pytest.fixture(scope="module")
+def found():
+    """By case, what was found of it; one process does them all."""
+    cases = [*WHOLE, *STOPPED, *LEAKS, REVEALED]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hygiene.cases"],
+        input=json.dumps(cases),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_planted_leak_is_found(form, tmp_path, monkeypatch):
-    monkeypatch.setitem(SCENARIOS, "leak", leak)
-    monkeypatch.setenv("LEAK", form)
-    found, _, _ = attempt("leak", at=None, root=tmp_path)
-    assert any("work/left" in line for line in found.leaks)
-    if form in ("base64", "hex", "decimal"):
-        assert any("stderr" in line for line in found.leaks)
+@pytest.mark.parametrize("case", WHOLE, ids=str)
+def test_nothing_is_left_of_a_whole_run(found, case):
+    assert found[case]["secrets"] > 0, "the scenario made no secrets: nothing was tried"
+    assert found[case]["leaks"] == []
 
 
-def test_a_traceback_shows_no_values_of_variables(tmp_path, monkeypatch):
+@pytest.mark.parametrize("case", STOPPED, ids=str)
+def test_nothing_is_left_whatever_fails(found, case):
+    assert found[case]["stopped"], "this function is never called: name one that is"
+    assert found[case]["secrets"] > 0
+    assert found[case]["leaks"] == []
+
+
+@pytest.mark.parametrize("case", LEAKS, ids=str)
+def test_a_planted_leak_is_found(found, case):
+    leaks = found[case]["leaks"]
+    assert any("work/left" in line for line in leaks)
+    if case[1] in ("base64", "hex", "decimal"):
+        assert any("stderr" in line for line in leaks)
+
+
+def test_a_traceback_shows_no_values_of_variables(found):
     """Neither typer nor rich prints locals: where one does, a key that a function holds is on the screen."""
-    folder, secrets = tmp_path / "folder", tmp_path / "secrets"
-    folder.mkdir()
-    secrets.mkdir()
-    stopped, _ = run(SCENARIOS["keys"], at="keys.py:reveal:", folder=folder, secrets=secrets)
-    assert stopped
-    text = (folder / "stderr").read_text()
-    assert "StoppedError: stopped in keys.py:reveal" in text
-    assert "locals" not in text
-    assert (folder / "locals.txt").read_text().count("<secret>") > 0
+    assert found[REVEALED]["stopped"]
+    assert "StoppedError: stopped in keys.py:reveal" in found[REVEALED]["stderr"]
+    assert "locals" not in found[REVEALED]["stderr"]
 
 
 def test_stages_are_spread():
