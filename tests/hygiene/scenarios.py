@@ -67,7 +67,7 @@ def flower() -> None:
     """Nodes with locks and masks train for two rounds."""
     from pathlib import Path
 
-    from fedkl.flower import LockMod, MaskMod, public_arrays
+    from fedkl.flower import LockMod, Masked, MaskMod, public_arrays
     from tests.flower.cohorts import app_of, cohort, run
     from tests.flower.setting import DEFENSE, honest, net
 
@@ -76,7 +76,7 @@ def flower() -> None:
     folder = cohort(Path("members"), mode="both")
     app = app_of(MaskMod(), LockMod(net, defense=DEFENSE), train=honest)
     initial = public_arrays(net(), defense=DEFENSE)
-    run(folder, app=app, checkpoints=Path("rounds"), initial=initial)
+    run(folder, app=app, checkpoints=Path("rounds"), initial=initial, aggregation=Masked())
 
 
 def leak() -> None:

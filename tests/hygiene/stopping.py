@@ -69,7 +69,7 @@ def _note_secrets(folder: Path) -> None:
         note(dict(self.private_state()))
 
     def write(path: Path, *, kind: str, tensors: Any, passphrase: str | None, **options: Any) -> None:
-        if passphrase is not None:
+        if passphrase is not None and kind != "update":  # that one is of public tensors, as the model is
             note({n: t for n, t in tensors.items() if not n.startswith("start/")})
         written(path, kind=kind, tensors=tensors, passphrase=passphrase, **options)
 

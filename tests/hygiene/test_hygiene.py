@@ -30,13 +30,13 @@ FORMS = ("float32", "float64, big-endian", "base64", "hex", "decimal")
 WHOLE = [(name, None) for name in SCENARIOS]
 STOPPED = [(name, at) for name, stages in CRITICAL.items() for at in stages]
 LEAKS = [("leak", form) for form in FORMS]
-REVEALED = ("keys", "keys.py:reveal:")
+HELD = ("keys", "lockfile.py:save_key:")
 
 
 @pytest.fixture(scope="module")
 def found():
     """By case, what was found of it; one process does them all."""
-    cases = [*WHOLE, *STOPPED, *LEAKS, REVEALED]
+    cases = [*WHOLE, *STOPPED, *LEAKS, HELD]
     done = subprocess.run(
         [sys.executable, "-m", "tests.hygiene.cases"],
         input=json.dumps(cases),
@@ -72,9 +72,9 @@ def test_a_planted_leak_is_found(found, case):
 
 def test_a_traceback_shows_no_values_of_variables(found):
     """Neither typer nor rich prints locals: where one does, a key that a function holds is on the screen."""
-    assert found[REVEALED]["stopped"]
-    assert "StoppedError: stopped in keys.py:reveal" in found[REVEALED]["stderr"]
-    assert "locals" not in found[REVEALED]["stderr"]
+    assert found[HELD]["stopped"]
+    assert "StoppedError: stopped in lockfile.py:save_key" in found[HELD]["stderr"]
+    assert "locals" not in found[HELD]["stderr"]
 
 
 def test_stages_are_spread():
