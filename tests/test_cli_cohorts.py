@@ -464,3 +464,23 @@ def test_a_file_that_is_in_use(founded):
     with MemberFile.open(founded.root / "a" / "a.secret", passphrase=PASSPHRASE):
         message = founded.refused("a", "cohort", "join", "study.cohort")
     assert "a.secret: in use, by another process" in message
+
+
+def test_what_expires_soon_is_announced(founded, monkeypatch):
+    shown = {
+        "cohort": ("study.cohort", 80, "Cohort study expires in 10 days"),
+        "member": ("a.member", 345, "20"),
+    }
+    for command, (name, days, says) in shown.items():
+        assert "expires" not in founded("a", command, "show", name)[1]
+        with monkeypatch.context() as patch:
+            for module in (cohort, "fedkl.cli.member"):
+                day = TODAY + timedelta(days=days)
+                if isinstance(module, str):
+                    patch.setattr(f"{module}.today", lambda day=day: day)
+                else:
+                    patch.setattr(module, "today", lambda day=day: day)
+            code, text = founded("a", command, "show", name)
+        assert code == 0, text
+        assert says in text
+        assert "Run `fedkl" in text.replace("run `fedkl", "Run `fedkl")

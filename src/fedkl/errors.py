@@ -27,6 +27,10 @@ class KeyFileError(FedKLError):
     """A key or lock file is missing, damaged, foreign, or does not open with this passphrase."""
 
 
+class NewerFormatError(FedKLError):
+    """A file was written by a newer version of fedkl. It is neither taken for damaged nor replaced."""
+
+
 class SecretError(FedKLError):
     """Something would have carried a secret (key, lock layer, private statistics) outside the client."""
 

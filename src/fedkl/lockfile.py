@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import safetensors.torch
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fedkl.errors import KeyFileError, LockError, shown, warn
 from fedkl.files import PRIVATE_FILE, create_once, open_to_others, put, read_file, remove_parts
+from fedkl.formats import check_version
 from fedkl.keys import Key
 from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
@@ -39,7 +40,9 @@ PASSPHRASE_VARIABLE = "FEDKL_PASSPHRASE"  # noqa: S105 (a name, not a passphrase
 
 MAGIC = b"FEDKLSEC"
 """How these files begin."""
-_VERSION = 1
+VERSIONS: dict[str, int] = dict.fromkeys(get_args(FileKind), 1)
+"""By kind: of the container and of what is in it."""
+
 _SCRYPT = {"n": 2**15, "r": 8, "p": 1}
 _MAX_HEADER = 4096
 _MAX_PASSPHRASE = 4096
@@ -77,6 +80,7 @@ def load_key(path: str | Path, *, passphrase: str | None) -> Key:
     Raises:
         KeyFileError: The file is missing, truncated, altered, foreign, of another kind, or does not open
             with this passphrase.
+        NewerFormatError: A newer fedkl wrote it.
     """
     meta, tensors = read(Path(path), kind="key", passphrase=passphrase)
     return key_of(Path(path), meta, tensors)
@@ -91,7 +95,7 @@ def key_of(path: Path, meta: dict[str, Any], tensors: NamedTensors) -> Key:
     try:
         return Key(tensors["key"], distribution=meta["distribution"])
     except (KeyError, LockError) as error:
-        raise KeyFileError(f"{path}: holds no usable key; written by another version of fedkl?") from error
+        raise KeyFileError(f"{path}: holds no usable key. Restore it from a backup.") from error
 
 
 def byte_tensor(data: bytes) -> Tensor:
@@ -194,7 +198,12 @@ def write(
 
 
 def read(path: Path, *, kind: FileKind, passphrase: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads what `write` wrote; every way in which a file can be unusable gives one clear error."""
+    """Reads what `write` wrote; every way in which a file can be unusable gives one clear error.
+
+    Raises:
+        KeyFileError: It cannot be used.
+        NewerFormatError: A newer fedkl wrote it.
+    """
     header, fields, body = _parse(path)
     if fields["kind"] != kind:
         raise KeyFileError(f"{path}: expected a {kind} file, this is a {shown(fields['kind'])[1:-1]} file.")
@@ -279,7 +288,7 @@ def _scrypt(passphrase: bytes, salt: bytes, n: int, r: int, p: int) -> bytes:
 
 
 def _header(fields: dict[str, Any]) -> bytes:
-    text = json.dumps({"version": _VERSION, **fields}, sort_keys=True).encode()
+    text = json.dumps({"version": VERSIONS[fields["kind"]], **fields}, sort_keys=True).encode()
     return MAGIC + len(text).to_bytes(4, "big") + text
 
 
@@ -298,14 +307,17 @@ def _parse(path: Path) -> tuple[bytes, dict[str, Any], bytes]:
         raise KeyFileError(f"{path}: truncated: the header is not complete.")
     try:
         fields = parse_json_object(data[start : start + length])
+        check_version(fields["version"], source=path, reads=VERSIONS.get(str(fields.get("kind")), 1))
         _check_fields(fields)
     except (ValueError, KeyError, TypeError) as error:
-        raise KeyFileError(f"{path}: the header is damaged, or of an unknown version.") from error
+        raise KeyFileError(f"{path}: the header is damaged.") from error
     return data[: start + length], fields, data[start + length :]
 
 
 def _check_fields(fields: dict[str, Any]) -> None:
-    if fields["version"] != _VERSION or fields["encryption"] not in ("none", "aes-256-gcm"):
+    if type(fields["version"]) is not int or fields["version"] < 1:
+        raise ValueError
+    if fields["encryption"] not in ("none", "aes-256-gcm"):
         raise ValueError
     if type(fields["length"]) is not int or not isinstance(fields["kind"], str):
         raise TypeError

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from fedkl.errors import ConfigError, SecretError, UpdateError, gathered, shown
 from fedkl.files import PRIVATE_FILE, put, read_file
+from fedkl.formats import check_version, version_of
 from fedkl.parsing import parse_tensors
 from fedkl.types import NamedTensors
 
 PRIVATE_STATE = "fedkl-private"
 """In the metadata that PyTorch keeps with a module's state: the state holds what a lock kept private."""
 
-_FORMAT, _KIND, _PRIVATE = "fedkl-model-1", "public", "private"
+_NAME, _VERSION, _KIND, _PRIVATE = "fedkl-model", 1, "public", "private"
+_FORMAT = f"{_NAME}-{_VERSION}"
 _OURS = "fedkl-"  # before the format of every file that fedkl writes
 _MODE = 0o644
 _MAX_MODEL = 2**34  # bytes
@@ -106,10 +108,12 @@ def read_model(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: It cannot be read, or is something else that fedkl wrote, e.g. one client's update, or
             its whole model.
+        NewerFormatError: A newer fedkl wrote it.
     """
     remedy = "Give a safetensors file of the model's public tensors."
     tensors, about = read_tensors(path, limit=_MAX_MODEL, problem=f"{path}: cannot be read", remedy=remedy)
     form = about.get("format", "")
+    check_version(version_of(form, name=_NAME), source=path, reads=_VERSION)
     if form.startswith(_OURS) and (form, about.get("kind")) != (_FORMAT, _KIND):
         expected = f"expected {_FORMAT!r} of kind {_KIND!r}"
         raise ConfigError(

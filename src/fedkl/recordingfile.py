@@ -20,12 +20,14 @@ from torch import Tensor
 
 from fedkl.errors import ConfigError, shown
 from fedkl.files import PRIVATE_FILE, PRIVATE_FOLDER, make_folder, read_file, write_atomically
+from fedkl.formats import check_version, version_of
 from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
 
 RECEIVED, SENT, ABOUT = "received.safetensors", "sent.safetensors", "about.json"
 
-_FORMAT = "fedkl-recording-1"
+_NAME, _VERSION = "fedkl-recording", 1
+_FORMAT = f"{_NAME}-{_VERSION}"
 _ROUND = re.compile(r"round-(\d{1,12})")
 _MAX_TENSORS, _MAX_ABOUT = 2**34, 2**20  # bytes of a file
 
@@ -68,10 +70,13 @@ class Recording:
 
         Raises:
             ConfigError: It is not there, not whole, damaged, or of another format.
+            NewerFormatError: A newer fedkl wrote it.
         """
         try:
             about = parse_json_object(read_file(folder / ABOUT, limit=_MAX_ABOUT))
-            if about.pop("format", None) != _FORMAT or type(masked := about.pop("masked", None)) is not bool:
+            form, masked = about.pop("format", None), about.pop("masked", None)
+            check_version(version_of(form, name=_NAME), source=folder, reads=_VERSION)
+            if form != _FORMAT or type(masked) is not bool:
                 raise ValueError(f"{ABOUT} is not of a {_FORMAT}")
             received, sent = (_tensors(folder / name) for name in (RECEIVED, SENT))
         except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Run directories: everything a run leaves behind, appended as it happens, so that it can be continued.
 
 config.toml                 the complete experiment
-environment.json            versions and machine, in words
+environment.json            versions and machine, in words, and the version of the directory
 results.jsonl               one JSON object a line
 ledger.jsonl                what a training's rounds spent of each client's privacy, if it gives a guarantee
 reconstructions/*.safetensors   images of an attack, one file per (arm, trial)
@@ -28,10 +28,12 @@ from torch import Tensor
 from fedkl import config as configs
 from fedkl.errors import ConfigError, gathered
 from fedkl.files import read_file, remove_parts, write_atomically
+from fedkl.formats import check_version
 from fedkl.parsing import parse_json_object, parse_tensors, parse_toml
 from fedkl.types import NamedTensors
 from fedkl.validation import problems_of
 
+_VERSION = 1
 _MAX_JSON = 2**28  # bytes of a JSON file, and of
 _MAX_TENSORS = 2**32  # a file of tensors
 _OURS = (
@@ -178,10 +180,12 @@ class RunDirectory:
         Raises:
             ConfigError: The folder holds another run or a link that would be written through, or cannot be
                 written.
+            NewerFormatError: A newer fedkl wrote it.
         """
         run, data = cls(path), configs.dump(config).encode()
         with run.writing():
             run._refuse_links()
+            run._check_version()
             present = run._bytes("config.toml")
             begun = any((path / name).exists() for name in ("results.jsonl", "checkpoints", "summary.json"))
             if present is not None and begun and not same_experiment(present, data):
@@ -205,12 +209,15 @@ class RunDirectory:
 
         Raises:
             ConfigError: There is no run.
+            NewerFormatError: A newer fedkl wrote it.
         """
         if not is_run(path):
             raise ConfigError(
                 f"{path}: not a run directory (no config.toml). Give the folder of a fedkl run."
             )
-        return cls(path)
+        run = cls(path)
+        run._check_version()
+        return run
 
     @property
     def config(self) -> configs.TrainConfig | configs.AttackConfig:
@@ -352,6 +359,11 @@ class RunDirectory:
                 "make room, then the same command goes on from there."
             ) from error
 
+    def _check_version(self) -> None:
+        with contextlib.suppress(ValueError):  # damaged: who needs it says so
+            found = parse_json_object(self._bytes("environment.json") or b"{}")
+            check_version(found.get("version"), source=self.path, reads=_VERSION)
+
     def _refuse_links(self) -> None:
         """A link would lead what is written, and what is removed, out of the folder."""
         for name in _OURS:
@@ -434,6 +446,7 @@ def _reason(error: Exception) -> str:
 def _environment(version: str) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
+        "version": _VERSION,
         "fedkl": version,
         "python": platform.python_version(),
         "torch": torch.__version__,

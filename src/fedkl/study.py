@@ -14,11 +14,14 @@ from fedkl import config as configs
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.errors import ConfigError, FedKLError, printable
 from fedkl.files import exclusive, make_folder, read_file, write_atomically
+from fedkl.formats import check_version
 from fedkl.parsing import parse_json_object
 from fedkl.runs import RunDirectory, is_run, same_experiment
 
 _MARK = "reproduce.json"
 """Says whose a table's folder is."""
+
+_VERSION = 1
 
 
 @runtime_checkable
@@ -70,6 +73,7 @@ def holds_other(folder: Path, experiment: TrainConfig | AttackConfig) -> bool:
     begun = any((folder / name).exists() for name in ("results.jsonl", "checkpoints", "summary.json"))
     if not begun or not path.is_file():
         return False
+    RunDirectory.open(folder)  # names one of a newer version
     return not same_experiment(path.read_bytes(), configs.dump(experiment).encode())
 
 
@@ -83,6 +87,7 @@ def claim(out: Path, *, table: str, places: Iterable[Path]) -> None:
 
     Raises:
         ConfigError: It holds a run, another table or files of no table, or cannot be written.
+        NewerFormatError: A newer fedkl wrote it.
     """
     try:
         found = _table_in(out)
@@ -97,7 +102,7 @@ def claim(out: Path, *, table: str, places: Iterable[Path]) -> None:
                 "Choose another --out, or remove the folder."
             )
         make_folder(out)
-        write_atomically(out / _MARK, (json.dumps({"table": table}) + "\n").encode())
+        write_atomically(out / _MARK, (json.dumps({"version": _VERSION, "table": table}) + "\n").encode())
     except OSError as error:
         raise ConfigError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error
 
@@ -105,7 +110,7 @@ def claim(out: Path, *, table: str, places: Iterable[Path]) -> None:
 def _table_in(out: Path) -> str | None:
     """The name of the table that a folder is marked with; None if there is no mark."""
     try:
-        found = parse_json_object(read_file(out / _MARK)).get("table")
+        found = parse_json_object(read_file(out / _MARK))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -113,7 +118,8 @@ def _table_in(out: Path) -> str | None:
             f"{out / _MARK}: damaged ({error}), expected the name of a table. Remove it, or choose another "
             "--out."
         ) from error
-    return printable(str(found))
+    check_version(found.get("version"), source=out / _MARK, reads=_VERSION)
+    return printable(str(found.get("table")))
 
 
 def refuse_others(cells: Mapping[Path, TrainConfig | AttackConfig]) -> None:

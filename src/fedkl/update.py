@@ -12,12 +12,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedkl.errors import FedKLError, SecretError, UpdateError, gathered, shown
+from fedkl.errors import FedKLError, NewerFormatError, SecretError, UpdateError, gathered, shown
+from fedkl.formats import check_version, version_of
 from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
 
 UpdateKind = Literal["gradient", "weights"]
-_FORMAT = "fedkl-update-1"
+_NAME, _VERSION = "fedkl-update", 1
+_FORMAT = f"{_NAME}-{_VERSION}"
 
 MAX_SAMPLES = 10**12  # more than any client holds; sums of so many weights stay exact in float64
 _MAX_ROUND = 10**12
@@ -187,9 +189,12 @@ def _parsed(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     problem = UpdateError(f"Update refused: these are not the bytes of a {_FORMAT} file. Send it again.")
     try:
         tensors, beside = parse_tensors(data)
+        check_version(version_of(beside["format"], name=_NAME), source="Update refused", reads=_VERSION)
         header = parse_json_object(beside["update"])
         counts_ok = all(type(header[name]) is int for name in ("num_samples", "round"))
         valid = beside["format"] == _FORMAT and counts_ok and header["kind"] in get_args(UpdateKind)
+    except NewerFormatError as error:
+        raise UpdateError(str(error)) from error
     except (ValueError, KeyError) as error:
         raise problem from error
     if not valid:

@@ -93,7 +93,7 @@ def test_files_that_do_not_fit_are_refused(file):
     odd = {name: t for name, t in tensors.items() if name != "up1.bias"} | {"extra": torch.ones(1)}
     cases = [
         (tensors, fields | {"architecture": "transformer"}, "architecture 'transformer'"),
-        (tensors, fields | {"later": 1}, "another version"),
+        (tensors, fields | {"later": 1}, "other fields"),
         (tensors, fields | {"latent": 5}, r"'spread.weight' has shape \(128, 36\), expected \(128, 37\)"),
         (tensors, fields | {"classes": 0}, "classes: expected 1 to 10000, got 0"),
         (tensors, fields | {"channels": 4}, "channels: expected 1 to 3, got 4"),
@@ -102,11 +102,11 @@ def test_files_that_do_not_fit_are_refused(file):
         (tensors | {"up1.bias": tensors["up1.bias"].double()}, fields, "'up1.bias' has dtype torch.float64"),
         (tensors | {"\x1b[2J": torch.ones(())}, fields, r"'\\x1b\[2J' is unexpected"),
         (tensors, fields | {"architecture": ["x" * 10_000]}, "architecture \"?.'xxx"),
-        (tensors, fields | {"dataset": ["mnist"]}, "another version"),
-        (tensors, fields | {"seed": True}, "another version"),
-        (tensors, fields | {"command": None}, "another version"),
-        (tensors, {name: value for name, value in fields.items() if name != "width"}, "another version"),
-        (tensors, fields | {"latent": "4"}, "another version"),
+        (tensors, fields | {"dataset": ["mnist"]}, "other fields"),
+        (tensors, fields | {"seed": True}, "other fields"),
+        (tensors, fields | {"command": None}, "other fields"),
+        (tensors, {name: value for name, value in fields.items() if name != "width"}, "other fields"),
+        (tensors, fields | {"latent": "4"}, "other fields"),
         (tensors, fields | {"latent": 10**4000}, "latent: expected 1 to 4096, got 1000"),
         (tensors, [fields], "is damaged, or no generator"),
     ]

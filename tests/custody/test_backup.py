@@ -178,7 +178,7 @@ def test_every_flipped_byte_of_a_backup_is_refused_before_anything_is_written(st
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 2}, "a backup of version 2, expected 1"),
+        ({"version": 0}, "a backup of version 0, expected 1"),
         ({"ledger": {}}, "holds no backup that can be used"),
         ({"journal": 1}, "holds no backup"),
         ({"more": 1}, "holds no backup"),

@@ -97,7 +97,7 @@ def test_a_line_that_was_cut_off_hides_no_other(store, folder, cut):
 
 @pytest.mark.parametrize(
     "line",
-    [b"[]", b"{}", b"\xff", b"[" * 5000, b'{"version": 2, "when": "2026-11-29T12:00:00+00:00"}', b"NaN"],
+    [b"[]", b"{}", b"\xff", b"[" * 5000, b'{"version": 0, "when": "2026-11-29T12:00:00+00:00"}', b"NaN"],
 )
 def test_lines_that_are_none_are_counted_and_left_out(folder, line):
     journal = Journal(folder)

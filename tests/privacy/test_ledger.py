@@ -151,7 +151,7 @@ def test_half_a_line_is_a_round_that_was_not_begun(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        {"version": 2, "round": 0, "delta": 1e-5, "epsilon": {"a": 1.0}},
+        {"version": 0, "round": 0, "delta": 1e-5, "epsilon": {"a": 1.0}},
         {"version": 1, "round": 0, "delta": 1e-6, "epsilon": {"a": 1.0}},
         {"version": 1, "round": -1, "delta": 1e-5, "epsilon": {"a": 1.0}},
         {"version": 1, "round": 0, "delta": 1e-5, "epsilon": {"a": -1.0}},

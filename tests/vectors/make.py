@@ -17,15 +17,26 @@ import torch
 from torch import nn
 
 import fedkl
-from fedkl import Key, experiments, lockfile, modelfile
+from fedkl import Key, experiments, lockfile, modelfile, study
+from fedkl.attacks.generators.files import ConditionalGenerator, GeneratorInfo, save_generator
+from fedkl.auditing.run import _Folder
 from fedkl.config import AttackConfig, DataConfig, ModelConfig, TrainConfig
+from fedkl.custody import ClientStore
+from fedkl.custody.backup import write_backup
+from fedkl.custody.journal import Journal
 from fedkl.defenses import KeyLock
 from fedkl.federated import Checkpoints, FederatedTraining, LocalTraining
 from fedkl.masking import Call, Contribution, Layout, MaskedSum, Member, MemberFile, Rules
 from fedkl.masking.exchange import found_cohort, new_member
+from fedkl.masking.schedule import Secret
 from fedkl.masking.sums import sum_tensors
 from fedkl.masking.texts import card_values
+from fedkl.masking.update_file import UpdateFile
+from fedkl.privacy import Entry, LedgerFile
+from fedkl.recordingfile import Recording
+from fedkl.runs import RunDirectory
 from fedkl.update import TensorSpec
+from tests.auditing.audits import audit, finding, not_run
 from tests.federated.setting import TwoNorms, everything, federation, sample, seeded
 
 PASSPHRASE = "correct horse"
@@ -207,6 +218,77 @@ def _members(folder: Path) -> dict:
     return values
 
 
+def _recording(folder: Path) -> dict:
+    about = {"round": 1, "config": {"lr": 0.1}, "metrics": {"metrics": {"num-examples": 8}}}
+    Recording(received=trained(0), sent=trained(1), about=about).write(folder / "recording")
+    return {"recording": digest(trained(1))}
+
+
+def _ledger(folder: Path) -> dict:
+    LedgerFile(folder / "ledger.jsonl", delta=1e-5).append(Entry(round=0, epsilon={"client-0": 0.5}))
+    return {"ledger.jsonl": 0.5}
+
+
+KEY, CALL = Secret(bytes(range(32))), Call(run=RUN, round=0, attempt=0, cohort=MEMBERS)
+"""Of the update of a member."""
+
+
+def _update_file(folder: Path) -> dict:
+    path = folder / "ward-a.study.update"
+    UpdateFile(path, key=KEY).write(CALL, Contribution(tensors=trained(1), samples=1, metrics={"loss": 0.25}))
+    return {path.name: digest(trained(1))}
+
+
+def _calls(folder: Path) -> dict:
+    from fedkl.flower.calls import Calls
+
+    calls = Calls(folder / "calls", None)
+    return {"calls": [calls.next(), calls.run.hex()]}
+
+
+def _audit(folder: Path) -> dict:
+    kept = _Folder(folder / "audit")
+    kept.path.mkdir()
+    made = audit(finding(), not_run())
+    kept.begin(made.settings)
+    kept.append(*made.findings, *made.not_run)
+    kept.finish(60.0)
+    return {"audit": text_digest(kept.audit().model_dump(mode="json"))}
+
+
+def _table(folder: Path) -> dict:
+    study.claim(folder / "table", table="table6", places=[])
+    return {"table": "table6"}
+
+
+def _generator(folder: Path) -> dict:
+    info = GeneratorInfo(dataset="noise", classes=2, channels=1, latent=4, width=1)
+    generator = seeded(lambda: ConditionalGenerator(info))
+    save_generator(generator, folder / "noise.generator")
+    return {"noise.generator": digest({n: t.half() for n, t in generator.state_dict().items()})}
+
+
+def _begun(folder: Path) -> dict:
+    RunDirectory.create(folder / "run", config=TrainConfig(), version="0.1.0")
+    return {"run": None}
+
+
+def _store(folder: Path) -> dict:
+    store = ClientStore(folder / "store", passphrase=PASSPHRASE)
+    with store.client("ward-3", model=net(), defense=DEFENSE) as client:
+        store.save(client)
+        return {"store": client.ledger.saved}
+
+
+def _custody(folder: Path) -> dict:
+    store = ClientStore(folder / "store", passphrase=PASSPHRASE)
+    with store.client("ward-3", model=net(), defense=DEFENSE):
+        pass
+    file = folder / "ward-3.backup"
+    write_backup(folder / "store", "ward-3", out=file, passphrase=PASSPHRASE, backup_passphrase=PASSPHRASE)
+    return {file.name: 1, "store": len(Journal(folder / "store" / "ward-3").read()[0])}
+
+
 KINDS = {
     "keys": _keys,
     "locks": _locks,
@@ -216,6 +298,16 @@ KINDS = {
     "models": _models,
     "runs": _runs,
     "members": _members,
+    "recording": _recording,
+    "ledger": _ledger,
+    "update-file": _update_file,
+    "calls": _calls,
+    "audit": _audit,
+    "table": _table,
+    "generator": _generator,
+    "begun": _begun,
+    "store": _store,
+    "custody": _custody,
 }
 
 

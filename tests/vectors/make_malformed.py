@@ -65,7 +65,12 @@ def keys() -> None:
     )
     put("key", "nonce-too-long", sealed(fields | {"nonce": "00" * 13}, body), "header is damaged")
     put("key", "salt-too-short", sealed(fields | {"salt": "00"}, body), "header is damaged")
-    put("key", "version-2", sealed(fields | {"version": 2}, body), "unknown version")
+    put(
+        "key",
+        "version-2",
+        sealed(fields | {"version": 2}, body),
+        "written by a newer fedkl (format 2; this one reads up to 1)",
+    )
     deep = b"[" * 4000
     put("key", "header-nested", b"FEDKLSEC" + len(deep).to_bytes(4, "big") + deep, "header is damaged")
     fields, body = container(plain)

@@ -14,7 +14,15 @@ from torch import nn
 
 import fedkl
 from fedkl import PublicUpdate, config, modelfile, report
-from fedkl.errors import ConfigError, FedKLError, KeyFileError, MaskingError, SecretError, UpdateError
+from fedkl.errors import (
+    ConfigError,
+    FedKLError,
+    KeyFileError,
+    MaskingError,
+    NewerFormatError,
+    SecretError,
+    UpdateError,
+)
 from fedkl.federated import Checkpoints
 from fedkl.locking import read_lock
 from fedkl.masking import Call, Contribution, MemberFile, Rules
@@ -43,7 +51,7 @@ MALFORMED = HERE / "malformed"
 GOOD = json.loads((FIRST / "good.json").read_text())
 INDEX = json.loads((MALFORMED / "index.json").read_text())
 REFUSALS: dict[str, tuple[type[FedKLError], ...]] = {
-    "key": (KeyFileError,),
+    "key": (KeyFileError, NewerFormatError),
     "plainkey": (KeyFileError,),
     "lock": (KeyFileError,),
     "update": (UpdateError, SecretError),

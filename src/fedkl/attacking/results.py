@@ -15,6 +15,7 @@ from fedkl.attacks import Reason
 from fedkl.config import AttackConfig
 from fedkl.defenses import Arm
 from fedkl.errors import ConfigError, shown
+from fedkl.formats import check_version
 from fedkl.metrics import success_rate, summarize
 from fedkl.runs import Count, Needed, RunDirectory, Seconds, Share, Word, damaged_summary
 from fedkl.validation import problems_of
@@ -174,12 +175,14 @@ def attack_summary(directory: RunDirectory) -> dict[str, Any] | None:
 
     Raises:
         ConfigError: It is damaged, or of another experiment.
+        NewerFormatError: A newer fedkl wrote it.
     """
     config, summary = directory.config, directory.summary
     if not isinstance(config, AttackConfig):
         raise ConfigError(f"{directory.path}: not an attack.")
     if summary is None:
         return None
+    check_version(summary.get("version"), source=directory.path / "summary.json", reads=VERSION)
     try:
         _AttackSummary.model_validate(summary)
         problems = _arm_problems(summary, config)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedkl.errors import ConfigError, gathered
 from fedkl.files import read_file
+from fedkl.formats import check_version
 from fedkl.parsing import parse_json_object
 from fedkl.runs import Count, Seconds, Share, Word
 from fedkl.validation import problems_of
@@ -238,7 +239,8 @@ class Audit(Record):
         """What an audit's folder holds; the last line may be half, where a machine stopped.
 
         Raises:
-            ConfigError: It is no audit's folder, or a file is damaged or of a newer version.
+            ConfigError: It is no audit's folder, or a file is damaged.
+            NewerFormatError: A newer fedkl wrote it.
         """
         settings = _parsed(Settings, folder / "audit.json")
         found = list(_lines(folder / "results.jsonl"))
@@ -263,6 +265,7 @@ def _parsed(kind: type[AnyRecord], path: Path) -> AnyRecord:
         raise ConfigError(
             f"{path}: cannot be read ({error}). Repeat the audit into another folder."
         ) from error
+    check_version(values.get("version"), source=path, reads=VERSION)
     if values.get("version", VERSION) != VERSION:
         raise ConfigError(f"{path}: of another version of fedkl. Read it with that, or repeat the audit.")
     try:

@@ -146,9 +146,12 @@ def cohort_end(path: CohortArgument, member: MemberOption = None) -> None:
 def cohort_show(path: CohortArgument) -> None:
     """Says who is in a cohort, by which rules, until when, and its fingerprint."""
     from fedkl.masking.exchange import read_cohort
+    from fedkl.masking.expiry import notices
 
     sealed = read_cohort(path)
     _describe(sealed)
+    for notice in notices(sealed.roster, today=today()):
+        tell(notice)
     _show_fingerprint(sealed.roster)
 
 

@@ -56,8 +56,11 @@ def member_show(path: Annotated[Path, typer.Argument(help="A card, NAME.member."
     """Checks a card, and says whose it is."""
     from fedkl.masking.cards import CARD_DAYS, date_problem
     from fedkl.masking.exchange import read_card
+    from fedkl.masking.expiry import card_notice
 
     card = read_card(path)
     problem = date_problem(card.expires, today=today(), days=CARD_DAYS)
     good = f"{problem}: ask for a new one" if problem else f"good until {card.expires}"
     tell(f"{path}: the card of {card.name}, whole, {good}.")
+    if notice := card_notice(card, today=today()):
+        tell(notice)

@@ -25,6 +25,7 @@ from fedkl.custody.member import identity_of, secret_file
 from fedkl.custody.store import LOCK, ClientStore, client_folder
 from fedkl.errors import ConfigError, FedKLError, KeyFileError
 from fedkl.files import PRIVATE_FILE, PRIVATE_FOLDER, make_folder, rename_new, write_atomically
+from fedkl.formats import check_version
 from fedkl.locking.options import LockOptions
 from fedkl.masking.contents import SUFFIX, Content
 from fedkl.types import NamedTensors
@@ -130,11 +131,12 @@ def read_backup(path: Path, *, passphrase: str) -> Backup:
         KeyFileError: It does not open, is damaged, of another version, or a part of it could not be used.
     """
     meta, tensors = lockfile.read(path, kind="backup", passphrase=passphrase)
+    check_version(meta.get("version"), source=path, reads=_VERSION)
     try:
         if meta.get("version") != _VERSION:
             raise KeyFileError(
                 f"{path}: a backup of version {meta.get('version')!s:.20}, expected {_VERSION}. Use the "
-                "fedkl that wrote it, or a later one."
+                "fedkl that wrote it."
             )
         if set(meta) != _FIELDS or not all(type(meta[name]) is str for name in ("client", "made", "journal")):
             raise ValueError
@@ -148,7 +150,7 @@ def read_backup(path: Path, *, passphrase: str) -> Backup:
         return Backup(
             client=meta["client"],
             made=meta["made"],
-            ledger=None if meta["ledger"] is None else Ledger.of(meta["ledger"]),
+            ledger=None if meta["ledger"] is None else Ledger.of(meta["ledger"], source=path),
             journal=meta["journal"].encode(),
             lock=lock,
             member=None if member is None else Content.of(path, *member),

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fedkl.errors import KeyFileError
 from fedkl.files import PRIVATE_FILE, create_once, make_folder, read_file
+from fedkl.formats import check_version
 from fedkl.lockfile import config_folder
 from fedkl.parsing import parse_json_object
 
@@ -63,10 +64,13 @@ class Entry:
         """As it was written down.
 
         Raises:
-            ValueError: It was cut off, is damaged, or of another version.
+            NewerFormatError: A newer fedkl wrote it.
+            ValueError: It was cut off, or is damaged.
         """
         values = parse_json_object(line)
-        if values.pop("version", None) != _VERSION or not isinstance(values.get("when"), str):
+        version = values.pop("version", None)
+        check_version(version, source=JOURNAL, reads=_VERSION)
+        if version != _VERSION or not isinstance(values.get("when"), str):
             raise ValueError("expected a line of this version")
         when = datetime.fromisoformat(values.pop("when"))
         texts = [values.get(name) for name in ("what", "machine", "about")]
@@ -95,6 +99,7 @@ class Journal:
 
         Raises:
             KeyFileError: The file cannot be read at all.
+            NewerFormatError: A newer fedkl wrote a line.
         """
         return entries_of(self.content())
 

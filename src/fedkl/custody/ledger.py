@@ -20,10 +20,12 @@ from typing import Any
 
 from fedkl.errors import KeyFileError, shown
 from fedkl.files import PRIVATE_FILE, create_once, read_file, write_atomically
+from fedkl.formats import check_version
 from fedkl.lockfile import config_folder
 from fedkl.parsing import parse_json_object
 
 _NAME = "ledger.json"
+_VERSION = 1
 _LIMIT = 4096
 
 
@@ -49,10 +51,11 @@ class Ledger:
 
         Raises:
             KeyFileError: It is damaged.
+            NewerFormatError: A newer fedkl wrote it.
         """
         path = folder / _NAME
         try:
-            return cls.of(parse_json_object(read_file(path, limit=_LIMIT, follow=False)))
+            return cls.of(parse_json_object(read_file(path, limit=_LIMIT, follow=False)), source=path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
@@ -61,15 +64,23 @@ class Ledger:
             ) from error
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Ledger:
+    def of(cls, values: dict[str, Any], *, source: Path) -> Ledger:
         """The ledger that `values` gave.
 
+        Args:
+            values: What was read.
+            source: The file that it is from; errors name it.
+
         Raises:
+            NewerFormatError: A newer fedkl wrote it.
             TypeError: They are not those of one.
         """
-        ledger = cls(**values)
+        version = values.get("version", 1)  # the first ones had none
+        check_version(version, source=source, reads=_VERSION)
+        ledger = cls(**{name: value for name, value in values.items() if name != "version"})
         if not (
-            isinstance(ledger.client, str)
+            version == _VERSION
+            and isinstance(ledger.client, str)
             and isinstance(ledger.born, str)
             and type(ledger.saved) is int
             and isinstance(ledger.member, str | None)
@@ -79,7 +90,8 @@ class Ledger:
 
     def values(self) -> dict[str, str | int]:
         """All that is known, as JSON can hold it."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return {"version": _VERSION, **known}
 
     def write(self, folder: Path) -> None:
         """Writes it into a client's folder, atomically.
@@ -115,7 +127,7 @@ def remember_birth(store: Path, client: str) -> None:
     """Notes outside of the store that a client has a key in it; nowhere if this user has no home."""
     record = _record(store, client)
     if record is not None:
-        about = {"store": str(store), "client": client, "born": now()}
+        about = {"version": _VERSION, "store": str(store), "client": client, "born": now()}
         try:
             create_once(record, json.dumps(about).encode(), mode=PRIVATE_FILE)
         except OSError:  # a read-only home: the store's own ledger remains

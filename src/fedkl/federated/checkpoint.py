@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fedkl import lockfile
-from fedkl.errors import ConfigError, FedKLError, KeyFileError, gathered, shown, warn
+from fedkl.errors import ConfigError, FedKLError, KeyFileError, NewerFormatError, gathered, shown, warn
 from fedkl.federated.client import Client
 from fedkl.federated.optimizer_state import (
     OptimizerState,
@@ -40,6 +40,7 @@ from fedkl.federated.optimizer_state import (
 )
 from fedkl.federated.simulation import Federation
 from fedkl.files import read_file, remove_parts, write_atomically
+from fedkl.formats import check_version
 from fedkl.keys import Key
 from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
@@ -270,7 +271,7 @@ class Checkpoints:
 
     def _read_manifest(self, path: Path) -> _Manifest:
         try:
-            manifest = _unsealed(read_file(path, limit=_MAX_MANIFEST, follow=False))
+            manifest = _unsealed(read_file(path, limit=_MAX_MANIFEST, follow=False), source=path)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
         except ValueError as error:
@@ -390,6 +391,8 @@ def _first_sound(
     for number, path in enumerate(manifests):
         try:
             found = read(path)
+        except NewerFormatError:  # an older checkpoint would be gone on from, and this one replaced
+            raise
         except FedKLError as error:
             failures.append(error)
             continue
@@ -511,14 +514,16 @@ def _sealed(values: dict[str, Any]) -> bytes:
     return json.dumps({"sha256": _digest(values), **values}).encode()
 
 
-def _unsealed(data: bytes) -> _Manifest:
+def _unsealed(data: bytes, *, source: Path) -> _Manifest:
     """What `_sealed` was given.
 
     Raises:
         ValueError: It is damaged, or not what `Checkpoints` writes.
+        NewerFormatError: A newer fedkl wrote it.
     """
     values = parse_json_object(data)
     digest = values.pop("sha256", None)
+    check_version(values.get("version"), source=source, reads=_VERSION)
     if values.get("version") != _VERSION:
         raise ValueError(f"of version {shown(values.get('version'))}, expected {_VERSION}")
     found = {"masks": ""} | values  # earlier ones had none

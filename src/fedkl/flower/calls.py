@@ -8,10 +8,12 @@ from pathlib import Path
 
 from fedkl.errors import ConfigError, warn
 from fedkl.files import read_file, write_atomically
+from fedkl.formats import check_version
 from fedkl.masking import SealedSum
 from fedkl.parsing import parse_json_object
 
 _FILE, _LIMIT = "calls.json", 1000
+_VERSION = 1
 
 
 class Calls:
@@ -24,7 +26,7 @@ class Calls:
         last: The last sum, whose run goes on.
 
     Raises:
-        ConfigError: The file cannot be read.
+        NewerFormatError: A newer fedkl wrote the file.
     """
 
     def __init__(self, folder: Path | None, last: SealedSum | None) -> None:
@@ -43,7 +45,7 @@ class Calls:
         """
         self.count += 1
         if self._path is not None:
-            text = json.dumps({"run": self.run.hex(), "round": self.count})
+            text = json.dumps({"version": _VERSION, "run": self.run.hex(), "round": self.count})
             try:
                 write_atomically(self._path, text.encode())
             except OSError as error:
@@ -55,6 +57,7 @@ class Calls:
             return b"", 0
         try:
             values = parse_json_object(read_file(self._path, limit=_LIMIT, follow=False))
+            check_version(values.get("version", 1), source=self._path, reads=_VERSION)
             run, count = bytes.fromhex(values["run"]), values["round"]
             if len(run) != 16 or type(count) is not int or count < 0:
                 raise ValueError

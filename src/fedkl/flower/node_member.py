@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from fedkl.flower.node import client_name, node_passphrase, store_folder
 from fedkl.flower.records import tensors_of
 from fedkl.masking import Call, Contribution, ListMessage, Member, MemberFile, Reveal, Upload
 from fedkl.masking.contents import SUFFIX
+from fedkl.masking.expiry import notices
+from fedkl.masking.roster import Roster
 from fedkl.modelfile import write_model
 from fedkl.types import NamedTensors
 
@@ -29,6 +32,7 @@ MEMBER, COHORT = "fedkl-member", "fedkl-cohort"
 
 MEMBER_VARIABLE = "FEDKL_MEMBER"
 _LOG = logging.getLogger("flwr.fedkl")  # among Flower's own lines, in its format
+_TOLD: set[tuple[bytes, date]] = set()  # rosters, and the days on which this process has told of them
 
 
 class NodeMember:
@@ -67,7 +71,9 @@ class NodeMember:
         with MemberFile.open(path, passphrase=node_passphrase(node_config)) as file:
             if home is not None and path.parent.resolve() == home.resolve():
                 admit(home, file)
-            yield cls(file, None if cohort is None else str(cohort))
+            node = cls(file, None if cohort is None else str(cohort))
+            _tell_expiry(node._membership.roster, day=today())
+            yield node
 
     @property
     def who(self) -> Who:
@@ -180,6 +186,14 @@ class NodeMember:
             booleans=booleans,
             today=today,
         )
+
+
+def _tell_expiry(roster: Roster, *, day: date) -> None:
+    """Says once a day what expires soon: a node that nobody looks at would end a training by it."""
+    if (roster.digest, day) not in _TOLD:
+        _TOLD.add((roster.digest, day))
+        for notice in notices(roster, today=day):
+            _LOG.warning("%s", notice)
 
 
 def _home(node_config: Mapping[str, object]) -> Path | None:

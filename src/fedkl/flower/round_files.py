@@ -21,8 +21,9 @@ from flwr.app import MetricRecord
 from torch import Tensor
 
 from fedkl import lockfile
-from fedkl.errors import ConfigError, FedKLError, KeyFileError, shown, warn
+from fedkl.errors import ConfigError, FedKLError, KeyFileError, NewerFormatError, shown, warn
 from fedkl.files import read_file, remove_parts, write_atomically
+from fedkl.formats import check_version
 from fedkl.parsing import parse_json_object
 from fedkl.types import NamedTensors
 
@@ -40,6 +41,7 @@ _PARTS = ("arrays", "memory", "kept")
 _NUMBER = re.compile("0|[1-9][0-9]{0,11}")
 _NOT_FINITE = ("nan", "inf", "-inf")
 _MAX_HISTORY = 2**28
+_HISTORY_VERSION = 1
 _MAKE_ROOM = "Make room or choose another folder; a new start goes on after the last round that was written."
 
 
@@ -104,6 +106,8 @@ class RoundFiles:
         for number in self._rounds():
             try:
                 saved = _read(self.folder / _name(number), number)
+            except NewerFormatError:  # an older round would be gone on from, and this one replaced
+                raise
             except FedKLError as error:
                 failures.append(error)
                 continue
@@ -121,21 +125,28 @@ class RoundFiles:
             ConfigError: The folder is a link, or cannot be written, e.g. because the disk is full.
         """
         self._check_folder()
-        texts = {
+        texts: dict[str, Any] = {
             kind: {number: _mapped(_written, values) for number, values in rounds.items()}
             for kind, rounds in history.items()
         }
         try:
             remove_parts(self.folder, of="history.json")
-            write_atomically(self.folder / "history.json", json.dumps(texts, allow_nan=False).encode())
+            data = json.dumps({"version": _HISTORY_VERSION, **texts}, allow_nan=False).encode()
+            write_atomically(self.folder / "history.json", data)
         except OSError as error:
             raise ConfigError(f"{self.folder}: cannot be written ({error.strerror}). {_MAKE_ROOM}") from error
 
     def history(self, *, until: int) -> History:
-        """The metrics of rounds up to `until`; none, with a warning, if they cannot be read."""
+        """The metrics of rounds up to `until`; none, with a warning, if they cannot be read.
+
+        Raises:
+            NewerFormatError: A newer fedkl wrote them.
+        """
         path = self.folder / "history.json"
         try:
-            history = _history(parse_json_object(read_file(path, limit=_MAX_HISTORY, follow=False)))
+            kinds = parse_json_object(read_file(path, limit=_MAX_HISTORY, follow=False))
+            check_version(kinds.pop("version", 1), source=path, reads=_HISTORY_VERSION)
+            history = _history(kinds)
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError):  # their texts may quote the file

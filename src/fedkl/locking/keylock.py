@@ -527,7 +527,9 @@ def read_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
         options = LockOptions.from_file(meta["options"])
         about = _about(meta.get("about", {}))
     except (KeyError, TypeError, ValueError, AttributeError, LockError) as error:
-        raise KeyFileError(f"{path}: unknown options; written by another version of fedkl?") from error
+        raise KeyFileError(
+            f"{path}: unknown options, not such as fedkl writes. Restore it from a backup."
+        ) from error
     private = _part(tensors, "private/")
     if any(math.prod(shape) > sum(t.numel() for t in private.values()) for shape in options.shapes):
         raise foreign  # before tensors of that size are made

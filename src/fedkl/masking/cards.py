@@ -227,7 +227,8 @@ def date_problem(expires: date, *, today: date, days: int) -> str | None:
     if expires < today:
         return f"expired on {expires}"
     if (expires - today).days > days + _CLOCK_DAYS:
-        return f"claims to be good until {expires}, longer than the {days} days that are allowed"
+        claim = f"claims to be good until {expires}, longer than the {days} days that are allowed"
+        return f"{claim}, or the clock of this machine is behind"
     return None
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from fedkl import lockfile
 from fedkl.errors import KeyFileError, MaskingError, shown
 from fedkl.files import read_file
+from fedkl.formats import check_version
 from fedkl.masking.cards import MemberKeys
 from fedkl.masking.roster import ROSTER_DAYS, Membership, Roster
 from fedkl.masking.schedule import Secret
@@ -65,6 +66,7 @@ class Content:
 
         Raises:
             KeyFileError: It is damaged, foreign, or does not open with this passphrase.
+            NewerFormatError: A newer fedkl wrote it.
         """
         return cls.of(path, *lockfile.read(path, kind="member", passphrase=passphrase))
 
@@ -79,12 +81,14 @@ class Content:
 
         Raises:
             KeyFileError: They are not those of a member.
+            NewerFormatError: A newer fedkl wrote them.
         """
+        check_version(meta.get("version"), source=path, reads=_VERSION)
         try:
             return _content(meta, tensors)
         except (KeyError, TypeError, ValueError, MaskingError) as error:
             raise KeyFileError(
-                f"{path}: holds no member's keys that can be used; written by another version of fedkl?"
+                f"{path}: holds no member's keys that can be used. Restore it from a backup."
             ) from error
 
     def write(self, path: Path, *, passphrase: str, salt: bytes, replace: bool = True) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from fedkl import lockfile
 from fedkl.errors import KeyFileError, MaskingError
+from fedkl.formats import check_version
 from fedkl.masking.contents import count_of, digest_of
 from fedkl.masking.memory import Memory
 from fedkl.masking.schedule import Secret
@@ -64,6 +65,7 @@ class MemoryFile:
 
         Raises:
             MaskingError: It was written, but is not there, is damaged, or older.
+            NewerFormatError: A newer fedkl wrote it.
         """
         try:
             kept = self._read().get(cohort)
@@ -116,14 +118,13 @@ class MemoryFile:
 
     def _from_disk(self) -> dict[str, Kept]:
         meta, _ = lockfile.read(self.path, kind="memory", passphrase=self._key.reveal().hex())
+        check_version(meta.get("version"), source=self.path, reads=_VERSION)
         try:
             if set(meta) != {"version", "cohorts"} or meta["version"] != _VERSION:
                 raise ValueError
             return {name: _kept(values) for name, values in meta["cohorts"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise KeyFileError(
-                f"{self.path}: holds no memory that can be used; written by another version of fedkl?"
-            ) from error
+            raise KeyFileError(f"{self.path}: holds no memory that can be used.") from error
 
     def _write(self, kept: dict[str, Kept]) -> None:
         cohorts = {

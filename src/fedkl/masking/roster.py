@@ -170,7 +170,10 @@ class Roster:
         found = [(what, date_problem(day, today=today, days=days)) for what, day, days in dates]
         problems = [f"{what} {problem}" for what, problem in found if problem]
         if problems:
-            remedy = "Run `fedkl cohort change`, with new cards where they are needed."
+            remedy = (
+                "If that is not today's date, set this machine's clock. Otherwise run `fedkl cohort "
+                "change`, with new cards where they are needed."
+            )
             raise MaskingError(gathered(f"Cohort {self.name} is not good on {today}.", problems, remedy))
 
 

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from fedkl.errors import MaskingError, shown
+from fedkl.formats import check_version
 from fedkl.lockfile import MAGIC
 from fedkl.masking.cards import MemberCard
 from fedkl.masking.fields import Fields
@@ -58,6 +59,7 @@ def card_from_bytes(data: bytes, *, source: object = "Card") -> MemberCard:
 
     Raises:
         MaskingError: It is no card, or altered.
+        NewerFormatError: A newer fedkl wrote it.
     """
     return _parsed(
         data, kind=CARD, limit=MAX_CARD, source=source, build=card_of_values, written=card_to_bytes
@@ -86,6 +88,7 @@ def roster_from_bytes(data: bytes, *, source: object = "Cohort") -> SealedRoster
 
     Raises:
         MaskingError: It is no roster, or altered.
+        NewerFormatError: A newer fedkl wrote it.
     """
     return _parsed(data, kind=COHORT, limit=MAX_COHORT, source=source, build=_sealed, written=roster_to_bytes)
 
@@ -262,6 +265,7 @@ def _values(data: bytes, *, kind: str, limit: int, source: object) -> dict[str, 
             f"{source}: {len(data)} bytes, expected at most {limit} for {_KINDS[kind]}. {_REMEDIES[kind]}"
         )
     version = values.get("version")
+    check_version(version, source=source, reads=VERSION)
     if type(version) is not int or version != VERSION:
         raise MaskingError(
             f"{source}: version {shown(version)[1:-1]}, this fedkl reads version {VERSION}. Take the same "

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedkl.errors import ConfigError
 from fedkl.files import read_file, write_atomically
+from fedkl.formats import check_version
 from fedkl.parsing import parse_json_object
 from fedkl.privacy.ledger import Entry
 
@@ -58,6 +59,7 @@ class LedgerFile:
 
         Raises:
             ConfigError: The file cannot be read, a line is damaged, or a round is missing.
+            NewerFormatError: A newer fedkl wrote it.
         """
         try:
             data = read_file(self._path, limit=_MAX_BYTES) if self._path.exists() else b""
@@ -77,6 +79,7 @@ class LedgerFile:
         return found
 
     def _entry(self, record: dict[str, Any]) -> Entry:
+        check_version(record.get("version"), source=self._path, reads=_VERSION)
         round, spent = record.get("round"), record.get("epsilon")
         if record.get("version") != _VERSION or record.get("delta") != self._delta:
             raise ValueError(f"expected version {_VERSION} and δ = {self._delta} on every line")

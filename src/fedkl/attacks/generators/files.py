@@ -18,6 +18,7 @@ from fedkl.attacks.generators.biggan import BigGANDeep
 from fedkl.attacks.generators.biggan_files import load_biggan
 from fedkl.errors import AttackError, ConfigError, gathered, shown
 from fedkl.files import read_file, write_atomically
+from fedkl.formats import check_version, version_of
 from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import ImageBatch, Labels, NamedTensors
 from fedkl.update import TensorSpec, check_tensors
@@ -29,6 +30,7 @@ IMAGE_SIDE = 32
 """Height and width of what our own generators draw, in pixels."""
 
 _ARCHITECTURE = "deconvolution-32"
+_NAME, _VERSION = "fedkl-generator", 1
 _EMBEDDING = 32
 _CHANNELS = (64, 32)
 _REMEDY = "Train one: `fedkl generator train --data NAME --out FILE`."
@@ -140,7 +142,7 @@ def save_generator(generator: ConditionalGenerator, path: Path) -> None:
     """
     tensors = {name: t.detach().half().contiguous() for name, t in generator.state_dict().items()}
     text = json.dumps({"architecture": _ARCHITECTURE, **asdict(generator.info)}, sort_keys=True)
-    metadata = {"generator": text, "digest": _digest(text, tensors)}
+    metadata = {"format": f"{_NAME}-{_VERSION}", "generator": text, "digest": _digest(text, tensors)}
     try:
         write_atomically(path, safetensors.torch.save(tensors, metadata))
     except OSError as error:
@@ -236,6 +238,8 @@ def _read(source: str) -> bytes:
 def _parse(source: str, data: bytes) -> tuple[GeneratorInfo, dict[str, Tensor]]:
     try:
         tensors, beside = parse_tensors(data)
+        version = version_of(beside.get("format"), name=_NAME)  # the first ones do not say
+        check_version(version, source=f"generator: {source!r}", reads=_VERSION)
         text, digest = beside["generator"], beside["digest"]
         fields = parse_json_object(text)
         architecture = fields.pop("architecture")
@@ -251,7 +255,7 @@ def _parse(source: str, data: bytes) -> tuple[GeneratorInfo, dict[str, Tensor]]:
             f"'{_ARCHITECTURE}'. {_REMEDY}"
         )
     if {name: type(value) for name, value in fields.items()} != _KINDS:
-        raise ConfigError(f"generator: {source!r} is of another version of fedkl. {_REMEDY}")
+        raise ConfigError(f"generator: {source!r} has other fields than this fedkl reads. {_REMEDY}")
     return GeneratorInfo(**fields), tensors
 
 

@@ -1,0 +1,80 @@
+"""Whatever fails, and wherever: no key or lock number in output, runs, temporary files, or objects' texts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.hygiene.__main__ import chosen
+from tests.hygiene.scenarios import SCENARIOS
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork"),
+    pytest.mark.skipif(sys.version_info < (3, 11), reason="Flower needs Python 3.11"),
+]
+
+CRITICAL = {
+    "train": ("lockfile.py:write:", "locking/layers.py:forward:"),
+    "attack": (),
+    "keys": ("files.py:_part:", "lockfile.py:_derive:"),
+    "flower": ("secret_search.py:in_numbers:", "masking/member.py:upload:"),
+}
+"""Where a function that is stopped holds secrets. All other stages: ``python -m tests.hygiene``."""
+
+FORMS = ("float32", "float64, big-endian", "base64", "hex", "decimal")
+WHOLE = [(name, None) for name in SCENARIOS if name != "audit"]  # which takes minutes
+STOPPED = [(name, at) for name, stages in CRITICAL.items() for at in stages]
+LEAKS = [("leak", form) for form in FORMS]
+HELD = ("keys", "lockfile.py:save_key:")
+
+
+@pytest.fixture(scope="module")
+def found():
+    """By case, what was found of it; one process does them all."""
+    cases = [*WHOLE, *STOPPED, *LEAKS, HELD]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hygiene.cases"],
+        input=json.dumps(cases),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=str)
+def test_nothing_is_left_of_a_whole_run(found, case):
+    assert found[case]["secrets"] > 0, "the scenario made no secrets: nothing was tried"
+    assert found[case]["leaks"] == []
+
+
+@pytest.mark.parametrize("case", STOPPED, ids=str)
+def test_nothing_is_left_whatever_fails(found, case):
+    assert found[case]["stopped"], "this function is never called: name one that is"
+    assert found[case]["secrets"] > 0
+    assert found[case]["leaks"] == []
+
+
+@pytest.mark.parametrize("case", LEAKS, ids=str)
+def test_a_planted_leak_is_found(found, case):
+    leaks = found[case]["leaks"]
+    assert any("work/left" in line for line in leaks)
+    if case[1] in ("base64", "hex", "decimal"):
+        assert any("stderr" in line for line in leaks)
+
+
+def test_a_traceback_shows_no_values_of_variables(found):
+    """Neither typer nor rich prints locals: where one does, a key that a function holds is on the screen."""
+    assert found[HELD]["stopped"]
+    assert "StoppedError: stopped in lockfile.py:save_key" in found[HELD]["stderr"]
+    assert "locals" not in found[HELD]["stderr"]
+
+
+def test_stages_are_spread():
+    assert chosen([str(place) for place in range(100)], 4) == ["0", "25", "50", "75"]
