@@ -1,7 +1,7 @@
 """What is run: each does in small what a client's machine does, in the current folder.
 
 A command that handles keys or locks belongs here, as one row: it is then stopped at every stage, and all that
-it left is searched. (Enrolment and the rotation of locks: a function each, and a row in `SCENARIOS`.)
+it left is searched.
 """
 
 from __future__ import annotations
@@ -63,6 +63,29 @@ def keys() -> None:
         _fedkl("key", *words, "client.key")
 
 
+def site():
+    """Who joins, with a network that has seen nothing: what its norms start with is no secret."""
+    from dataclasses import replace
+
+    return replace(subject(), weights=None)
+
+
+def enrolment() -> None:
+    """A client joins a trained model, twice changes its key, and is backed up, checked and restored."""
+    import fedkl
+    from fedkl.modelfile import write_model
+
+    os.environ |= {"FEDKL_PASSPHRASE": PASSPHRASE, "FEDKL_BACKUP_PASSPHRASE": PASSPHRASE + "3"}
+    target, client = "tests.hygiene.scenarios:site", ("--store", "store", "--client", "a")
+    write_model("public.safetensors", fedkl.lock(site().model()).public_state(), rounds=1)
+    _fedkl("enroll", target, "--public", "public.safetensors", "--epochs", "2", *client)
+    for more in (("--keep-function",), ("--epochs", "2")):
+        _fedkl("key", "rotate", *client, "--target", target, "--public", "public.safetensors", *more)
+    _fedkl("store", "backup", "store", "--client", "a", "--out", "a.backup")
+    _fedkl("store", "check", "store")
+    _fedkl("store", "restore", "a.backup", "--out", "elsewhere")
+
+
 def flower() -> None:
     """Nodes with locks and masks train for two rounds."""
     from pathlib import Path
@@ -107,6 +130,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "attack": attack,
     "audit": audit,
     "keys": keys,
+    "enrolment": enrolment,
     "flower": flower,
 }
 """By name. Their calls of fedkl are the stages at which they are stopped."""

@@ -36,10 +36,12 @@ class Found:
 
 
 def secrets_in(folder: Path) -> dict[str, torch.Tensor]:
-    """What `stopping` has noted, each once."""
+    """What `stopping` has noted, each once; statistics at their start, all 0 or all 1, are no evidence."""
     found: dict[bytes, tuple[str, torch.Tensor]] = {}
     for path in sorted(folder.glob("*.pt")):
         for name, tensor in torch.load(path, weights_only=True).items():
+            if tensor.numel() == 0 or bool((tensor == tensor.flatten()[0]).all()):
+                continue
             found.setdefault(tensor.numpy().tobytes(), (f"{name} {len(found)}", tensor))
     return dict(found.values())
 
