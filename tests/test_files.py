@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -182,3 +183,15 @@ def test_a_link_in_place_of_an_exclusive_folder(tmp_path):
         pass
     with pytest.raises(ConfigError, match="symbolic link"), files.exclusive(tmp_path / "link", follow=False):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_a_disk_without_hard_links_takes_a_new_file_once(tmp_path, monkeypatch, number):
+    def link(*_):
+        raise OSError(number, "not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    assert files.create_once(tmp_path / "new", b"first", mode=0o600)
+    assert not files.create_once(tmp_path / "new", b"second", mode=0o600)
+    assert (tmp_path / "new").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -63,7 +63,32 @@ def create_once(path: Path, data: bytes, *, mode: int) -> bool:
             os.link(part, path)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _WITHOUT_LINKS:
+                raise
+            return _created(path, data, mode)
     _sync_folder(path.parent)
+    return True
+
+
+_WITHOUT_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What FAT, exFAT and many network shares say to a hard link."""
+
+
+def _created(path: Path, data: bytes, mode: int) -> bool:
+    """As `create_once`, where there are no hard links: only a crash of the machine can leave half a file."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, mode)
+    except FileExistsError:
+        return False
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink()
+        raise
     return True
 
 

@@ -28,7 +28,16 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from torch import Tensor
 
 from fedkl.errors import KeyFileError, LockError, shown, warn
-from fedkl.files import PRIVATE_FILE, create_once, open_to_others, put, read_file, remove_parts
+from fedkl.files import (
+    PRIVATE_FILE,
+    create_once,
+    exclusive,
+    held,
+    open_to_others,
+    put,
+    read_file,
+    remove_parts,
+)
 from fedkl.formats import check_version
 from fedkl.keys import Key
 from fedkl.parsing import parse_json_object, parse_tensors
@@ -145,15 +154,19 @@ def change_passphrase(path: str | Path, *, old: str | None, new: str | None) -> 
         new: The new one; None leaves it unencrypted.
 
     Raises:
-        KeyFileError: It does not open with `old`, is none of these, or cannot be written; it stays as
-            it was.
+        KeyFileError: It does not open with `old`, is none of these, is a link, or cannot be written; it stays
+            as it was.
+        ConfigError: Another process has it open, e.g. its node.
     """
     path = Path(path)
     kind = _parse(path)[1]["kind"]
     if kind not in ("key", "lock", "member"):
         raise KeyFileError(f"{path}: expected a key or lock file, this is a {shown(kind)} file.")
-    meta, tensors = read(path, kind=kind, passphrase=old)
-    write(path, kind=kind, meta=meta, tensors=tensors, passphrase=new)
+    if path.is_symlink():  # the file behind it would keep the old one
+        raise KeyFileError(f"{path}: expected a file, got a symbolic link. Give the file itself.")
+    with held(path) if kind == "member" else exclusive(path.parent):
+        meta, tensors = read(path, kind=kind, passphrase=old)
+        write(path, kind=kind, meta=meta, tensors=tensors, passphrase=new)
 
 
 def write(

@@ -26,6 +26,7 @@ def client_of(folder, name="a"):
 
 def member_in(folder, *, today, name="a"):
     """Makes a member in a client's folder; its secret file."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     path, _, _ = new_member_of(folder, name, passphrase=PASSPHRASE, today=today)
     return path
 

@@ -16,6 +16,7 @@ from fedkl.custody import journal
 from fedkl.custody.backup import read_backup, restore, write_backup
 from fedkl.custody.journal import Journal
 from fedkl.custody.ledger import Ledger
+from fedkl.custody.member import new_member_of
 from fedkl.errors import ConfigError, KeyFileError, MaskingError
 from fedkl.masking import Call, Contribution, Layout, Member
 from tests.custody.setting import (
@@ -370,3 +371,57 @@ def test_a_second_restore_of_a_restored_member_forgets_again(folder, file, tmp_p
     with pytest.raises(MaskingError, match="is lost"):
         Node(second, study).upload(round=1)
     assert path.exists()
+
+
+# What a review found
+
+
+@pytest.mark.parametrize(
+    ("gone", "says"), [("lock.fedkl", r"lock\.fedkl: gone"), ("hospital-a.secret", "is gone")]
+)
+def test_a_backup_without_what_the_ledger_knows_is_none(store, folder, file, gone, says):
+    seen_together(folder, member_in(folder, today=TODAY, name="hospital-a"))
+    (folder / gone).unlink()
+    with pytest.raises(KeyFileError, match=says):
+        back_up(folder, file)
+    assert not file.exists()
+
+
+def test_a_clock_behind_the_day_of_the_backup_restores_nothing(store, folder, member, file, tmp_path):
+    (folder / "journal.jsonl").unlink()
+    back_up(folder, file)
+    made = datetime.fromisoformat(read_backup(file, passphrase=BACKUP).made).date()
+    with pytest.raises(ConfigError, match="the backup was made on"):
+        put_back(file, tmp_path / "new", today=made - timedelta(days=1))
+    assert not (tmp_path / "new").exists()
+
+
+def test_one_member_is_not_restored_beside_itself(store, folder, member, file):
+    back_up(folder, file)
+    with pytest.raises(ConfigError, match="two clients of one member"):
+        put_back(file, folder.parent, client="b")
+    assert not (folder.parent / "b").exists()
+
+
+def test_a_restored_member_that_never_had_a_lock_gets_its_first(tmp_path, file, monkeypatch):
+    noted = []
+    monkeypatch.setattr(backups, "remember_birth", lambda *place: noted.append(place))
+    folder = tmp_path / "store" / "a"
+    member_in(folder, today=TODAY)
+    back_up(folder, file)
+    put_back(file, tmp_path / "new")
+    assert not noted
+
+
+def test_a_file_in_the_clients_place_is_said_so(store, folder, file, tmp_path):
+    back_up(folder, file)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "a").write_text("")
+    with pytest.raises(ConfigError, match="cannot be looked into"):
+        put_back(file, tmp_path / "new")
+
+
+def test_no_store_no_member(tmp_path):
+    with pytest.raises(ConfigError, match="no such store"):
+        new_member_of(tmp_path / "nomount" / "a", "a", passphrase=PASSPHRASE, today=TODAY)
+    assert not (tmp_path / "nomount").exists()

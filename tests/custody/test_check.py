@@ -237,3 +237,13 @@ def test_a_pipe_in_a_clients_folder_does_not_hang(folder, member):
     (folder / "journal.jsonl").unlink()
     os.mkfifo(folder / "journal.jsonl", 0o600)
     assert any("not an ordinary file" in text for text in problems(folder))
+
+
+def test_other_folders_are_named_and_keep_no_client_from_being_checked(folder, member):
+    (folder.parent / "lost+found").mkdir()
+    (folder.parent / ".a.x.restoring").mkdir()
+    facts = check_store(folder.parent, passphrase=PASSPHRASE, today=TODAY)
+    said = {fact.text for fact in facts if not fact.client}
+    assert any(text.endswith("lost+found: no client's folder.") for text in said)
+    assert any("left by a restore that was killed" in text for text in said)
+    assert any(fact.client == "a" and "opens" in fact.text for fact in facts)

@@ -13,7 +13,8 @@ import torch
 
 from fedkl.custody import ClientStore, journal
 from fedkl.custody.journal import Journal, machine_id
-from fedkl.errors import KeyFileError, MaskingError
+from fedkl.errors import ConfigError, KeyFileError, MaskingError
+from fedkl.lockfile import change_passphrase
 from tests.custody.setting import PASSPHRASE, client_of, member_file, member_in, opened, seen_together
 from tests.masking.cohorts import TODAY
 
@@ -217,3 +218,33 @@ def test_a_journal_that_cannot_be_written_is_named(store, folder, monkeypatch):
     monkeypatch.setattr("fedkl.custody.journal.os.fsync", full)
     with pytest.raises(KeyFileError, match=r"journal\.jsonl: cannot be written \(No space left"):
         Journal(folder).note("rotated")
+
+
+def test_a_journal_that_cannot_be_written_keeps_nobody_from_the_lock(store, folder, caplog):
+    (folder / "journal.jsonl").unlink()
+    (folder / "journal.jsonl").mkdir()  # root may write to any file, but not to a folder
+    with opened(store) as client:
+        store.save(client)
+    assert "cannot be read" in caplog.text
+
+
+def test_no_new_key_where_the_journal_knows_an_older_one(store, folder, tmp_path):
+    moved = tmp_path / "elsewhere" / "a"
+    shutil.copytree(folder, moved)
+    for name in ("lock.fedkl", "ledger.json"):
+        (moved / name).unlink()
+    with pytest.raises(KeyFileError, match="had a lock here, as its journal says"):
+        with opened(ClientStore(moved.parent, passphrase=PASSPHRASE)):
+            pass
+    assert not (moved / "lock.fedkl").exists()
+
+
+def test_nobody_changes_a_passphrase_under_a_node(store, folder):
+    with opened(store) as client, pytest.raises(ConfigError, match="another process"):
+        change_passphrase(folder / "lock.fedkl", old=PASSPHRASE, new="mule")
+    with opened(store) as client:
+        store.save(client)
+    path = member_in(folder, today=TODAY)
+    with member_file(path), pytest.raises(ConfigError, match="in use"):
+        change_passphrase(path, old=PASSPHRASE, new="mule")
+    change_passphrase(path, old=PASSPHRASE, new="mule")

@@ -371,6 +371,7 @@ def test_repr_shows_names_only(store):
 def members(tmp_path):
     """Three clients of the node's store, each with its member in its folder, in one cohort."""
     files = {}
+    (tmp_path / "store").mkdir()
     for number in range(3):
         name = f"client-{number}"
         new_member_of(tmp_path / "store" / name, name, passphrase=PASSPHRASE, today=today())
@@ -444,7 +445,7 @@ def test_a_ledger_of_earlier_versions_has_no_member(store):
     with opened(store):
         pass
     path = store.path("a").parent / "ledger.json"
-    assert set(json.loads(path.read_text())) == {"client", "born", "saved"}
+    assert set(json.loads(path.read_text())) == {"version", "client", "born", "saved"}
     path.write_text(json.dumps({**json.loads(path.read_text()), "member": 1}))
     refused(store, r"ledger\.json: damaged")
 

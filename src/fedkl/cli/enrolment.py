@@ -133,6 +133,9 @@ def rotate_lock(
             done = rotate(opened.lock, **how)
             old = place.store.rotate(opened, done.lock)
     tell(f"{old.with_suffix('')}: a new key. {_MEANINGS[keep_function]}")
+    if done.lock.kept and not keep_function:
+        names = ", ".join(done.lock.kept)
+        tell(f"Those of {names} began again at the trained model's, which its server knows.")
     _tell_worth(done, before="With the old one")
     tell(f"{old}: the old one. Destroy it, and its backups, when the new one has proven itself.")
 

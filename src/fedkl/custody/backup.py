@@ -7,8 +7,8 @@ memory a mask could be used twice. The clients's own passphrase may be a machine
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -92,7 +92,7 @@ def write_backup(store: Path, client: str, *, out: Path, passphrase: str, backup
     except FedKLError:
         out.unlink(missing_ok=True)
         raise
-    Journal(folder).note("backed up", saved=meta["lock"] and meta["lock"].get("about", {}).get("saved"))
+    Journal(folder).try_note("backed up", saved=meta["lock"] and meta["lock"].get("about", {}).get("saved"))
 
 
 def _collected(folder: Path, *, passphrase: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -115,10 +115,19 @@ def _collected(folder: Path, *, passphrase: str) -> tuple[dict[str, Any], dict[s
         tensors |= {_LOCK + name: tensor for name, tensor in found.items()}
         if ledger is not None:
             ledger.check(folder, meta["lock"].get("about", {}))
+    elif ledger is not None:
+        raise KeyFileError(
+            f"{folder / LOCK}: gone: a backup without it is none. Restore it from an older one."
+        )
     secret = secret_file(folder)
     if secret is not None:
         meta["member"], found = lockfile.read(secret, kind="member", passphrase=passphrase)
         tensors |= {_MEMBER + name: tensor for name, tensor in found.items()}
+    elif ledger is not None and ledger.member is not None:
+        raise KeyFileError(
+            f"{folder}: its member's secret file is gone: a backup without it is none. Restore it from an "
+            "older one."
+        )
     if not tensors:
         raise ConfigError(f"{folder}: neither a lock nor a member's secret file is here.")
     return meta, tensors
@@ -184,15 +193,20 @@ def restore(backup: Backup, store: Path, *, client: str, passphrase: str, today:
         The client's folder.
 
     Raises:
-        ConfigError: The client has something here already, everybody may write to the store, or the clock is
-            behind the backup.
+        ConfigError: The client has something here already, its member is another client's here, everybody
+            may write to the store, or the clock is behind the backup.
         KeyFileError: Something cannot be written.
     """
     folder = client_folder(store, client)
     _check_free(folder)
     problem = clock_problem_of(entries_of(backup.journal)[0], where="the backup")
+    if problem is None and today.isoformat() < backup.made[:10]:
+        problem = (
+            f"this machine's clock says {today}, but the backup was made on {backup.made[:10]}. Set the clock"
+        )
     if problem:
         raise ConfigError(f"{folder}: nothing was restored: {problem}.")
+    _check_no_twin(backup, store)
     ClientStore(store, passphrase=passphrase).check_folder()
     try:
         make_folder(store, mode=PRIVATE_FOLDER)
@@ -206,8 +220,27 @@ def restore(backup: Backup, store: Path, *, client: str, passphrase: str, today:
         raise KeyFileError(
             f"{folder}: cannot be written ({error.strerror}). Nothing was restored."
         ) from error
-    remember_birth(store, client)
+    if backup.lock is not None:
+        remember_birth(store, client)
     return folder
+
+
+def _check_no_twin(backup: Backup, store: Path) -> None:
+    """Checks that the member has no other client in the store: two memories would use a mask twice.
+
+    Raises:
+        ConfigError: It has.
+    """
+    identity = backup.ledger.member if backup.ledger else None
+    if identity is None and backup.member is not None:
+        identity = identity_of(backup.member.keys)
+    for folder in sorted(store.iterdir()) if identity is not None and store.is_dir() else ():
+        ledger = Ledger.read(folder) if folder.is_dir() else None
+        if ledger is not None and ledger.member == identity:
+            raise ConfigError(
+                f"{folder}: has the member of this backup. Nothing was restored: two clients of one member "
+                "would use a mask twice. Move that folder out of the store first, or make a new member."
+            )
 
 
 def _build(backup: Backup, folder: Path, *, client: str, passphrase: str, today: date) -> None:
@@ -236,12 +269,19 @@ def _check_free(folder: Path) -> None:
     Raises:
         ConfigError: There is something.
     """
-    with contextlib.suppress(FileNotFoundError):
+    try:
         names = sorted(os.listdir(folder))  # noqa: PTH208 (names)
-        if names:
-            what = "a lock" if LOCK in names else ", ".join(names[:5])
-            raise ConfigError(
-                f"{folder}: this client has {what} here, and nothing was restored. See what it is: fedkl "
-                f"store check {folder.parent} --client {folder.name}. To restore all the same, stop its "
-                f"node and move the folder out of the store: mv {folder} {folder.parent}.before-restore"
-            )
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be looked into ({error.strerror}). Nothing was restored."
+        ) from error
+    if names:
+        what = "a lock" if LOCK in names else ", ".join(names[:5])
+        place, away = shlex.quote(str(folder)), shlex.quote(f"{folder.parent}.before-restore")
+        raise ConfigError(
+            f"{folder}: this client has {what} here, and nothing was restored. See what it is: fedkl "
+            f"store check {shlex.quote(str(folder.parent))} --client {folder.name}. To restore all the same, "
+            f"stop its node and move the folder out of the store: mv {place} {away}"
+        )

@@ -13,7 +13,7 @@ from fedkl import lockfile
 from fedkl.custody.journal import JOURNAL, Entry, Journal
 from fedkl.custody.ledger import Ledger
 from fedkl.custody.member import identity_of, secret_file
-from fedkl.custody.store import LOCK, ClientStore, client_folder
+from fedkl.custody.store import LOCK, ClientStore, client_folder, is_client_name
 from fedkl.errors import ConfigError, FedKLError, MaskingError, printable
 from fedkl.files import open_to_others
 from fedkl.masking.cards import CARD_DAYS, date_problem
@@ -63,6 +63,7 @@ def check_store(store: Path, *, passphrase: str, today: date, client: str | None
         ClientStore(store, passphrase=passphrase).check_folder()
     except ConfigError as error:
         facts.append(Fact(client="", level="problem", text=str(error)))
+    facts += _left_over(store) if client is None else []
     for name in names:
         folder = client_folder(store, name)
         if not folder.is_dir():
@@ -75,10 +76,21 @@ def check_store(store: Path, *, passphrase: str, today: date, client: str | None
 def _clients(store: Path) -> list[str]:
     if not store.is_dir():
         raise ConfigError(f"{store}: no such folder. Is the disk mounted?")
-    found = sorted(path.name for path in store.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = sorted(path.name for path in store.iterdir() if path.is_dir() and is_client_name(path.name))
     if not found:
         raise ConfigError(f"{store}: no client is in this store. Is the disk mounted?")
     return found
+
+
+def _left_over(store: Path) -> list[Fact]:
+    """Folders that are no clients'."""
+    facts = []
+    for path in sorted(path for path in store.iterdir() if path.is_dir() and not is_client_name(path.name)):
+        text = f"{path}: no client's folder."
+        if path.name.endswith(".restoring"):
+            text = f"{path}: left by a restore that was killed, with a client's secrets in it. Remove it."
+        facts.append(Fact(client="", level="note", text=printable(text, limit=None)))
+    return facts
 
 
 Found = Iterator[tuple[Level, str]]

@@ -121,19 +121,34 @@ class Journal:
         try:
             make_folder(self.path.parent, mode=0o700)
             with os.fdopen(os.open(self.path, flags, PRIVATE_FILE), "ab") as file:
+                _give_to_owner(file.fileno(), self.path.parent)
                 file.write(start + entry.line())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise KeyFileError(f"{self.path}: cannot be written ({error.strerror}).") from error
 
+    def try_note(self, what: str, *, saved: int | None = None, about: str = "") -> None:
+        """As `note`, but what has happened has happened: a line that cannot be written is a warning."""
+        try:
+            self.note(what, saved=saved, about=about)
+        except KeyFileError as error:
+            _LOG.warning("%s It does not say now: %s.", error, what)
+
     def note_opening(self, *, saved: int | None = None) -> None:
         """Notes a client's first opening of a day, and its first one on another machine, which is logged too.
 
-        Raises:
-            KeyFileError: It cannot be read or written.
+        A clock that was turned back is logged. So is a journal that cannot be read or written: it keeps no
+        client from its lock.
         """
-        entries, _ = self.read()
+        try:
+            entries, _ = self.read()
+        except KeyFileError as error:
+            _LOG.warning("%s", error)
+            return
+        problem = clock_problem_of(entries, where=str(self.path))
+        if problem:
+            _LOG.warning("%s: %s.", self.path.parent, problem)
         here, now = machine_id(), _now()
         before = next((entry for entry in reversed(entries) if entry.machine), None)
         if here and before is not None and before.machine != here:
@@ -144,10 +159,10 @@ class Journal:
                 before.when.date(),
                 before.machine,
             )
-            self.note("moved", saved=saved, about=f"from {before.machine}")
+            self.try_note("moved", saved=saved, about=f"from {before.machine}")
         known = {entry.when.date() for entry in entries if entry.what in ("born", "opened")}
         if now.date() not in known:
-            self.note("opened", saved=saved)
+            self.try_note("opened", saved=saved)
 
     def clock_problem(self) -> str | None:
         """What is wrong with this machine's clock, as far as the journal knows; None: nothing.
@@ -169,6 +184,13 @@ class Journal:
             return b""
         except OSError as error:
             raise KeyFileError(f"{self.path}: cannot be read ({error.strerror}).") from error
+
+
+def _give_to_owner(handle: int, folder: Path) -> None:
+    """Of a command that root runs: the node, who is another user, has to write on."""
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        owner = folder.stat()
+        os.fchown(handle, owner.st_uid, owner.st_gid)
 
 
 def entries_of(data: bytes) -> tuple[list[Entry], int]:

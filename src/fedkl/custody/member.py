@@ -48,7 +48,7 @@ def admit(folder: Path, file: MemberFile) -> None:
 
     Raises:
         MaskingError: The client had another member, or the clock is behind the journal.
-        KeyFileError: Ledger or journal cannot be read or written.
+        KeyFileError: Ledger or journal cannot be read, or the ledger not be written.
         ConfigError: Another process has the client open, at the first time.
     """
     check_clock(folder)
@@ -78,9 +78,14 @@ def new_member_of(folder: Path, name: str, *, passphrase: str, today: date) -> t
         The secret file, the card, and whether the keys are new.
 
     Raises:
-        ConfigError: Another member's secret file is there, or another process has the client open.
+        ConfigError: There is no such store, another member's secret file is there, or another process has
+            the client open.
         FedKLError: The member cannot be made.
     """
+    if not folder.parent.is_dir():  # a new folder would hide a missing mount
+        raise ConfigError(
+            f"{folder.parent}: no such store. Is the disk mounted? For a new one, make the folder."
+        )
     with exclusive(folder, mode=PRIVATE_FOLDER, follow=False):
         there = secret_file(folder)
         if there is not None and there.name != f"{name}{SUFFIX}":
@@ -99,7 +104,7 @@ def _bind(folder: Path, file: MemberFile) -> None:
             replace(ledger, member=identity_of(file.keys)).write(folder)
         except OSError as error:
             raise KeyFileError(f"{folder}: cannot be written ({error.strerror}).") from error
-    Journal(folder).note("member joined", about=file.keys.name)
+    Journal(folder).try_note("member joined", about=file.keys.name)
 
 
 def check_clock(folder: Path) -> None:

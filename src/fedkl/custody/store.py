@@ -161,7 +161,7 @@ class ClientStore:
         copy = keep_copy(self.path(client.name))
         self.save(new)
         client.lock, client.memory, client.ledger = new.lock, new.memory, new.ledger
-        Journal(copy.parent).note("rotated", saved=new.ledger.saved)
+        Journal(copy.parent).try_note("rotated", saved=new.ledger.saved)
         return copy
 
     def save(self, client: StoredClient) -> None:
@@ -199,7 +199,7 @@ class ClientStore:
         found = replace(ledger or Ledger(client=name, born=now(), saved=count), saved=count)
         if ledger is None and "client" in saved.about:
             _note_missing_ledger(path.parent, found)
-        _note_opening(path.parent, count)
+        Journal(path.parent).note_opening(saved=count)
         return StoredClient(name, lock=saved.lock, memory=saved.memory, ledger=found)
 
     def _born(self, name: str, model: nn.Module, defense: KeyLock) -> StoredClient:
@@ -212,7 +212,7 @@ class ClientStore:
         client = StoredClient(name, lock=lock, memory={}, ledger=ledger)
         self.save(client)
         remember_birth(self._folder, name)
-        Journal(self.path(name).parent).note("born", saved=client.ledger.saved)
+        Journal(self.path(name).parent).try_note("born", saved=client.ledger.saved)
         _LOG.warning(
             "Client %s has a new key, in %s. If it has trained before, stop: this is not its store.",
             name,
@@ -232,6 +232,12 @@ class ClientStore:
             raise KeyFileError(
                 f"{folder}: client {name!r} had a lock here, but lock.fedkl is gone. Restore it from a "
                 "backup. No new key was made; to start this client afresh, remove the folder."
+            )
+        if any(entry.saved for entry in Journal(folder).read()[0]):
+            raise KeyFileError(
+                f"{folder}: client {name!r} had a lock here, as its journal says, but its files are "
+                "gone. Restore it from a backup. No new key was made; to start this client afresh, remove "
+                "the folder."
             )
         check_never_born(self._folder, name)
         if not self._new_keys:
@@ -260,13 +266,18 @@ class ClientStore:
             raise ConfigError(f"{self._folder}: everybody may write to this store. Run chmod go-w on it.")
 
 
+def is_client_name(name: str) -> bool:
+    """Whether a client can be called so: any disk can have a folder of this name."""
+    return bool(_NAME.fullmatch(name)) and not _DEVICES.fullmatch(name)
+
+
 def client_folder(store: Path, name: str) -> Path:
     """Where a client's files are in a store.
 
     Raises:
         ConfigError: The name cannot be that of a folder.
     """
-    if not _NAME.fullmatch(name) or _DEVICES.fullmatch(name):
+    if not is_client_name(name):
         expected = "letters, digits, '.', '_' and '-', 64 at most, the first no sign, the last no dot"
         raise ConfigError(f"Client name {shown(name)}: expected {expected}. Set {CLIENT} in --node-config.")
     return store / name
@@ -285,7 +296,7 @@ def _check(ledger: Ledger, folder: Path, about: Mapping[str, str | int], *, coun
         entries, _ = journal.read()
         noted = any((entry.what, entry.saved) == (_ROLLED_BACK, count) for entry in entries[-1:])
         if count < ledger.saved and not noted:
-            journal.note(_ROLLED_BACK, saved=count, about=f"refused: it was saved {ledger.saved} times")
+            journal.try_note(_ROLLED_BACK, saved=count, about=f"refused: it was saved {ledger.saved} times")
         raise
 
 
@@ -299,18 +310,12 @@ def _note_missing_ledger(folder: Path, found: Ledger) -> None:
         known = entry.saved or 0 if on_purpose else max(known, entry.saved or 0)
     refused = any(entry.about.startswith("refused") for entry in entries[-1:])
     if known > found.saved or refused:
-        journal.note(_ROLLED_BACK, saved=found.saved, about="accepted: its ledger had been removed")
+        _LOG.warning("%s: an older lock is in use: its ledger had been removed.", folder)
+        journal.try_note(_ROLLED_BACK, saved=found.saved, about="accepted: its ledger had been removed")
     elif entries:
-        journal.note("ledger made anew", saved=found.saved, about="it was missing")
+        _LOG.warning("%s: its ledger was missing, and is made anew.", folder)
+        journal.try_note("ledger made anew", saved=found.saved, about="it was missing")
     found.write(folder)
-
-
-def _note_opening(folder: Path, saved: int) -> None:
-    journal = Journal(folder)
-    problem = journal.clock_problem()
-    if problem:
-        _LOG.warning("%s: %s.", folder, problem)
-    journal.note_opening(saved=saved)
 
 
 def _close(folder: Path) -> None:

@@ -8,7 +8,10 @@ from time import perf_counter
 
 from torch import Tensor, nn
 
+from fedkl.custody import Ledger
+from fedkl.custody.journal import JOURNAL
 from fedkl.enrolment.fitting import Enrolled, Fitting, check_labels, fitted, measured
+from fedkl.errors import KeyFileError
 from fedkl.lockfile import keep_copy
 from fedkl.locking import Lock, read_lock
 from fedkl.types import Images, NamedTensors
@@ -25,9 +28,11 @@ def rotate(
     """A copy of a lock with a new key and new lock layers.
 
     By default γ and β are drawn anew and fitted to the client's images, and so are private layers: whoever
-    has the old key and lock layers knows nothing of the new ones. With `keep_function` the new lock layers
-    generate the γ and β of now: what the model computes stays to the rounding of float32, and whoever knew
-    γ and β knows them still.
+    has the old key and lock layers knows nothing of the new ones. But those of `Lock.kept` layers begin again
+    at the trained model's, which the server knows, as they did at first.
+
+    With `keep_function` the new lock layers generate the γ and β of now: what the model computes stays to the
+    rounding of float32, and whoever knew γ and β knows them still.
 
     What a client remembers besides (an optimizer's moments) is to be forgotten: the moment of a first lock
     layer's W is the old key, up to a factor in each row.
@@ -96,15 +101,32 @@ def rotate_file(
         The new lock and what it is worth, and the old one's file.
 
     Raises:
-        KeyFileError: The file does not open, or is of another network; or a file cannot be written, and the
-            old one stays.
+        KeyFileError: The file does not open, is of another network, a link, or in a client's folder of a
+            store; or a file cannot be written, and the old one stays.
         UpdateError: The public tensors are not those of this lock.
         DataError, TrainingError: See `rotate`.
     """
     path = Path(path)
+    _check_alone(path)
     saved = read_lock(path, model, passphrase=passphrase)
     saved.lock.load_public_state(public)
     done = rotate(saved.lock, images=images, labels=labels, keep_function=keep_function, fitting=fitting)
     old = keep_copy(path)
     done.lock.save(path, passphrase=passphrase, about=saved.about)
     return done, old
+
+
+def _check_alone(path: Path) -> None:
+    """Checks that nobody else keeps a count of the file, or the file itself.
+
+    Raises:
+        KeyFileError: It is a store's, whose node would write the old lock back; or a link, whose target would
+            keep the old key.
+    """
+    if path.is_symlink():
+        raise KeyFileError(f"{path}: expected a file, got a symbolic link. Give the file itself.")
+    if (path.parent / JOURNAL).exists() or Ledger.read(path.parent) is not None:
+        raise KeyFileError(
+            f"{path}: the lock of client {path.parent.name!r} in a store. Rotate it as "
+            "that store's client: its node has to stay out meanwhile, and its ledger to agree."
+        )
