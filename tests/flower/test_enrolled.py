@@ -6,7 +6,7 @@ import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
-from fedkl.enrolment import Fitting, enroll
+from fedkl.enrollment import Fitting, enroll
 from fedkl.flower import Guard, current_client, public_arrays, run_in_process
 from fedkl.flower.node import node_store
 from tests.flower.setting import DEFENSE, app_of, found_in, net, reply, server_of, step, store
@@ -64,7 +64,7 @@ def test_an_enrolled_client_takes_part_with_its_own_key(tmp_path, caplog):
     assert found_in(messages, public) == sorted(public)  # the search finds what is there
 
 
-def test_without_an_enrolment_the_third_client_has_no_key(tmp_path):
+def test_without_an_enrollment_the_third_client_has_no_key(tmp_path):
     config = {"fedkl-new-keys": False}
     messages = []
     arrays = public_arrays(net(), defense=DEFENSE)

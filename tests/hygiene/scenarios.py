@@ -70,7 +70,7 @@ def site():
     return replace(subject(), weights=None)
 
 
-def enrolment() -> None:
+def enrollment() -> None:
     """A client joins a trained model, twice changes its key, and is backed up, checked and restored."""
     import fedkl
     from fedkl.modelfile import write_model
@@ -130,7 +130,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "attack": attack,
     "audit": audit,
     "keys": keys,
-    "enrolment": enrolment,
+    "enrollment": enrollment,
     "flower": flower,
 }
 """By name. Their calls of fedkl are the stages at which they are stopped."""

@@ -21,7 +21,7 @@ CRITICAL = {
     "train": ("lockfile.py:write:", "locking/layers.py:forward:"),
     "attack": (),
     "keys": ("files.py:_part:", "lockfile.py:_derive:"),
-    "enrolment": ("enrolment/fitting.py:_stepped:", "lockfile.py:write:"),
+    "enrollment": ("enrollment/fitting.py:_stepped:", "lockfile.py:write:"),
     "flower": ("secret_search.py:in_numbers:", "masking/member.py:upload:"),
 }
 """Where a function that is stopped holds secrets. All other stages: ``python -m tests.hygiene``."""

@@ -18,7 +18,7 @@ from fedkl.cli import (
     data,
     defenses,
     demo,
-    enrolment,
+    enrollment,
     export,
     generator,
     key,
@@ -40,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for module in (train, attack, audit, demo, report, export, enrolment):
+for module in (train, attack, audit, demo, report, export, enrollment):
     module.add_to(app)
 GROUPS = {
     "data": data,

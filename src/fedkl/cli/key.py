@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import fedkl
-from fedkl.cli import enrolment
+from fedkl.cli import enrollment
 from fedkl.cli.commands import Command
 from fedkl.cli.terminal import console
 from fedkl.errors import ConfigError
@@ -75,13 +75,13 @@ def key_rotate(
     keep_function: Annotated[
         bool, typer.Option("--keep-function", help="Of a lock: leave γ and β as they are.")
     ] = False,
-    store: enrolment.StoreOption = None,
-    client: enrolment.ClientOption = None,
-    held_out: enrolment.HeldOutOption = 0.2,
-    epochs: enrolment.EpochsOption = 40,
-    lr: enrolment.RateOption = 0.02,
-    seed: enrolment.SeedOption = 0,
-    passphrase_file: enrolment.PassphraseFileOption = None,
+    store: enrollment.StoreOption = None,
+    client: enrollment.ClientOption = None,
+    held_out: enrollment.HeldOutOption = 0.2,
+    epochs: enrollment.EpochsOption = 40,
+    lr: enrollment.RateOption = 0.02,
+    seed: enrollment.SeedOption = 0,
+    passphrase_file: enrollment.PassphraseFileOption = None,
 ) -> None:
     """Replaces a key by a new one of the same length and distribution. The old file is kept beside it.
 
@@ -95,9 +95,9 @@ def key_rotate(
         return
     if target is None or public is None:
         raise typer.BadParameter("Of a lock give --target and --public; of a key file its path only.")
-    from fedkl.enrolment import Fitting
+    from fedkl.enrollment import Fitting
 
-    enrolment.rotate_lock(
+    enrollment.rotate_lock(
         path,
         target=target,
         public=public,

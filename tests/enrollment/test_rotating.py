@@ -10,11 +10,11 @@ import fedkl
 from fedkl.custody import ClientStore
 from fedkl.custody.journal import Journal
 from fedkl.defenses import KeyLock
-from fedkl.enrolment import Fitting, rotate, rotate_file
+from fedkl.enrollment import Fitting, rotate, rotate_file
 from fedkl.errors import KeyFileError, LockError, UpdateError
 from fedkl.locking import load_memory, read_lock
 from fedkl.metrics import evaluate
-from tests.enrolment.setting import DEFENSE, FITTING, images, member_lock, net, public
+from tests.enrollment.setting import DEFENSE, FITTING, images, member_lock, net, public
 
 KINDS = {
     "first": DEFENSE,

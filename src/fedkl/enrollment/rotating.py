@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedkl.custody import Ledger
 from fedkl.custody.journal import JOURNAL
-from fedkl.enrolment.fitting import Enrolled, Fitting, check_labels, fitted, measured
+from fedkl.enrollment.fitting import Enrolled, Fitting, check_labels, fitted, measured
 from fedkl.errors import KeyFileError
 from fedkl.lockfile import keep_copy
 from fedkl.locking import Lock, read_lock

@@ -10,15 +10,15 @@ import torch
 import fedkl as library
 from fedkl.auditing import target
 from fedkl.custody import ClientStore
-from fedkl.enrolment import Fitting
+from fedkl.enrollment import Fitting
 from fedkl.modelfile import write_model
-from tests.enrolment.setting import DEFENSE, net, public
+from tests.enrollment.setting import DEFENSE, net, public
 from tests.test_cli import fedkl as fedkl
 
 PASSPHRASE = "correct horse"
 SUBJECT = """
 import fedkl
-from tests.enrolment.setting import images, net
+from tests.enrollment.setting import images, net
 
 def subject():
     x, y = images("own")
@@ -172,7 +172,7 @@ def test_of_a_run_directory_with_its_own_defense(fedkl, here):
 def test_the_command_lines_defaults_are_the_librarys():
     from inspect import signature
 
-    from fedkl.cli.enrolment import enroll as command
+    from fedkl.cli.enrollment import enroll as command
 
     defaults = signature(command).parameters
     usual = Fitting()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fedkl.defenses import Defense, KeyLock
-from fedkl.enrolment.fitting import Enrolled, Fitting, fitted
+from fedkl.enrollment.fitting import Enrolled, Fitting, fitted
 from fedkl.errors import LockError
 from fedkl.locking import Lock
 from fedkl.types import Images, NamedTensors

@@ -16,7 +16,7 @@ from fedkl.errors import ConfigError
 if TYPE_CHECKING:
     from fedkl.auditing import Subject
     from fedkl.custody import ClientStore
-    from fedkl.enrolment import Enrolled, Fitting
+    from fedkl.enrollment import Enrolled, Fitting
 
 StoreOption = Annotated[Path | None, typer.Option(help="A node's store (fedkl-store), with --client.")]
 ClientOption = Annotated[str | None, typer.Option(help="The client's name in it (fedkl-client).")]
@@ -32,13 +32,13 @@ RateOption = Annotated[float, typer.Option("--lr", help="Learning rate of the fi
 SeedOption = Annotated[int, typer.Option(help="Of batches and of the held-out part; never of a secret.")]
 
 
-class _EnrolmentCommand(Command):
+class _EnrollmentCommand(Command):
     kept = "No lock was made. The command again:"
 
 
 def add_to(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command("enroll", cls=_EnrolmentCommand)(enroll)
+    app.command("enroll", cls=_EnrollmentCommand)(enroll)
 
 
 def enroll(
@@ -72,8 +72,8 @@ def enroll(
     Public tensors stay as they are, and nothing is sent. The client takes part from the next round on.
     """
     from fedkl.auditing.defended import defense_of
-    from fedkl.enrolment import Fitting
-    from fedkl.enrolment import enroll as enrolled
+    from fedkl.enrollment import Fitting
+    from fedkl.enrollment import enroll as enrolled
     from fedkl.export import defense_of as defense_of_run
     from fedkl.export import public_tensors
 
@@ -116,7 +116,7 @@ def rotate_lock(
 ) -> None:
     """Gives a lock file, or the lock of a store's client, a new key, and says what became of it."""
     from fedkl.defenses import KeyLock
-    from fedkl.enrolment import rotate, rotate_file
+    from fedkl.enrollment import rotate, rotate_file
     from fedkl.export import public_tensors
 
     place = _place(path, store, client, passphrase_file, new=False)

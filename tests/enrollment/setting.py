@@ -9,7 +9,7 @@ from torch import nn
 
 from fedkl import data
 from fedkl.defenses import KeyLock
-from fedkl.enrolment import Fitting
+from fedkl.enrollment import Fitting
 from fedkl.keys import Key
 from tests.federated.setting import federation, trained
 

@@ -11,11 +11,11 @@ from torch import nn
 import fedkl
 from fedkl.defenses import KeyLock
 from fedkl.defenses.pruning import Pruning
-from fedkl.enrolment import Fitting, enroll
-from fedkl.enrolment.fitting import fitted, measured
+from fedkl.enrollment import Fitting, enroll
+from fedkl.enrollment.fitting import fitted, measured
 from fedkl.errors import ConfigError, DataError, FedKLError, LockError, TrainingError, UpdateError
 from fedkl.metrics import evaluate
-from tests.enrolment.setting import DEFENSE, FITTING, OWN, images, member_lock, net, public
+from tests.enrollment.setting import DEFENSE, FITTING, OWN, images, member_lock, net, public
 from tests.locking.leaks import leaks, secrets_of
 
 KINDS = {
@@ -110,7 +110,7 @@ def test_it_repeats_from_its_seed_but_for_the_secrets():
     assert any(not torch.equal(t, third.private_state()[name]) for name, t in one.private_state().items())
 
 
-def test_two_enrolments_with_one_seed_have_keys_of_their_own():
+def test_two_enrollments_with_one_seed_have_keys_of_their_own():
     one, other = enrolled(), enrolled()
     assert not torch.equal(one.lock.key.reveal(), other.lock.key.reveal())
     weights = [e.lock.private_parameters()["1.parametrizations.weight.original0"] for e in (one, other)]

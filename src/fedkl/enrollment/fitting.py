@@ -98,7 +98,7 @@ class Enrolled:
 
     Attributes:
         lock: The lock, with the public tensors that it was fitted to.
-        before: As it was before: of an enrolment as its lock was drawn, of a rotation the old lock.
+        before: As it was before: of an enrollment as its lock was drawn, of a rotation the old lock.
         after: As it is now.
         images: How many it was fitted to.
         held_out: How many were held out.

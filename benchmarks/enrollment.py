@@ -1,7 +1,7 @@
 """What it takes a new client to be as good as those that took part, and what a rotation costs.
 
-    python benchmarks/enrolment.py --out runs/enrolment --data mnist --model lenet --partition iid --rounds 30
-    python benchmarks/enrolment.py --data cifar10 --model resnet20 --partition dirichlet --rounds 100
+    python benchmarks/enrollment.py --out runs/enroll --data mnist --model lenet --partition iid --rounds 30
+    python benchmarks/enrollment.py --data cifar10 --model resnet20 --partition dirichlet --rounds 100
 
 For each seed two federations are trained from the same start: without the last client, and with it. The last
 client is then enrolled into the first one with 64, 256, 1024 and all of its images, and compared with (a) the
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fedkl import rng
 from fedkl.data import IID, Dataset, Dirichlet, load
 from fedkl.defenses import KeyLock
-from fedkl.enrolment import Fitting, enroll, rotate
+from fedkl.enrollment import Fitting, enroll, rotate
 from fedkl.federated import (
     ConstantSchedule,
     Execution,
@@ -182,7 +182,7 @@ def train(setting: Setting, lines: Lines) -> Federation:
     return without
 
 
-def enrolments(setting: Setting, lines: Lines, federation: Federation) -> None:
+def enrollments(setting: Setting, lines: Lines, federation: Federation) -> None:
     """The last client joins the first federation."""
     part = setting.parts()[-1]
     public = {name: tensor.cpu() for name, tensor in federation.server.state.items()}
@@ -274,7 +274,7 @@ def show(name: str, rows: list[dict[str, Any]], field: str) -> None:
 def main() -> None:
     """Runs what is missing, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/enrolment"))
+    parser.add_argument("--out", type=Path, default=Path("runs/enrollment"))
     parser.add_argument("--data", default="mnist")
     parser.add_argument("--model", default="lenet")
     parser.add_argument("--partition", choices=["iid", "dirichlet"], default="iid")
@@ -303,7 +303,7 @@ def main() -> None:
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             setting = Setting(options=options, dataset=dataset, seed=seed)
             federation = train(setting, lines)
-            enrolments(setting, lines, federation)
+            enrollments(setting, lines, federation)
             rotations(setting, lines, federation)
     table(lines)
 

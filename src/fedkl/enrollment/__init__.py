@@ -5,8 +5,8 @@
 * rotating.py: `rotate` and `rotate_file`, another key for a lock
 """
 
-from fedkl.enrolment.enrolling import enroll
-from fedkl.enrolment.fitting import Enrolled, Fitting, Measured
-from fedkl.enrolment.rotating import rotate, rotate_file
+from fedkl.enrollment.enrolling import enroll
+from fedkl.enrollment.fitting import Enrolled, Fitting, Measured
+from fedkl.enrollment.rotating import rotate, rotate_file
 
 __all__ = ["Enrolled", "Fitting", "Measured", "enroll", "rotate", "rotate_file"]
