@@ -40,7 +40,9 @@ MADE = "made"
 ELSEWHERE = {
     "CHANGELOG.md": f"docs/{MADE}/changes.md",
     "CONTRIBUTING.md": f"docs/{MADE}/contributing.md",
+    "SECURITY.md": f"docs/{MADE}/reporting.md",
     "benchmarks/README.md": f"docs/{MADE}/benchmarks.md",
+    "tests/vectors/README.md": f"docs/{MADE}/vectors.md",
     "examples/audit/README.md": f"docs/{MADE}/examples-audit.md",
     "examples/flower/README.md": f"docs/{MADE}/examples-flower.md",
 }

@@ -28,7 +28,7 @@ PAGES = (
 def site(tmp_path_factory):
     pytest.importorskip("sphinx", reason="the site is built by Sphinx")
     copy, out = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("site")
-    for name in ("docs", "src", "examples", "benchmarks", "tests/mutants"):
+    for name in ("docs", "src", "examples", "benchmarks", "tests/mutants", "tests/vectors"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "made"))
     for file in ROOT.glob("*.md"):
         shutil.copy(file, copy)
