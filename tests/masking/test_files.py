@@ -494,7 +494,7 @@ def test_texts_survive_a_mail(keys, sealed):
         (lambda v: v.update(pair=7), "'pair': expected a value of type str"),
         (lambda v: v.update(expires="soon"), "'expires': expected a date, YYYY-MM-DD"),
         (lambda v: v.update(name="A\x1b[31m"), "Member name"),
-        (lambda v: v.update(version=2), "version 2, this fedkl reads version 1"),
+        (lambda v: v.update(version=0), "version 0, this fedkl reads version 1"),
         (lambda v: v.update(version=True), "version True"),
         (lambda v: v.update(format="fedkl cohort"), "this is a cohort's file"),
         (lambda v: v.update(format=["x"]), "this is something else"),

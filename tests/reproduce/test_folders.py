@@ -77,7 +77,7 @@ def test_a_table_of_an_older_version_goes_on(tmp_path, left):
     (tmp_path / left).mkdir()
     study.claim(tmp_path, table="table6", places=PLACES)
     study.claim(tmp_path, table="table6", places=PLACES)
-    assert (tmp_path / "reproduce.json").read_text() == '{"table": "table6"}\n'
+    assert (tmp_path / "reproduce.json").read_text() == '{"version": 1, "table": "table6"}\n'
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
