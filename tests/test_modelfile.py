@@ -109,11 +109,11 @@ FILES = {
         lambda path, trained: path.write_bytes(update(trained, "gradient")),
         "this is 'fedkl-update-1'",
     ),
-    "a later format": (
+    "a format of before": (
         lambda path, trained: path.write_bytes(
-            safetensors.torch.save(trained.public_state(), {"format": "fedkl-model-2", "kind": "public"})
+            safetensors.torch.save(trained.public_state(), {"format": "fedkl-model-0", "kind": "public"})
         ),
-        "this is 'fedkl-model-2'",
+        "this is 'fedkl-model-0'",
     ),
     "another kind": (
         lambda path, trained: path.write_bytes(

@@ -235,7 +235,16 @@ def test_no_run(tmp_path):
 
 def test_the_environment_names_no_place(tmp_path):
     text = (create(tmp_path / "run").path / "environment.json").read_text()
-    assert set(json.loads(text)) == {"fedkl", "python", "torch", "system", "cores", "threads", "gpu"}
+    assert set(json.loads(text)) == {
+        "version",
+        "fedkl",
+        "python",
+        "torch",
+        "system",
+        "cores",
+        "threads",
+        "gpu",
+    }
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"\xff", b'{"a": NaN}', b"[" * 100_000])
