@@ -23,7 +23,7 @@ CRITICAL = {
     "enrollment": ("lockfile.py:write:",),
     "flower": ("masking/member.py:upload:",),
 }
-"""Where a function that is stopped holds secrets. All stages, attacks, audits: ``python -m tests.hygiene``."""
+"""Where a stopped function holds secrets. All stages, attacks, audits: ``python -m tests.hygiene``."""
 
 FORMS = ("float32", "float64, big-endian", "base64", "hex", "decimal")
 WHOLE = [(name, None) for name in CRITICAL]
