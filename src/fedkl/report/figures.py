@@ -176,9 +176,9 @@ def frontier(points: Sequence[Tradeoff], *, share: str = "Identified by the wors
         share: What is read, for the axis.
     """
     groups = list(dict.fromkeys(point.group for point in points))
-    figure = _figure(_WIDTH * max(len(groups), 1), 3.4)
+    figure = _figure(1.4 * _WIDTH * max(len(groups), 1), 3.4)
     for place, group in enumerate(groups):
-        axes = figure.add_axes(((place + 0.13) / len(groups), 0.15, 0.82 / len(groups), 0.74))
+        axes = figure.add_axes(((place + 0.1) / len(groups), 0.15, 0.52 / len(groups), 0.74))
         for index, point in enumerate([each for each in points if each.group == group]):
             axes.errorbar(
                 point.cost,
@@ -199,7 +199,7 @@ def frontier(points: Sequence[Tradeoff], *, share: str = "Identified by the wors
         axes.tick_params(labelsize=7)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=6, framealpha=0.9, loc="lower right")
+        axes.legend(fontsize=6, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.02))  # on no point
     return _png(figure)
 
 
