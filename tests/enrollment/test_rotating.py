@@ -69,6 +69,8 @@ def test_a_rotation_draws_γ_and_β_anew_and_costs_little(kind):
     assert not torch.equal(new.key.reveal(), old.key.reveal())
     assert float((affine(new) - affine(old)).abs().min()) > 0
     assert float((affine(new) - affine(old)).abs().mean()) > 0.1
+    still = rotated(old, fitting=Fitting(epochs=1, lr=1e-9)).lock  # no fitting: only the drawing moves them
+    assert float((affine(still) - affine(old)).abs().mean()) > 0.05
     test = images("test")
     assert evaluate(new.model, *test) > evaluate(old.model, *test) - 0.15  # drawn by the operating system
     assert all(torch.equal(t, old.public_state()[name]) for name, t in new.public_state().items())
