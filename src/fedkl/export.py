@@ -134,8 +134,7 @@ def export_client(
             file is there already or cannot be written.
     """
     federation, rounds = _client(Path(source), client)
-    if rounds == 0:
-        raise ConfigError(f"{source}: nothing is trained here yet. Let it train a round first.")
+    _check_trained(Path(source), rounds)
     split, images = federation.split, torch.zeros(2, *federation.dataset.spec.shape)
     match form:
         case "state":

@@ -1,7 +1,7 @@
 """A client's trained model, as a file that serves: its weights, a program of PyTorch, or ONNX.
 
 **Each of them is as private as the lock.** γ, β, private layers and norm statistics are in it: who has the
-file has the client's model, and needs no key. Each says so of itself , has mode 0600, and is
+file has the client's model, and needs no key. Each says so of itself, has mode 0600, and is
 refused wherever public tensors are read. The key and the lock layers are not in it.
 
 >>> import tempfile

@@ -23,7 +23,6 @@ from tests.custody.setting import (
     BACKUP,
     PASSPHRASE,
     Study,
-    client_of,
     member_file,
     member_in,
     opened,
@@ -33,16 +32,6 @@ from tests.locking.leaks import encodings
 from tests.masking.cohorts import RUN, SPECS, TODAY, drawn
 
 LATER = TODAY + timedelta(days=1)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "store" / "a"
-
-
-@pytest.fixture
-def store(folder):
-    return client_of(folder.parent)
 
 
 @pytest.fixture

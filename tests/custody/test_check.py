@@ -25,11 +25,6 @@ def _today(monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "store" / "a"
-
-
-@pytest.fixture
 def member(folder):
     client_of(folder.parent)
     path = member_in(folder, today=TODAY)

@@ -38,16 +38,6 @@ def clock(monkeypatch):
     return clock
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "store" / "a"
-
-
-@pytest.fixture
-def store(folder):
-    return client_of(folder.parent)
-
-
 def events(folder):
     return [entry.what for entry in Journal(folder).read()[0]]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from fedkl.cli.commands import Command
-from fedkl.cli.membership import tell
+from fedkl.cli.membership import store_passphrase, tell
 from fedkl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def enroll(
         fitting=Fitting(epochs=epochs, lr=lr, held_out=held_out, seed=seed),
     )
     if isinstance(place, Path):
-        done.lock.save(place, passphrase=_passphrase(passphrase_file), replace=False)
+        done.lock.save(place, passphrase=store_passphrase(passphrase_file), replace=False)
         path = place
     else:
         place.store.add(place.client, done.lock)
@@ -125,7 +125,7 @@ def rotate_lock(
     how: dict[str, Any] = {"images": subject.images, "labels": subject.labels}
     how |= {"keep_function": keep_function, "fitting": fitting}
     if isinstance(place, Path):
-        passphrase = None if unencrypted else _passphrase(passphrase_file)
+        passphrase = None if unencrypted else store_passphrase(passphrase_file)
         done, old = rotate_file(place, network, passphrase=passphrase, public=tensors, **how)
     else:
         with place.store.client(place.client, model=network, defense=KeyLock()) as opened:
@@ -168,13 +168,7 @@ def _place(
         raise typer.BadParameter(f"Give {name}, or --store FOLDER and --client NAME.")
     from fedkl.custody import ClientStore
 
-    return _Stored(ClientStore(store, passphrase=_passphrase(passphrase_file), new_keys=new), client)
-
-
-def _passphrase(file: Path | None) -> str:
-    from fedkl.lockfile import default_passphrase, read_passphrase
-
-    return default_passphrase() if file is None else read_passphrase(file)
+    return _Stored(ClientStore(store, passphrase=store_passphrase(passphrase_file), new_keys=new), client)
 
 
 def _subject(target: str) -> Subject:

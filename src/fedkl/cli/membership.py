@@ -37,7 +37,7 @@ class WholeCommand(Command):
 
 
 def store_passphrase(file: Path | None) -> str:
-    """A store's passphrase, as its node finds it.
+    """The passphrase of a node's private files: that of a file, or else as the node finds it.
 
     Raises:
         KeyFileError: It cannot be read.

@@ -18,7 +18,7 @@ from fedkl.errors import ConfigError, FedKLError, MaskingError, printable
 from fedkl.files import open_to_others
 from fedkl.masking.cards import CARD_DAYS, date_problem
 from fedkl.masking.contents import SUFFIX, Content
-from fedkl.masking.memory_file import MemoryFile
+from fedkl.masking.memory_file import MemoryFile, memory_path
 
 Level = Literal["problem", "note", "fact"]
 _LEVELS: tuple[Level, ...] = ("problem", "note", "fact")
@@ -153,7 +153,7 @@ class _Client:
             yield "problem", f"{path}: not the member that this client has had. Put that one back."
         yield self._until(f"card of {keys.name}", keys.expires, days=CARD_DAYS)
         memory = MemoryFile(
-            path.with_name(path.name.removesuffix(SUFFIX) + ".memory"),
+            memory_path(path),
             key=content.memory_key,
             restored=content.restored,
         )

@@ -22,7 +22,7 @@ from fedkl.files import held
 from fedkl.masking.cards import MemberKeys
 from fedkl.masking.contents import SUFFIX, Content, Joined, check_secret_file
 from fedkl.masking.memory import Memory
-from fedkl.masking.memory_file import MemoryFile
+from fedkl.masking.memory_file import MemoryFile, memory_path
 from fedkl.masking.roster import Membership, SealedRoster
 from fedkl.masking.schedule import Secret
 from fedkl.masking.texts import check_cohort_name
@@ -42,8 +42,7 @@ class MemberFile:
         self._passphrase = passphrase
         self._lock: ExitStack | None = lock
         self._salt = os.urandom(16)  # shared, which saves deriving the key at every message
-        memory = path.with_name(path.name.removesuffix(SUFFIX) + ".memory")
-        self._memory_file = MemoryFile(memory, key=content.memory_key, restored=content.restored)
+        self._memory_file = MemoryFile(memory_path(path), key=content.memory_key, restored=content.restored)
         self._memories: dict[str, Memory] = {}
 
     def __repr__(self) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from fedkl import lockfile
 from fedkl.errors import KeyFileError, MaskingError
 from fedkl.formats import check_version
-from fedkl.masking.contents import count_of, digest_of
+from fedkl.masking.contents import SUFFIX, count_of, digest_of
 from fedkl.masking.memory import Memory
 from fedkl.masking.schedule import Secret
 
@@ -37,6 +37,11 @@ class Kept:
     roster: str
     saved: int
     memory: dict[str, Any] = field(repr=False)
+
+
+def memory_path(secret_file: Path) -> Path:
+    """Where the memory of a member's secret file is: beside it."""
+    return secret_file.with_name(secret_file.name.removesuffix(SUFFIX) + ".memory")
 
 
 class MemoryFile:
