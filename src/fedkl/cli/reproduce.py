@@ -81,7 +81,7 @@ def reproduce_table6(
     seed: FirstSeedOption = 0,
     lpips: Annotated[
         bool,
-        typer.Option("--lpips", help="Measure LPIPS too; its weights must be there, see docs/attacks.md."),
+        typer.Option("--lpips", help="Measure LPIPS too. It needs weights: docs/paper-tables.md."),
     ] = False,
     device: DeviceOption = "cpu",
     workers: WorkersOption = 0,
