@@ -6,7 +6,7 @@
     python benchmarks/flower_deployment.py faults    # kill -9 of a client process, a node, the SuperLink
     python benchmarks/flower_deployment.py cost      # milliseconds per message, beside the plain Flower app
 
-Prints one JSON line. docs/flower.md has the figures.
+Prints one JSON line. docs/results/2026-11-flower.md has the figures.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python benchmarks/flower_masked.py faults --modes both    # kill -9 of a client between upload and reveal,
                                                               # of a SuperNode, of the SuperLink
 
-Prints one JSON line a mode. docs/flower.md has the figures.
+Prints one JSON line a mode. docs/results/2026-11-masks.md has the figures.
 """
 
 from __future__ import annotations
