@@ -1,4 +1,4 @@
-"""The table of bad data in docs/data.md; `python -m tests.data.test_bad_data_table` prints it anew."""
+"""The messages of docs/data-errors.md; `python -m tests.data.test_bad_data_table` prints them anew."""
 
 import gzip
 import os
@@ -19,7 +19,7 @@ from fedkl.data import cifar10, cifar100, idx, load
 from fedkl.errors import DataError
 from tests.data.test_decoding import png_header, tiled_tiff
 
-PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+PAGE = Path(__file__).parents[2] / "docs" / "data-errors.md"
 IMAGES, LABELS = idx.TRAIN_IMAGES, idx.TRAIN_LABELS
 
 
@@ -184,16 +184,20 @@ def message_of(case):
     return first + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
-def row(case):
-    message = message_of(case).replace("|", "\\|")
+def entry(case):
+    message = message_of(case)
     quoted = message if "`" in message else f"`{message}`"
-    return f"| {case[0]} | {case[1]} | {quoted} |"
+    return f"* {case[1]}: {quoted}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_the_page_shows_what_is_said(case):
-    assert row(case) in PAGE.read_text(encoding="utf-8").splitlines()
+    text = PAGE.read_text(encoding="utf-8")
+    section = text.partition(f"\n## {case[0]}\n")[2].partition("\n## ")[0]
+    assert entry(case) in section.splitlines()
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(map(row, CASES)) + "\n")
+    for dataset in dict.fromkeys(name for name, _ in CASES):
+        entries = "\n".join(entry(case) for case in CASES if case[0] == dataset)
+        sys.stdout.write(f"## {dataset}\n{entries}\n\n")
