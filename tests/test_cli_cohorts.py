@@ -239,7 +239,7 @@ def test_a_cohort_is_renewed_when_it_has_expired(joined, monkeypatch):
 def test_a_cohort_is_left(joined):
     code, text = joined("a", "cohort", "end", "study.cohort")
     assert code == 0
-    assert "Not destroyed: copies" in text
+    assert "Not destroyed: backups of this secret file" in text
     assert "no cohort 'study'. It has joined none yet" in joined.refused("a", "cohort", "end", "study.cohort")
     message = joined.refused(
         "a", "cohort", "join", "study.cohort", "--fingerprint", joined.sealed().roster.fingerprint

@@ -306,7 +306,7 @@ def mean_of(numbers):
 @pytest.mark.parametrize(("available", "told"), [(2, True), (3, False)])
 def test_a_strategy_that_begins_with_fewer_nodes_than_a_sum_needs_is_told(available, told, members, caplog):
     run(members("blind"), rounds=1, strategy=FedAvg(min_available_nodes=available))
-    assert ("set its min_available_nodes to 3 or more" in caplog.text) == told
+    assert ("Set its min_available_nodes to 3 or more" in caplog.text) == told
 
 
 def test_too_few_are_a_lost_round_and_the_next_one_goes_on(members, caplog):

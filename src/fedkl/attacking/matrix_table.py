@@ -15,15 +15,18 @@ from fedkl.markdown import table_lines
 _CELL = ("row", "batch", "steps", "cohort")
 _HEADER = ("network/data", "batch", "steps", "cohort", "private")
 _NOTES = (
-    "Worst rung: the attack that identified most images among the candidates (then: the higher median SSIM); "
-    "rungs are not combined. Intervals: 95 %, after Wilson, over images, given the network where all images "
-    "share one; where clients send several updates, widened by how much clients differ. n counts images; in "
-    "batches and cohorts only those whose label no other image of the update has: several of one class come "
-    "out as a mixture, with a defense and without.",
+    "Worst rung: the attack that identified most images among the candidates. Of equal ones, the one with "
+    "the higher median SSIM. Attacks are not combined.",
+    "n counts images. In batches and cohorts it counts only those whose label no other image of the update "
+    "has. Several of one class come out as a mixture, with a defense and without.",
+    "Intervals: 95 %, after Wilson, over images. Where all images share one network, they are for that "
+    "network. Where clients send several updates, they are widened by how much clients differ.",
     "Control: the same attack on the same network with public γ and β (for a lock) or without a private "
-    "layer. Leaks: the interval of some rung lies above the floor's, or an image was recovered. At the "
-    f"floor: of none does, and one of them found at least {CONTROL_SHARE:.0%} of its control's images, with "
-    f"at least {SAFE_FROM} images each; a claim about these attacks, not of safety. Says nothing: neither.",
+    "layer.",
+    "Leaks: the interval of some attack lies above the floor's, or an image was recovered. At the floor: no "
+    f"attack's does, and one of them found at least {CONTROL_SHARE:.0%} of its control's images, with at "
+    f"least {SAFE_FROM} images each. That is a claim about these attacks, not of safety. Says nothing: "
+    "neither.",
     "The floor looks at the label only: the mean of the auxiliary images of its class. In a batch the "
     "matching with the truth lifts identification, there too.",
     "Not a rung: matching with γ and β known, the ceiling of the matching rungs.",

@@ -35,8 +35,8 @@ _NOTES = (
     "Wilson. PSNR and SSIM: median [quartiles] of the others, with scale and offset fixed by the attacker's "
     "own rule. After the best affine fit: a diagnostic that uses the truth. Identified: of all candidates "
     "the true image correlates best.",
-    "Paper: PSNR converted to its true value (2 × printed − 48.13 dB), means over its trials; without lock "
-    "beside the arm no-norm, with lock beside the arm lock.",
+    "Paper: PSNR converted to its true value (2 × printed − 48.13 dB), means over its trials. Its figures "
+    "without lock stand beside the arm no-norm, those with lock beside the arm lock.",
     "Keys and lock layers come from the operating system's random numbers: locked arms vary from run to run.",
 )
 

@@ -192,9 +192,9 @@ def check_enough(size: int, pools: Pools) -> None:
     if min(len(pools.own.images), len(pools.audited.images)) < 2 * size:
         got = sum(len(pool.images) for pool in pools)
         raise DataError(
-            f"Presence: expected at least {5 * size} images, of which the server and the audited clients get "
-            f"two fifths each, twice as many as the {size} of an update; got {got}. Give more images, or "
-            "lower images_per_client."
+            f"Presence: expected at least {5 * size} images, five times the {size} of an update, got {got}. "
+            "The server and the audited clients get two fifths each. Give more images, or lower "
+            "images_per_client."
         )
 
 

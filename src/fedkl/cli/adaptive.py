@@ -58,7 +58,7 @@ def adaptive(
         bool, typer.Option("--list", callback=_list, is_eager=True, help="Print what can be named, and stop.")
     ] = False,
 ) -> None:
-    """Attackers who know the lock: the worst rung of every arrangement, its control and the floor."""
+    """Attackers who know the lock: what the best of them reads, by what clients keep."""
     from fedkl import reproduce
 
     matrix = reproduce.Matrix(

@@ -105,10 +105,10 @@ def attack(
         ),
     ] = False,
 ) -> None:
-    """Gradient inversion of a defense and its controls. An interrupted attack goes on.
+    """Rebuilds images from updates, behind a defense and without. An interrupted attack goes on.
 
-    --set sets what has no flag: --set attack.restarts=4 an option of the attack (--list shows them), --set
-    local.steps=5 any other field. The places are those of a run's config.toml.
+    --set sets what has no flag. An option of the attack: --set attack.restarts=4 (--list shows them). Any
+    other field: --set local.steps=5. The places are those of a run's config.toml.
     """
     from fedkl import config as configs
     from fedkl import experiments

@@ -37,33 +37,34 @@ def audit(
         typer.Option(help="One of `fedkl attack --list`, with options if you like: pruning:keep=0.1."),
     ] = "none",
     masking: Annotated[
-        Literal["none", "blind", "pairwise", "both"], typer.Option(help="Of the clients' updates.")
+        Literal["none", "blind", "pairwise", "both"],
+        typer.Option(help="Mask the updates, as the clients would."),
     ] = "none",
     batch_size: Annotated[
-        str, typer.Option(help="Comma-separated: images of the upper bounds' single steps.")
+        str, typer.Option(help="Images behind one step, in settings that are easier to attack than yours.")
     ] = "1,16",
     minutes: Annotated[float, typer.Option(min=0.01, help="Time for all attackers together.")] = 10.0,
     seed: FirstSeedOption = 0,
     fail_above: Annotated[
         str | None,
-        typer.Option(help="Limits, e.g. identified=0.1,presence_tpr=0.05; crossed: exit code 1."),
+        typer.Option(help="Limits, e.g. identified=0.1,presence_tpr=0.05. Exit code 1 if one is crossed."),
     ] = None,
     baseline: Annotated[
-        Path | None, typer.Option(help="Folder of an earlier audit; surely worse than it: exit code 1.")
+        Path | None, typer.Option(help="Folder of an earlier audit. Exit code 1 if this one is surely worse.")
     ] = None,
     junit: Annotated[Path | None, typer.Option(help="File for JUnit XML.")] = None,
     sarif: Annotated[Path | None, typer.Option(help="File for SARIF 2.1.0.")] = None,
     summary: Annotated[Path | None, typer.Option(help="File for a Markdown summary.")] = None,
     recorded: Annotated[
         Path | None,
-        typer.Option(help="Real clients' updates in place of simulated ones': a file, or a folder."),
+        typer.Option(help="File or folder of updates that real clients sent: attack these."),
     ] = None,
     kind: Annotated[
-        recordings.Kind, typer.Option(help="Of --recorded safetensors files; RecordingMod's are weights.")
+        recordings.Kind, typer.Option(help="What the files of --recorded hold. RecordingMod's hold weights.")
     ] = "gradient",
     members: Annotated[
         Path | None,
-        typer.Option(help="JSON: by recorded client, which of the subject's images it trained on."),
+        typer.Option(help="JSON file: which of the subject's images each recorded client trained on."),
     ] = None,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Attack recorded updates that do not fit the subject, too.")

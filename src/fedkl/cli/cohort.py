@@ -71,9 +71,9 @@ def cohort_join(
 ) -> None:
     """Joins a cohort, or its next epoch.
 
-    At the first time all members compare the fingerprint by phone: it tells the file that one of them made
-    from one that was exchanged on its way. A later epoch is signed by a member of the one before; it is
-    compared again if its rules differ, or, but for blind masks, its members.
+    The first time, all members compare the fingerprint by phone. If all read the same one, nobody exchanged
+    the file on its way. A later epoch is signed by a member of the one before. It is compared again if its
+    rules differ. With pairwise masks, and with both, it is also compared if its members differ.
     """
     from fedkl.custody.journal import journal_beside
     from fedkl.custody.member import check_clock
@@ -219,8 +219,8 @@ def _tell_whether_it_takes_part(file: MemberFile, cohort: str) -> None:
 
 def _tell_limits(name: str) -> None:
     tell(
-        "Not destroyed: copies of this secret file (backups); what the disk keeps of its earlier versions; "
-        f"copies of {name}.cohort, out of which whoever has this secret file and its passphrase gets the key "
-        "again; the other members' copies. Whoever has the key and recorded what was sent can read what the "
+        "Not destroyed: backups of this secret file, what the disk keeps of its earlier versions, and the "
+        f"other members' copies. Copies of {name}.cohort hold the key too: with this secret file and its "
+        "passphrase they give it again. Whoever has the key and recorded what was sent can read what the "
         "key alone protected."
     )

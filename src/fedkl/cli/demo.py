@@ -19,7 +19,7 @@ def add_to(app: typer.Typer) -> None:
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where the runs and the report go.")] = Path("runs/demo"),
 ) -> None:
-    """The same attacks on no defense, the published lock and masked updates; what each costs; a report."""
+    """Shows what leaks and what stops it: the same attacks on no defense, the published lock and masks."""
     from fedkl import demo as demonstration
 
     demonstration.run(out, progress=progress_bar)

@@ -85,10 +85,11 @@ def key_rotate(
 ) -> None:
     """Replaces a key by a new one of the same length and distribution. The old file is kept beside it.
 
-    Of a key file: lock layers must be trained again; locks trained with the old one need it. Of a lock file
-    (--target, --public) or a client of a store: the lock is drawn anew and fitted to the client's images, as
-    is needed where the old one may have been seen. With --keep-function γ and β stay, and so does what the
-    model computes: whoever has seen them knows them still.
+    A key file: lock layers must be trained again. Locks that were trained with the old key still need it.
+
+    A lock file (--target, --public) or a client of a store: the lock is drawn anew and fitted to the client's
+    images. Do so where the old one may have been seen. With --keep-function γ and β stay, and the model
+    computes what it did. Whoever has seen them knows them still.
     """
     if target is None and public is None and store is None and path is not None:
         _rotate_key(path, unencrypted=unencrypted)

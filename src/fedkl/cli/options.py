@@ -42,7 +42,7 @@ SetOption = Annotated[
 ]
 TableOption = Annotated[Path, typer.Option("--out", help="Folder of the table; finished rows are kept.")]
 RowsOption = Annotated[str, typer.Option(help="Comma-separated, e.g. dlg/lenet/mnist; all: every row.")]
-ArmsOption = Annotated[str, typer.Option(help="Comma-separated, see `fedkl reproduce threats`.")]
+ArmsOption = Annotated[str, typer.Option(help="Comma-separated, see `fedkl attack --list`.")]
 TrialsOption = Annotated[int, typer.Option(help="Test images attacked, one network each.")]
 BudgetOption = Annotated[Budget, typer.Option(help="quick: minutes, marked as such. paper: hours.")]
 FirstSeedOption = Annotated[

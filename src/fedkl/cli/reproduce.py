@@ -24,7 +24,7 @@ from fedkl.cli.options import (
 )
 from fedkl.cli.terminal import names, print_table, progress_bar
 
-app = typer.Typer(help="The paper's tables, beside the print.", no_args_is_help=True)
+app = typer.Typer(help="Repeats the paper's tables, and shows its figures beside ours.", no_args_is_help=True)
 _TABLE1_ARMS = "centralized,centralized-lock,fedavg,fedbn,fedkl,fedkl-published"
 
 

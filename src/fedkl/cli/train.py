@@ -87,8 +87,8 @@ def train(
     masking: Annotated[
         str | None,
         typer.Option(
-            help="blind: the server reads nothing; pairwise: only the sum; both: nothing, and members cannot "
-            "read one another; none.",
+            help="blind: the server reads nothing. pairwise: it reads only the sum. both: it reads nothing, "
+            "and members cannot read one another. none: it reads every update.",
             show_default="none",
         ),
     ] = None,
@@ -101,7 +101,7 @@ def train(
         bool, typer.Option("--tensorboard", help="Write TensorBoard events too (fedkl[tensorboard]).")
     ] = False,
 ) -> None:
-    """Federated training in one process, then the server's own model under every fill-in.
+    """Trains a federation in one process, and tests what the server could make of its own model.
 
     The same command goes on with a run that was interrupted; --resume does so without the other flags.
     --set sets what has no flag: --set training.local.lr=0.1. Its places are those of a run's config.toml.

@@ -253,8 +253,8 @@ class MaskedTraining(ReplyAggregation):
         available = getattr(strategies[-1], "min_available_nodes", rules.minimum)
         if available < rules.minimum:
             _LOG.warning(
-                "A sum needs %d members, and the strategy begins a round with %d nodes: set its "
-                "min_available_nodes to %d or more, or rounds are lost while nodes are away.",
+                "A sum needs %d members, but the strategy begins a round with %d nodes. Set its "
+                "min_available_nodes to %d or more. Otherwise rounds are lost while nodes are away.",
                 *(rules.minimum, available, rules.minimum),
             )
 

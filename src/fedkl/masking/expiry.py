@@ -23,7 +23,7 @@ def card_notice(card: MemberCard, *, today: date) -> str | None:
         return None
     return (
         f"{card.name}'s card expires {_in(days)}, on {card.expires}. {card.name}: run `fedkl member new "
-        f"{card.name}` in a new folder, and send the new card to a member of each cohort, who exchanges it: "
+        f"{card.name}` in a new folder, and send the new card to a member of each cohort. That member runs "
         f"`fedkl cohort change NAME.cohort --remove {card.name} --add {card.name}.member`."
     )
 

@@ -27,10 +27,10 @@ def verdict_table(findings: Sequence[verdict.Finding]) -> Table:
         notes=[
             f"An image is recovered from {SUCCESS_DB:.0f} dB on, and identified if of all candidates it "
             "correlates best with the picture. A leak is what lies above the floor: above what the mean of "
-            "other images with the same label gives. An arm is at the floor only where the same attack finds "
-            f"at least {CONTROL_SHARE:.0%} of its control's images, and with at least {SAFE_FROM} images; "
-            "otherwise it says nothing. A leak that is seen counts in any case. Controls hide nothing from "
-            "the server: they test the attack.",
+            "other images with the same label gives. A leak that is seen counts in any case.",
+            "Controls hide nothing from the server: they test the attack. An arm is at the floor only where "
+            f"the same attack finds at least {CONTROL_SHARE:.0%} of its control's images, with at least "
+            f"{SAFE_FROM} images. Otherwise it says nothing.",
         ],
     )
 
@@ -91,8 +91,8 @@ def _attack_notes(run: AttackRun) -> list[str]:
         notes.append(f"Not attacked: {each['arm']}{trials}: {each['kind']}. {each['reason']}")
     if batch_size > 1:
         notes.append(
-            "In a batch, pictures are matched to the true images first, which lifts identification by chance "
-            f"to at most {batch_size} in as many as there are candidates."
+            "In a batch, pictures are matched to the true images first. By chance alone, at most "
+            f"{batch_size} in as many as there are candidates are then identified."
         )
     return notes
 

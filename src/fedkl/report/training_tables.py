@@ -65,14 +65,14 @@ def training_table(trains: Sequence[TrainRun]) -> Table:
 
 def _training_notes(trains: Sequence[TrainRun], *, own_classes: bool) -> list[str]:
     notes = [
-        "Test accuracy of the global model after the last round; with private tensors each client adds "
-        "its own, hence mean and range over clients. One run per row: another seed gives another figure.",
+        "Test accuracy of the global model after the last round. Where clients keep private tensors, each "
+        "adds its own: the table has mean and range over clients. One run per row: another seed gives "
+        "another figure.",
     ]
     if own_classes:
         notes.append(
-            "On own classes: the same model on a test set in which the classes are as frequent as in the "
-            "client's own training images, where these differ between clients. It is what a client gets in "
-            "its own use; a client of few classes has an easier test."
+            "On own classes: the same model, tested on classes as frequent as in the client's own training "
+            "images. It is what a client gets in its own use. A client of few classes has an easier test."
         )
     notes.append(
         "A lock adds norm layers to a network that has none, such as LeNet. public-norm is the network of "

@@ -74,8 +74,8 @@ def _stranger(subject: Subject, *, base_known: bool) -> Remark:
         about="base weights",
         says="These base weights do not fit: at them, no played client's update looks like this one.",
         remedy=(
-            "Give the weights that the client received in that round; if they are these, the client did "
-            f"something else than the subject says ({otherwise}, the normalization of its images)."
+            "Give the weights that the client received in that round. If they are these, the client did "
+            f"something else than the subject says: {otherwise}, or the normalization of its images."
         ),
         is_problem=True,
     )
