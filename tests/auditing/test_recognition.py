@@ -222,7 +222,9 @@ def test_pools_share_no_image():
 
 def test_too_few_images_are_refused_with_numbers():
     clients = clients_like(count=100, size=21)
-    with pytest.raises(DataError, match=r"at least 105 images.*five times the 21 of an update, got 100\. The .*Give more"):
+    with pytest.raises(
+        DataError, match=r"at least 105 images.*five times the 21 of an update, got 100\. The .*Give more"
+    ):
         recognize(clients, pools=pools_of(clients.subject))
     check_enough(20, pools_of(clients.subject))
 

@@ -112,6 +112,14 @@ def test_every_number_is_one_of_the_results(leaky):
     assert set(re.findall(r"\d+ %", others)) == {"1 %", "95 %"}  # false alarms; the interval's name
 
 
+def test_words_of_the_verdicts_are_explained_where_they_stand(leaky):
+    shown = page(leaky).shown()
+    text = (leaky / "report.md").read_text(encoding="utf-8")
+    for word in ("AUC: how often", "Floor: what is found", "Control: what", "Says nothing: neither"):
+        assert word in shown
+        assert word in text
+
+
 def test_one_file_that_asks_nothing_of_the_network(leaky):
     html = report.build(leaky).html.read_text(encoding="utf-8")
     assert not re.search(r"<(link|iframe|base|form)|https?://|@import|url\(|\son\w+=", html)

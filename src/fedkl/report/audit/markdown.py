@@ -49,3 +49,5 @@ def _table(table: Table) -> Iterator[str]:
         yield from (f"## {table.title}", "")
         header, *rows = ([escaped(cell) for cell in line] for line in table.lines())
         yield from (*table_lines(header, rows), "")
+        for note in table.notes:
+            yield from (escaped(note), "")

@@ -18,13 +18,21 @@ OPENING, BESIDE, GALLERIES = 6, 6, 4
 _TONES: dict[str, words.Tone] = {"leaks": "bad", "at the floor": "good", "says nothing": "open"}
 
 BOUNDS_NOTE = (
-    "Upper bounds: settings other than yours, as a rule easier for the server. They are not what happens at "
-    "your clients; they show what the attackers can do, and what your settings hide."
+    "Upper bounds are settings other than yours, as a rule easier for the server. They are not what happens "
+    "at your clients. They show what the attackers can do, and what your settings hide."
 )
 
 PRESENCE_NOTE = (
     "Shown an image, the server says whether this client trained on it. It is allowed to be wrong about 1 in "
-    "100 images that the client does not have."
+    "100 images that the client does not have. AUC: how often it ranks an image of the client above one "
+    "that the client does not have. 0.5 is guessing, 1 is always."
+)
+
+WORDS_NOTES = (
+    "In brackets: the 95 % interval. Floor: what is found of the same images without the update. Control: "
+    "what the same attacker finds where nothing is hidden.",
+    "Leaks: more than the floor. At the floor: no more, by an attacker that succeeds on the control. Says "
+    "nothing: neither can be said.",
 )
 
 PICTURES_NOTE = (
@@ -170,7 +178,7 @@ def _findings(audit: Audit, ordered: list[Finding]) -> Table:
         also = ", ".join(f"{name} {number(value, digits=2)}" for name, value in each.figures.items())
         rows.append([*cells, each.threat_model, also or NONE, number(each.seconds), each.reason])
     title = "All findings, the worst first"
-    return Table(title=title, header=header, rows=rows, narrow=(0, 1, 2, 3, 4, 5))
+    return Table(title=title, header=header, rows=rows, narrow=(0, 1, 2, 3, 4, 5), notes=[*WORDS_NOTES])
 
 
 def _not_run(audit: Audit) -> Table:
