@@ -185,6 +185,8 @@ def train(setting: Setting, lines: Lines) -> Federation:
 def enrollments(setting: Setting, lines: Lines, federation: Federation) -> None:
     """The last client joins the first federation."""
     part = setting.parts()[-1]
+    draws = rng.generator(setting.seed, "images of the client that joins")
+    drawn = part[torch.randperm(len(part), generator=draws)]  # Dirichlet's parts are sorted by class
     public = {name: tensor.cpu() for name, tensor in federation.server.state.items()}
     for size in SIZES:
         count = len(part) if size == 0 else size
@@ -196,7 +198,7 @@ def enrollments(setting: Setting, lines: Lines, federation: Federation) -> None:
             public=public,
             defense=setting.defense,
             fitting=Fitting(seed=setting.seed),
-            **setting.mine(part[:count]),
+            **setting.mine(drawn[:count]),
         )
         own = setting.worth(done.lock.model, part)
         lines.add(

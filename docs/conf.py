@@ -17,7 +17,7 @@ project = "fedkl"
 author = copyright = "The fedkl authors"
 release = version = fedkl.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["images"]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4  # pages link to headings
@@ -26,6 +26,9 @@ default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_use_rtype = False
+
+copybutton_prompt_text = r">>> |\.\.\. "  # what is copied can be pasted
+copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
 html_title = "fedkl"

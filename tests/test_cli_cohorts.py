@@ -456,8 +456,20 @@ def test_a_wrong_passphrase(founded, monkeypatch):
     monkeypatch.setenv("FEDKL_PASSPHRASE", "another")
     message = founded.refused("a", "cohort", "join", "study.cohort")
     assert "a.secret: wrong passphrase" in message
-    assert "Set FEDKL_PASSPHRASE" in message
+    assert "by --passphrase-file or FEDKL_PASSPHRASE" in message
     assert "another" not in message.replace("another card", "")
+
+
+def test_a_passphrase_from_a_file(founded, monkeypatch):
+    monkeypatch.setenv("FEDKL_PASSPHRASE", "another")
+    file = founded.root / "a" / "passphrase"
+    file.write_text(PASSPHRASE)
+    file.chmod(0o600)
+    mark = founded.sealed().roster.fingerprint
+    options = ("--passphrase-file", "passphrase")
+    assert founded("a", "cohort", "join", "study.cohort", "--fingerprint", mark, *options)[0] == 0
+    assert founded("a", "cohort", "change", "study.cohort", *options)[0] == 0
+    assert founded("a", "cohort", "end", "study.cohort", *options)[0] == 0
 
 
 def test_a_file_that_is_in_use(founded):

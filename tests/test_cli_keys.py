@@ -80,6 +80,27 @@ def test_an_unencrypted_key_gets_a_passphrase(fedkl, tmp_path, monkeypatch):
     assert torch.equal(load(path, "mule"), before)
 
 
+def test_passphrases_come_from_files(fedkl, tmp_path, monkeypatch):
+    monkeypatch.delenv("FEDKL_PASSPHRASE")
+    path, first, second = tmp_path / "k", tmp_path / "first", tmp_path / "second"
+    for file in (first, second):
+        file.write_text(f"{file.name}\n")
+        file.chmod(0o600)
+    assert fedkl("key", "new", path, "--length", 8, "--passphrase-file", first)[0] == 0
+    before = load(path, "first")
+    assert fedkl("key", "info", path, "--passphrase-file", first)[0] == 0
+    assert "wrong passphrase" in fedkl("key", "info", path, "--passphrase-file", second)[1]
+    changed = fedkl("key", "passphrase", path, "--passphrase-file", first, "--new-passphrase-file", second)
+    assert changed[0] == 0
+    assert torch.equal(load(path, "second"), before)
+    assert fedkl("key", "rotate", path, "--passphrase-file", second)[0] == 0
+    assert not torch.equal(load(path, "second"), before)
+    code, text = fedkl("key", "new", tmp_path / "other", "--unencrypted", "--passphrase-file", first)
+    assert code == 2
+    assert "exclude each other" in text
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_pipe_in_place_of_a_key_does_not_hang(fedkl, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     done = threading.Event()

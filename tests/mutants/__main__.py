@@ -21,7 +21,7 @@ else:
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_name("mutants.toml")
-_COPIED = ("src", "tests", "benchmarks", "examples", "docs", "pyproject.toml", "README.md")
+_COPIED = ("src", "tests", "benchmarks", "examples", "docs", "conftest.py", "pyproject.toml", "README.md")
 _LIMIT_S = 900
 
 

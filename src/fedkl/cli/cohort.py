@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.panel import Panel
 
-from fedkl.cli.membership import MemberOption, WholeCommand, opened, tell, today
+from fedkl.cli.membership import MemberOption, PassphraseFileOption, WholeCommand, opened, tell, today
 from fedkl.cli.terminal import console
 from fedkl.errors import MaskingError
 
@@ -38,6 +38,7 @@ def cohort_new(
     ] = False,
     bits: Annotated[Literal["64", "32"], typer.Option(help="Of a word; 32 for large models.")] = "64",
     member: MemberOption = None,
+    passphrase_file: PassphraseFileOption = None,
 ) -> None:
     """Founds a cohort of the members whose cards are given, and writes its file, to be sent to all."""
     from fedkl.masking import Rules
@@ -51,7 +52,7 @@ def cohort_new(
         sampled=sampled,
         server_model=server_model,
     )
-    with opened(member) as file:
+    with opened(member, passphrase_file) as file:
         sealed = found_cohort(path, cards=cards, rules=rules, signer=file.keys, today=today())
     _describe(sealed)
     tell(f"Send {path} to all of them, by any way. Then each, you too: fedkl cohort join {path.name}")
@@ -68,6 +69,7 @@ def cohort_join(
         ),
     ] = None,
     member: MemberOption = None,
+    passphrase_file: PassphraseFileOption = None,
 ) -> None:
     """Joins a cohort, or its next epoch.
 
@@ -79,7 +81,7 @@ def cohort_join(
     from fedkl.custody.member import check_clock
     from fedkl.masking.exchange import read_cohort
 
-    with opened(member) as file:
+    with opened(member, passphrase_file) as file:
         check_clock(file.path.parent)
         sealed = read_cohort(path)
         file.check(sealed, today=today())
@@ -109,6 +111,7 @@ def cohort_change(
         list[str] | None, typer.Option(help="Name of a member who leaves. May be repeated.")
     ] = None,
     member: MemberOption = None,
+    passphrase_file: PassphraseFileOption = None,
 ) -> None:
     """Makes the cohort's next epoch: other members, a new key, another 90 days.
 
@@ -116,7 +119,7 @@ def cohort_change(
     """
     from fedkl.masking.exchange import change_cohort
 
-    with opened(member) as file:
+    with opened(member, passphrase_file) as file:
         before = file.cohorts
         sealed, copy = change_cohort(path, add=add or (), remove=remove or (), member=file, today=today())
         _describe(sealed)
@@ -126,14 +129,16 @@ def cohort_change(
 
 
 @app.command("end", cls=WholeCommand)
-def cohort_end(path: CohortArgument, member: MemberOption = None) -> None:
+def cohort_end(
+    path: CohortArgument, member: MemberOption = None, passphrase_file: PassphraseFileOption = None
+) -> None:
     """Destroys this member's copy of the cohort's key. It does not take part any more.
 
     The file may be gone: its name is enough.
     """
     from fedkl.masking.exchange import COHORT_SUFFIX, read_cohort
 
-    with opened(member) as file:
+    with opened(member, passphrase_file) as file:
         name = path.name.removesuffix(COHORT_SUFFIX)
         if path.exists() or name not in file.cohorts:
             name = read_cohort(path).roster.name

@@ -42,6 +42,13 @@ def export(
         Path | None,
         typer.Option(help="Of a Guard's rounds with masks: the secret file of a member, who can open them."),
     ] = None,
+    passphrase_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of --member: a file with its passphrase.",
+            show_default="FEDKL_PASSPHRASE, or this machine's",
+        ),
+    ] = None,
     form: Annotated[
         Form | None,
         typer.Option(
@@ -66,7 +73,7 @@ def export(
         rounds = exporting.export_client(source, out=out, client=client, form=form, replace=replace)
         lines = _lines_of_client(out, client, form, rounds)
     else:
-        with nullcontext() if member is None else opened(member) as file:
+        with nullcontext() if member is None else opened(member, passphrase_file) as file:
             done = exporting.export(source, out=out, client=client, member=file, replace=replace)
         lines = _lines(done, source)
     for line in lines:

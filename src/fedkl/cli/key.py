@@ -17,18 +17,28 @@ from fedkl.errors import ConfigError
 app = typer.Typer(help="Key files: new, info, rotate, passphrase.", no_args_is_help=True)
 _NEW_PASSPHRASE_VARIABLE = "FEDKL_NEW_PASSPHRASE"  # noqa: S105 (a name, not a passphrase)
 
-PlainOption = Annotated[bool, typer.Option("--unencrypted", help="Leave the file unencrypted.")]
+PlainOption = Annotated[
+    bool, typer.Option("--unencrypted", help="The file has no passphrase: whoever reads it has the key.")
+]
+PassphraseFileOption = Annotated[
+    Path | None,
+    typer.Option(help="File with the passphrase.", show_default="FEDKL_PASSPHRASE, or it is asked for"),
+]
 
 
 class _KeyCommand(Command):
     kept = "Every file is whole: the old one or the new one. The command again:"
 
 
-def _passphrase(*, unencrypted: bool, confirm: bool) -> str | None:
-    from fedkl.lockfile import PASSPHRASE_VARIABLE
+def _passphrase(*, unencrypted: bool, confirm: bool, file: Path | None) -> str | None:
+    from fedkl.lockfile import PASSPHRASE_VARIABLE, read_passphrase
 
+    if unencrypted and file is not None:
+        raise ConfigError(f"--unencrypted and --passphrase-file {file} exclude each other. Leave one out.")
     if unencrypted:
         return None
+    if file is not None:
+        return read_passphrase(file)
     given = os.environ.get(PASSPHRASE_VARIABLE)
     if given is not None:
         return given
@@ -44,21 +54,26 @@ def key_new(
         str, typer.Option(help="normal (zero mean, unit norm) or uniform (published).")
     ] = "normal",
     unencrypted: PlainOption = False,
+    passphrase_file: PassphraseFileOption = None,
 ) -> None:
-    """Draws a new key. The passphrase is asked for, or taken from FEDKL_PASSPHRASE."""
+    """Draws a new key, and writes it to a file that a passphrase protects."""
     if path.exists():  # before a passphrase is asked for; whether it is there later is asked again
         raise ConfigError(f"{path}: exists already. Use `fedkl key rotate` or another path.")
     key = fedkl.Key.generate(length=length, distribution=distribution)  # type: ignore[arg-type]
-    fedkl.save_key(key, path, passphrase=_passphrase(unencrypted=unencrypted, confirm=True), replace=False)
+    passphrase = _passphrase(unencrypted=unencrypted, confirm=True, file=passphrase_file)
+    fedkl.save_key(key, path, passphrase=passphrase, replace=False)
     console.print(f"{path}: {key}", highlight=False, soft_wrap=True)
 
 
 @app.command("info", cls=_KeyCommand)
 def key_info(
-    path: Annotated[Path, typer.Argument(help="A key file.")], unencrypted: PlainOption = False
+    path: Annotated[Path, typer.Argument(help="A key file.")],
+    unencrypted: PlainOption = False,
+    passphrase_file: PassphraseFileOption = None,
 ) -> None:
     """Checks that a key file opens, and says what it holds without showing it."""
-    key = fedkl.load_key(path, passphrase=_passphrase(unencrypted=unencrypted, confirm=False))
+    passphrase = _passphrase(unencrypted=unencrypted, confirm=False, file=passphrase_file)
+    key = fedkl.load_key(path, passphrase=passphrase)
     console.print(f"{path}: {key}", highlight=False, soft_wrap=True)
 
 
@@ -92,7 +107,7 @@ def key_rotate(
     computes what it did. Whoever has seen them knows them still.
     """
     if target is None and public is None and store is None and path is not None:
-        _rotate_key(path, unencrypted=unencrypted)
+        _rotate_key(path, _passphrase(unencrypted=unencrypted, confirm=False, file=passphrase_file))
         return
     if target is None or public is None:
         raise typer.BadParameter("Of a lock give --target and --public; of a key file its path only.")
@@ -111,10 +126,9 @@ def key_rotate(
     )
 
 
-def _rotate_key(path: Path, *, unencrypted: bool) -> None:
+def _rotate_key(path: Path, passphrase: str | None) -> None:
     from fedkl import lockfile
 
-    passphrase = _passphrase(unencrypted=unencrypted, confirm=False)
     old = fedkl.load_key(path, passphrase=passphrase)
     key = fedkl.Key.generate(length=old.length, distribution=old.distribution)
     copy = lockfile.keep_copy(path)
@@ -131,20 +145,31 @@ def key_passphrase(
     unencrypted: Annotated[
         bool, typer.Option("--unencrypted", help="The file is not encrypted yet; it will be.")
     ] = False,
+    passphrase_file: PassphraseFileOption = None,
+    new_passphrase_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the new one.", show_default="FEDKL_NEW_PASSPHRASE, or it is asked for"),
+    ] = None,
 ) -> None:
-    """Changes the passphrase of a key or lock file. Copies and backups of it keep the old one.
-
-    The new one is asked for, or taken from FEDKL_NEW_PASSPHRASE.
-    """
+    """Changes the passphrase of a key, lock or secret file. Copies and backups of it keep the old one."""
     from fedkl import lockfile
     from fedkl.custody.journal import journal_beside
 
-    old = _passphrase(unencrypted=unencrypted, confirm=False)
-    new = os.environ.get(_NEW_PASSPHRASE_VARIABLE)
-    if new is None:
-        new = typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True)
-    lockfile.change_passphrase(path, old=old, new=new)
+    old = _passphrase(unencrypted=unencrypted, confirm=False, file=passphrase_file)
+    lockfile.change_passphrase(path, old=old, new=_new_passphrase(new_passphrase_file))
     journal = journal_beside(path)
     if journal is not None:
         journal.note("passphrase changed", about=path.name)
     console.print(f"{path}: opens with the new passphrase only", highlight=False, soft_wrap=True)
+
+
+def _new_passphrase(file: Path | None) -> str:
+    from fedkl.lockfile import read_passphrase
+
+    if file is not None:
+        return read_passphrase(file)
+    given = os.environ.get(_NEW_PASSPHRASE_VARIABLE)
+    if given is not None:
+        return given
+    answer: str = typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True)
+    return answer

@@ -48,24 +48,28 @@ def store_passphrase(file: Path | None) -> str:
 
 
 @contextmanager
-def opened(path: Path | None) -> Iterator[MemberFile]:
+def opened(path: Path | None, passphrase_file: Path | None) -> Iterator[MemberFile]:
     """A member's secret file: the one that is named, or else the only one in the current folder.
+
+    Args:
+        path: The file, or None.
+        passphrase_file: Holds its passphrase; None as `store_passphrase` says.
 
     Raises:
         ConfigError: There is none, or there are several.
         KeyFileError: It does not open.
     """
-    from fedkl.lockfile import PASSPHRASE_VARIABLE, default_passphrase
+    from fedkl.lockfile import PASSPHRASE_VARIABLE
     from fedkl.masking import MemberFile
 
     path = path or _only_one()
     try:
-        file = MemberFile.open(path, passphrase=default_passphrase())
+        file = MemberFile.open(path, passphrase=store_passphrase(passphrase_file))
     except KeyFileError as error:
         if "wrong passphrase" in str(error):
             raise KeyFileError(
-                f"{error} Set {PASSPHRASE_VARIABLE} to the one that it was made with; without one it is "
-                "that of the user and the machine where it was made."
+                f"{error} Give the one that it was made with, by --passphrase-file or {PASSPHRASE_VARIABLE}; "
+                "without one it is that of the user and the machine where it was made."
             ) from error
         raise
     with file:
