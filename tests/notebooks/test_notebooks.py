@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import re
 
+import nbformat
 import pytest
+from nbclient.exceptions import CellExecutionError
 
-for _module in ("ipykernel", "nbclient", "nbformat"):
-    pytest.importorskip(_module, reason="notebooks are executed by nbclient and ipykernel")
-
-import nbformat  # noqa: E402
-
-from tests.notebooks.executing import NOTEBOOKS, ROOT, code_cells, executed, fingerprint, read  # noqa: E402
-from tests.notebooks.reading import claimed, numbers, pictures, printed  # noqa: E402
+from tests.notebooks.executing import NOTEBOOKS, ROOT, code_cells, executed, fingerprint, read
+from tests.notebooks.reading import claimed, numbers, pictures, printed
 
 AGAIN = "Execute and store it again: make notebooks"
 _MAX_BYTES = 500_000
@@ -130,8 +127,6 @@ def test_pictures_that_leak_are_stored():
 
 
 def test_a_cell_that_raises_is_an_error(tmp_path):
-    from nbclient.exceptions import CellExecutionError
-
     broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
     with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
         executed(broken, folder=tmp_path)
