@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help demo test docs lint types imports unit bench fuzz mutants clean
+.PHONY: help demo test docs lint types imports unit notebooks bench fuzz mutants clean
 
 FUZZ_SECONDS ?= 3600
 TEST_PROCESSES ?= 2
@@ -36,6 +36,9 @@ imports: $(READY) ## imports go downwards only
 unit: $(READY) ## the tests
 	PYTHONDONTWRITEBYTECODE= $(RUN) $(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 
+notebooks: $(READY) ## executes examples/notebooks, and stores what their cells give
+	$(RUN) $(BIN)/python -m tests.notebooks
+
 bench: $(READY) ## what a lock costs a step
 	$(RUN) $(BIN)/python benchmarks/lock_overhead.py
 
@@ -56,4 +59,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean: ## removes what the others made
-	rm -rf $(VENV) runs build site docs/made .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) runs build site jupyter_execute docs/made .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

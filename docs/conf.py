@@ -1,7 +1,8 @@
-"""The documentation as a site, by Sphinx with MyST: `make docs`. The pages read well without it."""
+"""The documentation as a site, by Sphinx with MyST-NB: `make docs`. The pages read well without it."""
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -17,10 +18,11 @@ project = "fedkl"
 author = copyright = "The fedkl authors"
 release = version = fedkl.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["images"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["images", "static"]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4  # pages link to headings
+nb_execution_mode = "off"  # `make notebooks` stores what cells give
 
 default_role = "code"
 autodoc_member_order = "bysource"
@@ -31,6 +33,8 @@ copybutton_prompt_text = r">>> |\.\.\. "  # what is copied can be pasted
 copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["notebooks.css"]
 html_title = "fedkl"
 html_show_copyright = False
 html_copy_source = False
@@ -48,6 +52,8 @@ ELSEWHERE = {
     "tests/vectors/README.md": f"docs/{MADE}/vectors.md",
     "examples/audit/README.md": f"docs/{MADE}/examples-audit.md",
     "examples/flower/README.md": f"docs/{MADE}/examples-flower.md",
+    "examples/notebooks/audit-your-own.ipynb": f"docs/{MADE}/audit-your-own.ipynb",
+    "examples/notebooks/first-leak.ipynb": f"docs/{MADE}/first-leak.ipynb",
 }
 """Pages of the repository that do not lie in this folder."""
 
@@ -63,13 +69,22 @@ def setup(app: Sphinx) -> None:
     (folder / "commands.md").write_text(text, encoding="utf-8")
     for source, place in ELSEWHERE.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        (ROOT / place).write_text(_linked(text, source, place), encoding="utf-8")
+        linked = _linked_notebook if source.endswith(".ipynb") else _linked
+        (ROOT / place).write_text(linked(text, source, place), encoding="utf-8")
     app.connect("source-read", _link_elsewhere)
 
 
 def _link_elsewhere(app: Sphinx, page: str, source: list[str]) -> None:
     if not page.startswith(MADE):
         source[0] = _linked(source[0], f"docs/{page}.md", f"docs/{page}.md")
+
+
+def _linked_notebook(text: str, source: str, place: str) -> str:
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = _linked("".join(cell["source"]), source, place)
+    return json.dumps(notebook)
 
 
 def _linked(text: str, source: str, place: str) -> str:

@@ -19,6 +19,8 @@ PAGES = (
     "expect",
     "masked",
     "made/commands",
+    "made/first-leak",
+    "made/audit-your-own",
     "reference/python",
     "results/2026-11-audit",
 )
@@ -54,6 +56,17 @@ def test_every_page_is_in_the_site_and_found_by_its_search(site):
     assert not [page for page in pages if not (site / page).with_suffix(".html").is_file()]
     index = (site / "searchindex.js").read_text(encoding="utf-8")
     assert all(f'"{page.as_posix()}"' in index for page in pages)
+
+
+@pytest.mark.parametrize(("page", "pictures"), [("first-leak", 5), ("audit-your-own", 1)])
+def test_notebooks_are_shown_with_their_stored_outputs(site, page, pictures):
+    text = (site / "made" / f"{page}.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<img [^>]*src="(\.\./_images/[^"]+\.png)"', text)
+    assert len(shown) == pictures
+    assert all((site / "made" / each).is_file() for each in shown)
+    links = re.findall(r'href="([^"]*)"', text)
+    assert "../tutorial.html#install" in links
+    assert not [link for link in links if link.endswith(".ipynb")]
 
 
 def test_nothing_is_loaded_from_elsewhere(site):

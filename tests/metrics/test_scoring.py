@@ -188,3 +188,20 @@ def test_what_is_shown_is_what_is_scored(photographs, noisy):
     scores = scored(0.5 * noisy[order], photographs, scaling="prior")
     for score, mse in zip(scores, metrics.mse(found.scaled, photographs).tolist(), strict=True):
         assert score.failed or score.mse == mse
+
+
+@pytest.mark.parametrize("scaling", ["clip", "prior"])
+def test_pictures_are_what_is_scored_in_their_own_order(photographs, noisy, scaling):
+    shown = metrics.as_pictures(noisy, scaling=scaling)
+    matched = metrics.match(noisy, photographs, scaling=scaling)
+    assert torch.equal(shown[matched.order], matched.scaled)
+    assert 0 <= float(shown.min()) <= float(shown.max()) <= 1
+
+
+def test_of_a_failure_there_is_no_picture(noisy):
+    broken = noisy.clone()
+    broken[1, 0, 0, 0] = math.inf
+    shown = metrics.as_pictures(broken, scaling="clip")
+    assert shown.isnan().flatten(1).all(1).tolist() == [number == 1 for number in range(len(broken))]
+    with pytest.raises(WRONG_SHAPE, match="scaling"):
+        metrics.as_pictures(noisy, scaling="none")

@@ -2,7 +2,7 @@
 
 views.py      what a client does, and what the server knows of it
 gradients.py  of batches; updates.py: what a client computes from them
-observing.py  what the server has after an update
+observing.py  what the server has after an update; one_gradient.py: the same of one client at hand
 simulating.py clients that the server plays itself
 grid.py       every trial in every arm
 run.py        the same into a run directory; results.py: what it comes to
@@ -13,6 +13,7 @@ records.py    their figures; verdict.py: what they say
 from fedkl.attacking.gradients import full_gradient
 from fedkl.attacking.grid import CANDIDATES, TrialResult, attack_arms
 from fedkl.attacking.observing import Trial, observe, trials_of
+from fedkl.attacking.one_gradient import observe_gradient
 from fedkl.attacking.simulating import SimulatedClients
 from fedkl.attacking.updates import local_update, sent_statistics
 from fedkl.attacking.views import chosen_arms
@@ -27,6 +28,7 @@ __all__ = [
     "full_gradient",
     "local_update",
     "observe",
+    "observe_gradient",
     "sent_statistics",
     "trials_of",
 ]

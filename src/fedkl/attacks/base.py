@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedkl.attacks.parallel import Progress, available_memory, shared_out
 from fedkl.errors import AttackError, ConfigError
-from fedkl.metrics import Scaling
+from fedkl.metrics import Scaling, as_pictures
 from fedkl.protocol import Observation
 from fedkl.registration import Kinds
 from fedkl.types import ImageBatch, Labels
@@ -41,6 +41,11 @@ class Reconstruction:
     loss: float
     evaluations: int
     start: int
+
+    @property
+    def pictures(self) -> ImageBatch:
+        """`images` as the attacker would show them: on the CPU, in [0, 1] by `scaling`; NaN where failed."""
+        return as_pictures(self.images, scaling=self.scaling)
 
 
 Reason = Literal["does not apply", "too large", "broke"]

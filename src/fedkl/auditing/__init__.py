@@ -14,6 +14,7 @@ exports/        JUnit XML, SARIF, Markdown, lines for a terminal
 recorded/       updates that another system saved, and whether they fit a subject; recordings.py: audited
 """
 
+from fedkl.auditing.gate import Gate, GateResult, judge
 from fedkl.auditing.recorded import (
     Fit,
     RecordedKind,
@@ -27,12 +28,16 @@ from fedkl.auditing.recordings import RecordedClient, Suspected, audit_recorded,
 from fedkl.auditing.results import Audit, Exposure, Finding, Measured, NotRun
 from fedkl.auditing.run import audit
 from fedkl.auditing.subject import LocalLoop, Subject
+from fedkl.auditing.testing import assert_no_leak
+from fedkl.auditing.words import Verdict, caution, next_steps, verdict
 
 __all__ = [
     "Audit",
     "Exposure",
     "Finding",
     "Fit",
+    "Gate",
+    "GateResult",
     "LocalLoop",
     "Measured",
     "NotRun",
@@ -42,10 +47,16 @@ __all__ = [
     "Remark",
     "Subject",
     "Suspected",
+    "Verdict",
+    "assert_no_leak",
     "audit",
     "audit_recorded",
+    "caution",
     "fits",
+    "judge",
+    "next_steps",
     "read_members",
     "read_recorded",
     "suspect",
+    "verdict",
 ]

@@ -20,6 +20,7 @@ from fedkl.defenses.base import (
 )
 from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.defenses.keylock import LOCK_SETTINGS, PUBLISHED_LOCK, KeyLock, PrivateNorm, PublicNorm
+from fedkl.defenses.masked import MaskedUpload
 from fedkl.defenses.private_layers import PrivateLayers
 from fedkl.registration import import_all
 
@@ -32,6 +33,7 @@ __all__ = [
     "Draws",
     "FilledIn",
     "KeyLock",
+    "MaskedUpload",
     "NoDefense",
     "PrivateLayers",
     "PrivateNorm",

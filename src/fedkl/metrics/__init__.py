@@ -17,7 +17,7 @@ from fedkl.metrics.image import (
     ssim,
     true_psnr_to_paper,
 )
-from fedkl.metrics.scoring import PSNR_CAP_DB, Matched, Scaling, Score, match, score
+from fedkl.metrics.scoring import PSNR_CAP_DB, Matched, Scaling, Score, as_pictures, match, score
 from fedkl.metrics.statistics import (
     Rate,
     Summary,
@@ -38,6 +38,7 @@ __all__ = [
     "Score",
     "Summary",
     "accuracy",
+    "as_pictures",
     "best_match",
     "class_accuracies",
     "clip",

@@ -96,21 +96,46 @@ def match(reconstruction: ImageBatch, truth: ImageBatch, *, scaling: Scaling) ->
     Raises:
         AttackError: The shapes differ, or the scaling rule is unknown.
     """
-    if scaling not in _RULES:
-        raise AttackError(f"scaling: expected 'clip' or 'prior', got {scaling!r}.")
     if reconstruction.shape != truth.shape:
         raise AttackError(
             f"reconstruction: expected the shape of the truth, {tuple(truth.shape)}, got "
             f"{tuple(reconstruction.shape)}. Pass one reconstruction per true image."
         )
+    raw, scaled, failed = _scaled(reconstruction, scaling)
+    cost = pairwise_cost(scaled, truth, by=_MEASURES[scaling])
+    order = assign(torch.where(failed[:, None], _FAILED_COST, cost))
+    return Matched(raw[order], scaled[order], failed[order], order)
+
+
+def as_pictures(reconstruction: ImageBatch, *, scaling: Scaling) -> ImageBatch:
+    """Reconstructions as an attacker would show them, who has no truth: in their own order, in [0, 1].
+
+    Args:
+        reconstruction: Images of shape (batch, channels, height, width); any range, may hold NaN or infinity.
+        scaling: As in `score`.
+
+    Returns:
+        The same shape; NaN where an image is not finite.
+
+    Raises:
+        AttackError: The scaling rule is unknown.
+
+    >>> as_pictures(torch.tensor([-1.0, 0.5, 2.0]).view(1, 1, 1, 3), scaling="clip").flatten().tolist()
+    [0.0, 0.5, 1.0]
+    """
+    _, scaled, failed = _scaled(reconstruction, scaling)
+    return torch.where(failed[:, None, None, None], torch.nan, scaled)
+
+
+def _scaled(reconstruction: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor, Tensor]:
+    """Before and after the rule, both with a stand-in where failed; and where that is."""
+    if scaling not in _RULES:
+        raise AttackError(f"scaling: expected 'clip' or 'prior', got {scaling!r}.")
     found = reconstruction.detach().to(device="cpu", dtype=torch.float64)
     failed = ~found.isfinite().flatten(1).all(1)
     # A constant stand-in lets the whole batch run through the metrics.
     raw = torch.where(failed[:, None, None, None], 0.0, found)
-    scaled = _RULES[scaling](raw)
-    cost = pairwise_cost(scaled, truth, by=_MEASURES[scaling])
-    order = assign(torch.where(failed[:, None], _FAILED_COST, cost))
-    return Matched(raw[order], scaled[order], failed[order], order)
+    return raw, _RULES[scaling](raw), failed
 
 
 def score(
