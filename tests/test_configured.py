@@ -14,6 +14,7 @@ from fedkl.configured import dataset_of, networks_of
 from fedkl.errors import ConfigError
 from fedkl.runs import RunDirectory
 from fedkl.training import train
+from tests.data import dicom_files
 
 MODEL = {"name": "lenet", "initialization": "default"}
 
@@ -25,6 +26,43 @@ def attack_config(weights, **fields):
 
 def network(config, number=0):
     return networks_of(config, dataset_of(config.data))(number)
+
+
+@pytest.mark.parametrize("values", ["window", "stored", (40.0, 400.0)])
+def test_the_choice_for_dicom_reaches_the_images_and_a_file(tmp_path, values):
+    pytest.importorskip("pydicom", reason="of the extra dicom")
+    for part in ("train", "val"):
+        (tmp_path / "scans" / part / "ill").mkdir(parents=True)
+        window = [(0x00281050, "DS", "100 "), (0x00281051, "DS", "100 ")]
+        scan = dicom_files.dicom(dicom_files.words(*[120] * 16), stored=12, more=window)
+        (tmp_path / "scans" / part / "ill" / "1.dcm").write_bytes(scan)
+    given = list(values) if isinstance(values, tuple) else values
+    settings = (f"data.dicom={given}", "data.size=4", "data.channels=1")
+    fields = {"data.name": f"{tmp_path}/scans"}
+    config = configs.from_flags("train", file=None, fields=fields, settings=settings)
+    (tmp_path / "config.toml").write_text(configs.dump(config))
+    assert configs.load(tmp_path / "config.toml").data == config.data
+    assert config.data.dicom == values
+    expected = {"window": 20.5 / 99 + 0.5, "stored": 120 / 4095}.get(values, 80.5 / 399 + 0.5)
+    torch.testing.assert_close(
+        dataset_of(config.data).train_images[:], torch.full((1, 1, 4, 4), expected), atol=1e-4, rtol=0
+    )
+
+
+def test_only_a_folder_takes_the_place_of_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "scans").mkdir()
+    named = {
+        text: configs.from_flags("train", file=None, fields={"data.name": text}).data
+        for text in ("mnist", "scans", "no-such", "./no-such")
+    }
+    assert [(data.name, data.root) for data in named.values()] == [
+        ("mnist", None),
+        ("imagefolder", "scans"),
+        ("no-such", None),
+        ("imagefolder", "./no-such"),
+    ]
 
 
 @pytest.fixture(scope="module", params=["none", "keylock"])

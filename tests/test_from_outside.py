@@ -1,13 +1,16 @@
-"""A defense and an attack from a file outside of the package: trained with, attacked, scored, reported."""
+"""A defense, an attack and data from outside of the package: trained with, attacked, scored, reported."""
 
 from __future__ import annotations
 
 import textwrap
 
 import pytest
+import torch
+from PIL import Image
 
 from fedkl.attacks import ATTACKS
 from fedkl.config import load
+from fedkl.data import forget_dataset
 from fedkl.defenses import DEFENSES
 from tests.test_cli import fedkl as fedkl_of_cli
 
@@ -121,3 +124,61 @@ def test_a_file_that_is_no_plugin(fedkl, tmp_path, content, said):
     code, output = fedkl("--plugin", str(file), "attack", "--list")
     assert code == 2
     assert said in " ".join(output.split())
+
+
+DATASET = """
+import torch
+from torch.utils.data import TensorDataset
+
+from fedkl.data import from_torch, register_dataset
+
+
+@register_dataset("my-xrays")
+def xrays():
+    images = torch.arange(120 * 1024).view(120, 1, 32, 32).mul(2654435761).remainder(256).to(torch.uint8)
+    return from_torch(TensorDataset(images, torch.arange(120) % 4))
+"""
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    file = tmp_path / "data.py"
+    file.write_text(DATASET)
+    yield file
+    forget_dataset("my-xrays")
+
+
+def test_a_dataset_of_ones_own_is_trained_with_and_attacked(fedkl, tmp_path, own_data):
+    given = ("--plugin", str(own_data))
+    options = ("--data", "my-xrays", "--rounds", "1", "--set", "auxiliary=8")
+    code, output = fedkl(*given, "train", "--out", str(tmp_path / "train"), *options)
+    assert code == 0, output
+    assert "my-xrays" in (tmp_path / "train/report.md").read_text()
+    forget_dataset("my-xrays")  # each command is a process of its own
+    options = ("--data", "my-xrays", "--attack", "closed-form", "--trials", "2", "--arms", "no-norm")
+    code, output = fedkl(*given, "attack", "--out", str(tmp_path / "attack"), *options)
+    assert code == 0, output
+    assert "my-xrays" in (tmp_path / "attack/report.md").read_text()
+    forget_dataset("my-xrays")
+    code, output = fedkl("attack", "--out", str(tmp_path / "other"), *options)
+    assert code == 2
+    assert "--plugin" in output
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_of_images_is_trained_with_and_attacked(fedkl, tmp_path, channels):
+    for part, label in ((part, label) for part in ("train", "val") for label in ("ill", "well")):
+        folder = tmp_path / "scans" / part / label
+        folder.mkdir(parents=True)
+        for number in range(12):
+            levels = torch.randint(65536, (40, 36), generator=torch.Generator().manual_seed(number))
+            Image.fromarray(levels.numpy().astype("uint16")).save(folder / f"{number}.png")
+    options = ("--data", str(tmp_path / "scans"), "--set", "data.size=32")
+    options += ("--set", f"data.channels={channels}", "--set", "auxiliary=4")
+    code, output = fedkl("train", "--out", str(tmp_path / "train"), *options, "--rounds", "1")
+    assert code == 0, output
+    config = load(tmp_path / "train/config.toml")
+    assert (config.data.name, config.data.root) == ("imagefolder", str(tmp_path / "scans"))
+    options = (*options, "--attack", "closed-form", "--trials", "2", "--arms", "no-norm")
+    code, output = fedkl("attack", "--out", str(tmp_path / "attack"), *options)
+    assert code == 0, output

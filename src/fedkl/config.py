@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from fedkl.attacks import ATTACKS, DLG, IDLG, Attack
-from fedkl.data import AUGMENTATIONS, AnyPartition
+from fedkl.data import AUGMENTATIONS, DATASETS, AnyPartition
 from fedkl.defenses import DEFENSES, LOCK_SETTINGS, Defense, KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError, gathered, printable, shown
 from fedkl.federated import Execution, FederatedTraining
@@ -34,13 +35,17 @@ class _Config(BaseModel):
 class DataConfig(_Config):
     """Which dataset, where its files are (None: `fedkl.data.default_root()`), and the images' size.
 
-    A size of None is the dataset's usual one: 32, or 224 for folders of images. `train_images` and
-    `test_images` keep only the first so many of the training and of the test images.
+    A size of None is the dataset's usual one: 32, or 224 for folders of images. `channels` are 3 where they
+    are None. `dicom` is what is black and white in DICOM files of a folder: "window" (None), "stored", or a
+    window's center and width. `train_images` and `test_images` keep only the first so many of the training
+    and of the test images.
     """
 
     name: str = "mnist-sample"
     root: str | None = None
     size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    channels: Annotated[int, Field(ge=1, le=16)] | None = None
+    dicom: Literal["window", "stored"] | tuple[float, Annotated[float, Field(ge=1)]] | None = None
     train_images: Annotated[int, Field(ge=1)] | None = None
     test_images: Annotated[int, Field(ge=1)] | None = None
 
@@ -260,7 +265,7 @@ def from_flags(
         raise ConfigError(f"{file}: expected a {kind} experiment, this is '{values['type']}'.")
     if attack is not None and attack != values.get("attack", {}).get("type"):
         values["attack"] = {"type": attack}
-    for place, value in fields.items():
+    for place, value in (fields | _folder_fields(fields.get("data.name"))).items():
         if value is not None:
             _set(values, place, value)
     if defense is not None:
@@ -292,6 +297,13 @@ def _from_flags(values: dict[str, Any], kind: Literal["train", "attack"]) -> Tra
 
 
 _LOCKED = tuple(kind.type for kind in (KeyLock, PublicNorm, PrivateNorm))
+
+
+def _folder_fields(data: str | None) -> dict[str, Any]:
+    """A folder of images in place of a dataset's name: the dataset of such folders, and its root."""
+    if data is None or data in DATASETS or not (os.sep in data or Path(data).is_dir()):
+        return {}
+    return {"data.name": "imagefolder", "data.root": data}
 
 
 def _set(values: dict[str, Any], place: str, value: Any) -> None:

@@ -28,7 +28,9 @@ def dataset_of(config: DataConfig) -> Dataset:
     Raises:
         DataError: It is not there, or has fewer images than are asked for.
     """
-    dataset = data.load(config.name, root=config.root, size=config.size)
+    dataset = data.load(
+        config.name, root=config.root, size=config.size, channels=config.channels, dicom=config.dicom
+    )
     kept: dict[str, Any] = {}
     for part, images, labels in (
         ("train", dataset.train_images, dataset.train_labels),

@@ -266,6 +266,16 @@ class TestCheck:
         with pytest.raises(DataError, match=r"cannot be called with images of shape \(3, 8, 8\) \(RuntimeE"):
             subject(model=lambda: network(channels=1)).check()
 
+    def test_gray_for_a_network_of_color_and_the_reverse(self):
+        with pytest.raises(DataError, match=r"takes images with channels=3: give images\.expand\(-1, 3, "):
+            subject(images=images(channels=1)).check()
+        subject(images=images(channels=1).expand(-1, 3, -1, -1)).check()
+        with pytest.raises(DataError, match=r"takes images with channels=1: give images\.mean\(1, keepdim"):
+            subject(model=lambda: network(channels=1)).check()
+        subject(model=lambda: network(channels=1), images=images().mean(1, keepdim=True)).check()
+        with pytest.raises(DataError, match="Give images as it takes them, on the CPU"):
+            subject(model=lambda: network(channels=2)).check()
+
     def test_tokens_outside_the_vocabulary(self):
         with pytest.raises(DataError, match=r"cannot be called with images of shape \(12,\) \(IndexError"):
             subject(model=Words, images=with_value(50, of=tokens)).check()

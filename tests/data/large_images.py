@@ -1,5 +1,6 @@
 """Peak memory of decoding large images: `python -m tests.data.large_images` prints rows of docs/data.md."""
 
+import io
 import subprocess
 import sys
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from tests.data.dicom_files import JPEG_2000, RUNS, dicom, encapsulated, words
 from tests.data.test_decoding import MEMORY, tiled_tiff
 
 
@@ -24,7 +26,21 @@ def _tile(path):
 
 
 def _plain(mode, side, **options):
-    return lambda path: Image.new(mode, (side, side), (10, 20, 30, 40)[: len(mode)]).save(path, **options)
+    color = 7 if mode == "I;16" else (10, 20, 30, 40)[: len(mode)]
+    return lambda path: Image.new(mode, (side, side), color).save(path, **options)
+
+
+def _scan(path, side, *, runs=False, codec=False):
+    if runs:
+        plane = bytes([129, 7]) * -(-side * side // 128)
+        head = words(2, 64, 64 + len(plane), *[0] * 13, kind="I")
+        path.write_bytes(dicom(encapsulated(head + 2 * plane), syntax=RUNS, size=(side, side)))
+    elif codec:
+        stream = io.BytesIO()
+        Image.new("I;16", (side, side), 7).save(stream, "JPEG2000", no_jp2=True)
+        path.write_bytes(dicom(encapsulated(stream.getvalue()), syntax=JPEG_2000, size=(side, side)))
+    else:
+        path.write_bytes(dicom(bytes(2 * side * side), size=(side, side)))
 
 
 IMAGES = {
@@ -41,14 +57,20 @@ IMAGES = {
     "WebP, RGB, 8192×8192": (".webp", _plain("RGB", 8192, method=0)),
     "JPEG, progressive, 7800×7800": (".jpg", _plain("RGB", 7800, progressive=True)),
     "JPEG, 7800×7800": (".jpg", _plain("RGB", 7800)),
+    "PNG, gray, 16 bits, 9459×9459": (".png", _plain("I;16", 9459, compress_level=1)),
+    "DICOM, gray, 16 bits, 9459×9459": (".dcm", lambda path: _scan(path, 9459)),
+    "DICOM, gray, 16 bits, run lengths, 9459×9459": (".dcm", lambda path: _scan(path, 9459, runs=True)),
+    "DICOM, gray, 16 bits, JPEG 2000, 9459×9459": (".dcm", lambda path: _scan(path, 9459, codec=True)),
 }
 
 
-def main(*, threads: str) -> None:
+def main(*, threads: str, only: str = "") -> None:
     """Prints a row for each image: eight times the same in a batch, in a process of its own."""
     Image.MAX_IMAGE_PIXELS = None
     with tempfile.TemporaryDirectory() as folder:
         for name, (suffix, make) in IMAGES.items():
+            if only not in name:
+                continue
             path = Path(folder) / f"image{suffix}"
             make(path)
             command = [sys.executable, "-W", "ignore", "-c", MEMORY, "8", threads, str(path)]
@@ -59,4 +81,4 @@ def main(*, threads: str) -> None:
 
 
 if __name__ == "__main__":
-    main(threads=sys.argv[1] if len(sys.argv) > 1 else "4")
+    main(**dict(zip(("threads", "only"), sys.argv[1:] or ["4"], strict=False)))

@@ -17,6 +17,7 @@ from PIL import Image
 
 from fedkl.data import cifar10, cifar100, idx, load
 from fedkl.errors import DataError
+from tests.data import dicom_files
 from tests.data.test_decoding import png_header, tiled_tiff
 
 PAGE = Path(__file__).parents[2] / "docs" / "data-errors.md"
@@ -80,7 +81,16 @@ def _pickled(root):
 
 
 def _wide(folder):
-    Image.new("I;16", (4, 4)).save(folder / "train" / "cat" / "0.png")
+    Image.new("I", (4, 4)).save(folder / "train" / "cat" / "0.tif")
+
+
+def _unscaled(folder):
+    Image.new("F", (4, 4), 200).save(folder / "train" / "cat" / "0.tif")
+
+
+def _dicom(**options):
+    content = dicom_files.dicom(**{"pixels": bytes(32)} | options)
+    return _folder(lambda at: (at / "train" / "cat" / "0.dcm").write_bytes(content))
 
 
 def _large(folder):
@@ -151,11 +161,21 @@ CASES = {
     ("imagefolder", "empty file"): _folder(lambda at: (at / "train/cat/0.jpg").touch()),
     ("imagefolder", "text called .jpg"): _folder(lambda at: (at / "train/cat/0.jpg").write_text("<html>")),
     ("imagefolder", "truncated"): _folder(_half),
-    ("imagefolder", "16 bits per channel"): _folder(_wide),
+    ("imagefolder", "signed, or 32 bits"): _folder(_wide),
+    ("imagefolder", "floats beyond 1"): _folder(_unscaled),
     ("imagefolder", "too many pixels"): _folder(_large),
     ("imagefolder", "a TIFF with an enormous tile"): _folder(_tile),
     ("imagefolder", "a pipe called .jpg"): _folder(_pipe),
     ("imagefolder", "a line break in a name"): _folder(_line),
+    ("imagefolder", "DICOM of several frames"): _dicom(more=[(0x00280008, "IS", "30")]),
+    ("imagefolder", "DICOM in lossless JPEG"): _dicom(syntax=dicom_files.JPEG_LOSSLESS),
+    ("imagefolder", "DICOM deflated"): _dicom(syntax=dicom_files.DEFLATED),
+    ("imagefolder", "DICOM, truncated"): _dicom(pixels=bytes(30)),
+    ("imagefolder", "DICOM of floats, or of masks of bits"): _dicom(bits=1),
+    ("imagefolder", "DICOM, damaged"): _dicom(
+        pixels=dicom_files.encapsulated(b"junk"), bits=8, syntax=dicom_files.JPEG
+    ),
+    ("imagefolder", "text called .dcm"): _folder(lambda at: (at / "train/cat/0.dcm").write_text("<html>")),
 }
 
 
@@ -173,6 +193,8 @@ def _bad(case):
 
 def message_of(case):
     """What loading and reading says, without the root and without the words of other libraries."""
+    if "DICOM" in case[1] or ".dcm" in case[1]:
+        pytest.importorskip("pydicom", reason="of the extra dicom")
     with _bad(case) as root, pytest.raises(DataError) as caught:
         load(case[0], root=root).train_images[torch.tensor([0])]
     text = str(caught.value).replace(str(root), "ROOT")

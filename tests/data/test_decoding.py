@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from fedkl.data import FolderImages, decoding
+from fedkl.data import FolderImages, decoding, squares
 from fedkl.data.decoding import PixelBudget
 from fedkl.errors import DataError
 
@@ -61,7 +61,7 @@ def test_strips_do_not_show(tmp_path, monkeypatch, mode, shape):
         expected = in_one_piece(path, size=size)
         np.testing.assert_array_equal(pixels_of(path, size=size), expected)
         with monkeypatch.context() as patch:
-            patch.setattr(decoding, "_LARGE", 200)
+            patch.setattr(squares, "LARGE", 200)
             np.testing.assert_allclose(pixels_of(path, size=size), expected, atol=1)  # it may round otherwise
 
 

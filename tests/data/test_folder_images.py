@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fedkl.data import FolderImages, image_folder, prefetched
+from fedkl.data import FolderImages, dicom, image_folder, prefetched
 from fedkl.errors import DataError
+from tests.data import dicom_files
 
 
 def grays(batch):
@@ -51,10 +52,13 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_and_looks_the_same(tm
 
 def _broken(path, how):
     ramp = torch.arange(64 * 64).view(64, 64).to(torch.uint8).numpy()
-    if how == "16 bits":
-        Image.new("I;16", (4, 4)).save(path.with_suffix(".png"))
-        return path.with_suffix(".png")
-    Image.fromarray(ramp).save(path)
+    if how == "32 bits":
+        Image.new("I", (4, 4)).save(path.with_suffix(".tif"))
+        return path.with_suffix(".tif")
+    if path.suffix in dicom.SUFFIXES:
+        path.write_bytes(dicom_files.dicom(ramp.tobytes(), size=(64, 32)))
+    else:
+        Image.fromarray(ramp).save(path)
     content = path.read_bytes()
     damaged = {
         "truncated": content[: len(content) // 2],
@@ -71,12 +75,14 @@ def _broken(path, how):
 
 
 @pytest.mark.parametrize("suffix", sorted(image_folder._SUFFIXES))
-@pytest.mark.parametrize("how", ["truncated", "empty", "text", "header only", "missing", "folder", "16 bits"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "text", "header only", "missing", "folder", "32 bits"])
 def test_a_file_that_cannot_be_decoded_is_named(image_files, tmp_path, how, suffix):
+    if suffix in dicom.SUFFIXES:
+        pytest.importorskip("pydicom", reason="of the extra dicom")
     bad = _broken(tmp_path / f"bad{suffix}", how)
     images = FolderImages([*image_files, bad], size=4)
     assert grays(images[:5]) == [0, 10, 20, 30, 40]
-    with pytest.raises(DataError, match=f"{bad.name}: expected a readable image, got .*Replace or remove"):
+    with pytest.raises(DataError, match=f"{bad.name}: expected a (readable|DICOM) .*, got .*"):
         images[torch.tensor([0, 5, 1])]
 
 

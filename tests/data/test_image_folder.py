@@ -160,7 +160,15 @@ def test_many_problems_are_counted_not_listed(root):
     assert "and 20 more" in str(caught.value)
 
 
-@pytest.mark.parametrize("options", [{"size": 0}, {"channels": 1}])
+@pytest.mark.parametrize("options", [{"size": 0}, {"channels": 2}])
 def test_size_and_channels_that_cannot_be_are_errors(root, options):
-    with pytest.raises(DataError, match="expected size ≥ 1 and channels=3"):
+    with pytest.raises(DataError, match=r"expected size ≥ 1 and channels 1 \(gray\) or 3"):
         load("imagefolder", root=root, **options)
+
+
+def test_color_becomes_gray_where_one_channel_is_asked_for(root):
+    dataset = load("imagefolder", root=root, size=8, channels=1)
+    assert dataset.spec.shape == (1, 8, 8)
+    assert len(dataset.spec.mean) == len(dataset.spec.std) == 1
+    grays = dataset.train_images[torch.tensor([0, 2, 4])].mean((1, 2, 3)) * 255
+    torch.testing.assert_close(grays, 200 * torch.tensor([0.299, 0.587, 0.114]), atol=1.5, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,7 +98,8 @@ class Subject:
             ),
             f"classes: expected at least 0, got {self.classes}": self.classes >= 0,
             "images, labels: expected tensors, got "
-            f"{type(self.images).__name__} and {type(self.labels).__name__}": (
+            f"{type(self.images).__name__} and {type(self.labels).__name__}; images[:] makes one of a store, "
+            "and `images, labels = fedkl.data.as_tensors(dataset)` two of a torch Dataset": (
                 isinstance(self.images, Tensor) and isinstance(self.labels, Tensor)
             ),
         }
@@ -207,8 +209,8 @@ class Subject:
         except Exception as error:
             raise DataError(
                 f"{self.name}: the network cannot be called with images of shape "
-                f"{tuple(self.images.shape[1:])} ({type(error).__name__}: {printable(str(error))}). Give "
-                "images as it takes them, on the CPU."
+                f"{tuple(self.images.shape[1:])} ({type(error).__name__}: {printable(str(error))}). "
+                f"{self._channels_remedy() or 'Give images as it takes them, on the CPU.'}"
             ) from error
         if not isinstance(scores, Tensor) or tuple(scores.shape) != (2, self.classes):
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -216,6 +218,20 @@ class Subject:
                 f"{self.name}: expected class scores of shape (2, {self.classes}) for two images, got {got}. "
                 "Return the scores, or an object with a field `logits`; set `classes` to their number."
             )
+
+    def _channels_remedy(self) -> str | None:
+        """What to do where the network takes gray and the images are in color, or the reverse."""
+        images = self.images[:2]
+        channels = images.shape[1] if self.is_pictures else 0
+        if channels not in (1, 3):
+            return None
+        wanted = 4 - channels
+        given = {3: "images.expand(-1, 3, -1, -1)", 1: "images.mean(1, keepdim=True)"}[wanted]
+        other = images.expand(-1, 3, -1, -1) if channels == 1 else images.mean(1, keepdim=True)
+        with torch.no_grad(), contextlib.suppress(Exception):  # it may be about something else
+            self.build().eval()(other)
+            return f"It takes images with channels={wanted}: give {given}, or load them so."
+        return None
 
 
 def _image_problems(images: Tensor) -> list[str]:

@@ -75,7 +75,9 @@ def _options(
     ] = False,
     plugin: Annotated[
         list[Path] | None,
-        typer.Option("--plugin", help="Python file that registers defenses or attacks of yours; it is run."),
+        typer.Option(
+            "--plugin", help="Python file that registers defenses, attacks or datasets of yours; it is run."
+        ),
     ] = None,
 ) -> None:
     for path in plugin or []:

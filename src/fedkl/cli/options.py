@@ -24,7 +24,11 @@ SeedOption = Annotated[
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option("--data", help="Dataset name; see `fedkl data list`.", show_default="mnist-sample"),
+    typer.Option(
+        "--data",
+        help="Dataset name, see `fedkl data list`; or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE.",
+        show_default="mnist-sample",
+    ),
 ]
 RootOption = Annotated[
     str | None,

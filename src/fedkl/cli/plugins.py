@@ -1,4 +1,4 @@
-"""Files of one's own that register defenses, attacks or norms, for `fedkl --plugin FILE`."""
+"""Files of one's own that register defenses, attacks, norms or datasets, for `fedkl --plugin FILE`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ def load(path: Path) -> None:
         ConfigError: There is none, it fails, or it registers nothing.
     """
     from fedkl.attacks import ATTACKS
+    from fedkl.data import DATASETS
     from fedkl.defenses import DEFENSES
     from fedkl.norms import registered_norms
 
     if not path.is_file():
         raise ConfigError(f"--plugin {path}: no such file.")
-    before = {*ATTACKS, *DEFENSES, *registered_norms()}
+    before = {*ATTACKS, *DEFENSES, *registered_norms(), *DATASETS}
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     name = f"fedkl_plugin_{path.stem}_{place}"  # two files may have one name
     spec = importlib.util.spec_from_file_location(name, path)
@@ -36,8 +37,9 @@ def load(path: Path) -> None:
         raise ConfigError(
             printable(f"--plugin {path}: the file fails with {type(error).__name__}: {error}")
         ) from error
-    if {*ATTACKS, *DEFENSES, *registered_norms()} == before:
+    if {*ATTACKS, *DEFENSES, *registered_norms(), *DATASETS} == before:
         raise ConfigError(
-            f"--plugin {path}: the file registers no defense, attack or norm. Put @register_defense (of "
-            "fedkl.defenses) or @register_attack (of fedkl.attacks) above its dataclass."
+            f"--plugin {path}: the file registers no defense, attack, norm or dataset. Put @register_defense "
+            "(of fedkl.defenses) or @register_attack (of fedkl.attacks) above its dataclass, or "
+            '@register_dataset("NAME") (of fedkl.data) above its function.'
         )

@@ -7,8 +7,9 @@ from fedkl.data.folder_images import FolderImages
 from fedkl.data.images import Subset, TensorImages, prefetched
 from fedkl.data.mnist import load_mnist
 from fedkl.data.partition import IID, AnyPartition, Dirichlet, Partition, Shards, class_counts
-from fedkl.data.registry import DATASETS, load
+from fedkl.data.registry import DATASETS, forget_dataset, load, register_dataset
 from fedkl.data.sample import load_mnist_sample
+from fedkl.data.torch_dataset import as_tensors, from_torch
 
 __all__ = [
     "AUGMENTATIONS",
@@ -24,14 +25,18 @@ __all__ = [
     "Shards",
     "Subset",
     "TensorImages",
+    "as_tensors",
     "class_counts",
     "crop_flip",
     "default_root",
     "fetch",
     "flip",
+    "forget_dataset",
+    "from_torch",
     "load",
     "load_mnist",
     "load_mnist_sample",
     "prefetched",
+    "register_dataset",
     "resized_crop_flip",
 ]

@@ -1,24 +1,23 @@
-"""One image file becomes a square of RGB bytes, in memory that is bounded whatever the file says."""
+"""One image file becomes a square in [0, 1], in memory that is bounded whatever the file says."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import io
-import math
 import os
 import stat
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 
-import numpy as np
-import torch
-from jaxtyping import UInt8
+from jaxtyping import Float32
 from PIL import Image
 from torch import Tensor
 
+from fedkl.data import dicom
 from fedkl.data.messages import place, told
+from fedkl.data.squares import LARGE, RefusedError, raster_of, square
 from fedkl.errors import DataError
 
 MOST_PIXELS = 1024**3 // 12
@@ -28,9 +27,7 @@ MOST_BYTES = 4 * MOST_PIXELS
 """Bytes of the largest file: what the largest image takes uncompressed. Some decoders read a file whole."""
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow has others that run programs
-_EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
-_LARGE = 1 << 22
 
 
 class PixelBudget:
@@ -53,7 +50,7 @@ class PixelBudget:
         try:
             yield
         finally:
-            if pixels > _LARGE:
+            if pixels > LARGE:
                 _trim()
             with self._given_back:
                 self._free += pixels
@@ -67,30 +64,47 @@ def _trim() -> None:
 
 
 def decoded(
-    path: str | os.PathLike[str], *, size: int, budget: PixelBudget
-) -> UInt8[Tensor, "{size} {size} 3"]:
+    path: str | os.PathLike[str],
+    *,
+    size: int,
+    budget: PixelBudget,
+    channels: int = 3,
+    values: dicom.Values = "window",
+) -> Float32[Tensor, "{channels} {size} {size}"]:
     """Reads a file and delivers the square in its middle; see `FolderImages`.
 
     Args:
         path: The file.
         size: Height and width, in pixels.
         budget: That of all who decode at the same time.
+        channels: 1 or 3.
+        values: What of a DICOM file's values is black and white.
 
     Raises:
         DataError: It is no image file, is damaged, or is too large.
     """
     with contextlib.ExitStack() as charge:  # given back when the image is gone
+
+        def taken(pixels: int, extent: str) -> None:
+            if pixels > min(MOST_PIXELS, Image.MAX_IMAGE_PIXELS or MOST_PIXELS):
+                raise _too_large(path, got=extent)
+            charge.enter_context(budget.taken(pixels))
+
         try:
-            return _read(path, size=size, taken=lambda pixels: charge.enter_context(budget.taken(pixels)))
+            with _opened(path) as file:
+                if dicom.is_dicom(file, name=os.fspath(path)):
+                    raster = dicom.raster_of(file, path=path, taken=taken, channels=channels, values=values)
+                    return square(raster, size=size, channels=channels)
+                return _read(file, size=size, channels=channels, taken=taken)
         except Exception as error:  # decoders raise whatever they please on damaged files
             _let_go(error)
             if isinstance(error, DataError):
                 raise
             if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
                 raise _too_large(path, got=f"more ({error})") from error
-            raise DataError(
-                f"{place(path)}: expected a readable image, got {told(error)}. Replace or remove this file."
-            ) from error
+            remedy = "" if isinstance(error, RefusedError) else " Replace or remove this file."
+            got = error if isinstance(error, RefusedError) else told(error)
+            raise DataError(f"{place(path)}: expected a readable image, got {got}.{remedy}") from error
 
 
 def _let_go(error: BaseException) -> None:
@@ -102,19 +116,15 @@ def _let_go(error: BaseException) -> None:
 
 
 def _read(
-    path: str | os.PathLike[str], *, size: int, taken: Callable[[int], None]
-) -> UInt8[Tensor, "{size} {size} 3"]:
-    with _opened(path) as file, Image.open(file, formats=_FORMATS) as image:
-        if image.mode not in _EIGHT_BITS:
-            raise ValueError(f"pixels of mode {image.mode}, not 8 bits per channel")
-        pixels, extent = _extent(image)
-        if pixels > min(MOST_PIXELS, Image.MAX_IMAGE_PIXELS or MOST_PIXELS):
-            raise _too_large(path, got=extent)
-        taken(pixels)
+    file: io.BufferedReader, *, size: int, channels: int, taken: Callable[[int, str], None]
+) -> Float32[Tensor, "{channels} {size} {size}"]:
+    with Image.open(file, formats=_FORMATS) as image:
+        raster = raster_of(image, channels=channels)
+        taken(*_extent(image))
         # JPEG only: decodes at a fraction of the size where that is still twice what is needed.
         image.draft(None, (2 * size, 2 * size))
         image.load()  # TIFF is turned by it, so its size is known only now
-        return torch.from_numpy(np.array(_square(image, size=size)))
+        return square(raster, size=size, channels=channels)
 
 
 def _opened(path: str | os.PathLike[str]) -> io.BufferedReader:
@@ -149,32 +159,3 @@ def _too_large(path: str | os.PathLike[str], *, got: str) -> DataError:
     return DataError(
         f"{place(path)}: expected an image of at most {most} pixels, got {got}. Shrink or remove this file."
     )
-
-
-def _square(image: Image.Image, *, size: int) -> Image.Image:
-    side = min(image.size)
-    left, upper = (image.width - side) / 2, (image.height - side) / 2
-    if image.mode == "RGB" or image.width * image.height <= _LARGE:
-        box = (left, upper, left + side, upper + side)
-        return _rgb(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
-    # Converted and made narrow strip by strip: a second image of full size would take as much memory again.
-    # Where Pillow begins with the height, it rounds otherwise: a value may be one off.
-    reach = max(side / size, 1) + 1  # of the resize beyond the square
-    first, last = max(0, math.floor(upper - reach)), min(image.height, math.ceil(upper + side + reach))
-    start, end = max(0, math.floor(left - reach)), min(image.width, math.ceil(left + side + reach))
-    narrow = Image.new("RGB", (size, last - first))
-    rows = max(1, _LARGE // (end - start))
-    for top in range(first, last, rows):
-        bottom = min(top + rows, last)
-        strip = _rgb(image.crop((start, top, end, bottom)))
-        box = (left - start, 0, left - start + side, bottom - top)
-        resized = strip.resize((size, bottom - top), Image.Resampling.BILINEAR, box=box)
-        narrow.paste(resized, (0, top - first))
-    box = (0, upper - first, size, upper - first + side)
-    return narrow.resize((size, size), Image.Resampling.BILINEAR, box=box)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    # By way of RGBA, because Pillow warns where a palette has transparent entries.
-    opaque = image.convert("RGBA") if image.mode in ("P", "PA") else image
-    return opaque if opaque.mode == "RGB" else opaque.convert("RGB")

@@ -2,52 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from fedkl.data.base import Dataset, DataSpec, readable
+from fedkl.data import dicom as dicom_files
+from fedkl.data.base import Dataset, DataSpec, default_root, readable
 from fedkl.data.folder_images import FolderImages
 from fedkl.data.messages import place, told
 from fedkl.data.sources import Entry
 from fedkl.errors import DataError, gathered
 
 _NAME = "imagefolder"
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"} | {
+    *dicom_files.SUFFIXES
+}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_GRAY_MEAN, _GRAY_STD = (0.459,), (0.226,)  # luma of the means; the mean of the deviations
 _SHOWN = 10
 
 
-def load_image_folder(root: str | os.PathLike[str], *, size: int = 224, channels: int = 3) -> Dataset:
+def load_image_folder(
+    root: str | os.PathLike[str],
+    *,
+    size: int = 224,
+    channels: int = 3,
+    dicom: dicom_files.Values = "window",
+) -> Dataset:
     """Loads images in folders by class; only names are read now, the files when a batch is asked for.
 
     Classes are numbered in the order of the sorted folder names of `train`; for ILSVRC2012 that is the usual
     order of WordNet ids. Names that begin with a dot are skipped. Mean and standard deviation in the spec are
-    ImageNet's, as is usual for photographs, and not computed from these images.
+    ImageNet's, as is usual for photographs, and not computed from these images; in gray those of its luma.
 
     Args:
         root: The data root, with the images in its folder `imagefolder`, or that folder itself.
         size: Height and width of the delivered images, in pixels; see `FolderImages`.
-        channels: 3.
+        channels: 3, in which gray is repeated, or 1, in which color becomes gray.
+        dicom: What is black and white in gray DICOM files; see `FolderImages`.
 
     Returns:
-        `FolderImages` of shape `(n, 3, size, size)` with their labels.
+        `FolderImages` of shape `(n, channels, size, size)` with their labels.
 
     Raises:
         DataError: A folder is missing or empty, `val` has a class that `train` lacks, a file is no image, or
             `size` or `channels` is not possible; files and folders (the first ten) are named.
     """
-    if size < 1 or channels != 3:
+    if size < 1 or channels not in (1, 3):
         raise DataError(
-            f"Dataset {_NAME!r}: expected size ≥ 1 and channels=3, got size={size}, channels={channels}. "
-            "Its images are delivered in color."
+            f"Dataset {_NAME!r}: expected size ≥ 1 and channels 1 (gray) or 3 (RGB), got size={size}, "
+            f"channels={channels}."
         )
     root = Path(root)
     problems: list[str] = []
     with readable(root):
-        itself = (root / "train").is_dir() and not (root / _NAME).is_dir()
-        folder = root if itself else root / _NAME
+        folder = _folder_in(root)
         held_out = next(
             (folder / part for part in ("val", "test") if (folder / part).is_dir()), folder / "val"
         )
@@ -62,14 +74,25 @@ def load_image_folder(root: str | os.PathLike[str], *, size: int = 224, channels
             gathered(f"Cannot load the dataset {_NAME!r}.", problems[:_SHOWN] + more, _remedy(folder))
         )
     numbers = {name: number for number, name in enumerate(train)}
-    spec = DataSpec(name=_NAME, shape=(channels, size, size), classes=len(train), mean=_MEAN, std=_STD)
+    mean, std = (_MEAN, _STD) if channels == 3 else (_GRAY_MEAN, _GRAY_STD)
+    spec = DataSpec(name=_NAME, shape=(channels, size, size), classes=len(train), mean=mean, std=std)
+    options = partial(FolderImages, size=size, channels=channels, dicom=dicom)
     return Dataset(
         spec,
-        train_images=_images(train, size=size),
+        train_images=options(_flat(train)),
         train_labels=_labels(train, numbers),
-        test_images=_images(test, size=size),
+        test_images=options(_flat(test)),
         test_labels=_labels(test, numbers),
     )
+
+
+def _folder_in(root: Path) -> Path:
+    """Where the images are, or should be: the root of all datasets has a folder for them."""
+    if (root / _NAME).is_dir():
+        return root / _NAME
+    with contextlib.suppress(DataError):
+        return root / _NAME if root == default_root() and not (root / "train").is_dir() else root
+    return root
 
 
 def _files_by_class(folder: Path, problems: list[str]) -> dict[str, list[str]]:
@@ -132,8 +155,8 @@ def _remedy(folder: Path) -> str:
     )
 
 
-def _images(files: dict[str, list[str]], *, size: int) -> FolderImages:
-    return FolderImages([file for names in files.values() for file in names], size=size)
+def _flat(files: dict[str, list[str]]) -> list[str]:
+    return [file for names in files.values() for file in names]
 
 
 def _labels(files: dict[str, list[str]], numbers: dict[str, int]) -> torch.Tensor:
@@ -145,6 +168,7 @@ ENTRY = Entry(
     info="your own images in folders by class, ILSVRC2012 among them; read from disk batch by batch",
     load=load_image_folder,
     size=224,
+    reads_dicom=True,
     unfetched="is made of your own files. Put them into <root>/imagefolder/train/<class>/ and "
     "<root>/imagefolder/val/<class>/.",
 )

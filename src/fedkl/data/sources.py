@@ -69,6 +69,7 @@ class Entry:
         load: Its loader.
         size: The usual height and width of its images as delivered, in pixels.
         files: Names and checks of the unpacked files to fetch; empty if there is nothing to fetch.
+        reads_dicom: Whether the loader takes `dicom`, see `fedkl.data.FolderImages`.
         unfetched: If there is nothing to fetch: why, and what to do instead.
         sources: Where to fetch them from, in the order to try.
     """
@@ -77,6 +78,7 @@ class Entry:
     load: Loader
     size: int = 32
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    reads_dicom: bool = False
     unfetched: str = ""
     sources: tuple[Source, ...] = ()
 

@@ -21,6 +21,6 @@ def check_image_size(images: Tensor, size: int, *, model: str) -> None:
     height, width = images.shape[-2:]
     if height != size or width != size:
         raise DataError(
-            f"{model}: expected images of {size}×{size}, got {height}×{width}. Resize the images, or use a "
-            "model that takes any size, e.g. resnet20."
+            f"{model}: expected images of {size}×{size}, got {height}×{width}. Resize the images "
+            f"(data.size={size}), or use a model that takes any size, e.g. resnet20."
         )

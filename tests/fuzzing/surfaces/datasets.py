@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import json
 from contextlib import AbstractContextManager, ExitStack
@@ -14,6 +15,18 @@ from PIL import Image
 from fedkl import data as datasets
 from fedkl.data import cifar10, cifar100, fetch, idx
 from fedkl.data.cifar import BinaryFile
+from tests.data.dicom_files import (
+    BIG,
+    IMPLICIT,
+    JPEG,
+    JPEG_2000,
+    RUNS,
+    dicom,
+    element,
+    encapsulated,
+    item,
+    words,
+)
 from tests.fuzzing.archive import packed, unpacked
 from tests.fuzzing.binaries import packed_tar
 from tests.fuzzing.sandbox import Sandbox
@@ -64,6 +77,8 @@ class Datasets(ArchiveSurface):
         hundred = {"train.bin": b"\3\x63" + record, "test.bin.gz": gzip.compress(b"\4\5" + record, mtime=0)}
         seeds = [("mnist", plain), ("fashion-mnist", zipped), ("cifar10", ten), ("cifar100", hundred)]
         seeds += [("imagefolder", _images()), ("npm", {_ARCHIVE: _package()})]
+        if importlib.util.find_spec("pydicom") is not None:  # of the extra dicom
+            seeds += [("imagefolder", files) for files in _scans()]
         return [_seed(name, files) for name, files in seeds]
 
     def form_of(self, name: str) -> str:
@@ -112,6 +127,31 @@ def _images() -> dict[str, bytes]:
     files["val/cat/g.png"] = _image("g.png", mode="P")
     files["val/dog/h.png"] = _image("h.png", mode="LA")
     return files
+
+
+def _scans() -> list[dict[str, bytes]]:
+    """DICOM in every encoding that is read, with what pixels are shown through; one or two in a folder."""
+    gray, jpeg, twice = bytes(range(32)), io.BytesIO(), io.BytesIO()
+    Image.linear_gradient("L").resize((4, 4)).save(jpeg, "JPEG")
+    Image.linear_gradient("L").resize((4, 4)).save(twice, "JPEG2000", no_jp2=True)
+    runs = words(2, 64, 64 + 17, *[0] * 13, kind="I") + 2 * (bytes([15]) + gray[:16])
+    table = item(element(0x00283002, "US", (2, 0, 8)) + element(0x00283006, "OW", (0, 255)))
+    window = [(0x00281050, "DS", "40\\7"), (0x00281051, "DS", "400\\9"), (0x00281052, "DS", "-9")]
+    window += [(0x00281053, "DS", "2 "), (0x00280008, "IS", "1 ")]
+    colors = [(0x00281101 + n, "US", (16, 0, 16)) for n in range(3)]
+    colors += [(0x00281201 + n, "OW", tuple(range(0, 65536, 4096))) for n in range(3)]
+    scans = [
+        dicom(gray, more=window, stored=12, signed=True),
+        dicom(gray, more=[(0x00283010, "SQ", table)], photometric="MONOCHROME1"),
+        dicom(gray, syntax=BIG),
+        dicom(bytes(48), samples=3, photometric="YBR_FULL", bits=8, vr="OB"),
+        dicom(bytes(16), photometric="PALETTE COLOR", bits=8, more=colors, syntax=IMPLICIT),
+        dicom(encapsulated(runs), syntax=RUNS),
+        dicom(encapsulated(jpeg.getvalue()), syntax=JPEG, bits=8),
+        dicom(encapsulated(twice.getvalue()), syntax=JPEG_2000, bits=8),
+    ]
+    pairs = zip(scans[::2], scans[1::2], strict=True)
+    return [{"train/ill/a.dcm": a, "train/well/b.dcm": b, "val/ill/c.dcm": a} for a, b in pairs]
 
 
 def _image(name: str, mode: str = "RGB") -> bytes:
