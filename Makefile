@@ -74,4 +74,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean: ## removes what the others made
-	rm -rf $(VENV) runs build site docs/made .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) runs build dist site docs/made .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -96,8 +96,7 @@ def try_oldest(wheel: Path, python: str, torch: str, folder: Path) -> None:
     requirements = oldest(python)
     say(f"{wheel.name} with torch=={torch} {' '.join(requirements)}:")
     made = environment(folder / "oldest", python, torch)
-    install(made, *requirements)
-    install(made, "--no-deps", wheel)
+    install(made, "--no-deps", *requirements, wheel)  # uv named all; pip must find no other PyTorch
     smoke(made, folder / "home")
 
 

@@ -86,6 +86,20 @@ def a_model_is_locked() -> None:
     assert sorted(upload) == ["0.bias", "0.weight", "2.bias", "2.weight"]
 
 
+def an_update_travels_as_bytes() -> None:
+    """And comes back, an empty tensor too."""
+    import torch
+
+    from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
+
+    tensors = {"weight": torch.rand(3, 2), "empty": torch.zeros(0, 2)}
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    schema = PublicSchema(kind="weights", specs=specs, private=frozenset())
+    sent = PublicUpdate(schema=schema, tensors=tensors, num_samples=1, round=0).to_bytes()
+    got = PublicUpdate.from_bytes(sent, schema=schema).tensors
+    assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
+
+
 def fedkl(*words: str) -> str:
     """What the installed command prints."""
     command = Path(sys.executable).with_name("fedkl")
@@ -125,6 +139,7 @@ def main() -> int:
         lies_where_it_was_installed,
         every_module_is_imported,
         a_model_is_locked,
+        an_update_travels_as_bytes,
         the_command_answers,
         runs_end_in_a_report,
         an_audit_ends_in_a_page,
