@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help demo test docs lint types imports unit notebooks bench fuzz mutants clean
+.PHONY: help demo test docs lint types imports unit notebooks bench fuzz mutants hooks dist oldest clean
 
 FUZZ_SECONDS ?= 3600
 TEST_PROCESSES ?= 2
+OLDEST_PYTHON ?= $(PYTHON)
+OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+PINNED = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -51,6 +54,21 @@ fuzz: $(READY) ## hostile files and messages, for FUZZ_SECONDS
 mutants: $(READY) ## tests find protections that were taken out
 	$(RUN) $(BIN)/python -m tests.mutants
 
+hooks: $(READY) ## git runs lint, types and imports before each commit
+	$(PINNED) pre-commit
+	$(BIN)/pre-commit install
+
+# What is on a package index for others to install, each file tried in an environment of its own.
+dist: $(READY) ## sdist and wheel in dist/, checked and tried
+	$(PINNED) build twine
+	$(BIN)/python -m tests.distribution
+
+# PyTorch itself stays the pinned one: an older one may bring gigabytes of CUDA libraries. With a CPU build at hand:
+# make oldest OLDEST_TORCH=2.6.0 OLDEST_PYTHON=python3.10
+oldest: $(READY) ## the wheel with the oldest dependencies that it claims
+	$(PINNED) build twine uv
+	$(BIN)/python -m tests.distribution --oldest --python $(OLDEST_PYTHON) --torch $(OLDEST_TORCH)
+
 # torch first and pinned: a bare `torch` may bring gigabytes of CUDA libraries.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,4 +77,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean: ## removes what the others made
-	rm -rf $(VENV) runs build site jupyter_execute docs/made .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) runs build dist site jupyter_execute docs/made .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

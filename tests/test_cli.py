@@ -10,12 +10,16 @@ import subprocess
 import sys
 
 import pytest
-import tomllib
 
 from fedkl import cli
 from fedkl.cli.terminal import progress_bar
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.runs import RunDirectory
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 SHORT = ("--set", "attack.evaluations=2")
 

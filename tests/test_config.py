@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import tracemalloc
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from fedkl import config as configs
 from fedkl.attacks import DLG, IDLG
@@ -15,6 +15,11 @@ from fedkl.data import Dirichlet
 from fedkl.defenses import KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError
 from fedkl.federated import CosineSchedule, Execution, FederatedTraining, LocalTraining, ServerAdam
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 EXPERIMENTS = [
     TrainConfig(),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedkl.protocol import Procedure
     from fedkl.update import PublicUpdate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FedKLError",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
-import tomllib
 
 from fedkl.aggregation import Aggregation, PlainAggregation, PlainRound, RoundAggregation, weighted_average
 from fedkl.config import TrainConfig
@@ -16,6 +16,11 @@ from fedkl.errors import ConfigError, TrainingError, UpdateError
 from fedkl.federated import FederatedTraining, Federation, LocalTraining, ServerSGD
 from tests.federated.setting import TwoNorms, copy_secrets, differences, everything, one_update, seeded
 from tests.federated.test_rounds import flaky, small
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 SOME = {"clients": 6, "cohort": 4, "dropout": 0.4, "rounds": 4, "eval_every": 4}
 

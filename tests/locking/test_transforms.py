@@ -15,6 +15,11 @@ import fedkl
 from fedkl.locking.layers import LockLayer
 from fedkl.locking.surgery import lock_layers
 
+remembering = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."),
+    reason="PyTorch 2.6 shows no hooks on saved tensors: nothing is remembered",
+)
+
 
 class Net(nn.Module):
     """Three norms in a chain, the last two in a part that can be checkpointed."""
@@ -177,6 +182,7 @@ def test_a_chain_without_its_memory_gives_the_same(lock, x):
     assert_same(gradients(lock.model, x), expected)
 
 
+@remembering
 def test_every_lock_of_a_chain_generates_once_in_a_forward_pass(lock, x, monkeypatch):
     calls = []
     compute = LockLayer.compute
@@ -187,6 +193,7 @@ def test_every_lock_of_a_chain_generates_once_in_a_forward_pass(lock, x, monkeyp
     assert len(calls) == len(set(map(id, calls))) == 6
 
 
+@remembering
 @pytest.mark.parametrize("chained", [True, False])
 def test_all_locks_generate_before_the_models_own_layers(x, chained, monkeypatch):
     lock = fedkl.lock(Net(), key=fedkl.Key.generate(length=16), layers="all", chained=chained)

@@ -33,7 +33,7 @@ class Command(TyperCommand):
         """
         given = dict.fromkeys(word.partition("=")[0] for word in args)
         gone = [f"{flag} is now {self.removed[flag]}" for flag in given if flag in self.removed]
-        if gone:
+        if gone and not ctx.resilient_parsing:  # a shell that completes shows no errors
             raise ConfigError(f"{'; '.join(gone)}. See fedkl {self.name} --help.")
         return super().parse_args(ctx, args)
 

@@ -38,7 +38,6 @@ app = typer.Typer(
     help="What does my federated learning leak, and what stops it?",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 for module in (train, attack, audit, demo, report, export, enrollment):
     module.add_to(app)
