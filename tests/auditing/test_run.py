@@ -12,7 +12,7 @@ import torch
 
 import fedkl
 from fedkl import Procedure
-from fedkl.attacking.verdict import judge_share
+from fedkl.attacking.verdict import Areas, judge_presence, judge_share
 from fedkl.attacks import ATTACKS, Attack, Reconstruction, register_attack
 from fedkl.auditing import Audit, attackers, recognition, run
 from fedkl.auditing.attackers import ATTACKERS, Attacker
@@ -130,13 +130,13 @@ def test_verdicts_follow_the_one_rule(tmp_path):
     for (question, attacker, exposure), each in findings.items():
         control = None if exposure == "gradient-of-1" else findings[question, attacker, "gradient-of-1"].found
         assert each.control == control
-        verb = "recognized" if question == "presence" else question
-        verdict = judge_share(
-            each.found.model_dump(),
-            floor=each.floor.model_dump(),
-            control=control and control.model_dump(),
-            what=verb,
-        )
+        shares = {"floor": each.floor.model_dump(), "control": control and control.model_dump()}
+        if question == "presence":
+            ends = [each.figures.get(name, 0.0) for name in ("auc_low", "auc_high", "control_auc_low")]
+            areas = Areas(*ends) if control is not None else None
+            verdict = judge_presence(each.found.model_dump(), areas=areas, **shares)
+        else:
+            verdict = judge_share(each.found.model_dump(), what=question, **shares)
         assert (each.outcome, each.reason) == verdict
     assert {each.outcome for each in found.findings} > {"leaks"}
 

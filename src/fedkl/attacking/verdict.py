@@ -16,6 +16,20 @@ SAFE_FROM = 100
 """Images below which no figures are said to be at the floor."""
 
 
+class Areas(NamedTuple):
+    """Areas under the curve of recognizing, in [0, 1]; 0.5 is chance.
+
+    Attributes:
+        low: Lower end of the 95 % interval.
+        high: Upper end.
+        control_low: Lower end of the control's interval.
+    """
+
+    low: float
+    high: float
+    control_low: float
+
+
 class Verdict(NamedTuple):
     """What the figures of one attack against one client say.
 
@@ -74,13 +88,13 @@ def judge_share(
     control: Mapping[str, Any] | None,
     what: str,
 ) -> Verdict:
-    """The same rule for one share of a client's images: of those recognized, say.
+    """The same rule for one share of a client's images: of those rebuilt, say.
 
     Args:
         found: The share, with rate, low, high and n.
         floor: The same without the update; None: not known.
         control: The same of this attack on the same client with nothing hidden; None: not run.
-        what: What happened to an image that counts, e.g. ``"recognized"``.
+        what: What happened to an image that counts, e.g. ``"rebuilt"``.
     """
     if floor is not None and found["low"] > floor["high"]:
         return Verdict("leaks", f"{wording.count(found)} images {what}")
@@ -96,6 +110,43 @@ def judge_share(
     if missing is not None:
         return Verdict("says nothing", missing)
     return Verdict("at the floor", "resists this attack")
+
+
+def judge_presence(
+    found: Mapping[str, Any],
+    *,
+    floor: Mapping[str, Any],
+    control: Mapping[str, Any] | None,
+    areas: Areas | None,
+) -> Verdict:
+    """The same rule for the share of a client's images that are recognized as trained on.
+
+    Where nothing is hidden that share may be anything: it tells how much a client leaks, more than how good
+    the attack is. So the control has to leak, and what is found must surely be less than half of it: as a
+    share, or as an advantage over chance (area − 0.5), which few clients tell better.
+
+    Args:
+        found: The share, with rate, low, high and n.
+        floor: The same of images that were not trained on.
+        control: The same of this attack on the same client with nothing hidden; None: not run.
+        areas: Of both; None where there is no control.
+    """
+    if found["low"] > floor["high"]:
+        return Verdict("leaks", f"{wording.count(found)} images recognized")
+    if control is None or areas is None:
+        return Verdict("says nothing", "its control was not attacked")
+    if control["low"] <= floor["high"]:
+        return Verdict("says nothing", f"the attack finds only {wording.count(control)} of its control")
+    if found["n"] < SAFE_FROM:
+        return Verdict("says nothing", f"too few images, {found['n']} of {SAFE_FROM}")
+    if areas.low > 0.5:
+        return Verdict(
+            "says nothing", "more is recognized than by chance, but not surely at few false alarms"
+        )
+    advantage, most = areas.high - 0.5, areas.control_low - 0.5
+    if found["high"] < control["low"] / 2 or advantage < most / 2:
+        return Verdict("at the floor", f"the same attack recognizes {wording.count(control)} of its control")
+    return Verdict("says nothing", f"too few clients to tell from its control, {wording.count(control)}")
 
 
 def _leak(found: Mapping[str, Any], floor: Mapping[str, Any] | None, chance: float) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from fedkl.attacking.verdict import judge_share
+from fedkl.attacking.verdict import Areas, judge_presence, judge_share
 from fedkl.auditing.plan import CONTROL, Planned
 from fedkl.auditing.rebuilding import Rebuilt, knew
 from fedkl.auditing.recognition import Pools, Recognized
@@ -40,7 +40,8 @@ def of_pictures(
     for question, name in _SHARES.items():
         share, floor = Measured(**rebuilt.found[name]), Measured(**rebuilt.floor[name])
         control = Measured(**rebuilt.control[name]) if rebuilt.control else None
-        control = control or _simplest(entry, question, earlier)
+        simplest = _simplest(entry, question, earlier)
+        control = control or (simplest.found if simplest is not None else None)
         outcome, reason = _verdict(share, floor, control, what=question)
         found.append(
             Finding(
@@ -83,11 +84,16 @@ def of_presence(
     """
     alarms = max(found.false_alarms, found.swapped or found.false_alarms, key=lambda rate: rate.high)
     share, floor = Measured(**found.share._asdict()), Measured(**alarms._asdict())
-    control = Measured(**open.share._asdict()) if open else _simplest(entry, "presence", earlier)
-    outcome, reason = _verdict(share, floor, control, what="recognized")
+    control, least = _control_of_presence(entry, open, earlier)
+    kind, reason = judge_presence(
+        share.model_dump(),
+        floor=floor.model_dump(),
+        control=None if control is None else control.model_dump(),
+        areas=None if least is None else Areas(found.auc_low, found.auc_high, least),
+    )
     if found.clients == 1:
         reason += "; one client, so the intervals are by image and say nothing of others"
-    checked = {"swapped_auc": found.swapped_auc} if found.swapped_auc is not None else {}
+    checked = {"swapped_auc": found.swapped_auc, "control_auc_low": least}
     own = pools.server_images
     return Finding(
         question="presence",
@@ -98,7 +104,7 @@ def of_presence(
         found=share,
         floor=floor,
         control=control,
-        outcome=outcome,
+        outcome=cast(Outcome, kind),
         reason=reason,
         figures={
             "auc": found.auc,
@@ -106,19 +112,29 @@ def of_presence(
             "auc_high": found.auc_high,
             "false_alarms": found.false_alarms.rate,
             "clients": float(found.clients),
-            **checked,
+            **{name: value for name, value in checked.items() if value is not None},
         },
         seconds=seconds,
     )
 
 
-def _simplest(entry: Planned, question: Question, earlier: Sequence[Finding]) -> Measured | None:
+def _control_of_presence(
+    entry: Planned, open: Recognized | None, earlier: Sequence[Finding]
+) -> tuple[Measured | None, float | None]:
+    """What is recognized where nothing is hidden, and the lower end of the area's interval there."""
+    if open is not None:
+        return Measured(**open.share._asdict()), open.auc_low
+    simplest = _simplest(entry, "presence", earlier)
+    return (None, None) if simplest is None else (simplest.found, simplest.figures.get("auc_low", 0.0))
+
+
+def _simplest(entry: Planned, question: Question, earlier: Sequence[Finding]) -> Finding | None:
     """Where nothing is hidden, an attacker is held against the simplest update: one gradient of one image."""
     if entry.clients.hides or entry.exposure.name == CONTROL:
         return None
     return next(
         (
-            each.found
+            each
             for each in earlier
             if (each.attacker, each.exposure, each.question) == (entry.name, CONTROL, question)
         ),

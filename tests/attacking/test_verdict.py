@@ -1,0 +1,54 @@
+"""What is said of a share that is recognized, by what the same attack gets where nothing is hidden."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedkl.attacking.verdict import Areas, judge_presence
+
+
+def share(rate, low, high, n=256):
+    return {"rate": rate, "low": low, "high": high, "n": n}
+
+
+FLOOR = share(0.01, 0.0, 0.05, n=99)
+CONTROL = share(0.48, 0.37, 0.59)
+NOTHING = share(0.0, 0.0, 0.03)
+CHANCE = Areas(0.46, 0.54, 0.93)
+
+
+def kind(found=NOTHING, floor=FLOOR, control=CONTROL, areas=CHANCE):
+    return judge_presence(found, floor=floor, control=control, areas=areas).kind
+
+
+def test_a_control_that_leaks_is_enough():
+    """An attack that recognizes half of the images in the open is no weak one: 90 % are not asked of it."""
+    assert kind() == "at the floor"
+
+
+def test_more_than_the_floor_leaks_whatever_the_control():
+    for control, areas in ((CONTROL, CHANCE), (None, None)):
+        assert kind(share(0.2, 0.06, 0.3), control=control, areas=areas) == "leaks"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"control": None, "areas": None},
+        {"control": share(0.06, 0.04, 0.1)},  # where nothing is hidden it finds no more than the floor
+        {"found": share(0.0, 0.0, 0.03, n=99)},
+        {
+            "found": share(0.0, 0.0, 0.19),
+            "areas": Areas(0.4, 0.72, 0.93),
+        },  # as many as half of it may be there
+        {"areas": Areas(0.51, 0.54, 0.93)},  # some is recognized, at more false alarms
+    ],
+    ids=["no control", "a control that does not leak", "few images", "few clients", "more than by chance"],
+)
+def test_otherwise_it_says_nothing(changes):
+    assert kind(**changes) == "says nothing"
+
+
+def test_either_measure_tells():
+    assert kind(share(0.0, 0.0, 0.32)) == "at the floor"  # few clients: the area tells
+    assert kind(areas=Areas(0.4, 0.8, 0.93)) == "at the floor"
