@@ -111,4 +111,4 @@ def test_the_tutorials_subject_can_be_audited(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     subject = load("mine.py:subject").subject
     subject.check()
-    assert (subject.name, subject.images_per_client) == ("mine", 32)
+    assert (subject.name, subject.images_per_client) == ("mine", 8)
