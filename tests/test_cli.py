@@ -132,6 +132,7 @@ def test_an_interrupted_attack_continues(fedkl, tmp_path):
         (("reproduce", "table4", "--arms", "magic"), "public-norm"),
         (("reproduce", "threats", "--trials", "0"), "trials ≥ 1"),
         (("train", "--data", "mnits"), "mnist"),
+        (("train", "--data", "./mine", "--set", "data.root=./other"), "name two folders"),
         (("attack", "--arms", "no-nrom"), "no-nrom"),
         (("attack", "--arms", "lock,lock"), "more than once"),
         (("attack", "--attack", "idlg", "--batch-size", "2"), "one image"),

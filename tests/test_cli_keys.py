@@ -122,3 +122,27 @@ def test_a_passphrase_that_is_no_text(fedkl, path, monkeypatch):
     assert code == 2
     assert "not text in UTF-8" in text
     assert "horse" not in text
+
+
+@pytest.mark.parametrize("option", [("--keep-function",), ("--client", "a"), ("--epochs", "3")])
+def test_options_of_locks_are_not_taken_for_key_files(fedkl, path, option):
+    before = load(path)
+    code, text = fedkl("key", "rotate", path, *option)
+    assert code == 2
+    assert f"{option[0]}: of a lock" in text
+    assert torch.equal(load(path), before)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"one\ntwo\n", "in one line, got several"), (b"\xef\xbb\xbfmule\r\n", None)]
+)
+def test_a_passphrase_is_one_line(fedkl, tmp_path, content, said):
+    file, path = tmp_path / "passphrase", tmp_path / "k"
+    file.write_bytes(content)
+    file.chmod(0o600)
+    code, text = fedkl("key", "new", path, "--length", 8, "--passphrase-file", file)
+    if said is None:
+        assert code == 0
+        load(path, "mule")  # without the mark that editors on Windows put in front
+    else:
+        assert (code, said in text, path.exists()) == (2, True, False)

@@ -458,6 +458,18 @@ def test_a_whole_model_is_one_clients(command, runs, tmp_path, words):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", [("--client", "client-0"), ("--client", "client-0", "--for", "torch")])
+def test_a_passphrase_file_is_of_a_member(command, runs, tmp_path, words):
+    """A lock would be encrypted with another passphrase than the one that is in the file."""
+    (tmp_path / "given").write_text("mule")
+    code, text = command(
+        runs("keylock"), "--out", tmp_path / "own", *words, "--passphrase-file", tmp_path / "given"
+    )
+    assert code == 2
+    assert "--passphrase-file is of --member" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["given"]
+
+
 def test_a_whole_model_replaces_no_file(command, runs, tmp_path):
     (tmp_path / "own").write_text("precious")
     words = (runs("keylock"), "--out", tmp_path / "own", "--client", "client-0", "--for", "state")

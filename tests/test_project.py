@@ -65,3 +65,14 @@ def test_every_dependency_says_from_which_version_on():
     for lines in PROJECT["project"]["optional-dependencies"].values():
         named += lines
     assert not [line for line in named if ">=" not in line]
+
+
+def test_what_is_tried_after_installing_knows_every_extra():
+    """A module that needs an extra is not missing where no extra is installed."""
+    smoke = text("tests/distribution/smoke.py")
+    (line,) = re.findall(r"^OPTIONAL = \((.*)\)$", smoke, re.MULTILINE)
+    extras = PROJECT["project"]["optional-dependencies"]
+    for name in sorted(set(extras) - {"dev", "docs"}):
+        for requirement in extras[name]:
+            package = re.match(r"[\w-]+", requirement)[0].replace("-", "_")
+            assert f'"{package}"' in line

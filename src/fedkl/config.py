@@ -270,8 +270,13 @@ def from_flags(
             _set(values, place, value)
     if defense is not None:
         values["defense"] = _switched(values["defense"], defense)
+    in_folder = "data.root" in _folder_fields(fields.get("data.name"))
     for setting in settings:
         place, value = _parsed_setting(setting)
+        if place == "data.root" and in_folder:
+            raise ConfigError(
+                f"--data {shown(fields['data.name'])} and --set data.root name two folders. Give one of them."
+            )
         if kind == "attack" and place.startswith("lock."):  # its name before 0.2
             place = f"defense.{place.removeprefix('lock.')}"
         _set(values, place, value)

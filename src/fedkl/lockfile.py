@@ -398,7 +398,7 @@ def read_passphrase(path: Path) -> str:
         KeyFileError: It cannot be read, is empty or too long, is not UTF-8, or others may write to it.
     """
     try:
-        passphrase = read_file(path, limit=_MAX_PASSPHRASE).decode().strip()
+        passphrase = read_file(path, limit=_MAX_PASSPHRASE).decode("utf-8-sig").strip()
         writable, readable = (open_to_others(path, permissions=p) for p in (0o022, 0o044))
     except (OSError, ValueError) as error:  # the text of a UnicodeDecodeError would quote the passphrase
         reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
@@ -409,6 +409,8 @@ def read_passphrase(path: Path) -> str:
         raise KeyFileError(
             f"{path}: others may write to the passphrase's file, and so choose the passphrase. Run chmod 600."
         )
+    if len(passphrase.splitlines()) > 1:
+        raise KeyFileError(f"{path}: expected a passphrase in one line, got several. Leave one.")
     if not passphrase:
         raise KeyFileError(f"{path}: empty. Write a passphrase into it, or set {PASSPHRASE_VARIABLE}.")
     if readable:

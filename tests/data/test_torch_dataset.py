@@ -1,3 +1,7 @@
+import random
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 from fedkl.data import DATASETS, as_tensors, forget_dataset, from_torch, load, register_dataset
 from fedkl.errors import DataError
 
-BYTES = torch.randint(256, (30, 3, 6, 5), dtype=torch.uint8)
+BYTES = torch.randint(256, (30, 3, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(30) % 3
 
 
@@ -155,10 +159,11 @@ BAD = {
         r"dataset\[1\]: .* shape \(1, 6, 5\), got .* \(1, 7, 5\)\. Bring all to one size",
     ),
     "types": (_pairs(GRAY, GRAY.mul(255).byte()), r"got torch\.uint8 of shape"),
-    "a measured value": ([(GRAY, 0.7)], "class index of at least 0 as label, got float"),
+    "a measured value": ([(GRAY, 0.7)], "as label, got float"),
     "several labels": ([(GRAY, torch.tensor([0, 1, 1]))], r"got \(3,\) numbers"),
     "a name": ([(GRAY, "cat")], "got str"),
     "below zero": ([(GRAY, -1)], "got a number below 0"),
+    "enormous": ([(GRAY, 10**12)], "got a larger one"),
 }
 
 
@@ -210,9 +215,9 @@ def test_a_registered_dataset_is_loaded_by_name(registered):
         load("x-rays")
 
 
-@pytest.mark.parametrize("name", ["mnist", "x/y", "", "a b"])
+@pytest.mark.parametrize("name", ["mnist", "x/y", "", "a b", "-x", "a--b", "é", 3])
 def test_names_that_are_taken_or_no_names_are_refused(name):
-    with pytest.raises(DataError, match="expected a new name of letters, digits and hyphens"):
+    with pytest.raises(DataError, match="expected a new name of ASCII letters, digits and single hyphens"):
         register_dataset(name)
 
 
@@ -223,3 +228,60 @@ def test_a_function_has_to_return_a_dataset():
             load("x-rays")
     finally:
         forget_dataset("x-rays")
+
+
+class Drawn(TorchDataset):
+    """Draws from all generators that transforms use."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        shade = (random.random() + np.random.rand() + float(torch.rand(()))) / 3  # noqa: NPY002
+        return torch.full((1, 6, 5), shade), index % 2
+
+
+def test_whatever_transforms_draw_from_they_draw_the_same_each_time():
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    first, second = (as_tensors(Drawn())[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert len(first.unique()) == 4
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_one_thread_at_a_time_reads_a_dataset():
+    """Files that are open in it cannot be read by two."""
+
+    class Busy(Files):
+        inside, most = 0, 0
+
+        def __getitem__(self, index):
+            Busy.inside += 1
+            Busy.most = max(Busy.most, Busy.inside)
+            time.sleep(0.002)
+            Busy.inside -= 1
+            return super().__getitem__(index)
+
+    images = from_torch(Busy(), Busy(), keep=False).train_images
+    threads = [threading.Thread(target=lambda: images[:]) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Busy.most == 1
+
+
+def test_an_item_that_has_changed_its_shape_is_named():
+    class Changing(Files):
+        height = 5
+
+        def __getitem__(self, index):
+            return torch.zeros(1, 6, self.height), index % 2
+
+    dataset = Changing()
+    images = from_torch(dataset, Files(), keep=False).train_images
+    dataset.height = 1  # which would be spread over the others
+    with pytest.raises(DataError, match=r"Image 3: expected the shape that it had, \(1, 6, 5\)"):
+        images[torch.tensor([3])]

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.distribution.contents import ROOT, problems
+from tests.distribution.contents import ROOT, problems, uncommitted
 from tests.distribution.oldest import bound, oldest, pinned
 
 DIST = ROOT / "dist"
@@ -56,7 +56,7 @@ def check(wheel: Path, source: Path) -> None:
     Raises:
         SystemExit: Something is wrong with them.
     """
-    found = problems(wheel, source)
+    found = uncommitted() + problems(wheel, source)
     if found:
         raise SystemExit("\n".join(["What would be released is wrong:", *(f"  - {line}" for line in found)]))
     call(sys.executable, "-m", "twine", "check", "--strict", wheel, source)

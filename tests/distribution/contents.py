@@ -26,6 +26,13 @@ def tracked() -> set[str]:
     return {name for name in done.stdout.split("\0") if name}
 
 
+def uncommitted() -> list[str]:
+    """Files whose content is not what is committed, as `git status` names them: a release has none."""
+    command = ["git", "status", "--porcelain", "--untracked-files=no"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [f"{line[3:]} is not committed as it is" for line in done.stdout.splitlines()]
+
+
 def problems(wheel: Path, source: Path) -> list[str]:
     """What is missing from both, and what does not belong there, a line each."""
     files = tracked()

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-OPTIONAL = ("dp_accounting", "flwr", "onnx", "onnxruntime", "onnxscript", "tensorboard")
+OPTIONAL = ("dp_accounting", "flwr", "onnx", "onnxruntime", "onnxscript", "pydicom", "tensorboard")
 """What only extras bring: a module may lack these and nothing else."""
 TINY = {
     "training": "train --masking blind --set training.rounds=1 --set training.clients=3 "

@@ -65,6 +65,11 @@ def export(
     """
     from fedkl import export as exporting
 
+    if passphrase_file is not None and member is None:
+        raise ConfigError(
+            "--passphrase-file is of --member. A lock is encrypted as the run's checkpoints are: set "
+            "FEDKL_PASSPHRASE for it."
+        )
     if form is not None:
         if client is None or member is not None:
             raise ConfigError(

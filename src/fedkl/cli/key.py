@@ -107,6 +107,7 @@ def key_rotate(
     computes what it did. Whoever has seen them knows them still.
     """
     if target is None and public is None and store is None and path is not None:
+        _refuse_options_of_locks()
         _rotate_key(path, _passphrase(unencrypted=unencrypted, confirm=False, file=passphrase_file))
         return
     if target is None or public is None:
@@ -124,6 +125,22 @@ def key_rotate(
         passphrase_file=passphrase_file,
         unencrypted=unencrypted,
     )
+
+
+_OF_A_LOCK = ("keep_function", "client", "held_out", "epochs", "lr", "seed")
+
+
+def _refuse_options_of_locks() -> None:
+    from click import get_current_context
+    from click.core import ParameterSource
+
+    context = get_current_context()
+    given = [name for name in _OF_A_LOCK if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise typer.BadParameter(
+            f"{flags}: of a lock, and this is a key file. Leave it out, or give --target and --public too."
+        )
 
 
 def _rotate_key(path: Path, passphrase: str | None) -> None:

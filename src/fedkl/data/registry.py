@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,7 @@ ENTRIES: dict[str, Entry] = {
 DATASETS: dict[str, str] = {name: entry.info for name, entry in ENTRIES.items()}
 """One line about each dataset, by name."""
 
+_NAME = "[A-Za-z0-9]+(-[A-Za-z0-9]+)*"
 _REGISTERED: dict[str, Callable[[], Dataset]] = {}
 
 
@@ -50,10 +52,10 @@ def register_dataset(name: str) -> Callable[[_Build], _Build]:
     'squares'
     >>> forget_dataset("squares")
     """
-    if name in ENTRIES or not name.replace("-", "").isalnum():
+    if not isinstance(name, str) or name in ENTRIES or re.fullmatch(_NAME, name) is None:
         raise DataError(
-            f"register_dataset: expected a new name of letters, digits and hyphens, got {shown(name)}. "
-            "Choose another one."
+            "register_dataset: expected a new name of ASCII letters, digits and single hyphens, "
+            f"got {shown(str(name))}. Choose another one."
         )
 
     def register(build: _Build) -> _Build:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +25,7 @@ from fedkl.data.squares import RefusedError, raster_of
 from fedkl.errors import DataError
 from fedkl.types import Images
 
+_MOST_CLASSES = 2**20
 _HELD_OUT = 5  # of so many images one is kept back for tests
 
 
@@ -31,8 +35,8 @@ def from_torch(
     """Makes of a `torch.utils.data.Dataset`, or of two, what fedkl trains with and attacks.
 
     Every item is read once, in order, checked, and kept in memory: bytes as bytes, anything else as float32.
-    Random augmentation is thereby drawn once, with the seed 0; leave it to fedkl (`--set
-    training.local.augmentation=flip`).
+    Random augmentation is thereby drawn once, with the seed 0 of PyTorch's, NumPy's and Python's generator;
+    leave it to fedkl (`--set training.local.augmentation=flip`).
 
     Args:
         train: Has `len()` and gives pairs of an image and a class index, as torchvision's and MedMNIST's
@@ -125,10 +129,11 @@ class _Read:
 class _StoredElsewhere:
     """Images of a dataset that are read when they are asked for."""
 
-    streams = False  # the dataset may not be one that another thread can read
+    streams = False  # nothing is gained by reading ahead: one thread reads at a time
 
     def __init__(self, item: Callable[[int], Tensor], shape: tuple[int, ...]) -> None:
         self._item = item
+        self._reading = threading.Lock()  # files that are open in the dataset cannot be read by two threads
         self.shape = shape
 
     def __len__(self) -> int:
@@ -138,20 +143,48 @@ class _StoredElsewhere:
         places = checked_index(index, device=torch.device("cpu"))
         indexes = range(len(self))[places] if isinstance(places, slice) else places.tolist()
         images = torch.empty(len(indexes), *self.shape[1:])
-        for row, number in enumerate(indexes):
-            images[row] = _levels(self._item(number))
+        with self._reading:
+            for row, number in enumerate(indexes):
+                images[row] = self._same(number)
         return images
+
+    def _same(self, number: int) -> Tensor:
+        image = self._item(number)
+        if tuple(image.shape) != self.shape[1:]:
+            raise DataError(
+                f"Image {number}: expected the shape that it had, {self.shape[1:]}, got "
+                f"{tuple(image.shape)}. A dataset that is read again must give the same each time."
+            )
+        return _levels(image)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """All generators that a dataset's transforms draw from begin at 0, and go on afterwards as before."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the user's transforms use it)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _begin()
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def _begin() -> None:
+    torch.default_generator.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
 
 
 def _read(dataset: Any, what: str, *, keep: bool) -> _Read:
     count = _length(dataset, what)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    with _seeded():
         first, _ = _item(dataset, 0, what)
         kept = _room(count, first, what) if keep else None
         labels = torch.empty(count, dtype=torch.int64)
         sums, squares = torch.zeros(2, len(first), dtype=torch.float64)
-        torch.default_generator.manual_seed(0)
+        _begin()
         for index in range(count):
             image, labels[index] = _item(dataset, index, what)
             if (image.shape, image.dtype) != (first.shape, first.dtype):
@@ -217,14 +250,14 @@ def _item(dataset: Any, index: int, what: str) -> tuple[Tensor, int]:
 def _label(label: Any, what: str) -> int:
     if isinstance(label, Tensor | np.ndarray) and label.shape in ((), (1,)):
         label = label.item()  # MedMNIST gives arrays of one number
-    if isinstance(label, numbers.Integral) and int(label) >= 0:
+    if isinstance(label, numbers.Integral) and 0 <= int(label) < _MOST_CLASSES:
         return int(label)
     got = f"{tuple(label.shape)} numbers" if hasattr(label, "shape") else type(label).__name__
     if isinstance(label, numbers.Integral):
-        got = "a number below 0"
+        got = "a number below 0" if int(label) < 0 else "a larger one"
     raise DataError(
-        f"{what}: expected a class index of at least 0 as label, got {got}. Several labels an image, and "
-        "measured values, are not classes: choose one, and number the classes from 0."
+        f"{what}: expected a class index of 0 .. {_MOST_CLASSES - 1} as label, got {got}. Several labels an "
+        "image, and measured values, are not classes: choose one, and number the classes from 0."
     )
 
 
