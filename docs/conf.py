@@ -34,7 +34,7 @@ copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
 html_static_path = ["static"]
-html_css_files = ["notebooks.css"]
+html_css_files = ["site.css"]
 html_title = "fedkl"
 html_show_copyright = False
 html_copy_source = False
@@ -58,6 +58,8 @@ ELSEWHERE = {
 """Pages of the repository that do not lie in this folder."""
 
 _LINK = re.compile(r"(?<=\]\()[^)\s#:]+(?=[#)])")
+_FILE_NAME = re.compile(r"\[[\w./-]+\.md\](?=\([^):]+\))")
+"""The text of a link that only repeats its file's name: a reader of the site has pages, which have titles."""
 
 
 def setup(app: Sphinx) -> None:
@@ -96,4 +98,4 @@ def _linked(text: str, source: str, place: str) -> str:
             return match[0]  # the build names it
         return posixpath.relpath(ELSEWHERE.get(target, target), posixpath.dirname(place))
 
-    return _LINK.sub(turned, text)
+    return _LINK.sub(turned, _FILE_NAME.sub("[]", text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -18,6 +19,9 @@ PAGES = (
     "tutorial",
     "expect",
     "masked",
+    "audit",
+    "data",
+    "adaptive",
     "made/commands",
     "made/first-leak",
     "made/audit-your-own",
@@ -69,24 +73,48 @@ def test_notebooks_are_shown_with_their_stored_outputs(site, page, pictures):
     assert not [link for link in links if link.endswith(".ipynb")]
 
 
+def test_the_sidebar_fits_a_window_and_leads_to_every_page(site):
+    text = (site / "index.html").read_text(encoding="utf-8")
+    assert len(re.findall(r'class="toctree-l1', text)) <= 40
+    assert {"reference/index.html", "results/index.html"} <= set(re.findall(r'href="([^"]*)"', text))
+    pages = {page.relative_to(site).as_posix() for page in site.rglob("*.html")}
+    pages -= {"genindex.html", "search.html", "py-modindex.html", "index.html", "frames.html"}
+    assert not [page for page in pages if f'href="{page}"' not in text]
+
+
+def test_no_link_shows_the_name_of_a_file(site):
+    shown = re.compile(r'<a class="reference internal"[^>]*>(?:<span[^>]*>)*([^<]*\.(?:md|ipynb))<')
+    found = {
+        page.relative_to(site).as_posix(): names
+        for page in site.rglob("*.html")
+        if (names := shown.findall(page.read_text(encoding="utf-8")))
+    }
+    assert not found
+
+
 def test_nothing_is_loaded_from_elsewhere(site):
     loaded = re.compile(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//', re.IGNORECASE)
     assert not [page for page in PAGES if loaded.search((site / f"{page}.html").read_text(encoding="utf-8"))]
 
 
+MEASURE = """<script>onload = () => {
+  const documents = [...document.querySelectorAll("iframe")].map(frame => frame.contentDocument)
+  const count = (page, name, wrong) => [...page.querySelectorAll(name)].filter(wrong).length
+  document.title = JSON.stringify(documents.map(page => ({
+    width: page.documentElement.scrollWidth,
+    cut: count(page, "pre", each => each.scrollWidth > each.clientWidth),
+    signs: count(page, ".headerlink", each => getComputedStyle(each).position != "absolute"),
+  })))
+}</script>"""
+
+
 @pytest.mark.parametrize("width", [390, 1280])
-def test_chromium_shows_no_page_wider_than_its_window(site, width, tmp_path):
+def test_chromium_shows_pages_as_wide_as_the_window_and_all_of_their_code(site, width, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium on this machine: its test of the site needs one on PATH")
-    frame = "".join(
-        f'<iframe src="{site}/{page}.html" width="{width}" height="800"></iframe>' for page in PAGES
-    )
-    measure = (
-        "<script>onload = () => { document.title = [...document.querySelectorAll('iframe')]"
-        ".map(f => f.contentDocument.documentElement.scrollWidth).join(',') }</script>"
-    )
-    (site / "frames.html").write_text(frame.replace(f"{site}/", "") + measure, encoding="utf-8")
+    frame = "".join(f'<iframe src="{page}.html" width="{width}" height="800"></iframe>' for page in PAGES)
+    (site / "frames.html").write_text(frame + MEASURE, encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     options += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000", "--dump-dom"]
     done = subprocess.run(
@@ -96,11 +124,12 @@ def test_chromium_shows_no_page_wider_than_its_window(site, width, tmp_path):
         check=True,
         timeout=200,
     )
-    found = re.search(r"<title>([\d,]+)</title>", done.stdout)
+    found = re.search(r"<title>(\[.+\])</title>", done.stdout)
     assert found is not None
-    widths = [int(each) for each in found[1].split(",")]
-    assert len(widths) == len(PAGES)
-    assert max(widths) <= width
+    measured = json.loads(found[1])
+    assert len(measured) == len(PAGES)
+    assert max(each["width"] for each in measured) <= width
+    assert not [page for page, each in zip(PAGES, measured, strict=True) if each["cut"] or each["signs"]]
 
 
 def test_the_tutorials_subject_can_be_audited(tmp_path, monkeypatch):

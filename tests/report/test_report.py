@@ -67,6 +67,12 @@ def test_failures_are_shown_and_counted(folder):
     assert re.search(r'<th scope="row">Failures</th><td>0</td><td>0</td><td>1</td>', html)
 
 
+def test_the_chance_of_being_identified_stands_beside_the_counts(folder):
+    html = page(folder)
+    assert re.search(r'<th scope="row">Identified by chance</th>(<td>1 of 100</td>){3}', html)
+    assert re.search(r'<th scope="row">In plain words</th><td>no protection</td><td>lock, opened</td>', html)
+
+
 def test_repeat_names_the_command_and_the_configuration(folder):
     html = page(folder)
     config = folder / "train-fedkl" / "config.toml"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from fedkl import report
-from fedkl.attacks import DLG, ClosedForm
+from fedkl.attacks import DLG, ClosedForm, LearnedInversion
+from fedkl.defenses import KeyLock, own_arms
 from fedkl.report.collect import collect
+from fedkl.report.names import plain_names
 from fedkl.report.side_by_side import MAX_COLUMNS, side_by_side
 
 DLG_RUN = {"no-norm": [40.0, 41.0], "public-norm": [9.0, 9.0], "lock": [6.0, 7.0], "masked": [3.0, 3.0]}
@@ -31,15 +34,15 @@ def test_each_defense_stands_between_the_truth_and_every_attack(folder):
     found = compared(folder)
     headings = [" ".join(name.split()) for name in found.grid.columns]
     assert headings == [
-        "true image",
-        "plain network, no lock: DLG",
-        "key-lock, nothing private known: DLG",
-        "key-lock, nothing private known: the closed form",
-        "masked (blind): DLG",
-        "masked (blind): the closed form",
+        "original",
+        "no protection",
+        "lock",
+        "lock, informed",
+        "masks",
+        "masks, informed",
     ]
     captions = [cell.caption for cell in found.grid.rows[0].cells]
-    assert captions == ["", "40.0 dB", "6.0 dB", "26.0 dB", "3.0 dB", "failed"]
+    assert captions == ["", "identified", "", "identified", "", "failed"]
     assert not found.grid.problems
 
 
@@ -52,8 +55,9 @@ def test_the_caption_has_n_seed_identification_and_floor(tmp_path, attack_run):
     for part in (
         "first 2 of n = 2 images of mnist-sample",
         "untrained lenet, seed 0",
-        "DLG on no-norm 2 of 2; DLG on lock 0 of 2; the closed form on lock 2 of 2; DLG on masked 0 of 2; "
-        "the closed form on masked 0 of 2; the guess from the labels alone 0 of 2",
+        "by chance 1 of 100. no protection (DLG) 2 of 2; lock (DLG) 0 of 2; lock, informed (the closed form) "
+        "2 of 2; masks (DLG) 0 of 2; masks, informed (the closed form) 0 of 2; the guess from the labels "
+        "alone 0 of 2",
         "never sees the true image",
     ):
         assert part in caption
@@ -62,11 +66,54 @@ def test_the_caption_has_n_seed_identification_and_floor(tmp_path, attack_run):
 def test_the_report_opens_with_it(folder):
     built = report.build(folder)
     html = built.html.read_text(encoding="utf-8")
+    assert html.index("No protection:</strong> 2 of 2 images identified.") < html.index("What the server can")
     assert html.index("What the server can show") < html.index("no proof of safety") < html.index("<h2>")
     assert built.pictures == folder / "figures" / "side-by-side.png"
     assert built.pictures.read_bytes().startswith(b"\x89PNG")
     text = (folder / "report.md").read_text(encoding="utf-8")
-    assert re.search(r"^# .*\n\n!\[2 images; columns: true image; .*\]\(figures/side-by-side.png\)\n\n", text)
+    assert re.search(r"^# .*\n\n\* \*\*No protection:\*\* 2 of 2 images identified\.\n", text)
+    assert re.search(r"\n\n!\[2 images; columns: original; .*\]\(figures/side-by-side.png\)\n\n", text)
+
+
+def test_the_first_screen_answers_in_plain_words(folder):
+    found = compared(folder)
+    assert [f"{sent}: {what}" for sent, what in found.answers] == [
+        "No protection: 2 of 2 images identified.",
+        "Lock: 0 of 2 images identified by an attacker who does not know how locks work, "
+        "2 of 2 by one who does.",
+        "Masks: 0 of 2 and 0 of 2 identified by the same attackers.",
+    ]
+    assert found.limits == (
+        "By chance a picture is identified in 1 of 100 cases, and at least one of 2 pictures in 2.0 % of "
+        "runs. 2 images show what happens; they do not prove it."
+    )
+    html = report.build(folder).html.read_text(encoding="utf-8")
+    first, folded = html[: html.index("</details>")].split("<details>")
+    assert all(what in first for _, what in found.answers)
+    assert "In attack-dlg, DLG recovers" in folded
+    assert not re.search("no-norm|public-norm", first.split("<main>")[1].replace("arm no-norm", ""))
+
+
+def test_attackers_who_all_know_are_told_apart_by_name(tmp_path, attack_run):
+    attack_run(KNOWING_RUN, name="a", attack=ClosedForm())
+    attack_run(KNOWING_RUN, name="b", attack=LearnedInversion(), auxiliary=100)
+    found = compared(tmp_path)
+    assert "lock, learned inversion" in [" ".join(name.split()) for name in found.grid.columns]
+    assert found.answers[1].found == "0 of 2 by the closed form, 0 of 2 by learned inversion."
+
+
+def test_arms_of_one_plain_name_keep_their_own():
+    arms = {arm.name: arm for arm in own_arms(KeyLock()).values()}
+    names = plain_names({name: arms[name] for name in ("no-norm", "public-norm", "lock", "lock-known-key")})
+    assert list(names.values()) == ["no protection", "lock, opened", "lock", "lock-known-key"]
+
+
+@pytest.mark.parametrize(("contrast", "said"), [(1e-4, True), (0.1, False)])
+def test_a_gray_picture_is_compared_and_that_is_said(folder, contrast, said):
+    truth = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    run = collect(folder).attacks[0].directory
+    run.save_tensors("reconstructions/no-norm-0", {"reconstruction": 0.5 + contrast * truth, "truth": truth})
+    assert ("A picture that looks gray is compared" in compared(folder).caption) is said
 
 
 @pytest.mark.parametrize("options", [{"seed": 1}, {"labels_known": False}, {"networks": "one"}])

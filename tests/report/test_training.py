@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fedkl import report
+from fedkl.aggregation import MaskedAggregation
 from fedkl.data import Dirichlet, Shards
 from fedkl.defenses import KeyLock
 from fedkl.report import figures
@@ -34,8 +35,23 @@ def test_runs_of_one_partition_share_a_figure(tmp_path, train_run):
     assert (tmp_path / "figures" / "partition.png").exists()
     assert "at each client (Dirichlet, α = 0.1) in fedavg, fedkl." in html
     assert "each of 2 clients has 8 to 10 images, of 1 to 2 of 3 classes" in html
-    assert html.index("</table>", html.index("Training runs")) < html.index("<figure>")
-    assert html.index("<figure>") < html.index("Repeat this")
+    places = [html.index(each) for each in ("<h2>Training", "<figure>", "<caption><span>Training runs")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("mode", "defense", "said"),
+    [
+        ("blind", None, "blind masks"),
+        ("pairwise", None, "pairwise masks"),
+        ("both", KeyLock(), "keylock (layers first, normal key, softplus) and blind and pairwise masks"),
+    ],
+)
+def test_masks_are_named_among_what_protects(tmp_path, train_run, mode, defense, said):
+    train_run("plain")
+    train_run("masked", aggregation=MaskedAggregation(mode=mode), defense=defense)
+    rows, _ = table(tmp_path)
+    assert (rows["plain"]["Defense"], rows["masked"]["Defense"]) == ("none", said)
 
 
 def test_each_distinct_partition_has_a_figure_on_both_pages(tmp_path, train_run):

@@ -209,6 +209,10 @@ class Aggregation(ABC):
     def server_learns(self) -> ServerLearns:
         """What the server can read. A trainer gives a server that learns nothing no optimizer."""
 
+    def describe(self) -> str:
+        """What it hides updates with, in words; empty where it hides nothing."""
+        return ""
+
     def for_federation(self, plan: FederationPlan) -> Aggregation:
         """What aggregates the rounds of one federation: itself, if nothing is kept from round to round.
 

@@ -74,6 +74,10 @@ class MaskedAggregation(Aggregation):
         """The sum in pairwise mode, otherwise nothing."""
         return "sum" if self.mode == "pairwise" else "nothing"
 
+    def describe(self) -> str:
+        """Its masks."""
+        return "blind and pairwise masks" if self.mode == "both" else f"{self.mode} masks"
+
     def for_federation(self, plan: FederationPlan) -> MaskedFederation:
         """A cohort of all clients.
 

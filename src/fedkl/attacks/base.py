@@ -123,6 +123,7 @@ class Attack:
     reads_unaltered: ClassVar[bool] = (
         False  # of tensors that a defense altered it gets none, if others are left
     )
+    knows_locks: ClassVar[bool] = False  # of a lock it reads or imitates more than a guess of its secrets
     type: str = "unnamed"
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ class Defense:
     trained with, attacked by every attack, and compared with its control.
     """
 
+    plain: ClassVar[str] = ""  # its name for those who know no term of the field; empty: its type
     type: str = "undefended"
 
     @property
@@ -338,6 +339,7 @@ class Arm:
 class NoDefense(Defense):
     """Plain federated learning: everything is public, norm statistics included."""
 
+    plain: ClassVar[str] = "no protection"
     type: Literal["none"] = "none"
 
     def guesses(self) -> tuple[Arm, ...]:

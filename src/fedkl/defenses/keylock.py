@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -44,6 +44,7 @@ class KeyLock(Defense):
             the model is run once, and layers are in the order in which it calls them.
     """
 
+    plain: ClassVar[str] = "lock"
     type: Literal["keylock"] = "keylock"
     layers: Literal["first", "all", "classifier"] | tuple[str, ...] = "first"
     granularity: Granularity = "channel"

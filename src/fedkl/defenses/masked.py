@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class MaskedUpload(Defense):
             and are attacked as sums of undefended clients (``cohort``).
     """
 
+    plain: ClassVar[str] = "masks"
     type: Literal["masked"] = "masked"
     mode: Mode = "blind"
 

@@ -19,6 +19,7 @@ from fedkl.report import (
     verdict,
 )
 from fedkl.report.collect import AttackRun, Collected, collect
+from fedkl.report.names import plain_names
 from fedkl.report.page import NOTE, AttackSection, Figure, Page, Repeat, Table
 from fedkl.report.side_by_side import side_by_side
 
@@ -111,10 +112,10 @@ def _named(divisions: list[partitions.Division]) -> dict[str, partitions.Divisio
 
 def _attack_section(run: AttackRun, collected: Collected) -> AttackSection:
     alone = len(collected.attacks) == 1
-    slug = run.name.replace("/", "-")
+    slug, names = run.name.replace("/", "-"), plain_names(run.chosen)
     return AttackSection(
         name=run.name,
-        grid=pictures.grid(run),
+        grid=pictures.grid(run)._replace(columns=["original", *(names[arm] for arm in run.arms)]),
         figure="reconstructions.png" if alone else f"reconstructions-{slug}.png",
         table=attack_tables.attack_table(run, titled=not alone),
         paper=verdict.paper_comparison(run),

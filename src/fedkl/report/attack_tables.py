@@ -12,6 +12,7 @@ from fedkl.attacking.views import chosen_arms
 from fedkl.attacks import IDLG
 from fedkl.report import verdict
 from fedkl.report.collect import AttackRun
+from fedkl.report.names import plain_names
 from fedkl.report.page import Table
 
 _SCALING = {"clip": "clipped to [0, 1]", "prior": "stretched to [0, 1]"}
@@ -44,6 +45,7 @@ def attack_table(run: AttackRun, *, titled: bool) -> Table:
         title=f"{name}{where}: {run.config.trials} trials, batch size {size}, {_networks(run)}",
         header=[
             "Arm",
+            "In plain words",
             "The server knows",
             "Scale fixed by",
             "n (images)",
@@ -56,13 +58,14 @@ def attack_table(run: AttackRun, *, titled: bool) -> Table:
             f"Attack success rate, SSIM ≥ {SSIM_SUCCESS} [95 %]",
             "Identified [95 %]",
             "Candidates",
+            "Identified by chance",
             "Label found",
             "Evaluations, median",
             "Attacker's loss, median",
             "Verdict",
         ],
         rows=[_attack_row(arm, run, j) for arm, j in zip(run.arms.values(), judgments, strict=True)],
-        narrow=(0, 5, 9, 11),
+        narrow=(0, 6, 10, 12),
         turned=True,
         notes=_attack_notes(run),
     )
@@ -102,6 +105,7 @@ def _attack_row(arm: dict[str, Any], run: AttackRun, judgment: Verdict) -> list[
     given = run.config.labels_known and not isinstance(run.config.attack, IDLG)
     return [
         arm["name"],
+        plain_names(run.chosen)[arm["name"]],
         _knows(arm, run),
         _SCALING[arm["scaling"]],
         str(figures["psnr"]["n"]),
@@ -114,11 +118,18 @@ def _attack_row(arm: dict[str, Any], run: AttackRun, judgment: Verdict) -> list[
         _similar(arm),
         wording.count_interval(arm["identified"]),
         str(arm["candidates"]),
+        chance(arm, run),
         "given" if given else wording.count(arm["label_correct"]),
         wording.number(arm["evaluations"]["median"], digits=0),
         wording.small(arm["loss"]["median"]),
         judgment.text,
     ]
+
+
+def chance(arm: dict[str, Any], run: AttackRun) -> str:
+    """How often a picture that holds nothing is identified; in a batch the matching can lift it so far."""
+    most = "" if run.config.batch_size == 1 else "at most "
+    return f"{most}{run.config.batch_size} of {arm['candidates']}"
 
 
 def _similar(arm: dict[str, Any]) -> str:

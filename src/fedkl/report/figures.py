@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -29,6 +30,7 @@ _DASHES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*")
 _DPI = 200
 _WIDTH = 4.4  # of a page's figures, in inches
+_TITLE, _CAPTION = 11, 10  # type sizes of pictures, in points
 _FEW = 20  # rows that can be read one by one
 _LINE = 0.075  # height of a label, as a share of the axes
 
@@ -125,24 +127,31 @@ def _write_counts(axes: Axes, counts: Counts) -> None:
 def picture_grid(grid: Grid) -> bytes:
     """The grid as one PNG: rows of true images, columns of arms, PSNR below each picture."""
     columns, rows = len(grid.columns), max(len(grid.rows), 1)
-    head = 0.12 + 0.18 * max(name.count("\n") + 1 for name in grid.columns)
+    titles = [_title(name) for name in grid.columns]
+    head = 0.12 + 0.18 * max(name.count("\n") + 1 for name in titles)
     figure = _figure(1.1 * columns, 1.3 * rows + 0.05 + head)
     axes: Any = figure.subplots(rows, columns, squeeze=False)
     for row, cells in zip(axes, [row.cells for row in grid.rows], strict=False):
         for place, picture in zip(row, cells, strict=True):
             _draw(place, picture)
-    for place, name in zip(axes[0], grid.columns, strict=True):
-        place.set_title(_plain(name), size=8)
+    for place, name in zip(axes[0], titles, strict=True):
+        place.set_title(name, size=_TITLE)
     figure.subplots_adjust(
         left=0.01, right=0.99, top=1 - head / figure.get_figheight(), bottom=0.02, hspace=0.25
     )
     return _png(figure)
 
 
+def _title(name: str) -> str:
+    """On lines that fit over a picture in large type, which is readable on a phone."""
+    lines = [fill(line, 12, break_long_words=False) for line in name.split("\n")]
+    return _plain("\n".join(lines))
+
+
 def _draw(axes: Axes, picture: Picture) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlabel(picture.caption, size=8, labelpad=2)
+    axes.set_xlabel(picture.caption, size=_CAPTION, labelpad=2)
     if picture.image is None:
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)

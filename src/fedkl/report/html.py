@@ -7,7 +7,7 @@ from base64 import b64encode
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedkl.report.figures import ACCURACY, thumbnail
-from fedkl.report.page import REPEAT_NOTE, TITLE, Page
+from fedkl.report.page import REPEAT_NOTE, RUNS_SUMMARY, TITLE, Page
 from fedkl.report.pictures import Picture
 
 
@@ -21,6 +21,7 @@ def render(page: Page) -> str:
             title=TITLE,
             note=page.note,
             repeat_note=REPEAT_NOTE,
+            runs_summary=RUNS_SUMMARY,
             source=lambda name: uri(page.figures[name]),
             accuracy=ACCURACY,
             thumbnail=_thumbnail,

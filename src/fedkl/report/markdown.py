@@ -19,6 +19,9 @@ def render(page: Page) -> str:
 def _lines(page: Page) -> Iterator[str]:
     yield from (f"# {TITLE}", "")
     if page.opening:
+        for sent, found in page.opening.answers:
+            yield f"* **{_text(sent)}:** {_text(found)}"
+        yield from ("", _text(page.opening.limits), "")
         yield from (f"![{_text(page.opening.alt)}](figures/{SIDE_BY_SIDE})", "")
         yield from (_text(page.opening.caption), "")
     yield from (_text(page.verdict), "")

@@ -12,6 +12,8 @@ TITLE = "What does it leak, and what stops it?"
 
 NOTE = "That these attacks find nothing is no proof of safety: others may (see docs/security.md)."
 
+RUNS_SUMMARY = "The same in the words of the runs, with what it costs"
+
 REPEAT_NOTE = (
     "Seeds fix weights, partition, batch orders and the starts of attacks. Keys and lock layers come from "
     "the operating system's random numbers and cannot be seeded: arms with a lock vary from run to run."

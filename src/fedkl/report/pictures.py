@@ -16,11 +16,19 @@ MAX_ROWS = 8
 
 
 class Picture(NamedTuple):
-    """One cell: an image in [0, 1] of shape (channels, height, width) or None, its caption and alt text."""
+    """One cell.
+
+    Attributes:
+        image: Shape (channels, height, width), in [0, 1]; None if there is none.
+        caption: What stands below it.
+        alt: The same in words for those who do not see it.
+        identified: Whether of all candidates the true image correlates best with it.
+    """
 
     image: Float[Tensor, "channels height width"] | None
     caption: str
     alt: str
+    identified: bool = False
 
 
 class Row(NamedTuple):
@@ -105,4 +113,5 @@ def _picture(arm: str, trial: int, image: Tensor | None, score: dict[str, Any] |
         caption = "no picture" if score is None else f"no picture, {wording.number(score['psnr'])} dB"
     else:
         caption = "" if score is None else f"{wording.number(score['psnr'])} dB"
-    return Picture(image, caption, f"Image {trial + 1}, arm {arm}: reconstruction, {caption or 'no score'}")
+    alt = f"Image {trial + 1}, arm {arm}: reconstruction, {caption or 'no score'}"
+    return Picture(image, caption, alt, score is not None and score.get("identified", False))

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedkl import wording
 from fedkl.data import IID
+from fedkl.defenses import NoDefense
 from fedkl.paper.published import published
 from fedkl.report.collect import TrainRun
 from fedkl.report.page import Table
@@ -34,7 +35,7 @@ def training_table(trains: Sequence[TrainRun]) -> Table:
     """Accuracy and cost of every training run; a column that says nothing of any run is left out."""
     cells: dict[str, Callable[[TrainRun], str]] = {
         "Run": lambda run: run.name,
-        "Defense": lambda run: run.config.defense.describe(),
+        "Defense": _defense,
         "The server reads": lambda run: _READS[run.config.training.aggregation.server_learns],
         "Norm statistics": _statistics,
         "Clients": lambda run: str(run.summary["clients"]),
@@ -61,6 +62,14 @@ def training_table(trains: Sequence[TrainRun]) -> Table:
         narrow=tuple(index for index, name in enumerate(columns) if name in essential),
         notes=_training_notes(trains, own_classes=OWN_COLUMN in columns),
     )
+
+
+def _defense(run: TrainRun) -> str:
+    """What protects its clients: the defense, the masks over its updates, or both."""
+    defense, masks = run.config.defense, run.config.training.aggregation.describe()
+    if not masks:
+        return defense.describe()
+    return masks if defense == NoDefense() else f"{defense.describe()} and {masks}"
 
 
 def _training_notes(trains: Sequence[TrainRun], *, own_classes: bool) -> list[str]:

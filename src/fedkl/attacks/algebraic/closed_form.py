@@ -102,6 +102,7 @@ class ClosedForm(Attack):
     """
 
     title: ClassVar[str] = "the closed form"
+    knows_locks: ClassVar[bool] = True
     reads_gradients: ClassVar[bool] = True
     reads_unaltered: ClassVar[bool] = True
     type: Literal["closed-form"] = "closed-form"

@@ -74,6 +74,7 @@ class FeatureInversion(Attack):
     """
 
     title: ClassVar[str] = "feature inversion"
+    knows_locks: ClassVar[bool] = True
     reads_gradients: ClassVar[bool] = True
     reads_unaltered: ClassVar[bool] = True
     type: Literal["feature-inversion"] = "feature-inversion"

@@ -68,6 +68,7 @@ class MeanMap(Attack):
     """
 
     title: ClassVar[str] = "the mean map"
+    knows_locks: ClassVar[bool] = True
     reads_gradients: ClassVar[bool] = True
     reads_unaltered: ClassVar[bool] = True
     type: Literal["mean-map"] = "mean-map"

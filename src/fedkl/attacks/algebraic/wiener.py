@@ -74,6 +74,7 @@ class Wiener(Attack):
     """
 
     title: ClassVar[str] = "the Wiener filter"
+    knows_locks: ClassVar[bool] = True
     reads_gradients: ClassVar[bool] = True
     reads_unaltered: ClassVar[bool] = True
     type: Literal["wiener"] = "wiener"

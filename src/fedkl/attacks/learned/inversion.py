@@ -71,6 +71,7 @@ class LearnedInversion(Attack):
     """
 
     title: ClassVar[str] = "learned inversion"
+    knows_locks: ClassVar[bool] = True
     type: Literal["learned"] = "learned"
     simulations: int | None = None
     updates_per_client: int = 10

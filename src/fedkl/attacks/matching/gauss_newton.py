@@ -80,6 +80,7 @@ class GaussNewton(Attack):
     """
 
     title: ClassVar[str] = "Gauss–Newton"
+    knows_locks: ClassVar[bool] = True
     type: Literal["gauss-newton"] = "gauss-newton"
     components: int = 512
     iterations: int = 80

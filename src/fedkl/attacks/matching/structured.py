@@ -53,6 +53,7 @@ class AdaptiveMatching(InvertingGradients):
     """
 
     title: ClassVar[str] = "matching that knows the lock"
+    knows_locks: ClassVar[bool] = True
     type: Literal["adaptive-matching"] = "adaptive-matching"  # type: ignore[assignment]
     weighting: Weighting = "sqrt"
     support: bool = True
