@@ -23,6 +23,7 @@ test: lint types imports unit ## all that CI runs
 
 docs: $(READY) ## the documentation as a site, in site/
 	$(RUN) $(BIN)/sphinx-build --quiet --fail-on-warning -b html -d build/doctrees docs site
+	@echo site/index.html
 
 lint: $(READY) ## ruff, formatting
 	$(BIN)/ruff check .

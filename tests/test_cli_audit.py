@@ -100,7 +100,7 @@ def test_exit_codes_and_the_files_that_are_written_all_the_same(fedkl, audited, 
     assert (suite.attrib["failures"], suite.attrib["errors"]) == (str(int(code == 1)), str(int(code == 3)))
     run = json.loads((tmp_path / "a.sarif").read_text())["runs"][0]
     assert [each["level"] for each in run["results"]] == ["error" if code == 1 else "warning"]
-    assert (tmp_path / "a.md").read_text().startswith("## What does hospital leak?")
+    assert (tmp_path / "a.md").read_text().startswith("## What does hospital leak without a defense?")
 
 
 def test_an_interrupted_audit_is_no_pass(fedkl, audited):

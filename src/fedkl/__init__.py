@@ -57,8 +57,16 @@ if not TYPE_CHECKING:  # a type checker would take any name from a module's __ge
         "save_key": "lockfile",
     }
 
+    # What pages call as fedkl.data.load(…) after `import fedkl`.
+    _PACKAGES = frozenset(
+        "aggregation attacking attacks auditing data defenses enrollment federated masking metrics modelfile "
+        "models serving".split()
+    )
+
     def __getattr__(name: str) -> object:
-        """Imports a name of `__all__` when it is first used."""
+        """Imports a name of `__all__`, or a package, when it is first used."""
+        if name in _PACKAGES:
+            return import_module(f"{__name__}.{name}")  # which makes it an attribute
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

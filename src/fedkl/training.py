@@ -112,7 +112,9 @@ def _train(
 ) -> None:
     if config.auxiliary >= len(dataset.test_images):
         raise ConfigError(
-            f"auxiliary: expected fewer than {len(dataset.test_images)}, got {config.auxiliary}."
+            f"auxiliary: expected fewer than the {len(dataset.test_images)} test images, got {config.auxiliary}. "
+            "So many test images are the server's, to try to use the model without a key: give fewer, for "
+            "example --set auxiliary=20, or more test images."
         )
     model = networks_of(config, dataset)(0)
     federation = _federation(config, model, dataset, config.execution)

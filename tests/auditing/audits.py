@@ -59,7 +59,8 @@ def audit(*results: Finding | NotRun, finished: bool = True, **settings) -> Audi
     }
     findings = tuple(each for each in results if isinstance(each, Finding))
     skipped = tuple(each for each in results if isinstance(each, NotRun))
-    done = Summary(seconds=60.0, findings=len(findings), not_run=len(skipped)) if finished else None
+    counts = {"findings": len(findings), "not_run": len(skipped)}
+    done = Summary(seconds=60.0, date="2026-11-29", version=2, **counts) if finished else None
     return Audit(settings=Settings(**(values | settings)), findings=findings, not_run=skipped, summary=done)
 
 

@@ -108,6 +108,19 @@ def test_a_crossed_limit_is_reported_though_the_verdict_is_no_leak():
     assert [each["level"] for each in run["results"]] == ["error"]
 
 
+def test_what_says_nothing_is_called_undecided_everywhere_with_its_reason():
+    made = audit(finding("labels", 200, 300, outcome="says nothing", reason="its control failed"))
+    result = judge(made, Gate.parse("labels=0.1"))
+    row = "  undecided: Class told 67 % [61–72 %], n = 300, span, your client: one epoch of 300 images"
+    assert f"{row}: its control failed" in exports.text(made, result)
+    assert "| undecided: its control failed |" in exports.summary(made, result)
+    assert "undecided: its control failed" in exports.junit(made, result)
+    message = run_of(exports.sarif(made, result))["results"][0]["message"]["text"]
+    assert "Undecided: its control failed" in message
+    every = [*exports.text(made, result), exports.summary(made, result), exports.junit(made, result), message]
+    assert "says nothing" not in " ".join(every).lower()
+
+
 def test_fingerprints_stay_when_numbers_change_and_differ_by_finding():
     def prints(*findings, **settings):
         made = audit(*findings, **settings)
@@ -141,7 +154,7 @@ def test_sarif_without_a_file_names_the_function():
 def test_the_summary_is_short_and_escaped(made, result):
     text = exports.summary(made, result)
     lines = text.splitlines()
-    assert lines[0] == r"## What does hospital \<A&B\> leak?"
+    assert lines[0] == r"## What does hospital \<A&B\> leak without a defense? (2026-11-29)"
     assert lines[2].startswith("**Of your client's images, the server recognizes 67 % \\[61–72 %\\]")
     assert sum(line.startswith("* ") for line in lines) == len(result.reasons) == 3
     assert sum(line.startswith("| ") for line in lines) == 2 + len(made.headlines())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from typing import Literal
 
 import pytest
@@ -21,7 +22,7 @@ from fedkl.auditing.rebuilding import _arms, dataset_of
 from fedkl.auditing.recognition import Pools
 from fedkl.defenses import KeyLock
 from fedkl.defenses.pruning import Pruning
-from fedkl.errors import ConfigError, DataError, TrainingError
+from fedkl.errors import ConfigError, DataError, NewerFormatError, TrainingError
 from fedkl.protocol import Knowledge
 from tests.auditing.subjects import Words, convnet, mlp, subject, tokens, trains
 
@@ -279,6 +280,18 @@ def test_a_finished_audit_is_only_read(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "plan", lambda *args, **options: pytest.fail("works again"))
     assert audited(tmp_path / "a") == found
     assert (tmp_path / "a/results.jsonl").read_bytes() == before
+
+
+def test_the_summary_says_when_and_a_newer_one_is_called_so(tmp_path, few):
+    few(BREAKING)
+    before = datetime.now(timezone.utc).date().isoformat()
+    summary = audited(tmp_path / "a").summary
+    assert before <= summary.date <= datetime.now(timezone.utc).date().isoformat()
+    path = tmp_path / "a/summary.json"
+    newer = json.loads(path.read_text()) | {"version": 3, "unheard": 1}
+    path.write_text(json.dumps(newer))
+    with pytest.raises(NewerFormatError, match=r"summary\.json"):
+        Audit.read(tmp_path / "a")
 
 
 def test_half_a_last_line_is_dropped(tmp_path, few):

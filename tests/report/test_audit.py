@@ -68,10 +68,12 @@ def page(folder):
 def test_the_worst_comes_first_then_pictures_then_words_then_figures(leaky):
     shown = page(leaky).shown()
     places = [
-        "Of your client's images, the server rebuilds 67 % [49–81 %] as pictures.",
+        "What does hospital leak without a defense? (2026-11-29)",
+        "The server rebuilds about 67 of 100 of a client's images (49 to 81) as pictures.",
+        "What the server made of what your clients really send: 20 of 30 rebuilt",
         "original",
         "Left an image of a client",
-        "recognizes 67 % [61–72 %] at 1 % false alarms (AUC 0.87)",
+        "recognizes about 67 of 100 of a client's images (61 to 72) as trained on",
         "Who could do it?",
         "threat model D",
         "What to do next",
@@ -115,7 +117,8 @@ def test_every_number_is_one_of_the_results(leaky):
 def test_words_of_the_verdicts_are_explained_where_they_stand(leaky):
     shown = page(leaky).shown()
     text = (leaky / "report.md").read_text(encoding="utf-8")
-    for word in ("AUC: how often", "Floor: what is found", "Control: what", "Says nothing: neither"):
+    explained = ("AUC, of images that are recognized: how often", "Floor: what is found", "Control: what")
+    for word in (*explained, "Undecided: neither", "counted at 1 % false alarms"):
         assert word in shown
         assert word in text
 
@@ -165,7 +168,10 @@ def test_names_from_users_stay_text(tmp_path, question):
 def test_presence_that_is_no_leak_does_not_read_like_one(tmp_path):
     made = audit(finding(successes=4, outcome="at the floor", reason="4 of 300, the floor 3"))
     shown = page(write(tmp_path, made)).shown()
-    assert "recognizes 1 % [1–3 %] at 1 % false alarms. At the floor: 4 of 300, the floor 3. Shown" in shown
+    assert (
+        "recognizes about 1 of 100 of a client's images (1 to 3) as trained on. "
+        "At the floor: 4 of 300, the floor 3. Shown" in shown
+    )
 
 
 def test_pictures_of_upper_bounds_are_marked_as_such(tmp_path):
@@ -176,6 +182,93 @@ def test_pictures_of_upper_bounds_are_marked_as_such(tmp_path):
     shown = page(write(tmp_path, made)).shown()
     assert "no leak was found. Upper bound, one step on one image" in shown
     assert "Upper bound, not your clients. span; one step on one image" in shown
+    assert "An easier case than yours: one step on one image. In your setting: no attacker that" in shown
+
+
+def test_what_an_easier_case_is_easier_than_stands_above_its_pictures(tmp_path):
+    pictures = write_pictures(tmp_path, "bound")
+    made = audit(
+        finding("rebuilt", 30, 30, exposure="single", pictures=pictures),
+        finding("rebuilt", 0, 96, attacker="ig", outcome="at the floor"),
+        finding("rebuilt", 0, 96, outcome="says nothing", reason="its control failed"),
+        finding(),
+    )
+    shown = page(write(tmp_path, made)).shown()
+    label = "An easier case than yours: one step on one image. In your setting: 0 of 96 rebuilt, undecided"
+    assert -1 < shown.find("recognizes about 67 of 100") < shown.find(label) < shown.find("original")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert -1 < text.find(f"**{label}**") < text.find("![Originals")
+
+
+def test_pictures_of_what_really_happens_come_before_those_of_upper_bounds(tmp_path):
+    names = [write_pictures(tmp_path, name, seed=seed) for seed, name in enumerate(("bound", "real"))]
+    made = audit(
+        finding("rebuilt", 30, 30, exposure="single", pictures=names[0]),
+        finding("identified", 20, 30, pictures=names[1]),
+    )
+    shown = page(write(tmp_path, made)).shown()
+    assert "What the server made of what your clients really send: 20 of 30 told from many others" in shown
+
+
+def test_pictures_that_answer_two_questions_are_shown_once(tmp_path):
+    names = [write_pictures(tmp_path, name, seed=seed) for seed, name in enumerate(("first", "second"))]
+    made = audit(
+        *(finding(q, 20, 30, pictures=names[0]) for q in ("rebuilt", "identified")),
+        *(finding(q, 20, 30, attacker="ig", pictures=names[1]) for q in ("rebuilt", "identified")),
+    )
+    assert len(page(write(tmp_path, made)).all("img")) == 10  # of each, three originals and two rebuilt
+
+
+def test_what_says_nothing_is_shown_as_undecided_with_its_reason(tmp_path):
+    made = audit(finding(successes=0, outcome="says nothing", reason="its control failed"))
+    parsed = page(write(tmp_path, made))
+    shown, text = parsed.shown(), (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "Not decided" in shown
+    assert (
+        "Recognized as trained on span; your client: one epoch of 300 images Undecided: its control" in shown
+    )
+    assert "undecided 0 % [0–1 %], n = 300" in shown
+    assert "| undecided: its control failed | span; your client" in text
+    assert "* undecided: Recognized as trained on: 0 %" in text
+    assert not re.search("says nothing", shown + text, re.IGNORECASE)
+    assert Audit.read(tmp_path).findings[0].outcome == "says nothing"  # older files are read
+
+
+def test_the_title_says_behind_what_and_when():
+    for changes, title in (
+        ({}, "What does hospital leak without a defense? (2026-11-29)"),
+        ({"masking": "blind"}, "What does hospital leak with blind masks? (2026-11-29)"),
+        ({"masking": "both"}, "What does hospital leak with blind and pairwise masks? (2026-11-29)"),
+        (
+            {"defense": "keylock", "masking": "pairwise"},
+            "What does hospital leak with keylock and pairwise masks? (2026-11-29)",
+        ),
+        ({"finished": False}, "What does hospital leak without a defense? (interrupted)"),
+    ):
+        assert words.title(audit(finding(), **changes)) == title
+    older = audit(finding())
+    older = older.model_copy(
+        update={"summary": older.summary.model_copy(update={"date": None, "version": None})}
+    )
+    assert words.title(older) == "What does hospital leak without a defense?"
+    assert set(older.summary.model_dump()) == {"seconds", "findings", "not_run"}
+
+
+def test_nothing_is_unfolded_and_tables_fit_paper_and_phones(leaky):
+    parsed = page(leaky)
+    assert not [each for each in parsed.all("details") if "open" in each]
+    html = (leaky / "report.html").read_text(encoding="utf-8")
+    for table in html.split("<table")[1:]:
+        assert 1 < table.partition("</thead>")[0].count("<th ") <= 6
+    cells = parsed.all("td")
+    assert cells
+    assert all(each["data-name"] for each in cells)  # a cell's heading, where cells are stacked
+    paper, phone = (
+        html.partition(f"@media {kind}")[2].partition("\n")[0] for kind in ("print", "screen and (max-width")
+    )
+    assert "break-inside: avoid" in paper
+    assert "summary, caption, thead { break-after: avoid" in paper
+    assert ".scroll td { display: block" in phone
 
 
 def test_pictures_that_cannot_be_read_are_named_and_end_nothing(tmp_path):
@@ -198,10 +291,13 @@ def test_large_pictures_are_made_small_and_the_page_stays_below_three_megabytes(
 def test_advice_is_what_was_measured_and_nothing_else():
     leak = finding(successes=200)
     better = finding(successes=60, exposure="sums")
-    first, defense = words.next_steps(audit(leak, better))
-    assert first.startswith("Recognized as trained on: 67 % [61–72 %] became at most 20 % [16–25 %]")
-    assert first.endswith("the mean of 16 clients (16 clients instead of 1).")
-    assert defense.startswith("No defense was measured")
+    first, masks = words.next_steps(audit(leak, better))
+    assert first.text.startswith("Recognized as trained on: 67 % [61–72 %] became at most 20 % [16–25 %]")
+    assert first.text.endswith("the mean of 16 clients (16 clients instead of 1).")
+    assert masks == (
+        "Ask your engineers to repeat this audit with masks:",
+        "fedkl audit audits.mine:subject --out NEW --masking blind --batch-size 1,16 --minutes 10 --seed 0",
+    )
     untrained = REAL.model_copy(update={"name": "untrained", "headline": False, "trained": False})
     exposures = (REAL, SINGLE, SUMS, untrained)
     for unhelpful in (
@@ -217,10 +313,36 @@ def test_advice_is_what_was_measured_and_nothing_else():
 
 def test_advice_on_a_defense_compares_with_its_control():
     helped = audit(finding(successes=60, control=measured(290, 300)), defense="keylock", masking="blind")
-    (text,) = words.next_steps(helped)
-    assert text.startswith("With keylock and masking blind, 97 % [94–98 %] became 20 % [16–25 %]: it helps")
+    step, _ = words.next_steps(helped)
+    assert step.text.startswith(
+        "With keylock and blind masks, 97 % [94–98 %] became 20 % [16–25 %]: it helps"
+    )
     useless = audit(finding(successes=288, control=measured(290, 300)), defense="keylock")
-    assert "leaks all the same" in words.next_steps(useless)[0]
+    assert "leaks all the same" in words.next_steps(useless)[0].text
+    assert "--defense keylock --masking blind" in words.next_steps(useless)[1].command
+
+
+@pytest.mark.parametrize(
+    ("masking", "left"),
+    [("blind", "reads every update"), ("pairwise", "everyone sees the sum"), ("both", "less its own update")],
+)
+def test_an_audit_with_masks_says_what_they_leave(tmp_path, masking, left):
+    made = audit(finding(outcome="at the floor"), masking=masking)
+    (step,) = words.next_steps(made)
+    assert step.command is None
+    assert left in step.text
+    assert step.text.endswith("Look after the members' keys: docs/masked.md.")
+    assert step.text in page(write(tmp_path, made)).shown()
+
+
+def test_masks_are_advised_by_a_command_that_can_be_run(tmp_path):
+    recorded = audit(finding(), recorded=("aa",), target="my audits.py:subject", batch_sizes=())
+    (step,) = words.next_steps(recorded)
+    assert step.command == (
+        "fedkl audit 'my audits.py:subject' --out NEW --masking blind --minutes 10 --seed 0"
+    )
+    assert step.command in page(write(tmp_path, recorded)).shown()
+    assert step.command in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -253,13 +375,30 @@ def test_what_repeats_it():
     )
 
 
-def test_an_attacker_that_found_something_somewhere_did_not_fail():
+def test_who_failed_who_is_undecided_and_who_came_to_nothing_are_three_lists():
     made = audit(
         finding(outcome="says nothing"),
-        finding(exposure="single"),
+        finding(exposure="single"),  # what an easier case came to decides nothing
         finding(attacker="ig", outcome="at the floor"),
+        finding("rebuilt", attacker="both", outcome="at the floor"),
+        finding("identified", attacker="both", outcome="says nothing"),
+        finding("labels", attacker="bias"),
+        finding(attacker="bound", exposure="single", outcome="at the floor"),
+        not_run("spear"),
     )
-    assert words.caution(made).endswith("Found nothing here: ig.")
+    assert words.failures(made) == (["ig"], ["span", "both"], ["bound", "spear"])
+    assert words.caution(made) == (
+        f"{words.NOT_SAFE} Found nothing in your setting, although able to: ig. Undecided: span, both. "
+        "Not tried there, or without a result: bound, spear."
+    )
+
+
+def test_the_page_says_shares_plainly_and_the_terminal_exactly():
+    made = audit(finding(successes=144, figures={"auc": 0.95}))
+    assert words.verdict(made, plain=True).text == (
+        "The server recognizes about 48 of 100 of a client's images (42 to 54) as trained on."
+    )
+    assert words.verdict(made).text.endswith("48 % [42–54 %] at 1 % false alarms (AUC 0.95).")
 
 
 def test_chromium_shows_it_with_its_script(leaky):

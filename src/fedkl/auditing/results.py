@@ -8,11 +8,11 @@ summary.json    written last: an audit without it was interrupted
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer
 
 from fedkl.errors import ConfigError, gathered
 from fedkl.files import read_file
@@ -188,11 +188,24 @@ class NotRun(Record):
 
 
 class Summary(Record):
-    """Written when everything was tried."""
+    """Written when everything was tried.
+
+    Attributes:
+        seconds: Used up.
+        findings, not_run: How many.
+        date: Of its end in UTC, e.g. ``"2026-11-29"``.
+        version: 2 since there is a date; None in older files, which stay as they were.
+    """
 
     seconds: Seconds
     findings: Count
     not_run: Count
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
+    version: Literal[2] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_unknown(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
 
 
 _LINE: TypeAdapter[Finding | NotRun] = TypeAdapter(Annotated[Finding | NotRun, Field(discriminator="event")])
@@ -252,21 +265,20 @@ class Audit(Record):
             settings=settings,
             findings=tuple(each for each in found if isinstance(each, Finding)),
             not_run=tuple(each for each in found if isinstance(each, NotRun)),
-            summary=_parsed(Summary, done) if done.exists() else None,
+            summary=_parsed(Summary, done, reads=2) if done.exists() else None,
         )
 
 
-def _parsed(kind: type[AnyRecord], path: Path) -> AnyRecord:
+def _parsed(kind: type[AnyRecord], path: Path, *, reads: int = VERSION) -> AnyRecord:
     try:
         values = parse_json_object(read_file(path, limit=_MAX_BYTES))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: not there. Give the folder of a `fedkl audit`.") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error}). Repeat the audit into another folder."
-        ) from error
-    check_version(values.get("version"), source=path, reads=VERSION)
-    if values.get("version", VERSION) != VERSION:
+        problem = f"{path}: cannot be read ({error}). Repeat the audit into another folder."
+        raise ConfigError(problem) from error
+    check_version(values.get("version"), source=path, reads=reads)
+    if values.get("version", reads) != reads:
         raise ConfigError(f"{path}: of another version of fedkl. Read it with that, or repeat the audit.")
     try:
         return kind.model_validate_json(read_file(path, limit=_MAX_BYTES))

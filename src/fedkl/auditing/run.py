@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from time import monotonic, process_time
@@ -221,7 +222,13 @@ class _Folder:
     def finish(self, seconds: float) -> None:
         """Everything was tried."""
         present = self.audit()
-        summary = Summary(seconds=seconds, findings=len(present.findings), not_run=len(present.not_run))
+        summary = Summary(
+            seconds=seconds,
+            findings=len(present.findings),
+            not_run=len(present.not_run),
+            date=datetime.now(timezone.utc).date().isoformat(),
+            version=2,
+        )
         write_atomically(self.path / "summary.json", summary.model_dump_json(indent=2).encode())
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from fedkl.auditing.results import Audit, Exposure, Finding, Question
+from fedkl.auditing.results import Audit, Exposure, Finding, Masking, Outcome, Question
 
 Tone = Literal["good", "bad", "open"]
 
@@ -23,6 +24,36 @@ _DONE: dict[Question, str] = {
     "presence": "the server recognizes {share} at 1 % false alarms",
     "labels": "the server tells the class of {share}",
 }
+
+_PLAINLY: dict[Question, str] = {
+    "rebuilt": "The server rebuilds {share} as pictures.",
+    "identified": "The server makes pictures by which {share} are told from many others.",
+    "presence": "The server recognizes {share} as trained on.",
+    "labels": "The server tells the class of {share}.",
+}
+
+COUNTED: dict[Question, str] = {
+    "rebuilt": "rebuilt",
+    "identified": "told from many others",
+    "presence": "recognized",
+    "labels": "told by class",
+}
+"""What happened to images that are counted, e.g. "0 of 96 rebuilt"."""
+
+OUTCOMES: dict[Outcome, str] = {
+    "leaks": "leaks",
+    "at the floor": "at the floor",
+    "says nothing": "undecided",
+}
+"""Outcomes as readers are shown them: beside "0 %", "says nothing" reads like "reveals nothing"."""
+
+_LEFT: dict[Masking, str] = {
+    "none": "",
+    "blind": "members see the sum, a member who works with the server reads every update",
+    "pairwise": "everyone sees the sum, a member who works with the server the sum less its own update",
+    "both": "members see the sum, a member who works with the server the sum less its own update",
+}
+"""What masks leave to be seen, by their mode; source: the table of modes in docs/masked.md."""
 
 THREAT_MODELS = {
     "A": "anyone who reads the update on its way, with nothing else",
@@ -61,14 +92,46 @@ def sentence(finding: Finding) -> str:
     return f"Of your client's images, {share}{beside}."
 
 
+def plainly(finding: Finding) -> str:
+    """The same for who reads no intervals, e.g. "… about 67 of 100 of a client's images (61 to 72) …"."""
+    found = finding.found
+    rate, low, high = (round(100 * each) for each in (found.rate, found.low, found.high))
+    share = f"about {rate} of 100 of a client's images ({low} to {high})"
+    return _PLAINLY[finding.question].format(share=share)
+
+
+def judged(finding: Finding) -> str:
+    """The outcome as it is shown; with the reason where nothing could be decided."""
+    outcome = OUTCOMES[finding.outcome]
+    return f"{outcome}: {finding.reason}" if finding.outcome == "says nothing" else outcome
+
+
+def title(audit: Audit) -> str:
+    """What was audited, behind what, and when; e.g. "What does mine leak with blind masks? (2026-11-29)"."""
+    day = audit.summary.date if audit.summary is not None else "interrupted"
+    behind = f"with {' and '.join(_protections(audit))}" if _protections(audit) else "without a defense"
+    return f"What does {audit.settings.subject} leak {behind}?{f' ({day})' if day else ''}"
+
+
+def _protections(audit: Audit) -> list[str]:
+    defense, masking = audit.settings.defense, audit.settings.masking
+    masks = {"none": "none", "both": "blind and pairwise masks"}.get(masking, f"{masking} masks")
+    return [each for each in (defense, masks) if each != "none"]
+
+
 def interval(finding: Finding) -> str:
     """The share with its interval, e.g. "67 % [61–72 %]"."""
     return finding.found.percent.partition(", n")[0]
 
 
-def verdict(audit: Audit) -> Verdict:
-    """The worst that was found of what really happens; else what can be said at all."""
-    found = _verdict(audit)
+def verdict(audit: Audit, *, plain: bool = False) -> Verdict:
+    """The worst that was found of what really happens; else what can be said at all.
+
+    Args:
+        audit: What was found.
+        plain: Whether shares are said without percent, false alarms and AUC.
+    """
+    found = _verdict(audit, plainly if plain else sentence)
     if audit.summary is None:
         return Verdict(
             "bad" if found.tone == "bad" else "open", f"Interrupted, not all was tried. {found.text}"
@@ -76,16 +139,16 @@ def verdict(audit: Audit) -> Verdict:
     return found
 
 
-def _verdict(audit: Audit) -> Verdict:
+def _verdict(audit: Audit, said: Callable[[Finding], str]) -> Verdict:
     real = audit.headlines()
     bounds = [each for each in audit.worst_first() if each not in real and each.outcome == "leaks"]
     if real and real[0].outcome == "leaks":
-        return Verdict("bad", sentence(real[0]))
+        return Verdict("bad", said(real[0]))
     if not real:
         return Verdict("open", "This audit has no result for what your clients really send.")
     if bounds:
         title = audit.exposure(bounds[0].exposure).title
-        return Verdict("open", f"{NO_LEAK}. Upper bound, {title}: {sentence(bounds[0])}")
+        return Verdict("open", f"{NO_LEAK}. Upper bound, {title}: {said(bounds[0])}")
     able = dict.fromkeys(each.attacker for each in real if each.outcome == "at the floor")
     if able:
         return Verdict(
@@ -94,36 +157,61 @@ def _verdict(audit: Audit) -> Verdict:
     return Verdict("open", f"{NO_LEAK}, but no attacker was shown to be able to find one.")
 
 
-def failed(audit: Audit) -> list[str]:
-    """Attackers that found no leak anywhere, by name."""
-    names = dict.fromkeys(each.attacker for each in audit.findings)
-    leaking = {each.attacker for each in audit.findings if each.outcome == "leaks"}
-    return [name for name in names if name not in leaking]
+class Failures(NamedTuple):
+    """Attackers without a leak in what clients really send, by name: each is in one of the three."""
+
+    able: list[str]
+    undecided: list[str]
+    no_result: list[str]
 
 
-def not_tried(audit: Audit) -> list[str]:
-    """Attackers that came to no figures anywhere, by name."""
-    found = {each.attacker for each in audit.findings}
-    return list(dict.fromkeys(each.attacker for each in audit.not_run if each.attacker not in found))
+def failures(audit: Audit) -> Failures:
+    """Who found nothing although able to, of whom nothing can be said, and who was not tried or broke."""
+    outcomes: dict[str, set[Outcome]] = {}
+    for finding in audit.findings:
+        real = audit.exposure(finding.exposure).headline
+        outcomes.setdefault(finding.attacker, set()).update([finding.outcome] if real else [])
+    for missing in audit.not_run:
+        outcomes.setdefault(missing.attacker, set())
+    quiet = {name: found for name, found in outcomes.items() if "leaks" not in found}
+    return Failures(
+        able=[name for name, found in quiet.items() if found == {"at the floor"}],
+        undecided=[name for name, found in quiet.items() if "says nothing" in found],
+        no_result=[name for name, found in quiet.items() if not found],
+    )
 
 
 def caution(audit: Audit) -> str:
-    """That nothing found is not safe: who failed, and who was not tried."""
-    parts = [NOT_SAFE]
-    if failed(audit):
-        parts.append(f"Found nothing here: {', '.join(failed(audit))}.")
-    if not_tried(audit):
-        parts.append(f"Came to no result: {', '.join(not_tried(audit))}.")
-    return " ".join(parts)
+    """That nothing found is not safe: who failed, of whom nothing can be said, and who was not tried."""
+    found = failures(audit)
+    lists = {
+        "Found nothing in your setting, although able to": found.able,
+        "Undecided": found.undecided,
+        "Not tried there, or without a result": found.no_result,
+    }
+    return " ".join([NOT_SAFE, *(f"{what}: {', '.join(names)}." for what, names in lists.items() if names)])
 
 
-def next_steps(audit: Audit) -> list[str]:
+class Step(NamedTuple):
+    """Advice, and the command that it comes down to, if there is one."""
+
+    text: str
+    command: str | None = None
+
+
+def next_steps(audit: Audit) -> list[Step]:
     """What would help, as far as this audit measured it: nothing is said from hearsay."""
     leaks = [each for each in audit.headlines() if each.outcome == "leaks"]
     first = {each.question: each for each in reversed(leaks)}
-    steps = [text for each in leaks if first[each.question] is each for text in _helps(audit, each)]
-    if leaks:
+    steps = [Step(text) for each in leaks if first[each.question] is each for text in _helps(audit, each)]
+    if leaks and _protections(audit):
         steps += [_of_defense(audit, leaks[0])]
+    if leaks and audit.settings.masking == "none":
+        text = "Ask your engineers to repeat this audit with masks:"
+        steps += [Step(text, command(audit, masking="blind"))]
+    if audit.settings.masking != "none":
+        left = _LEFT[audit.settings.masking]
+        steps += [Step(f"What masks leave: {left}. Look after the members' keys: docs/masked.md.")]
     return steps
 
 
@@ -157,23 +245,26 @@ def _changes(now: Exposure, then: Exposure) -> str:
     return f" ({', '.join(counts)})" if counts else ""
 
 
-def _of_defense(audit: Audit, leak: Finding) -> str:
-    settings = audit.settings
-    named = [word for word in (settings.defense, f"masking {settings.masking}") if not word.endswith("none")]
-    defense = " and ".join(named)
-    if not named:
-        return "No defense was measured: fedkl audit with --defense or --masking does, on your model."
+def _of_defense(audit: Audit, leak: Finding) -> Step:
+    defense = " and ".join(_protections(audit))
     if leak.control is None or leak.found.high >= leak.control.low:
-        return (
+        return Step(
             f"What was measured with {defense} leaks all the same: {interval(leak)}. Measure another defense."
         )
     control = leak.control.percent.partition(", n")[0]
-    return f"With {defense}, {control} became {interval(leak)}: it helps, and it is not enough."
+    return Step(f"With {defense}, {control} became {interval(leak)}: it helps, and it is not enough.")
 
 
-def command(audit: Audit) -> str:
-    """What repeats the audit, on the command line or in Python."""
+def command(audit: Audit, *, masking: Masking | None = None) -> str:
+    """What repeats the audit, on the command line or in Python.
+
+    Args:
+        audit: Which.
+        masking: Repeats it with masks instead, on clients that are simulated: recorded updates have none.
+    """
     settings = audit.settings
+    if masking is not None:
+        settings = settings.model_copy(update={"masking": masking, "recorded": ()})
     changed = {
         name: getattr(settings, name) for name in ("defense", "masking") if getattr(settings, name) != "none"
     }

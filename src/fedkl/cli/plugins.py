@@ -23,6 +23,9 @@ def load(path: Path) -> None:
 
     if not path.is_file():
         raise ConfigError(f"--plugin {path}: no such file.")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:  # a file may import its neighbors, as the target of an audit may
+        sys.path.insert(0, folder)
     before = {*ATTACKS, *DEFENSES, *registered_norms(), *DATASETS}
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     name = f"fedkl_plugin_{path.stem}_{place}"  # two files may have one name

@@ -57,7 +57,8 @@ def _case(suite: Element, finding: Finding, checks: list[Check]) -> None:
         _problem(case, "failure", crossed)
     elif open_ones:
         _problem(case, "error", open_ones)
-    said = f"{words.sentence(finding)} n = {finding.found.n}. {finding.outcome}: {finding.reason}"
+    verdict = f"{words.OUTCOMES[finding.outcome]}: {finding.reason}"
+    said = f"{words.sentence(finding)} n = {finding.found.n}. {verdict}"
     SubElement(case, "system-out").text = _text(said)
 
 

@@ -95,7 +95,8 @@ def _result(audit: Audit, finding: Finding, result: GateResult) -> dict[str, Any
     crossed = result.crossed(finding)
     level: Level = "error" if crossed else "warning" if real.headline else "note"
     place = real.title if real.headline else f"upper bound, {real.title}"
-    text = f"{words.sentence(finding)} Attacker: {finding.attacker}. Setting: {place}. {finding.reason}"
+    verdict = f"{words.OUTCOMES[finding.outcome].capitalize()}: {finding.reason}"
+    text = f"{words.sentence(finding)} Attacker: {finding.attacker}. Setting: {place}. {verdict}"
     return {
         "ruleId": _rule_id(finding.question),
         "ruleIndex": list(_RULES).index(finding.question),

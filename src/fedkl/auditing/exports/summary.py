@@ -23,7 +23,7 @@ def summary(audit: Audit, result: GateResult) -> str:
 
 
 def _lines(audit: Audit, result: GateResult) -> Iterator[str]:
-    yield from (f"## What does {escaped(audit.settings.subject)} leak?", "")
+    yield from (f"## {escaped(words.title(audit))}", "")
     yield from (f"**{escaped(words.verdict(audit).text)}**", "")
     for reason in result.reasons[:_SHOWN]:
         yield f"* {escaped(reason)}"
@@ -35,7 +35,7 @@ def _lines(audit: Audit, result: GateResult) -> Iterator[str]:
             [
                 words.QUESTIONS[each.question],
                 each.found.percent,
-                each.outcome,
+                escaped(words.judged(each)),
                 escaped(each.attacker),
                 escaped(audit.exposure(each.exposure).title),
             ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fedkl.auditing import words
 from fedkl.markdown import escaped, table_lines
 from fedkl.report.audit.page import BOUNDS_NOTE, PICTURES_NOTE, PRESENCE_NOTE, AuditPage, Bar
 from fedkl.report.page import Table
@@ -17,6 +18,7 @@ def render(page: AuditPage, *, pictures: str) -> str:
 def _lines(page: AuditPage, pictures: str) -> Iterator[str]:
     yield from (f"# {escaped(page.title)}", "", f"**{escaped(page.verdict.text)}**", "")
     if page.opening and page.opening.pairs:
+        yield from (f"**{escaped(page.opening_label)}**", "")
         yield from (f"![Originals beside what was rebuilt]({pictures})", "")
         yield from (f"{PICTURES_NOTE} {escaped(page.opening_note)}", "")
     elif page.opening:
@@ -24,11 +26,11 @@ def _lines(page: AuditPage, pictures: str) -> Iterator[str]:
     if page.presence:
         yield from ("## Is an image recognized?", "", f"{escaped(page.presence)} {PRESENCE_NOTE}", "")
     yield from _listed("Who could do it?", page.who)
-    yield from _listed("What to do next", page.steps)
+    yield from _steps(page.steps)
     yield from (escaped(page.caution), "")
     yield from _bars("What your clients really send", page.real)
     yield from _bars("Upper bounds", page.bounds, note=BOUNDS_NOTE)
-    for table in (page.findings, page.not_run):
+    for table in (page.findings, page.further, page.not_run):
         yield from _table(table)
     yield from ("## Repeat this", "", f"    {page.command}", "", escaped(page.versions))
 
@@ -38,10 +40,25 @@ def _listed(title: str, items: list[str]) -> Iterator[str]:
         yield from (f"## {title}", "", *(f"* {escaped(item)}" for item in items), "")
 
 
+def _steps(steps: list[words.Step]) -> Iterator[str]:
+    if steps:
+        yield from ("## What to do next", "")
+        for step in steps:
+            yield f"* {escaped(step.text)}"
+            if step.command is not None:
+                yield from ("", f"      {step.command}")
+        yield ""
+
+
 def _bars(title: str, bars: list[Bar], *, note: str = "") -> Iterator[str]:
     if bars:
-        lines = [f"* {bar.finding.outcome}: {escaped(bar.alt)} ({escaped(bar.title)})" for bar in bars]
+        lines = [_bar(bar) for bar in bars]
         yield from (f"## {title}", "", *([note, ""] if note else []), *lines, "")
+
+
+def _bar(bar: Bar) -> str:
+    reason = f": {bar.finding.reason}" if bar.finding.outcome == "says nothing" else ""
+    return f"* {words.OUTCOMES[bar.finding.outcome]}: {escaped(f'{bar.alt} ({bar.title}){reason}')}"
 
 
 def _table(table: Table) -> Iterator[str]:

@@ -24,15 +24,19 @@ BOUNDS_NOTE = (
 
 PRESENCE_NOTE = (
     "Shown an image, the server says whether this client trained on it. It is allowed to be wrong about 1 in "
-    "100 images that the client does not have. AUC: how often it ranks an image of the client above one "
-    "that the client does not have. 0.5 is guessing, 1 is always."
+    "100 images that the client does not have."
+)
+
+AUC_NOTE = (
+    "AUC, of images that are recognized: how often the server ranks an image of the client above one that "
+    "the client does not have. 0.5 is guessing, 1 is always. Their share is counted at 1 % false alarms."
 )
 
 WORDS_NOTES = (
     "In brackets: the 95 % interval. Floor: what is found of the same images without the update. Control: "
     "what the same attacker finds where nothing is hidden.",
     "Leaks: more than the floor. At the floor: no more, by an attacker that succeeds on the control; of "
-    "images that are recognized, surely less than half of what it gets there. Says nothing: neither can "
+    "images that are recognized, surely less than half of what it gets there. Undecided: neither can "
     "be said.",
 )
 
@@ -71,6 +75,7 @@ class AuditPage:
         title: Its heading.
         verdict: In one sentence.
         opening: The pictures that it opens with, if pictures leak.
+        opening_label: What they show, before they are looked at.
         opening_note: Whose they are.
         presence: Whether images are recognized, in one sentence; None where that was not measured.
         who: Who could do it, and what they need.
@@ -79,7 +84,8 @@ class AuditPage:
         real: Of what clients really send.
         bounds: Upper bounds.
         galleries: Further pictures.
-        findings: All figures.
+        findings: All shares with their verdicts.
+        further: What else was measured of them.
         not_run: Attackers without figures.
         command: What repeats it.
         versions: Seed and versions, in one line.
@@ -88,15 +94,17 @@ class AuditPage:
     title: str
     verdict: words.Verdict
     opening: Gallery | None
+    opening_label: str
     opening_note: str
     presence: str | None
     who: list[str]
-    steps: list[str]
+    steps: list[words.Step]
     caution: str
     real: list[Bar]
     bounds: list[Bar]
     galleries: list[tuple[str, Gallery]]
     findings: Table
+    further: Table
     not_run: Table
     command: str
     versions: str
@@ -108,16 +116,18 @@ def audit_page(audit: Audit, folder: Path) -> AuditPage:
     pictured = [each for each in ordered if each.pictures]
     leaking = [each for each in pictured if each.outcome == "leaks"]
     opening = gallery(folder, leaking[0], most=OPENING) if leaking else None
-    others = [each for each in pictured if each not in leaking[:1]]
+    shown = {each.pictures for each in leaking[:1]}
+    others = {each.pictures: each for each in reversed(pictured) if each.pictures not in shown}
     presence = [each for each in audit.headlines() if each.question == "presence"]
     bars = [
         Bar(each, words.QUESTIONS[each.question], _place(audit, each), _TONES[each.outcome])
         for each in ordered
     ]
     return AuditPage(
-        title=f"What does {audit.settings.subject} leak?",
-        verdict=words.verdict(audit),
+        title=words.title(audit),
+        verdict=words.verdict(audit, plain=True),
         opening=opening,
+        opening_label=_label(audit, leaking[0]) if leaking else "",
         opening_note=_whose(audit, opening) if opening else "",
         presence=_presence(presence[0]) if presence else None,
         who=_who(audit),
@@ -127,9 +137,10 @@ def audit_page(audit: Audit, folder: Path) -> AuditPage:
         bounds=[bar for bar in bars if not audit.exposure(bar.finding.exposure).headline],
         galleries=[
             (_whose(audit, found), found)
-            for found in (gallery(folder, each, most=BESIDE) for each in others[:GALLERIES])
+            for found in (gallery(folder, each, most=BESIDE) for each in [*others.values()][::-1][:GALLERIES])
         ],
         findings=_findings(audit, ordered),
+        further=_further(audit, ordered),
         not_run=_not_run(audit),
         command=words.command(audit),
         versions=_versions(audit),
@@ -138,8 +149,32 @@ def audit_page(audit: Audit, folder: Path) -> AuditPage:
 
 def _presence(finding: Finding) -> str:
     """A share that is no leak must not read like one."""
-    beside = "" if finding.outcome == "leaks" else f" {finding.outcome.capitalize()}: {finding.reason}."
-    return f"{words.sentence(finding)}{beside}"
+    beside = (
+        ""
+        if finding.outcome == "leaks"
+        else (f" {words.OUTCOMES[finding.outcome].capitalize()}: {finding.reason}.")
+    )
+    return f"{words.plainly(finding)}{beside}"
+
+
+def _label(audit: Audit, shown: Finding) -> str:
+    """What the pictures show; of upper bounds also what the same question came to in what really happens."""
+    exposure = audit.exposure(shown.exposure)
+    if exposure.headline:
+        return f"What the server made of what your clients really send: {_counted(shown)}"
+    easier = f"An easier case than yours: {exposure.title}. In your setting:"
+    found = [each for each in audit.headlines() if each.question == shown.question]
+    if not found:
+        return f"{easier} no attacker that rebuilds pictures came to a result"
+    worst = next((each for each in found if each.attacker == shown.attacker), found[0])
+    worst = found[0] if found[0].outcome == "leaks" else worst
+    return f"{easier} {_counted(worst)}, {words.OUTCOMES[worst.outcome]}"
+
+
+def _counted(finding: Finding) -> str:
+    """E.g. "0 of 96 rebuilt"."""
+    found = finding.found
+    return f"{round(found.rate * found.n)} of {found.n} {words.COUNTED[finding.question]}"
 
 
 def _place(audit: Audit, finding: Finding) -> str:
@@ -151,7 +186,8 @@ def _whose(audit: Audit, shown: Gallery) -> str:
     exposure = audit.exposure(shown.finding.exposure)
     bound = "" if exposure.headline else "Upper bound, not your clients. "
     count = f"The first {len(shown.pairs)} of {shown.total}: " if len(shown.pairs) < shown.total else ""
-    return f"{bound}{count}{_place(audit, shown.finding)}. {shown.finding.outcome}: {shown.finding.reason}"
+    verdict = f"{words.OUTCOMES[shown.finding.outcome]}: {shown.finding.reason}"
+    return f"{bound}{count}{_place(audit, shown.finding)}. {verdict}"
 
 
 def _who(audit: Audit) -> list[str]:
@@ -168,18 +204,32 @@ def _who(audit: Audit) -> list[str]:
 
 
 def _findings(audit: Audit, ordered: list[Finding]) -> Table:
-    header = ["Of a client's images", "Share", "Verdict", "Attacker", "Setting", "Bound", "Floor", "Control"]
-    header += ["Threat model", "Also", "Core seconds", "Why"]
+    """Six columns, which a sheet of paper has room for."""
+    header = ["Of a client's images", "Share", "Verdict", "By whom, and where", "Floor", "Control"]
     rows = []
     for each in ordered:
-        exposure = audit.exposure(each.exposure)
-        cells = [words.QUESTIONS[each.question], each.found.percent, each.outcome, each.attacker]
-        cells += [exposure.title, "real" if exposure.headline else "upper bound"]
-        cells += [NONE if mark is None else mark.percent for mark in (each.floor, each.control)]
-        also = ", ".join(f"{name} {number(value, digits=2)}" for name, value in each.figures.items())
-        rows.append([*cells, each.threat_model, also or NONE, number(each.seconds), each.reason])
+        verdict = f"{words.OUTCOMES[each.outcome]}: {each.reason}"
+        marks = [NONE if mark is None else mark.percent for mark in (each.floor, each.control)]
+        where = _where(audit, each)
+        rows.append([words.QUESTIONS[each.question], each.found.percent, verdict, where, *marks])
     title = "All findings, the worst first"
-    return Table(title=title, header=header, rows=rows, narrow=(0, 1, 2, 3, 4, 5), notes=[*WORDS_NOTES])
+    return Table(title=title, header=header, rows=rows, narrow=(0, 1, 2, 3), notes=[*WORDS_NOTES])
+
+
+def _further(audit: Audit, ordered: list[Finding]) -> Table:
+    header = ["Of a client's images", "By whom, and where", "Threat model", "Also", "Core seconds"]
+    rows = []
+    for each in ordered:
+        also = ", ".join(f"{name} {number(value, digits=2)}" for name, value in each.figures.items())
+        cells = [words.QUESTIONS[each.question], _where(audit, each), each.threat_model]
+        rows.append([*cells, also or NONE, number(each.seconds)])
+    title = "What else was measured of the same findings"
+    return Table(title=title, header=header, rows=rows, notes=[AUC_NOTE])
+
+
+def _where(audit: Audit, finding: Finding) -> str:
+    bound = "" if audit.exposure(finding.exposure).headline else "Upper bound. "
+    return f"{bound}{_place(audit, finding)}"
 
 
 def _not_run(audit: Audit) -> Table:
