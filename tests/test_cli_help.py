@@ -74,6 +74,12 @@ def test_the_package_itself_is_light():
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
+def test_packages_are_there_after_importing_fedkl_alone():
+    """As pages write it: fedkl.data.load(…) after `import fedkl`."""
+    done = run("-c", "import fedkl; fedkl.data.load; [getattr(fedkl, name) for name in fedkl._PACKAGES]")
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_public_name_is_there():
     assert set(fedkl.__all__) <= set(dir(fedkl))
     tree = ast.parse(Path(fedkl.__file__).read_text(encoding="utf-8"))

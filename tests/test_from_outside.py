@@ -140,6 +140,14 @@ def xrays():
 """
 
 
+def test_a_plugin_imports_its_neighbors(fedkl, tmp_path, own_data):
+    (tmp_path / "its_neighbor.py").write_text("")
+    file = tmp_path / "imports.py"
+    file.write_text("import its_neighbor\n" + DATASET)
+    code, output = fedkl("--plugin", str(file), "attack", "--list")
+    assert code == 0, output
+
+
 @pytest.fixture
 def own_data(tmp_path):
     file = tmp_path / "data.py"

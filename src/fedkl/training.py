@@ -112,9 +112,9 @@ def _train(
 ) -> None:
     if config.auxiliary >= len(dataset.test_images):
         raise ConfigError(
-            f"auxiliary: expected fewer than the {len(dataset.test_images)} test images, got {config.auxiliary}. "
-            "So many test images are the server's, to try to use the model without a key: give fewer, for "
-            "example --set auxiliary=20, or more test images."
+            f"auxiliary: expected fewer than {len(dataset.test_images)}, the test images there are, got "
+            f"{config.auxiliary}. So many of them are the server's, to use the model without a key. Give fewer, "
+            "e.g. auxiliary=20, or more test images."
         )
     model = networks_of(config, dataset)(0)
     federation = _federation(config, model, dataset, config.execution)
