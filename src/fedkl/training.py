@@ -113,8 +113,8 @@ def _train(
     if config.auxiliary >= len(dataset.test_images):
         raise ConfigError(
             f"auxiliary: expected fewer than {len(dataset.test_images)}, the test images there are, got "
-            f"{config.auxiliary}. So many of them are the server's, to use the model without a key. Give fewer, "
-            "e.g. auxiliary=20, or more test images."
+            f"{config.auxiliary}. So many of them are the server's, to use the model without a key. Give "
+            "fewer, e.g. auxiliary=20, or more test images."
         )
     model = networks_of(config, dataset)(0)
     federation = _federation(config, model, dataset, config.execution)
