@@ -116,7 +116,7 @@ def test_a_part_of_the_training_images(tmp_path):
 
 def test_a_part_of_the_test_images(tmp_path):
     training = TrainConfig(data=DataConfig(test_images=50), auxiliary=50)
-    with pytest.raises(ConfigError, match="auxiliary: expected fewer than 50, .* got 50"):
+    with pytest.raises(ConfigError, match=r"auxiliary: expected fewer than 50, .* got 50"):
         experiments.run(training, out=tmp_path / "run")
     config = TINY.model_copy(update={"data": DataConfig(test_images=501)})
     with pytest.raises(DataError, match=r"data\.test_images: expected at most 500"):
