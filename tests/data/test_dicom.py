@@ -255,6 +255,38 @@ def _compressed(kind, size=(4, 4), mode="L"):
     return encapsulated(stream.getvalue())
 
 
+def _jpeg(adobe=None, color=(200, 40, 90)):
+    """A frame of YCbCr; Adobe's marker says whether it is (1), or leaves that to the file around it (None)."""
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), color).save(stream, "JPEG", quality=95)
+    frame = stream.getvalue()
+    marker = b"" if adobe is None else b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([adobe])
+    return encapsulated(frame[:2] + marker + frame[2:])
+
+
+def _color_of(path, pixels, **options):
+    options = {"size": (16, 16), "samples": 3, "photometric": "YBR_FULL_422", "bits": 8, **options}
+    return read(path, dicom(pixels, **options), channels=3)[:, 0, 0] * 255
+
+
+@pytest.mark.parametrize("planar", [0, 1])
+def test_compressed_colors_are_not_one_after_the_other(tmp_path, planar):
+    change, color = {0x00280006: planar}, torch.tensor([200.0, 40, 90])
+    found = _color_of(tmp_path / "x.dcm", _jpeg(), syntax=JPEG, change=change)
+    torch.testing.assert_close(found, color, atol=3, rtol=0)
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 40, 90)).save(stream, "JPEG2000", no_jp2=True)
+    options = {"syntax": JPEG_2000, "photometric": "YBR_RCT", "change": change}
+    found = _color_of(tmp_path / "x.dcm", encapsulated(stream.getvalue()), **options)
+    torch.testing.assert_close(found, color, atol=1, rtol=0)
+
+
+def test_plain_colors_may_be_one_after_the_other(tmp_path):
+    pixels = bytes([200] * 256 + [40] * 256 + [90] * 256)
+    found = _color_of(tmp_path / "x.dcm", pixels, photometric="RGB", change={0x00280006: 1})
+    assert found.round().tolist() == [200, 40, 90]
+
+
 PLAIN = words(*range(16))
 DEEP = element(0x00081140, "SQ", b"", length=UNDEFINED) * 5000
 BOMB = bytes([129, 7]) * 40_000  # 128 times the 7, 40,000 times

@@ -58,7 +58,8 @@ def _color(image: Image.Image, channels: int) -> Image.Image:
 
 def _decoded(header: Header, pixels: bytes) -> tuple[npt.NDArray[Any], str]:
     """Samples, of shape ``(rows, columns)`` or ``(rows, columns, 3)``, and what they mean."""
-    syntax, planar, plugin = UID(header.syntax), header.planar, ""
+    # Compressed pixels lie one after the other, whatever the file says.
+    syntax, planar, plugin = UID(header.syntax), header.planar and header.is_plain, ""
     if header.is_run_length:
         # As if it were not compressed: pydicom's own decoder does not bound what runs become.
         syntax, planar, pixels = ExplicitVRLittleEndian, True, _unpacked(header, frame_of(header, pixels))
