@@ -281,6 +281,24 @@ def test_compressed_colors_are_not_one_after_the_other(tmp_path, planar):
     torch.testing.assert_close(found, color, atol=1, rtol=0)
 
 
+@pytest.mark.parametrize("photometric", ["YBR_FULL", "YBR_FULL_422", "RGB"])
+@pytest.mark.parametrize("planar", [0, 1])
+@pytest.mark.filterwarnings("ignore")
+def test_what_adobes_marker_calls_transformed_is_transformed_once(tmp_path, photometric, planar):
+    options = {"photometric": photometric, "change": {0x00280006: planar}, "syntax": JPEG}
+    found = _color_of(tmp_path / "x.dcm", _jpeg(adobe=1), **options)
+    torch.testing.assert_close(found, torch.tensor([200.0, 40, 90]), atol=3, rtol=0)
+
+
+def test_what_adobes_marker_calls_rgb_stays(tmp_path):
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 40, 90)).save(stream, "JPEG", quality=95, keep_rgb=True)
+    assert Image.open(stream).info["adobe_transform"] == 0
+    pixels = encapsulated(stream.getvalue())
+    found = _color_of(tmp_path / "x.dcm", pixels, photometric="RGB", syntax=JPEG)
+    torch.testing.assert_close(found, torch.tensor([200.0, 40, 90]), atol=3, rtol=0)
+
+
 def test_plain_colors_may_be_one_after_the_other(tmp_path):
     pixels = bytes([200] * 256 + [40] * 256 + [90] * 256)
     found = _color_of(tmp_path / "x.dcm", pixels, photometric="RGB", change={0x00280006: 1})

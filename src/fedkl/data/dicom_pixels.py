@@ -19,6 +19,7 @@ from fedkl.data.dicom_header import Header, frame_of, window_of
 from fedkl.data.squares import Raster, RefusedError
 
 _COLORS = ("Red", "Green", "Blue")
+_TRANSFORMED = 1  # in Adobe's marker: YCbCr, which Pillow makes RGB of
 _COMPONENTS = {"L": 1, "I;16": 1, "RGB": 3, "YCbCr": 3}
 
 
@@ -60,11 +61,12 @@ def _decoded(header: Header, pixels: bytes) -> tuple[npt.NDArray[Any], str]:
     """Samples, of shape ``(rows, columns)`` or ``(rows, columns, 3)``, and what they mean."""
     # Compressed pixels lie one after the other, whatever the file says.
     syntax, planar, plugin = UID(header.syntax), header.planar and header.is_plain, ""
+    is_rgb = False
     if header.is_run_length:
         # As if it were not compressed: pydicom's own decoder does not bound what runs become.
         syntax, planar, pixels = ExplicitVRLittleEndian, True, _unpacked(header, frame_of(header, pixels))
     elif not header.is_plain:
-        _check_frame(header, frame_of(header, pixels))
+        is_rgb = _check_frame(header, frame_of(header, pixels))
         plugin = "pillow"  # others may be installed, whose memory nobody has looked at
     options: Any = {
         "rows": header.rows,
@@ -82,18 +84,23 @@ def _decoded(header: Header, pixels: bytes) -> tuple[npt.NDArray[Any], str]:
     decoder = get_decoder(syntax)
     found, about = decoder.as_array(pixels, index=0, raw=True, decoding_plugin=plugin, **options)
     native = found.dtype.newbyteorder("=")
-    return found.astype(native, copy=False), str(about["photometric_interpretation"])
+    return found.astype(native, copy=False), "RGB" if is_rgb else str(about["photometric_interpretation"])
 
 
-def _check_frame(header: Header, frame: bytes) -> None:
-    """A compressed image has a size of its own, which may be another one than the file announces."""
+def _check_frame(header: Header, frame: bytes) -> bool:
+    """Whether a compressed image becomes RGB, whatever the file says.
+
+    It has a size of its own, which may be another one than the file announces.
+    """
     with Image.open(io.BytesIO(frame), formats=(header.codec,)) as image:
         size, components = image.size, _COMPONENTS.get(image.mode)
+        is_rgb = image.info.get("adobe_transform") == _TRANSFORMED
     if size != (header.columns, header.rows) or components != header.samples:
         raise RefusedError(
             f"compressed pixels of {size[0]}×{size[1]} where {header.columns}×{header.rows} were announced, "
             "or of other colors. It is damaged"
         )
+    return is_rgb
 
 
 def _unpacked(header: Header, frame: bytes) -> bytes:
