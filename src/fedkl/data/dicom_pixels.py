@@ -16,6 +16,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from fedkl.data.dicom import Values
 from fedkl.data.dicom_header import Header, frame_of, window_of
+from fedkl.data.dicom_jpeg_2000 import check_frame
 from fedkl.data.squares import Raster, RefusedError
 
 _COLORS = ("Red", "Green", "Blue")
@@ -100,6 +101,8 @@ def _check_frame(header: Header, frame: bytes) -> bool:
             f"compressed pixels of {size[0]}×{size[1]} where {header.columns}×{header.rows} were announced, "
             "or of other colors. It is damaged"
         )
+    if header.codec == "JPEG2000":
+        check_frame(frame, size=size, samples=header.samples)
     return is_rgb
 
 
