@@ -155,6 +155,38 @@ def test_bits_that_do_not_count_are_masked(levels):
     assert levels(junk, stored=12) == levels(STORED, stored=12)
 
 
+def _of_values(values, *, signed):
+    """A JPEG 2000 frame; Pillow shifts unsigned numbers by half their range, so what it writes is signed."""
+    half = 2 ** (8 * values.dtype.itemsize - 1) if signed else 0
+    stream = io.BytesIO()
+    unsigned = (values.astype(np.int64) + half).astype(f"u{values.dtype.itemsize}")
+    Image.fromarray(unsigned).save(stream, "JPEG2000", no_jp2=True)
+    frame = bytearray(stream.getvalue())
+    frame[frame.index(b"\xff\x51") + 40] |= 128 * signed
+    return encapsulated(bytes(frame))
+
+
+@pytest.mark.parametrize(("signed", "first"), [(False, 0), (True, -1024), (True, 0)])
+def test_jpeg_2000_of_more_bits_than_announced_is_refused_where_they_are_used(tmp_path, signed, first):
+    options = {"size": (16, 16), "stored": 12, "signed": signed, "syntax": JPEG_2000}
+
+    def found(step):
+        values = (np.arange(256).reshape(16, 16) * step + first * step / 8).astype("i2" if signed else "u2")
+        content = dicom(_of_values(values, signed=signed), **options)
+        return read(tmp_path / "x.dcm", content, size=16).flatten()
+
+    expected = (torch.arange(256) * 8 + first + 2048 * signed) / 4095
+    torch.testing.assert_close(found(8), expected)
+    with pytest.raises(DataError, match="compressed samples that need more than the 12 bits announced"):
+        found(32)
+
+
+def test_jpeg_2000_of_fewer_bits_keeps_its_sign(tmp_path):
+    pixels = _of_values(np.full((4, 4), -1, dtype=np.int8), signed=True)
+    content = dicom(pixels, stored=12, signed=True, syntax=JPEG_2000)
+    assert read(tmp_path / "x.dcm", content).unique().tolist() == pytest.approx([2047 / 4095])
+
+
 RESCALED = [(INTERCEPT, "DS", "-1024"), (SLOPE, "DS", "2")]
 
 
@@ -570,7 +602,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
 def test_small_files_do_not_become_large(tmp_path):
-    """Runs of more bytes than there are pixels, a frame of another size, a sea of elements, JPEG 2000 in bits."""
+    """Runs of more bytes than there are pixels, a frame of another size, a sea of elements, many tiles."""
     one = tmp_path / "sound.dcm"
     one.write_bytes(dicom(PLAIN))
     runs = words(1, 64, *[0] * 14, kind="I") + bytes([129, 7]) * 8_000_000

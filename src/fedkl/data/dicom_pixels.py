@@ -43,8 +43,7 @@ def raster(header: Header, pixels: bytes, *, channels: int, values: Values) -> R
         samples = np.ascontiguousarray(decoded, dtype=np.uint8)
         image = Image.frombuffer(mode, (header.columns, header.rows), samples, "raw", mode, 0, 1)
         return Raster(image, "RGB" if channels == 3 else "L", lambda part: _color(part, channels))
-    words = decoded.view(f"u{decoded.dtype.itemsize}").astype(np.uint16, copy=False)
-    words = words & np.uint16(2**header.stored - 1)
+    words = _words(header, decoded)
     table: npt.NDArray[Any]
     if header.photometric == "PALETTE COLOR":
         table = _palette(header)
@@ -52,6 +51,25 @@ def raster(header: Header, pixels: bytes, *, channels: int, values: Values) -> R
         return Raster(Image.fromarray(words), "RGB" if channels == 3 else "L", look)
     table = gray_levels(header, values)
     return Raster(Image.fromarray(words), "F", lambda part: Image.fromarray(table[np.asarray(part)]))
+
+
+def _words(header: Header, decoded: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
+    """The bits of gray samples that count.
+
+    Others may hold anything where the file has them as they are. A compressed frame has a precision of its own,
+    and none of its bits is to spare.
+    """
+    signed = decoded.dtype.kind == "i"
+    if not (header.is_plain or header.is_run_length):
+        low, high = (
+            (-(2 ** (header.stored - 1)), 2 ** (header.stored - 1)) if signed else (0, 2**header.stored)
+        )
+        if decoded.min() < low or decoded.max() >= high:
+            raise RefusedError(
+                f"compressed samples that need more than the {header.stored} bits announced. It is damaged"
+            )
+    wide = decoded.astype(np.int16 if signed else np.uint16, copy=False).view(np.uint16)
+    return wide & np.uint16(2**header.stored - 1)
 
 
 def _color(image: Image.Image, channels: int) -> Image.Image:
