@@ -459,6 +459,24 @@ def test_pydicoms_log_is_silent_only_while_we_read(caplog):
     assert "of somebody else" in caplog.text
 
 
+def test_filters_of_warnings_change_with_the_first_file_only(tmp_path, monkeypatch):
+    """Each change lets Python forget what it has warned of: "once a place" would become "once a file"."""
+    (tmp_path / "x.dcm").write_bytes(dicom(PLAIN))
+    images = FolderImages([tmp_path / "x.dcm"], size=4)
+    changes, change = [], warnings.filterwarnings
+
+    def changed(*arguments, **options):
+        changes.append(options)
+        change(*arguments, **options)
+
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        monkeypatch.setattr(warnings, "filterwarnings", changed)
+        for _ in range(3):
+            images[:]
+    assert [each["module"] for each in changes] == [r"pydicom\."]
+
+
 def test_nothing_but_what_pixels_need_is_kept(tmp_path):
     from fedkl.data.dicom_header import read as header_of
 

@@ -56,8 +56,8 @@ def raster(header: Header, pixels: bytes, *, channels: int, values: Values) -> R
 def _words(header: Header, decoded: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     """The bits of gray samples that count.
 
-    Others may hold anything where the file has them as they are. A compressed frame has a precision of its own,
-    and none of its bits is to spare.
+    Others may hold anything where samples are as they were stored. A compressed frame has a precision of its
+    own, and none of its bits is to spare.
     """
     signed = decoded.dtype.kind == "i"
     if not (header.is_plain or header.is_run_length):
