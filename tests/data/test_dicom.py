@@ -338,6 +338,11 @@ def test_plain_colors_may_be_one_after_the_other(tmp_path):
     assert found.round().tolist() == [200, 40, 90]
 
 
+def _sea(length):
+    """Empty items, that many bytes of them: each becomes an object."""
+    return item(b"") * (length // 8)
+
+
 PLAIN = words(*range(16))
 DEEP = element(0x00081140, "SQ", b"", length=UNDEFINED) * 5000
 BOMB = bytes([129, 7]) * 40_000  # 128 times the 7, 40,000 times
@@ -399,7 +404,19 @@ BAD = {
     "no palette": ({"pixels": PLAIN, "photometric": "PALETTE COLOR"}, "lookup table without"),
     "a long header": (
         {"pixels": PLAIN, "more": [(VOI_TABLE, "SQ", _table([1] * 60_000) * 20)]},
-        "more than 2 MiB before its pixels",
+        "got one with more than 1 MiB before its pixels. Remove",
+    ),
+    "long meta information": (
+        {"pixels": PLAIN, "meta": element(0x00020013, "SH", b"ERIKA ") * 2000},
+        "got one with more than 8 KiB of meta information. Remove",
+    ),
+    "a long sequence of undefined length": (
+        {"pixels": PLAIN, "more": [(0x00081140, "SQ", _sea(1 << 20))], "undefined": (0x00081140,)},
+        "got one with more than 1 MiB before its pixels. Remove",
+    ),
+    "a long sequence that is passed over": (
+        {"pixels": PLAIN, "more": [(0x00081140, "SQ", _sea(1 << 21))]},
+        "accepted",
     ),
     "nested": ({"pixels": PLAIN, "more": [(0x00081140, "SQ", DEEP)]}, "accepted"),
 }
@@ -636,6 +653,8 @@ def test_small_files_do_not_become_large(tmp_path):
         "box": dicom(encapsulated(bytes(boxed)), size=(64, 64), **in_2000),
         "runs": dicom(encapsulated(runs), size=(4000, 4000), bits=8, syntax=RUNS),
         "frame": dicom(encapsulated(frame.getvalue()), size=(2000, 2000), bits=8, syntax=JPEG),
+        "items": dicom(PLAIN, more=[(VOI_TABLE, "SQ", _sea((1 << 20) - 2000))]),
+        "undefined": dicom(PLAIN, more=[(0x00081140, "SQ", _sea((1 << 20) - 2000))], undefined=(0x00081140,)),
         "sea": dicom(PLAIN, more=[(VOI_TABLE, "SQ", item(element(0x00283002, "US", 1) * 2_000_000))]),
     }
     for name, content in files.items():
