@@ -385,6 +385,12 @@ BAD = {
     "no rows": ({"pixels": PLAIN, "change": {0x00280010: None}}, "one without a usable Rows"),
     "zero columns": ({"pixels": PLAIN, "change": {0x00280011: 0}}, "one without a usable Columns"),
     "several rows": ({"pixels": PLAIN, "change": {0x00280010: (4, 4)}}, "one without a usable Rows"),
+    "planar 2": ({"pixels": PLAIN, "change": {0x00280006: 2}}, "one without a usable PlanarConfiguration"),
+    "signed 2": ({"pixels": PLAIN, "change": {0x00280103: 2}}, "one without a usable PixelRepresentation"),
+    "color of 7 bits": (
+        {"pixels": bytes(48), "samples": 3, "photometric": "RGB", "bits": 8, "stored": 7},
+        "color of 7 bits in 8. Convert it",
+    ),
     "no slope": ({"pixels": PLAIN, "more": [(INTERCEPT, "DS", "0"), (SLOPE, "DS", "0")]}, "nothing to see"),
     "infinite slope": ({"pixels": PLAIN, "more": [(INTERCEPT, "DS", "0"), (SLOPE, "DS", "inf")]}, "got "),
     "no width": ({"pixels": PLAIN, "more": [(CENTER, "DS", "1"), (WIDTH, "DS", "0")]}, "window of no width"),
@@ -494,15 +500,26 @@ def test_filters_of_warnings_change_with_the_first_file_only(tmp_path, monkeypat
     assert [each["module"] for each in changes] == [r"pydicom\."]
 
 
-def test_nothing_but_what_pixels_need_is_kept(tmp_path):
+@pytest.mark.parametrize("undefined", [(), (0x00081140, VOI_TABLE, MODALITY_TABLE)])
+def test_nothing_but_what_pixels_need_is_kept(tmp_path, undefined):
     from fedkl.data.dicom_header import read as header_of
 
-    more = [(0x00091001, "LO", "private"), (0x00100030, "DA", "19640812")]
-    (tmp_path / "x.dcm").write_bytes(dicom(PLAIN, more=more))
+    name = element(0x00100010, "PN", PATIENT)
+    nested = element(0x00281111, "SQ", item(name))
+    table = element(0x00283002, "US", (2, 0, 8)) + element(0x00283006, "OW", words(1, 2))
+    items = item(name + nested + table) + item(name + table)
+    more = [(0x00091001, "LO", "private"), (0x00100030, "DA", "19640812"), (0x00080005, "CS", "ISO_IR 100")]
+    more += [(0x00081140, "SQ", item(name)), (MODALITY_TABLE, "SQ", items), (VOI_TABLE, "SQ", items)]
+    content = dicom(PLAIN, more=more, undefined=undefined)
+    (tmp_path / "x.dcm").write_bytes(content)
     with (tmp_path / "x.dcm").open("rb") as file:
         header, _ = header_of(file)
     assert {int(tag) >> 16 for tag in header.elements.keys()} == {0x0028}
     assert PATIENT.decode() not in repr(header)
+    assert PATIENT.decode() not in str(header.elements)
+    kept = [[int(tag) for tag in each.keys()] for each in header.elements.VOILUTSequence]
+    assert kept == [[0x00283002, 0x00283006]]
+    assert "elements" not in repr(header)
 
 
 def _not_decoded(*_, **__):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
 from pydicom.datadict import tag_for_keyword
@@ -69,7 +69,7 @@ class Header:
     stored: int
     signed: bool
     planar: bool
-    elements: Any
+    elements: Any = field(repr=False)
 
     @property
     def is_plain(self) -> bool:
@@ -192,7 +192,22 @@ def _elements(head: _Head, syntax: str) -> tuple[Any, str, int]:
         raise RefusedError(f"{kind}. Remove it, or convert it to integers of 8 or 16 bits")
     _, vr, length, start = found[0]
     head.seek(start)
+    _reduce(elements)
     return elements, vr or "OW", length
+
+
+def _reduce(elements: Any) -> None:
+    """Keeps the first item of a sequence of tables, and of that only the table."""
+    needed = [tag_for_keyword(keyword) for keyword in ("LUTDescriptor", "LUTData")]
+    if "SpecificCharacterSet" in elements:  # pydicom reads it whatever it is asked for
+        del elements.SpecificCharacterSet
+    for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
+        tables = elements.get(keyword)
+        if not tables:
+            continue
+        del tables[1:]
+        for tag in [tag for tag in tables[0].keys() if tag not in needed]:
+            del tables[0][tag]
 
 
 def _checked(elements: Any, *, syntax: str, vr: str) -> Header:
@@ -215,8 +230,8 @@ def _checked(elements: Any, *, syntax: str, vr: str) -> Header:
         photometric=str(elements.get("PhotometricInterpretation", "")),
         allocated=numbers["BitsAllocated"],
         stored=numbers["BitsStored"],
-        signed=bool(_number(elements, "PixelRepresentation", least=0)),
-        planar=bool(_number(elements, "PlanarConfiguration", least=0, missing=0)),
+        signed=bool(_number(elements, "PixelRepresentation", least=0, most=1)),
+        planar=bool(_number(elements, "PlanarConfiguration", least=0, most=1, missing=0)),
         elements=elements,
     )
     _check_kind(header)
@@ -226,6 +241,8 @@ def _checked(elements: Any, *, syntax: str, vr: str) -> Header:
             f"samples of {header.stored} bits in {header.allocated}, the highest {high}. Convert it to "
             "samples of 8 or 16 bits"
         )
+    if header.samples == 3 and header.stored != 8:  # what is white, then?
+        raise RefusedError(f"color of {header.stored} bits in 8. Convert it to color of 8 bits")
     return header
 
 
@@ -242,9 +259,11 @@ def _check_kind(header: Header) -> None:
         )
 
 
-def _number(elements: Any, keyword: str, *, least: int = 1, missing: int | None = None) -> int:
+def _number(
+    elements: Any, keyword: str, *, least: int = 1, most: int = 65535, missing: int | None = None
+) -> int:
     value = elements.get(keyword, missing)
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or not least <= value <= most:
         raise RefusedError(f"one without a usable {keyword}. It is damaged")
     return value
 
