@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import traceback
+import types
 import warnings
 from pathlib import Path
 
@@ -256,6 +257,19 @@ def test_a_palette_gives_colors(tmp_path, syntax, bits):
     assert found[:, 0].T.tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
 
 
+@pytest.mark.parametrize("syntax", [IMPLICIT, EXPLICIT, BIG])
+@pytest.mark.parametrize("count", [4, 3])
+def test_a_palette_of_bytes_has_two_entries_a_word(tmp_path, syntax, count):
+    stored = bytes([0, 100, 200, 255][:count]) + bytes(count % 2)
+    packed = struct.pack(f"{'>' if syntax == BIG else '<'}2H", *struct.unpack("<2H", stored))
+    more = [(0x00281101 + n, "US", (count, 0, 8)) for n in range(3)]
+    more += [(0x00281201 + n, "OW", packed) for n in range(3)]
+    options = {"photometric": "PALETTE COLOR", "bits": 8, "more": more, "syntax": syntax, "vr": "OB"}
+    found = read(tmp_path / "x.dcm", dicom(bytes([0, 1, 2, 3] * 4), **options), channels=3)
+    expected = [*stored[:count], stored[count - 1]][:4]
+    assert (found[0, 0] * 255).round().tolist() == expected
+
+
 def test_run_lengths_go_over_rows_and_bytes(tmp_path):
     stored = np.arange(16, dtype=np.uint16).reshape(4, 4) * 300
     planes = [(stored >> 8).astype(np.uint8).tobytes(), (stored & 255).astype(np.uint8).tobytes()]
@@ -394,6 +408,17 @@ BAD = {
     "no slope": ({"pixels": PLAIN, "more": [(INTERCEPT, "DS", "0"), (SLOPE, "DS", "0")]}, "nothing to see"),
     "infinite slope": ({"pixels": PLAIN, "more": [(INTERCEPT, "DS", "0"), (SLOPE, "DS", "inf")]}, "got "),
     "no width": ({"pixels": PLAIN, "more": [(CENTER, "DS", "1"), (WIDTH, "DS", "0")]}, "window of no width"),
+    "no exact width": (
+        {
+            "pixels": PLAIN,
+            "more": [(CENTER, "DS", "1"), (WIDTH, "DS", "0"), (FUNCTION, "CS", "LINEAR_EXACT")],
+        },
+        "got a window of no width",
+    ),
+    "no width of a curve": (
+        {"pixels": PLAIN, "more": [(CENTER, "DS", "1"), (WIDTH, "DS", "0"), (FUNCTION, "CS", "SIGMOID")]},
+        "got a window of no width",
+    ),
     "strange window": (
         {"pixels": PLAIN, "more": [(CENTER, "DS", "1"), (WIDTH, "DS", "9"), (FUNCTION, "CS", "ERIKA ")]},
         "unknown function",
@@ -520,6 +545,29 @@ def test_nothing_but_what_pixels_need_is_kept(tmp_path, undefined):
     kept = [[int(tag) for tag in each.keys()] for each in header.elements.VOILUTSequence]
     assert kept == [[0x00283002, 0x00283006]]
     assert "elements" not in repr(header)
+
+
+def test_decoders_that_are_installed_are_not_used(tmp_path, monkeypatch):
+    """Others, whose memory nobody has looked at, would be asked where Pillow fails."""
+    decoders = pytest.importorskip("pydicom.pixels.decoders.base")
+    module = types.ModuleType("installed")
+    module.is_available = lambda uid: True
+    asked = []
+    module.decode = lambda frame, runner: asked.append(frame) or bytes(256)
+    monkeypatch.setitem(sys.modules, "installed", module)
+    for syntax, kind in ((JPEG, "JPEG"), (JPEG_2000, "JPEG2000")):
+        stream = io.BytesIO()
+        Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(stream, kind)
+        content = dicom(encapsulated(stream.getvalue()[:-40]), size=(16, 16), bits=8, syntax=syntax)
+        decoder = decoders.get_decoder(pydicom.uid.UID(syntax))
+        decoder.add_plugin("installed", ("installed", "decode"))
+        try:
+            assert "expected a readable DICOM file" in str(_said(tmp_path / "x.dcm", content))
+            assert pydicom.dcmread(io.BytesIO(content)).pixel_array.shape == (16, 16)  # it does ask
+        finally:
+            decoder.remove_plugin("installed")
+        assert len(asked) == 1
+        asked.clear()
 
 
 def _not_decoded(*_, **__):

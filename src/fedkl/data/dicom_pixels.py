@@ -193,7 +193,8 @@ def _seen(
     if window is None:
         return otherwise
     function = str(header.elements.get("VOILUTFunction") or "LINEAR")
-    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID") or window[1] < (function == "LINEAR"):
+    known = function in ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+    if not known or window[1] <= 0 or (function == "LINEAR" and window[1] < 1):
         raise RefusedError("a window of no width, or of an unknown function. It is damaged")
     return _through_window(measured, *window, function=function)
 
@@ -239,6 +240,8 @@ def _table(header: Header, elements: Any, name: str) -> tuple[npt.NDArray[Any], 
     if isinstance(data, bytes):
         narrow = len(data) in (count, count + 1) and bits <= 8  # two entries a word
         order = ">" if header.syntax == "1.2.840.10008.1.2.2" else "<"
+        if narrow and order == ">":  # the first entry is in the low byte
+            data = np.frombuffer(data[: len(data) // 2 * 2], ">u2").astype("<u2").tobytes()
         data = np.frombuffer(data[:count] if narrow else data[: 2 * count], "u1" if narrow else f"{order}u2")
     entries = np.asarray(data, dtype=np.int64).reshape(-1)[:count]
     if len(entries) < count or not 1 <= bits <= 16 or entries.min() < 0 or entries.max() >= 2**bits:
