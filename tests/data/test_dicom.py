@@ -625,7 +625,8 @@ def _layered(frame, layers):
 
 def _ended(frame):
     """A frame whose tile-part announces to end inside of its own header, where another one seems to begin."""
-    found = bytearray(_with(frame, b"\xff\x64", b"\xff\x90", in_tile=True))
+    part = b"\xff\x90" + struct.pack(">HHIBB", 10, 0, 0, 0, 1) + b"\xff\x93"
+    found = bytearray(_with(frame, b"\xff\x64", part, in_tile=True))
     struct.pack_into(">I", found, found.index(b"\xff\x90") + 6, 16)
     return bytes(found)
 
