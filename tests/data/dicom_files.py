@@ -7,6 +7,7 @@ IMPLICIT, EXPLICIT, BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.1
 DEFLATED, RUNS = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
 JPEG, JPEG_2000, JPEG_LOSSLESS = (f"1.2.840.10008.1.2.4.{last}" for last in (50, 90, 70))
 UNDEFINED = 0xFFFFFFFF
+END = struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
 _LONG = {"OB", "OW", "SQ", "UN", "UT"}
 
 
@@ -41,7 +42,7 @@ def item(content):
 def encapsulated(*fragments):
     """Compressed pixels: an empty table of offsets, fragments, and the end."""
     padded = [fragment + b"\0" * (len(fragment) % 2) for fragment in fragments]
-    return item(b"") + b"".join(map(item, padded)) + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    return item(b"") + b"".join(map(item, padded)) + END
 
 
 def dicom(
@@ -58,6 +59,8 @@ def dicom(
     change=None,
     vr="OW",
     length=None,
+    undefined=(),
+    meta=b"",
 ):
     """A file of one image, with a patient's name.
 
@@ -74,6 +77,8 @@ def dicom(
         change: Values in place of others, by tag; None: without that element.
         vr: Kind of the pixels.
         length: That is announced of the pixels.
+        undefined: Tags of sequences that say their end instead of their length.
+        meta: Further elements of the meta information.
     """
     stored = bits if stored is None else stored
     fields = {
@@ -95,11 +100,13 @@ def dicom(
     if length is None and syntax not in (IMPLICIT, EXPLICIT, BIG):
         length = UNDEFINED
     body = b"".join(
-        element(tag, kind, value, order=order, implicit=implicit)
+        element(tag, kind, value + END, order=order, implicit=implicit, length=UNDEFINED)
+        if tag in undefined
+        else element(tag, kind, value, order=order, implicit=implicit)
         for tag, (kind, value) in sorted(fields.items())
         if value is not None
     )
     body += element(0x7FE00010, vr, pixels, order=order, implicit=implicit, length=length)
-    meta = element(0x00020010, "UI", syntax)
+    meta = element(0x00020010, "UI", syntax) + meta
     group = element(0x00020000, "UL", struct.pack("<I", len(meta)))
     return bytes(128) + b"DICM" + group + meta + body

@@ -172,6 +172,9 @@ CASES = {
     ("imagefolder", "DICOM deflated"): _dicom(syntax=dicom_files.DEFLATED),
     ("imagefolder", "DICOM, truncated"): _dicom(pixels=bytes(30)),
     ("imagefolder", "DICOM of floats, or of masks of bits"): _dicom(bits=1),
+    ("imagefolder", "DICOM, color of fewer bits"): _dicom(
+        pixels=bytes(48), samples=3, photometric="RGB", bits=8, stored=7
+    ),
     ("imagefolder", "DICOM, damaged"): _dicom(
         pixels=dicom_files.encapsulated(b"junk"), bits=8, syntax=dicom_files.JPEG
     ),

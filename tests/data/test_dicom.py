@@ -2,9 +2,11 @@ import io
 import itertools
 import logging
 import re
+import struct
 import subprocess
 import sys
 import traceback
+import types
 import warnings
 from pathlib import Path
 
@@ -154,6 +156,38 @@ def test_bits_that_do_not_count_are_masked(levels):
     assert levels(junk, stored=12) == levels(STORED, stored=12)
 
 
+def _of_values(values, *, signed):
+    """A JPEG 2000 frame; Pillow shifts unsigned numbers by half their range, so what it writes is signed."""
+    half = 2 ** (8 * values.dtype.itemsize - 1) if signed else 0
+    stream = io.BytesIO()
+    unsigned = (values.astype(np.int64) + half).astype(f"u{values.dtype.itemsize}")
+    Image.fromarray(unsigned).save(stream, "JPEG2000", no_jp2=True)
+    frame = bytearray(stream.getvalue())
+    frame[frame.index(b"\xff\x51") + 40] |= 128 * signed
+    return encapsulated(bytes(frame))
+
+
+@pytest.mark.parametrize(("signed", "first"), [(False, 0), (True, -1024), (True, 0)])
+def test_jpeg_2000_of_more_bits_than_announced_is_refused_where_they_are_used(tmp_path, signed, first):
+    options = {"size": (16, 16), "stored": 12, "signed": signed, "syntax": JPEG_2000}
+
+    def found(step):
+        values = (np.arange(256).reshape(16, 16) * step + first * step / 8).astype("i2" if signed else "u2")
+        content = dicom(_of_values(values, signed=signed), **options)
+        return read(tmp_path / "x.dcm", content, size=16).flatten()
+
+    expected = (torch.arange(256) * 8 + first + 2048 * signed) / 4095
+    torch.testing.assert_close(found(8), expected)
+    with pytest.raises(DataError, match="compressed samples that need more than the 12 bits announced"):
+        found(32)
+
+
+def test_jpeg_2000_of_fewer_bits_keeps_its_sign(tmp_path):
+    pixels = _of_values(np.full((4, 4), -1, dtype=np.int8), signed=True)
+    content = dicom(pixels, stored=12, signed=True, syntax=JPEG_2000)
+    assert read(tmp_path / "x.dcm", content).unique().tolist() == pytest.approx([2047 / 4095])
+
+
 RESCALED = [(INTERCEPT, "DS", "-1024"), (SLOPE, "DS", "2")]
 
 
@@ -223,6 +257,19 @@ def test_a_palette_gives_colors(tmp_path, syntax, bits):
     assert found[:, 0].T.tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
 
 
+@pytest.mark.parametrize("syntax", [IMPLICIT, EXPLICIT, BIG])
+@pytest.mark.parametrize("count", [4, 3])
+def test_a_palette_of_bytes_has_two_entries_a_word(tmp_path, syntax, count):
+    stored = bytes([0, 100, 200, 255][:count]) + bytes(count % 2)
+    packed = struct.pack(f"{'>' if syntax == BIG else '<'}2H", *struct.unpack("<2H", stored))
+    more = [(0x00281101 + n, "US", (count, 0, 8)) for n in range(3)]
+    more += [(0x00281201 + n, "OW", packed) for n in range(3)]
+    options = {"photometric": "PALETTE COLOR", "bits": 8, "more": more, "syntax": syntax, "vr": "OB"}
+    found = read(tmp_path / "x.dcm", dicom(bytes([0, 1, 2, 3] * 4), **options), channels=3)
+    expected = [*stored[:count], stored[count - 1]][:4]
+    assert (found[0, 0] * 255).round().tolist() == expected
+
+
 def test_run_lengths_go_over_rows_and_bytes(tmp_path):
     stored = np.arange(16, dtype=np.uint16).reshape(4, 4) * 300
     planes = [(stored >> 8).astype(np.uint8).tobytes(), (stored & 255).astype(np.uint8).tobytes()]
@@ -253,6 +300,61 @@ def _compressed(kind, size=(4, 4), mode="L"):
     stream = io.BytesIO()
     Image.new(mode, size, 99).save(stream, kind)
     return encapsulated(stream.getvalue())
+
+
+def _jpeg(adobe=None, color=(200, 40, 90)):
+    """A frame of YCbCr; Adobe's marker says so (1), or there is none (None)."""
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), color).save(stream, "JPEG", quality=95)
+    frame = stream.getvalue()
+    marker = b"" if adobe is None else b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([adobe])
+    return encapsulated(frame[:2] + marker + frame[2:])
+
+
+def _color_of(path, pixels, **options):
+    options = {"size": (16, 16), "samples": 3, "photometric": "YBR_FULL_422", "bits": 8, **options}
+    return read(path, dicom(pixels, **options), channels=3)[:, 0, 0] * 255
+
+
+@pytest.mark.parametrize("planar", [0, 1])
+def test_compressed_colors_are_not_one_after_the_other(tmp_path, planar):
+    change, color = {0x00280006: planar}, torch.tensor([200.0, 40, 90])
+    found = _color_of(tmp_path / "x.dcm", _jpeg(), syntax=JPEG, change=change)
+    torch.testing.assert_close(found, color, atol=3, rtol=0)
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 40, 90)).save(stream, "JPEG2000", no_jp2=True)
+    options = {"syntax": JPEG_2000, "photometric": "YBR_RCT", "change": change}
+    found = _color_of(tmp_path / "x.dcm", encapsulated(stream.getvalue()), **options)
+    torch.testing.assert_close(found, color, atol=1, rtol=0)
+
+
+@pytest.mark.parametrize("photometric", ["YBR_FULL", "YBR_FULL_422", "RGB"])
+@pytest.mark.parametrize("planar", [0, 1])
+@pytest.mark.filterwarnings("ignore")
+def test_what_adobes_marker_calls_transformed_is_transformed_once(tmp_path, photometric, planar):
+    options = {"photometric": photometric, "change": {0x00280006: planar}, "syntax": JPEG}
+    found = _color_of(tmp_path / "x.dcm", _jpeg(adobe=1), **options)
+    torch.testing.assert_close(found, torch.tensor([200.0, 40, 90]), atol=3, rtol=0)
+
+
+def test_what_adobes_marker_calls_rgb_stays(tmp_path):
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 40, 90)).save(stream, "JPEG", quality=95, keep_rgb=True)
+    assert Image.open(stream).info["adobe_transform"] == 0
+    pixels = encapsulated(stream.getvalue())
+    found = _color_of(tmp_path / "x.dcm", pixels, photometric="RGB", syntax=JPEG)
+    torch.testing.assert_close(found, torch.tensor([200.0, 40, 90]), atol=3, rtol=0)
+
+
+def test_plain_colors_may_be_one_after_the_other(tmp_path):
+    pixels = bytes([200] * 256 + [40] * 256 + [90] * 256)
+    found = _color_of(tmp_path / "x.dcm", pixels, photometric="RGB", change={0x00280006: 1})
+    assert found.round().tolist() == [200, 40, 90]
+
+
+def _sea(length):
+    """Empty items, that many bytes of them: each becomes an object."""
+    return item(b"") * (length // 8)
 
 
 PLAIN = words(*range(16))
@@ -297,9 +399,26 @@ BAD = {
     "no rows": ({"pixels": PLAIN, "change": {0x00280010: None}}, "one without a usable Rows"),
     "zero columns": ({"pixels": PLAIN, "change": {0x00280011: 0}}, "one without a usable Columns"),
     "several rows": ({"pixels": PLAIN, "change": {0x00280010: (4, 4)}}, "one without a usable Rows"),
+    "planar 2": ({"pixels": PLAIN, "change": {0x00280006: 2}}, "one without a usable PlanarConfiguration"),
+    "signed 2": ({"pixels": PLAIN, "change": {0x00280103: 2}}, "one without a usable PixelRepresentation"),
+    "color of 7 bits": (
+        {"pixels": bytes(48), "samples": 3, "photometric": "RGB", "bits": 8, "stored": 7},
+        "color of 7 bits in 8. Convert it",
+    ),
     "no slope": ({"pixels": PLAIN, "more": [(INTERCEPT, "DS", "0"), (SLOPE, "DS", "0")]}, "nothing to see"),
     "infinite slope": ({"pixels": PLAIN, "more": [(INTERCEPT, "DS", "0"), (SLOPE, "DS", "inf")]}, "got "),
     "no width": ({"pixels": PLAIN, "more": [(CENTER, "DS", "1"), (WIDTH, "DS", "0")]}, "window of no width"),
+    "no exact width": (
+        {
+            "pixels": PLAIN,
+            "more": [(CENTER, "DS", "1"), (WIDTH, "DS", "0"), (FUNCTION, "CS", "LINEAR_EXACT")],
+        },
+        "got a window of no width",
+    ),
+    "no width of a curve": (
+        {"pixels": PLAIN, "more": [(CENTER, "DS", "1"), (WIDTH, "DS", "0"), (FUNCTION, "CS", "SIGMOID")]},
+        "got a window of no width",
+    ),
     "strange window": (
         {"pixels": PLAIN, "more": [(CENTER, "DS", "1"), (WIDTH, "DS", "9"), (FUNCTION, "CS", "ERIKA ")]},
         "unknown function",
@@ -316,7 +435,19 @@ BAD = {
     "no palette": ({"pixels": PLAIN, "photometric": "PALETTE COLOR"}, "lookup table without"),
     "a long header": (
         {"pixels": PLAIN, "more": [(VOI_TABLE, "SQ", _table([1] * 60_000) * 20)]},
-        "more than 2 MiB before its pixels",
+        "got one with more than 1 MiB before its pixels. Remove",
+    ),
+    "long meta information": (
+        {"pixels": PLAIN, "meta": element(0x00020013, "SH", b"ERIKA ") * 2000},
+        "got one with more than 8 KiB of meta information. Remove",
+    ),
+    "a long sequence of undefined length": (
+        {"pixels": PLAIN, "more": [(0x00081140, "SQ", _sea(1 << 20))], "undefined": (0x00081140,)},
+        "got one with more than 1 MiB before its pixels. Remove",
+    ),
+    "a long sequence that is passed over": (
+        {"pixels": PLAIN, "more": [(0x00081140, "SQ", _sea(1 << 21))]},
+        "accepted",
     ),
     "nested": ({"pixels": PLAIN, "more": [(0x00081140, "SQ", DEEP)]}, "accepted"),
 }
@@ -376,15 +507,67 @@ def test_pydicoms_log_is_silent_only_while_we_read(caplog):
     assert "of somebody else" in caplog.text
 
 
-def test_nothing_but_what_pixels_need_is_kept(tmp_path):
+def test_filters_of_warnings_change_with_the_first_file_only(tmp_path, monkeypatch):
+    """Each change lets Python forget what it has warned of: "once a place" would become "once a file"."""
+    (tmp_path / "x.dcm").write_bytes(dicom(PLAIN))
+    images = FolderImages([tmp_path / "x.dcm"], size=4)
+    changes, change = [], warnings.filterwarnings
+
+    def changed(*arguments, **options):
+        changes.append(options)
+        change(*arguments, **options)
+
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        monkeypatch.setattr(warnings, "filterwarnings", changed)
+        for _ in range(3):
+            images[:]
+    assert [each["module"] for each in changes] == [r"pydicom\."]
+
+
+@pytest.mark.parametrize("undefined", [(), (0x00081140, VOI_TABLE, MODALITY_TABLE)])
+def test_nothing_but_what_pixels_need_is_kept(tmp_path, undefined):
     from fedkl.data.dicom_header import read as header_of
 
-    more = [(0x00091001, "LO", "private"), (0x00100030, "DA", "19640812")]
-    (tmp_path / "x.dcm").write_bytes(dicom(PLAIN, more=more))
+    name = element(0x00100010, "PN", PATIENT)
+    nested = element(0x00281111, "SQ", item(name))
+    table = element(0x00283002, "US", (2, 0, 8)) + element(0x00283006, "OW", words(1, 2))
+    items = item(name + nested + table) + item(name + table)
+    more = [(0x00091001, "LO", "private"), (0x00100030, "DA", "19640812"), (0x00080005, "CS", "ISO_IR 100")]
+    more += [(0x00081140, "SQ", item(name)), (MODALITY_TABLE, "SQ", items), (VOI_TABLE, "SQ", items)]
+    content = dicom(PLAIN, more=more, undefined=undefined)
+    (tmp_path / "x.dcm").write_bytes(content)
     with (tmp_path / "x.dcm").open("rb") as file:
         header, _ = header_of(file)
     assert {int(tag) >> 16 for tag in header.elements.keys()} == {0x0028}
     assert PATIENT.decode() not in repr(header)
+    assert PATIENT.decode() not in str(header.elements)
+    kept = [[int(tag) for tag in each.keys()] for each in header.elements.VOILUTSequence]
+    assert kept == [[0x00283002, 0x00283006]]
+    assert "elements" not in repr(header)
+
+
+def test_decoders_that_are_installed_are_not_used(tmp_path, monkeypatch):
+    """Others, whose memory nobody has looked at, would be asked where Pillow fails."""
+    decoders = pytest.importorskip("pydicom.pixels.decoders.base")
+    module = types.ModuleType("installed")
+    module.is_available = lambda uid: True
+    asked = []
+    module.decode = lambda frame, runner: asked.append(frame) or bytes(256)
+    monkeypatch.setitem(sys.modules, "installed", module)
+    for syntax, kind in ((JPEG, "JPEG"), (JPEG_2000, "JPEG2000")):
+        stream = io.BytesIO()
+        Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(stream, kind)
+        content = dicom(encapsulated(stream.getvalue()[:-40]), size=(16, 16), bits=8, syntax=syntax)
+        decoder = decoders.get_decoder(pydicom.uid.UID(syntax))
+        decoder.add_plugin("installed", ("installed", "decode"))
+        try:
+            assert "expected a readable DICOM file" in str(_said(tmp_path / "x.dcm", content))
+            assert pydicom.dcmread(io.BytesIO(content)).pixel_array.shape == (16, 16)  # it does ask
+        finally:
+            decoder.remove_plugin("installed")
+        assert len(asked) == 1
+        asked.clear()
 
 
 def _not_decoded(*_, **__):
@@ -410,6 +593,94 @@ def test_color_in_jpeg_2000_counts_twice(tmp_path, monkeypatch):
     assert "at most 31 pixels, got 4×4, where color in JPEG 2000 counts twice. Shrink" in str(error)
 
 
+def _jpeg_2000(size=(64, 64), *, boxes=False, **options):
+    stream = io.BytesIO()
+    Image.new("L", size, 9).save(stream, "JPEG2000", no_jp2=not boxes, **options)
+    return stream.getvalue()
+
+
+def _tiled(size, tile):
+    """A frame whose header announces tiles of another size than it has."""
+    frame = bytearray(_jpeg_2000(size, tile_size=(64, 64), num_resolutions=1))
+    struct.pack_into(">II", frame, frame.index(b"\xff\x51") + 22, *tile)
+    return bytes(frame)
+
+
+def _with(frame, marker, segment, *, in_tile=False):
+    """Another segment before the tile-part, or in its header."""
+    more = marker + struct.pack(">H", len(segment) + 2) + segment
+    at = frame.index(b"\xff\x90") + (12 if in_tile else 0)
+    found = bytearray(frame[:at] + more + frame[at:])
+    if in_tile:
+        length = struct.unpack_from(">I", found, at - 6)[0]
+        struct.pack_into(">I", found, at - 6, length + len(more))
+    return bytes(found)
+
+
+def _layered(frame, layers):
+    found = bytearray(frame)
+    struct.pack_into(">H", found, found.index(b"\xff\x52") + 6, layers)
+    return bytes(found)
+
+
+def _ended(frame):
+    """A frame whose tile-part announces to end inside of its own header, where another one seems to begin."""
+    part = b"\xff\x90" + struct.pack(">HHIBB", 10, 0, 0, 0, 1) + b"\xff\x93"
+    found = bytearray(_with(frame, b"\xff\x64", part, in_tile=True))
+    struct.pack_into(">I", found, found.index(b"\xff\x90") + 6, 16)
+    return bytes(found)
+
+
+COD, COC = b"\xff\x52", b"\xff\x53"
+SMALL = bytes([0, 0, 0, 1, 0, 5, 0, 0, 0, 1])  # code blocks of 4×4
+TOO_MUCH = {
+    "tiles": (_tiled((64, 64), (1, 2)), "JPEG 2000 of 2048 tiles; 1024 are read"),
+    "in boxes": (
+        _jpeg_2000(boxes=True, codeblock_size=(4, 4)),
+        "code blocks or precincts that are too small",
+    ),
+    "blocks": (_jpeg_2000(codeblock_size=(4, 4)), "code blocks or precincts that are too small"),
+    "blocks in one direction": (_jpeg_2000(codeblock_size=(1024, 4)), "too small"),
+    "precincts": (_jpeg_2000(precinct_size=(16, 16)), "too small"),
+    "layers": (_layered(_jpeg_2000(), 65), "JPEG 2000 of 65 layers; 64 are read"),
+    "blocks said again": (_with(_jpeg_2000(), COD, SMALL), "too small"),
+    "blocks of a component": (_with(_jpeg_2000(), COC, b"\0" + SMALL[:1] + SMALL[5:]), "too small"),
+    "blocks of a tile": (_with(_jpeg_2000(), COD, SMALL, in_tile=True), "too small"),
+    "an unknown marker": (_with(_jpeg_2000(), b"\xff\x6f", b"\xff\x52"), "not well-formed"),
+    "another size": (_jpeg_2000((65, 64)), "compressed pixels of 65×64 where 64×64 were announced"),
+    "a palette": (_jpeg_2000(boxes=True).replace(b"colr", b"pclr"), "a palette of its own|of other colors"),
+    "cut in its headers": (_jpeg_2000()[:80], "not well-formed"),
+    "cut in a segment": (_with(_jpeg_2000(), COD, b""), "not well-formed"),
+    "a part that ends before it begins": (_ended(_jpeg_2000()), "not well-formed"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_MUCH)
+def test_jpeg_2000_that_takes_more_than_its_pixels_is_refused_undecoded(tmp_path, monkeypatch, case):
+    monkeypatch.setattr("fedkl.data.dicom_pixels.get_decoder", _not_decoded)
+    frame, expected = TOO_MUCH[case]
+    error = _said(tmp_path / "x.dcm", dicom(encapsulated(frame), size=(64, 64), bits=8, syntax=JPEG_2000))
+    assert re.search(f"x.dcm: expected a DICOM image, got .*{expected}", str(error)), str(error)
+
+
+@pytest.mark.parametrize("boxes", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tile_size": (4, 4)},
+        {"codeblock_size": (16, 16)},
+        {"precinct_size": (256, 256)},
+        {"precinct_size": (128, 128)},
+        {"quality_layers": [40, 20, 10], "progression": "RPCL"},
+    ],
+)
+def test_jpeg_2000_of_usual_settings_is_read(tmp_path, boxes, options):
+    frame = _jpeg_2000(boxes=boxes, **options)
+    found = read(tmp_path / "x.dcm", dicom(encapsulated(frame), size=(64, 64), bits=8, syntax=JPEG_2000))
+    assert (found * 255).round().unique().tolist() == [9]
+
+
 MEMORY = """
 import sys
 from pathlib import Path
@@ -432,15 +703,24 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
 def test_small_files_do_not_become_large(tmp_path):
-    """Runs of more bytes than there are pixels, a frame of another size, a sea of elements."""
+    """Runs of more bytes than there are pixels, a frame of another size, a sea of elements, many tiles."""
     one = tmp_path / "sound.dcm"
     one.write_bytes(dicom(PLAIN))
     runs = words(1, 64, *[0] * 14, kind="I") + bytes([129, 7]) * 8_000_000
     frame = io.BytesIO()
     Image.new("L", (9000, 9000)).save(frame, "JPEG")
+    boxed = bytearray(_jpeg_2000((9000, 9000), boxes=True))
+    struct.pack_into(">II", boxed, boxed.index(b"ihdr") + 4, 64, 64)
+    blocks = _jpeg_2000((3000, 3000), codeblock_size=(4, 4), num_resolutions=1)
+    in_2000 = {"bits": 8, "syntax": JPEG_2000}
     files = {
+        "tiles": dicom(encapsulated(_tiled((255, 257), (1, 1))), size=(255, 257), **in_2000),
+        "blocks": dicom(encapsulated(blocks), size=(3000, 3000), **in_2000),
+        "box": dicom(encapsulated(bytes(boxed)), size=(64, 64), **in_2000),
         "runs": dicom(encapsulated(runs), size=(4000, 4000), bits=8, syntax=RUNS),
         "frame": dicom(encapsulated(frame.getvalue()), size=(2000, 2000), bits=8, syntax=JPEG),
+        "items": dicom(PLAIN, more=[(VOI_TABLE, "SQ", _sea((1 << 20) - 2000))]),
+        "undefined": dicom(PLAIN, more=[(0x00081140, "SQ", _sea((1 << 20) - 2000))], undefined=(0x00081140,)),
         "sea": dicom(PLAIN, more=[(VOI_TABLE, "SQ", item(element(0x00283002, "US", 1) * 2_000_000))]),
     }
     for name, content in files.items():

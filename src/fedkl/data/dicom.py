@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -92,6 +93,9 @@ def raster_of(
     raise DataError(f"{place(path)}: {problem}.")
 
 
+_OF_PYDICOM = r"pydicom\."
+_IGNORED = ("ignore", None, Warning, re.compile(_OF_PYDICOM), 0)  # as Python keeps it
+
 _reading = threading.local()
 
 
@@ -104,8 +108,10 @@ def _said(record: logging.LogRecord) -> bool:
 def _silent() -> Iterator[None]:
     for name in ("pydicom", "pydicom.pixels.decoders.base"):
         logging.getLogger(name).addFilter(_said)  # only once, however often it is called
-    # Behind filters of the user's own. Not `catch_warnings`, which threads cannot share.
-    warnings.filterwarnings("ignore", module=r"pydicom\.", append=True)
+    # Behind filters of the user's own. Not `catch_warnings`, which threads cannot share. Only once: a change
+    # of the filters lets Python forget what it has warned of.
+    if _IGNORED not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_OF_PYDICOM, append=True)
     _reading.active = True
     try:
         yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
 from pydicom.datadict import tag_for_keyword
@@ -19,7 +19,9 @@ from pydicom.uid import UID
 
 from fedkl.data.squares import RefusedError
 
-_MOST_HEADER = 1 << 21  # bytes that are read before the pixels; what is passed over does not count
+# Bytes that are read before the pixels. What is passed over does not count, but for sequences of undefined
+# length: pydicom has to read them to find their end.
+_MOST_HEADER = 1 << 20
 _SHORT = 8 << 10  # bytes of meta information, and slack of compressed pixels
 _PIXELS = 0x7FE00010
 _FLOATS = (0x7FE00008, 0x7FE00009)
@@ -67,7 +69,7 @@ class Header:
     stored: int
     signed: bool
     planar: bool
-    elements: Any
+    elements: Any = field(repr=False)
 
     @property
     def is_plain(self) -> bool:
@@ -106,11 +108,11 @@ class Header:
 
 def read(file: BinaryIO) -> tuple[Header, Callable[[], bytes]]:
     """What a file says about its pixels, and a function that reads them as they are."""
-    head = _Head(file, most=_SHORT)
+    head = _Head(file, most=_SHORT, told="8 KiB of meta information")
     if head.read(132)[128:] != b"DICM":
         raise RefusedError("one without the letters DICM at byte 128. Save it as DICOM Part 10")
     syntax = _syntax(head)
-    elements, vr, length = _elements(_Head(file, most=_MOST_HEADER), syntax)
+    elements, vr, length = _elements(_Head(file, most=_MOST_HEADER, told="1 MiB before its pixels"), syntax)
     header = _checked(elements, syntax=syntax, vr=vr)
     if (length == _UNDEFINED) == header.is_plain:
         raise RefusedError("pixels that are not encoded as the file says")
@@ -132,17 +134,23 @@ class _Head:
     pydicom reads nested elements as objects that take many times their bytes.
     """
 
-    def __init__(self, file: BinaryIO, *, most: int) -> None:
+    def __init__(self, file: BinaryIO, *, most: int, told: str) -> None:
         self._file = file
-        self._left = most
+        self._left, self._told = most, told
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
         if size > self._left:
-            raise RefusedError("one with more than 2 MiB before its pixels. Remove what images do not need")
+            self._left = -1
+            self.check()
         found = self._file.read(size)
         self._left -= len(found)
         return found
+
+    def check(self) -> None:
+        """Refuses the file if more was asked for: within sequences, pydicom makes an OSError of that."""
+        if self._left < 0:
+            raise RefusedError(f"one with more than {self._told}. Remove what images do not need")
 
 
 def _syntax(head: _Head) -> str:
@@ -174,13 +182,32 @@ def _elements(head: _Head, syntax: str) -> tuple[Any, str, int]:
 
     tags = [cast(int, tag_for_keyword(keyword)) for keyword in _KEYWORDS]
     implicit, little = syntax == _PLAIN[0], syntax != _PLAIN[2]
-    elements = read_dataset(cast(BinaryIO, head), implicit, little, stop_when=ended, specific_tags=tags)
+    try:
+        elements = read_dataset(cast(BinaryIO, head), implicit, little, stop_when=ended, specific_tags=tags)
+    except OSError:
+        head.check()
+        raise
     if not found or found[0][0] != _PIXELS:
         kind = "one of floats" if found and found[0][0] in _FLOATS else "one without pixels"
         raise RefusedError(f"{kind}. Remove it, or convert it to integers of 8 or 16 bits")
     _, vr, length, start = found[0]
     head.seek(start)
+    _reduce(elements)
     return elements, vr or "OW", length
+
+
+def _reduce(elements: Any) -> None:
+    """Keeps the first item of a sequence of tables, and of that only the table."""
+    needed = [tag_for_keyword(keyword) for keyword in ("LUTDescriptor", "LUTData")]
+    if "SpecificCharacterSet" in elements:  # pydicom reads it whatever it is asked for
+        del elements.SpecificCharacterSet
+    for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
+        tables = elements.get(keyword)
+        if not tables:
+            continue
+        del tables[1:]
+        for tag in [tag for tag in tables[0].keys() if tag not in needed]:
+            del tables[0][tag]
 
 
 def _checked(elements: Any, *, syntax: str, vr: str) -> Header:
@@ -203,8 +230,8 @@ def _checked(elements: Any, *, syntax: str, vr: str) -> Header:
         photometric=str(elements.get("PhotometricInterpretation", "")),
         allocated=numbers["BitsAllocated"],
         stored=numbers["BitsStored"],
-        signed=bool(_number(elements, "PixelRepresentation", least=0)),
-        planar=bool(_number(elements, "PlanarConfiguration", least=0, missing=0)),
+        signed=bool(_number(elements, "PixelRepresentation", least=0, most=1)),
+        planar=bool(_number(elements, "PlanarConfiguration", least=0, most=1, missing=0)),
         elements=elements,
     )
     _check_kind(header)
@@ -214,6 +241,8 @@ def _checked(elements: Any, *, syntax: str, vr: str) -> Header:
             f"samples of {header.stored} bits in {header.allocated}, the highest {high}. Convert it to "
             "samples of 8 or 16 bits"
         )
+    if header.samples == 3 and header.stored != 8:  # what is white, then?
+        raise RefusedError(f"color of {header.stored} bits in 8. Convert it to color of 8 bits")
     return header
 
 
@@ -230,9 +259,11 @@ def _check_kind(header: Header) -> None:
         )
 
 
-def _number(elements: Any, keyword: str, *, least: int = 1, missing: int | None = None) -> int:
+def _number(
+    elements: Any, keyword: str, *, least: int = 1, most: int = 65535, missing: int | None = None
+) -> int:
     value = elements.get(keyword, missing)
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or not least <= value <= most:
         raise RefusedError(f"one without a usable {keyword}. It is damaged")
     return value
 

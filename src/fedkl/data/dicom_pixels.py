@@ -16,9 +16,11 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from fedkl.data.dicom import Values
 from fedkl.data.dicom_header import Header, frame_of, window_of
+from fedkl.data.dicom_jpeg_2000 import check_frame
 from fedkl.data.squares import Raster, RefusedError
 
 _COLORS = ("Red", "Green", "Blue")
+_TRANSFORMED = 1  # in Adobe's marker: YCbCr, which Pillow makes RGB of
 _COMPONENTS = {"L": 1, "I;16": 1, "RGB": 3, "YCbCr": 3}
 
 
@@ -41,8 +43,7 @@ def raster(header: Header, pixels: bytes, *, channels: int, values: Values) -> R
         samples = np.ascontiguousarray(decoded, dtype=np.uint8)
         image = Image.frombuffer(mode, (header.columns, header.rows), samples, "raw", mode, 0, 1)
         return Raster(image, "RGB" if channels == 3 else "L", lambda part: _color(part, channels))
-    words = decoded.view(f"u{decoded.dtype.itemsize}").astype(np.uint16, copy=False)
-    words = words & np.uint16(2**header.stored - 1)
+    words = _words(header, decoded)
     table: npt.NDArray[Any]
     if header.photometric == "PALETTE COLOR":
         table = _palette(header)
@@ -52,18 +53,39 @@ def raster(header: Header, pixels: bytes, *, channels: int, values: Values) -> R
     return Raster(Image.fromarray(words), "F", lambda part: Image.fromarray(table[np.asarray(part)]))
 
 
+def _words(header: Header, decoded: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
+    """The bits of gray samples that count.
+
+    Others may hold anything where samples are as they were stored. A compressed frame has a precision of its
+    own, and none of its bits is to spare.
+    """
+    signed = decoded.dtype.kind == "i"
+    if not (header.is_plain or header.is_run_length):
+        low, high = (
+            (-(2 ** (header.stored - 1)), 2 ** (header.stored - 1)) if signed else (0, 2**header.stored)
+        )
+        if decoded.min() < low or decoded.max() >= high:
+            raise RefusedError(
+                f"compressed samples that need more than the {header.stored} bits announced. It is damaged"
+            )
+    wide = decoded.astype(np.int16 if signed else np.uint16, copy=False).view(np.uint16)
+    return wide & np.uint16(2**header.stored - 1)
+
+
 def _color(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("RGB" if channels == 3 else "L")
 
 
 def _decoded(header: Header, pixels: bytes) -> tuple[npt.NDArray[Any], str]:
     """Samples, of shape ``(rows, columns)`` or ``(rows, columns, 3)``, and what they mean."""
-    syntax, planar, plugin = UID(header.syntax), header.planar, ""
+    # Compressed pixels lie one after the other, whatever the file says.
+    syntax, planar, plugin = UID(header.syntax), header.planar and header.is_plain, ""
+    is_rgb = False
     if header.is_run_length:
         # As if it were not compressed: pydicom's own decoder does not bound what runs become.
         syntax, planar, pixels = ExplicitVRLittleEndian, True, _unpacked(header, frame_of(header, pixels))
     elif not header.is_plain:
-        _check_frame(header, frame_of(header, pixels))
+        is_rgb = _check_frame(header, frame_of(header, pixels))
         plugin = "pillow"  # others may be installed, whose memory nobody has looked at
     options: Any = {
         "rows": header.rows,
@@ -81,18 +103,25 @@ def _decoded(header: Header, pixels: bytes) -> tuple[npt.NDArray[Any], str]:
     decoder = get_decoder(syntax)
     found, about = decoder.as_array(pixels, index=0, raw=True, decoding_plugin=plugin, **options)
     native = found.dtype.newbyteorder("=")
-    return found.astype(native, copy=False), str(about["photometric_interpretation"])
+    return found.astype(native, copy=False), "RGB" if is_rgb else str(about["photometric_interpretation"])
 
 
-def _check_frame(header: Header, frame: bytes) -> None:
-    """A compressed image has a size of its own, which may be another one than the file announces."""
+def _check_frame(header: Header, frame: bytes) -> bool:
+    """Whether a compressed image becomes RGB, whatever the file says.
+
+    It has a size of its own, which may be another one than the file announces.
+    """
     with Image.open(io.BytesIO(frame), formats=(header.codec,)) as image:
         size, components = image.size, _COMPONENTS.get(image.mode)
+        is_rgb = image.info.get("adobe_transform") == _TRANSFORMED
     if size != (header.columns, header.rows) or components != header.samples:
         raise RefusedError(
             f"compressed pixels of {size[0]}×{size[1]} where {header.columns}×{header.rows} were announced, "
             "or of other colors. It is damaged"
         )
+    if header.codec == "JPEG2000":
+        check_frame(frame, size=size, samples=header.samples)
+    return is_rgb
 
 
 def _unpacked(header: Header, frame: bytes) -> bytes:
@@ -164,7 +193,8 @@ def _seen(
     if window is None:
         return otherwise
     function = str(header.elements.get("VOILUTFunction") or "LINEAR")
-    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID") or window[1] < (function == "LINEAR"):
+    known = function in ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+    if not known or window[1] <= 0 or (function == "LINEAR" and window[1] < 1):
         raise RefusedError("a window of no width, or of an unknown function. It is damaged")
     return _through_window(measured, *window, function=function)
 
@@ -210,6 +240,8 @@ def _table(header: Header, elements: Any, name: str) -> tuple[npt.NDArray[Any], 
     if isinstance(data, bytes):
         narrow = len(data) in (count, count + 1) and bits <= 8  # two entries a word
         order = ">" if header.syntax == "1.2.840.10008.1.2.2" else "<"
+        if narrow and order == ">":  # the first entry is in the low byte
+            data = np.frombuffer(data[: len(data) // 2 * 2], ">u2").astype("<u2").tobytes()
         data = np.frombuffer(data[:count] if narrow else data[: 2 * count], "u1" if narrow else f"{order}u2")
     entries = np.asarray(data, dtype=np.int64).reshape(-1)[:count]
     if len(entries) < count or not 1 <= bits <= 16 or entries.min() < 0 or entries.max() >= 2**bits:
