@@ -66,7 +66,9 @@ def _note_secrets(folder: Path) -> None:
 
     def lock(self: Any, *args: Any, **options: Any) -> None:
         locked(self, *args, **options)
-        note(dict(self.private_state()))
+        note(
+            {n: t for n, t in self.private_state().items() if not n.rpartition(".")[2].startswith("running_")}
+        )
 
     def write(path: Path, *, kind: str, tensors: Any, passphrase: str | None, **options: Any) -> None:
         if passphrase is not None and kind != "update":  # that one is of public tensors, as the model is
@@ -85,10 +87,10 @@ def _core(trace: TracebackType | None, folder: Path) -> None:
         for name, value in frame.f_locals.items():
             if not type(value).__module__.startswith("fedkl"):
                 continue
-            texts.append(f"{frame.f_code.co_name} {name} = {value!r:.2000}")
             try:
+                texts.append(f"{frame.f_code.co_name} {name} = {value!r:.2000}")
                 parts.append(pickle.dumps(value))
-            except Exception as error:  # most refuse, which is the point
+            except Exception as error:  # most refuse, which is the point; one that is half made has no repr
                 texts.append(f"not pickled: {error!r:.300}")
     (folder / "locals.txt").write_text("\n".join(texts), errors="replace")
     (folder / "locals.pickle").write_bytes(b"".join(parts))

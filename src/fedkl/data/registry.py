@@ -52,10 +52,10 @@ def register_dataset(name: str) -> Callable[[_Build], _Build]:
     'squares'
     >>> forget_dataset("squares")
     """
-    if not isinstance(name, str) or name in ENTRIES or re.fullmatch(_NAME, name) is None:
+    if name in ENTRIES or re.fullmatch(_NAME, name) is None:
         raise DataError(
             "register_dataset: expected a new name of ASCII letters, digits and single hyphens, "
-            f"got {shown(str(name))}. Choose another one."
+            f"got {shown(name)}. Choose another one."
         )
 
     def register(build: _Build) -> _Build:
