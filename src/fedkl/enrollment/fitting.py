@@ -233,6 +233,27 @@ def _check_finite(losses: Sequence[Tensor], lock: Lock, *, epoch: int, lr: float
     raise TrainingError(f"The fitting diverged in epoch {epoch} (learning rate {lr:g}). Lower lr.")
 
 
+def count_statistics_(lock: Lock, images: Images, *, batch_size: int = 256) -> None:
+    """Makes a lock's private running statistics those of these images; all other tensors stay.
+
+    After a round a client's statistics are of the weights that it sent, not of the average that came back.
+    Before such a model is used, they are to be counted anew. No label is needed.
+
+    Args:
+        lock: Its public tensors are those that the statistics are for; its model's modes stay.
+        images: The client's own, in [0, 1], two at least.
+        batch_size: Images at once.
+
+    Raises:
+        DataError: There are fewer than two images.
+    """
+    if len(images) < 2:
+        raise DataError(f"Statistics are counted over at least 2 images, got {len(images)}. Take more.")
+    parts = torch.arange(len(images)).tensor_split(math.ceil(len(images) / batch_size))
+    with _modes_kept(lock.model):
+        _count_statistics(lock, images, parts)
+
+
 def _count_statistics(lock: Lock, images: Images, parts: Sequence[Tensor]) -> None:
     """Private running statistics become those of all batches, each weighing as many images as it has.
 
