@@ -51,6 +51,7 @@ def _note_secrets(folder: Path) -> None:
     from fedkl import keys, lockfile
     from fedkl.locking import keylock
 
+    drawn = keys.Key.drawn.__func__  # type: ignore[attr-defined]
     made, locked, written = keys.Key.__init__, keylock.Lock.__init__, lockfile.write
 
     def note(tensors: dict[str, torch.Tensor]) -> None:
@@ -60,9 +61,19 @@ def _note_secrets(folder: Path) -> None:
         if floats:
             torch.save(floats, folder / f"{random.SystemRandom().getrandbits(64):x}.pt")
 
+    playing = threading.local()  # an attacker's clients: its keys are its own, not secret from it
+
+    def draw(cls: Any, uniform: Any, **options: Any) -> Any:
+        playing.on = uniform is not keys.secure_uniform
+        try:
+            return drawn(cls, uniform, **options)
+        finally:
+            playing.on = False
+
     def key(self: Any, *args: Any, **options: Any) -> None:
         made(self, *args, **options)
-        note({"key": self.reveal()})
+        if not getattr(playing, "on", False):
+            note({"key": self.reveal()})
 
     def lock(self: Any, *args: Any, **options: Any) -> None:
         locked(self, *args, **options)
@@ -76,6 +87,7 @@ def _note_secrets(folder: Path) -> None:
         written(path, kind=kind, tensors=tensors, passphrase=passphrase, **options)
 
     keys.Key.__init__ = key  # type: ignore[method-assign]
+    keys.Key.drawn = classmethod(draw)  # type: ignore[assignment]
     keylock.Lock.__init__ = lock  # type: ignore[method-assign]
     lockfile.write = write  # type: ignore[assignment]
 
