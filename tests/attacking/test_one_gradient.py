@@ -8,9 +8,11 @@ from torch.nn.functional import cross_entropy
 
 from fedkl import data, models
 from fedkl.attacking import observe_gradient
+from fedkl.attacking.one_gradient import _check
 from fedkl.attacks import ClosedForm, Knowledge
 from fedkl.defenses import PUBLISHED_LOCK, MaskedUpload
 from fedkl.defenses.pruning import Pruning
+from fedkl.errors import DataError
 from fedkl.metrics import correlation
 
 
@@ -58,3 +60,18 @@ def test_the_server_allows_for_the_defense_that_it_knows(setting):
     )
     assert sum(int((part != 0).sum()) for part in pruned.gradient.values()) < 0.2 * 15826
     assert (pruned.transform is None, naive.transform is None) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda images, labels: (images * 255, labels), r"floats in \[0, 1\]"),
+        (lambda images, labels: (images, labels + 10), r"labels in 0 \.\. 9"),
+        (lambda images, labels: (images, labels.repeat(2)), "as many class indexes"),
+    ],
+    ids=["bytes", "a class too many", "a label too many"],
+)
+def test_what_does_not_fit_is_named(setting, change, said):
+    _, images, labels = setting
+    with pytest.raises(DataError, match=said):
+        _check(*change(images, labels), 10)  # alone: types are checked at every other call, in tests

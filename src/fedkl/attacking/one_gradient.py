@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from fedkl.attacking.observing import Trial, observe
+from fedkl.data.images import in_unit_range
 from fedkl.defenses import Arm, Defense, NoDefense
+from fedkl.errors import DataError
 from fedkl.protocol import Knowledge, Observation
 from fedkl.types import ImageBatch, Labels
 
@@ -35,6 +37,12 @@ def observe_gradient(
         knowledge: What the server is granted beyond the public; None: the labels, and which defense it is.
         generator: The attacker's, of what it draws; None: the operating system's.
 
+    Returns:
+        What attacks take.
+
+    Raises:
+        DataError: Images and labels do not fit together, or are out of range.
+
     >>> from fedkl.attacks import LinearRows
     >>> images, labels = torch.rand(1, 1, 8, 8), torch.tensor([3])
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
@@ -43,6 +51,7 @@ def observe_gradient(
     >>> torch.allclose(found.pictures.float(), images, atol=1e-3)
     True
     """
+    _check(images, labels, classes)
     used = (defense or NoDefense()).for_images((images.shape[1], images.shape[2], images.shape[3]))
     arm = Arm(
         name=used.type,
@@ -54,3 +63,17 @@ def observe_gradient(
     return observe(
         used.prepare(model), arm=arm, model=model, trial=trial, classes=classes, generator=generator
     )
+
+
+def _check(images: torch.Tensor, labels: torch.Tensor, classes: int) -> None:
+    if images.ndim != 4 or labels.shape != images.shape[:1] or labels.is_floating_point():
+        raise DataError(
+            "Expected images of shape (batch, channels, height, width) and as many class indexes, got "
+            f"{tuple(images.shape)} and {tuple(labels.shape)} of {labels.dtype}. For one image: image[None]."
+        )
+    if not images.is_floating_point() or not in_unit_range(images):
+        raise DataError(
+            f"Expected images as floats in [0, 1], got {images.dtype} or others. Divide by what means white."
+        )
+    if bool((labels < 0).any()) or bool((labels >= classes).any()):
+        raise DataError(f"Expected labels in 0 .. {classes - 1}, got others. Give the number of classes.")
