@@ -393,6 +393,14 @@ def test_who_failed_who_is_undecided_and_who_came_to_nothing_are_three_lists():
     )
 
 
+def test_what_kept_presence_from_a_result_stands_in_the_verdict():
+    """Mostly that there are too few images: whoever started the audit has to know it at once."""
+    made = audit(finding(exposure="single"), not_run("presence"))
+    reason = made.not_run[0].reason
+    assert words.verdict(made).text == f"This audit has no result for what your clients really send. {reason}"
+    assert words.verdict(audit(finding(exposure="single"), not_run("spear"))).text.endswith("really send.")
+
+
 def test_the_page_says_shares_plainly_and_the_terminal_exactly():
     made = audit(finding(successes=144, figures={"auc": 0.95}))
     assert words.verdict(made, plain=True).text == (

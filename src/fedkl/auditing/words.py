@@ -18,6 +18,8 @@ QUESTIONS: dict[Question, str] = {
 }
 """What a share is of, as a table has it."""
 
+_NO_RESULT = "This audit has no result for what your clients really send."
+
 _DONE: dict[Question, str] = {
     "rebuilt": "the server rebuilds {share} as pictures",
     "identified": "the server makes pictures by which {share} are told from many others",
@@ -139,13 +141,20 @@ def verdict(audit: Audit, *, plain: bool = False) -> Verdict:
     return found
 
 
+def _why_no_presence(audit: Audit) -> list[str]:
+    """Presence is tried in any case: what kept it from a result, if anything did."""
+    real = {exposure.name for exposure in audit.settings.exposures if exposure.headline}
+    missing = [each for each in audit.not_run if each.attacker == "presence" and each.exposure in real]
+    return [each.reason for each in missing[:1]]
+
+
 def _verdict(audit: Audit, said: Callable[[Finding], str]) -> Verdict:
     real = audit.headlines()
     bounds = [each for each in audit.worst_first() if each not in real and each.outcome == "leaks"]
     if real and real[0].outcome == "leaks":
         return Verdict("bad", said(real[0]))
     if not real:
-        return Verdict("open", "This audit has no result for what your clients really send.")
+        return Verdict("open", " ".join([_NO_RESULT, *_why_no_presence(audit)]))
     if bounds:
         title = audit.exposure(bounds[0].exposure).title
         return Verdict("open", f"{NO_LEAK}. Upper bound, {title}: {said(bounds[0])}")
