@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "pydantic", "scipy", "matplotlib", "jinja2", "cryptography")
+from tests.test_cli_help import HEAVY
+
 STARTED = f"""
 import runpy, sys
 sys.argv[0] = "fedkl"

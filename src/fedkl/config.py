@@ -265,15 +265,15 @@ def from_flags(
         raise ConfigError(f"{file}: expected a {kind} experiment, this is '{values['type']}'.")
     if attack is not None and attack != values.get("attack", {}).get("type"):
         values["attack"] = {"type": attack}
-    for place, value in (fields | _folder_fields(fields.get("data.name"))).items():
+    folder = _folder_fields(fields.get("data.name"))
+    for place, value in (fields | folder).items():
         if value is not None:
             _set(values, place, value)
     if defense is not None:
         values["defense"] = _switched(values["defense"], defense)
-    in_folder = "data.root" in _folder_fields(fields.get("data.name"))
     for setting in settings:
         place, value = _parsed_setting(setting)
-        if place == "data.root" and in_folder:
+        if place == "data.root" and folder:
             raise ConfigError(
                 f"--data {shown(fields['data.name'])} and --set data.root name two folders. Give one of them."
             )

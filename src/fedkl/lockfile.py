@@ -410,7 +410,10 @@ def read_passphrase(path: Path) -> str:
             f"{path}: others may write to the passphrase's file, and so choose the passphrase. Run chmod 600."
         )
     if len(passphrase.splitlines()) > 1:
-        raise KeyFileError(f"{path}: expected a passphrase in one line, got several. Leave one.")
+        raise KeyFileError(
+            f"{path}: expected a passphrase in one line, got several. Leave one. "
+            f"What was encrypted with all of them opens with the whole text in {PASSPHRASE_VARIABLE}."
+        )
     if not passphrase:
         raise KeyFileError(f"{path}: empty. Write a passphrase into it, or set {PASSPHRASE_VARIABLE}.")
     if readable:

@@ -40,8 +40,8 @@ def of_pictures(
     for question, name in _SHARES.items():
         share, floor = Measured(**rebuilt.found[name]), Measured(**rebuilt.floor[name])
         control = Measured(**rebuilt.control[name]) if rebuilt.control else None
-        simplest = _simplest(entry, question, earlier)
-        control = control or (simplest.found if simplest is not None else None)
+        if control is None and (simplest := _simplest(entry, question, earlier)) is not None:
+            control = simplest.found
         outcome, reason = _verdict(share, floor, control, what=question)
         found.append(
             Finding(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.util
 import inspect
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedkl import scripts
 from fedkl.auditing.subject import Subject
 from fedkl.errors import ConfigError, FedKLError, printable, shown
 
@@ -75,7 +73,7 @@ def load(target: str) -> Target:
 
 
 def _module(place: str, target: str) -> ModuleType:
-    _find_modules_in(Path.cwd())
+    scripts.find_modules_in(Path.cwd())
     try:
         return _run_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except FileNotFoundError as error:
@@ -86,25 +84,13 @@ def _module(place: str, target: str) -> ModuleType:
         raise _failure(target, "the module does not import", error) from error
 
 
-def _find_modules_in(folder: Path) -> None:
-    """As `python file.py` does. It stays so: a model may import modules when it is built."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-
 def _run_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(2, "no such file", str(path))
-    _find_modules_in(path.resolve().parent)
-    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    name = f"fedkl_target_{path.stem}_{place}"  # its own name may be that of an installed module
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    spec = scripts.spec_of(path, role="target")
+    if spec is None:
         raise ImportError("not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return scripts.run(spec)
 
 
 def _function(module: ModuleType, name: str, target: str) -> Callable[[], Any]:

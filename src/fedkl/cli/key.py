@@ -31,18 +31,25 @@ class _KeyCommand(Command):
 
 
 def _passphrase(*, unencrypted: bool, confirm: bool, file: Path | None) -> str | None:
-    from fedkl.lockfile import PASSPHRASE_VARIABLE, read_passphrase
+    from fedkl.lockfile import PASSPHRASE_VARIABLE
 
     if unencrypted and file is not None:
         raise ConfigError(f"--unencrypted and --passphrase-file {file} exclude each other. Leave one out.")
     if unencrypted:
         return None
+    return _told(file, variable=PASSPHRASE_VARIABLE, prompt="Passphrase", confirm=confirm)
+
+
+def _told(file: Path | None, *, variable: str, prompt: str, confirm: bool) -> str:
+    """What is in the file, or the variable, or what is answered."""
+    from fedkl.lockfile import read_passphrase
+
     if file is not None:
         return read_passphrase(file)
-    given = os.environ.get(PASSPHRASE_VARIABLE)
+    given = os.environ.get(variable)
     if given is not None:
         return given
-    answer: str = typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm)
+    answer: str = typer.prompt(prompt, hide_input=True, confirmation_prompt=confirm)
     return answer
 
 
@@ -173,20 +180,9 @@ def key_passphrase(
     from fedkl.custody.journal import journal_beside
 
     old = _passphrase(unencrypted=unencrypted, confirm=False, file=passphrase_file)
-    lockfile.change_passphrase(path, old=old, new=_new_passphrase(new_passphrase_file))
+    new = _told(new_passphrase_file, variable=_NEW_PASSPHRASE_VARIABLE, prompt="New passphrase", confirm=True)
+    lockfile.change_passphrase(path, old=old, new=new)
     journal = journal_beside(path)
     if journal is not None:
         journal.note("passphrase changed", about=path.name)
     console.print(f"{path}: opens with the new passphrase only", highlight=False, soft_wrap=True)
-
-
-def _new_passphrase(file: Path | None) -> str:
-    from fedkl.lockfile import read_passphrase
-
-    if file is not None:
-        return read_passphrase(file)
-    given = os.environ.get(_NEW_PASSPHRASE_VARIABLE)
-    if given is not None:
-        return given
-    answer: str = typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True)
-    return answer

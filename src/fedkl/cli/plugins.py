@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import sys
 from pathlib import Path
 
+from fedkl import scripts
 from fedkl.errors import ConfigError, printable
 
 
@@ -23,19 +21,12 @@ def load(path: Path) -> None:
 
     if not path.is_file():
         raise ConfigError(f"--plugin {path}: no such file.")
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:  # a file may import its neighbors, as the target of an audit may
-        sys.path.insert(0, folder)
     before = {*ATTACKS, *DEFENSES, *registered_norms(), *DATASETS}
-    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    name = f"fedkl_plugin_{path.stem}_{place}"  # two files may have one name
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    spec = scripts.spec_of(path, role="plugin")
+    if spec is None:
         raise ConfigError(f"--plugin {path}: expected a Python file, *.py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        scripts.run(spec)
     except Exception as error:
         raise ConfigError(
             printable(f"--plugin {path}: the file fails with {type(error).__name__}: {error}")
