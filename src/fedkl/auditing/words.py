@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from fedkl.aggregation import MaskedAggregation
 from fedkl.auditing.results import Audit, Exposure, Finding, Masking, Outcome, Question
 
 Tone = Literal["good", "bad", "open"]
@@ -117,8 +118,8 @@ def title(audit: Audit) -> str:
 
 def _protections(audit: Audit) -> list[str]:
     defense, masking = audit.settings.defense, audit.settings.masking
-    masks = {"none": "none", "both": "blind and pairwise masks"}.get(masking, f"{masking} masks")
-    return [each for each in (defense, masks) if each != "none"]
+    masks = [] if masking == "none" else [MaskedAggregation(mode=masking).describe()]
+    return [*([] if defense == "none" else [defense]), *masks]
 
 
 def interval(finding: Finding) -> str:
