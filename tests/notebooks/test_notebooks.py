@@ -29,7 +29,7 @@ def fresh(tmp_path_factory):
 
     def one(path):
         if path not in done:
-            done[path] = executed(read(path), folder=tmp_path_factory.mktemp(path.stem))
+            done[path] = executed(read(path), folder=tmp_path_factory.mktemp(path.stem), seed=0)
         return done[path]
 
     return one
