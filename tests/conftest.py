@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import random
 from types import SimpleNamespace
 
 import jaxtyping
 import pytest
 import torch
+
+from tests import seeding
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
@@ -41,6 +42,25 @@ def pytest_collection_modifyitems(items):
         return next((n for n, name in enumerate(_LONGEST) if item.nodeid.startswith(name)), len(_LONGEST))
 
     items.sort(key=place)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _secrets_from_a_seed():
+    """Keys and lock layers are the same in every run: chance must not decide whether a test passes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedkl.keys.os", SimpleNamespace(urandom=seeding.SECRETS.randbytes))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _seeded_module(_secrets_from_a_seed):
+    """What a module's fixtures draw does not depend on which module came before it."""
+    seeding.seed()
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    seeding.seed()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,20 +120,3 @@ def short_refits(monkeypatch):
 
     fill_ins = functools.partial(training.server_fill_ins, refit_steps=2)
     monkeypatch.setattr(training, "server_fill_ins", fill_ins)
-
-
-_SECRETS = random.Random()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _secrets_from_a_seed():
-    """Keys and lock layers are the same in every run: chance must not decide whether a test passes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedkl.keys.os", SimpleNamespace(urandom=_SECRETS.randbytes))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    _SECRETS.seed(1)

@@ -133,7 +133,7 @@ def test_verdicts_follow_the_one_rule(tmp_path):
         assert each.control == control
         shares = {"floor": each.floor.model_dump(), "control": control and control.model_dump()}
         if question == "presence":
-            ends = [each.figures.get(name, 0.0) for name in ("auc_low", "auc_high", "control_auc_low")]
+            ends = [each.figures.get(name, 0.0) for name in ("auc_surely", "auc_high", "control_auc_low")]
             areas = Areas(*ends) if control is not None else None
             verdict = judge_presence(each.found.model_dump(), areas=areas, **shares)
         else:

@@ -10,8 +10,8 @@ from torch import nn
 from fedkl import data
 from fedkl.defenses import KeyLock
 from fedkl.enrollment import Fitting
-from fedkl.keys import Key
 from tests.federated.setting import federation, trained
+from tests.seeding import seeded
 
 DEFENSE = KeyLock(key_length=16)
 FITTING = Fitting(epochs=6, patience=3)
@@ -48,7 +48,10 @@ def _federation(defense):
         test_labels=full.test_labels[:300],
     )
     local = {"batch_size": 16, "lr": 0.05, "epochs": 3}
-    return trained(federation(dataset, defense, model=net(), clients=2, rounds=3, local=local, eval_every=3))
+    with seeded("federation"):
+        return trained(
+            federation(dataset, defense, model=net(), clients=2, rounds=3, local=local, eval_every=3)
+        )
 
 
 def public(defense=DEFENSE):
@@ -60,6 +63,5 @@ def member_lock(defense=DEFENSE):
     """The lock of a client that took part, with the public tensors in it."""
     run = _federation(defense)
     lock = defense.prepare(net())
-    Key.generate(length=7)  # tests draw from one seed: what comes next must not be this client's key again
     run.clients[0].enter(lock, run.server.state)
     return lock

@@ -20,12 +20,12 @@ class Areas(NamedTuple):
     """Areas under the curve of recognizing, in [0, 1]; 0.5 is chance.
 
     Attributes:
-        low: Lower end of the 95 % interval.
-        high: Upper end.
-        control_low: Lower end of the control's interval.
+        surely: Lower end of the 99.9 % interval; 95 % would be crossed by chance in one of forty lines.
+        high: Upper end of the 95 % interval.
+        control_low: Lower end of the control's 95 % interval.
     """
 
-    low: float
+    surely: float
     high: float
     control_low: float
 
@@ -139,7 +139,7 @@ def judge_presence(
         return Verdict("says nothing", f"the attack finds only {wording.count(control)} of its control")
     if found["n"] < SAFE_FROM:
         return Verdict("says nothing", f"too few images, {found['n']} of {SAFE_FROM}")
-    if areas.low > 0.5:
+    if areas.surely > 0.5:
         return Verdict(
             "says nothing", "more is recognized than by chance, but not surely at few false alarms"
         )

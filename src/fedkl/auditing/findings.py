@@ -89,7 +89,7 @@ def of_presence(
         share.model_dump(),
         floor=floor.model_dump(),
         control=None if control is None else control.model_dump(),
-        areas=None if least is None else Areas(found.auc_low, found.auc_high, least),
+        areas=None if least is None else Areas(found.auc_surely, found.auc_high, least),
     )
     if found.clients == 1:
         reason += "; one client, so the intervals are by image and say nothing of others"
@@ -110,6 +110,7 @@ def of_presence(
             "auc": found.auc,
             "auc_low": found.auc_low,
             "auc_high": found.auc_high,
+            "auc_surely": found.auc_surely,
             "false_alarms": found.false_alarms.rate,
             "clients": float(found.clients),
             **{name: value for name, value in checked.items() if value is not None},

@@ -50,6 +50,7 @@ class Recognized:
             the clients.
         auc_low: Lower end of its interval, by client; 0 to 1 where there is one only.
         auc_high: Upper end.
+        auc_surely: Lower end of its 99.9 % interval.
         swapped_auc: The same with another client's images for the members; 0.5 where the test is sound; None
             where there is no other client.
         clients: Audited updates.
@@ -61,6 +62,7 @@ class Recognized:
     auc: float
     auc_low: float
     auc_high: float
+    auc_surely: float
     swapped_auc: float | None
     clients: int
 
@@ -227,6 +229,7 @@ def _figures(null: Tensor, scores: Tensor, members: Tensor) -> Recognized:
         _area(each[o], each[~m & ~o]) for each, m, o in zip(scores, members, others, strict=True) if o.any()
     ]
     low, high = mean_interval(areas) or (0.0, 1.0)
+    surely, _ = mean_interval(areas, confidence=0.999) or (0.0, 1.0)
     return Recognized(
         share=_reached(scores, members, threshold),
         false_alarms=_reached(scores, ~members, threshold),
@@ -234,6 +237,7 @@ def _figures(null: Tensor, scores: Tensor, members: Tensor) -> Recognized:
         auc=sum(areas) / len(areas),
         auc_low=max(0.0, low),
         auc_high=min(1.0, high),
+        auc_surely=max(0.0, surely),
         swapped_auc=sum(swapped) / len(swapped) if swapped else None,
         clients=len(scores),
     )
