@@ -7,6 +7,7 @@ import gc
 import os
 from types import SimpleNamespace
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
@@ -16,6 +17,8 @@ from tests import seeding
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 jaxtyping.install_import_hook("fedkl", "beartype.beartype")
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("suite")
 
 
 _LONGEST = (

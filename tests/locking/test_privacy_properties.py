@@ -56,7 +56,7 @@ def locked(model, options):
 
 
 @pytest.mark.filterwarnings("ignore:.* parametric layers run before the first lock")
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(models(), OPTIONS)
 def test_no_public_path_leaks(model, options):
     lock, loss = locked(model, options)
@@ -64,7 +64,7 @@ def test_no_public_path_leaks(model, options):
 
 
 @pytest.mark.filterwarnings("ignore:.* parametric layers run before the first lock")
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(models(), OPTIONS)
 def test_a_released_model_leaks_everything(model, options):
     lock, loss = locked(model, options)

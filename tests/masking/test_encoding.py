@@ -62,7 +62,7 @@ def opened(layout: Layout, messages: list[Bytes]) -> Mean:
 
 @pytest.mark.parametrize("bits", [64, 32])
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 def test_a_word_is_the_nearest_whole_number(bits, data):
     limit = LIMITS[bits]
     numbers = data.draw(st.lists(st.floats(-limit, limit, width=32), min_size=1, max_size=30))
@@ -77,7 +77,7 @@ def test_a_word_is_the_nearest_whole_number(bits, data):
 
 @pytest.mark.parametrize("bits", [64, 32])
 @given(data=st.data())
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 def test_a_sum_is_the_weighted_mean_as_near_as_was_said(bits, data):
     limit, words = LIMITS[bits], WORDS[bits]
     count = data.draw(st.integers(1, 5))

@@ -95,7 +95,7 @@ FIELD = st.recursive(
 
 
 @given(st.tuples(FIELD, FIELD), st.tuples(FIELD, FIELD) | st.tuples(FIELD) | st.tuples(FIELD, FIELD, FIELD))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 def test_canonical_bytes_are_the_same_only_for_the_same_fields(one, other):
     assert (canonical("x", *one) == canonical("x", *other)) == (one == other)
     assert canonical("x", *one) != canonical("y", *one)
@@ -165,7 +165,7 @@ def test_any_shares_up_to_the_threshold_give_the_secret_and_fewer_do_not(count, 
 
 
 @given(secret=st.integers(0, 2**256 - 190), points=st.sets(st.integers(1, 1000), min_size=3, max_size=6))
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 def test_shares_of_any_number_come_together(secret, points):
     shares = sharing.split(secret.to_bytes(32, "big"), points=sorted(points), threshold=3)
     assert sharing.join(shares) == secret.to_bytes(32, "big")

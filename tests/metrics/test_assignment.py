@@ -17,7 +17,7 @@ from fedkl.metrics.assignment import pairwise_cost
 WRONG_SHAPE = (AttackError, TypeCheckError)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(order=st.permutations(range(6)))
 def test_assignment_recovers_any_permutation(order, photographs):
     shuffled = photographs[list(order)] * 0.9 + 0.02
@@ -83,7 +83,7 @@ def test_rank_agrees_with_sorting_numpy_correlations(photographs, generator):
     assert max(ranks) > 1  # the noise is strong enough for the test to see more than rank 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(index=st.integers(0, 5), scale=st.floats(1e-6, 1e6), offset=st.floats(-1e3, 1e3))
 def test_identification_ignores_scale_and_offset(index, scale, offset, photographs):
     found = scale * (photographs[index] + offset)

@@ -194,7 +194,7 @@ def test_rules_survive_diverged_magnitudes(photographs):
     torch.testing.assert_close(metrics.correlation(huge, photographs), torch.ones(6, dtype=torch.float64))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 2**31 - 1),
     scale=st.floats(1e-3, 1e3),
