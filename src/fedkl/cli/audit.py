@@ -111,6 +111,8 @@ def audit(
 
 def _show_plan(entries: Sequence[Planned]) -> None:
     """What will be run, and what not, before the work."""
+    from fedkl.auditing.plan import shortfalls
+
     console.print("Plan, the first first, as far as the time goes:", highlight=False)
     for entry in entries:
         if entry.obstacle is None:
@@ -121,6 +123,8 @@ def _show_plan(entries: Sequence[Planned]) -> None:
     if refused:
         line = f"  {len(refused)} pairs do not apply ({names}); the report says why of each."
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in shortfalls(entries):
+        console.print(f"  {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(audit: Audit, result: GateResult, *, page: Path, files: dict[str, Path | None]) -> None:
