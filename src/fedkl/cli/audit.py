@@ -10,7 +10,7 @@ import typer
 
 from fedkl.cli import recordings
 from fedkl.cli.commands import Continued
-from fedkl.cli.options import FirstSeedOption
+from fedkl.cli.options import DEFENSES, FirstSeedOption, one_of
 from fedkl.cli.terminal import console, numbers, progress_bar
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ def audit(
     out: Annotated[Path, typer.Option("--out", help="Folder of the audit; what was finished is kept.")],
     defense: Annotated[
         str,
-        typer.Option(help="One of `fedkl attack --list`, with options if you like: pruning:keep=0.1."),
+        typer.Option(
+            help="One of `fedkl attack --list`, with options if you like: pruning:keep=0.1.",
+            autocompletion=one_of(DEFENSES),
+        ),
     ] = "none",
     masking: Annotated[
         Literal["none", "blind", "pairwise", "both"],
