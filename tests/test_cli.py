@@ -405,6 +405,21 @@ def test_the_progress_bar_shows_its_note_whole(capsys, monkeypatch, title, note)
         assert part in shown
 
 
+@pytest.mark.parametrize(("done", "left"), [(None, False), (0, False), (3, True)])
+def test_an_error_before_the_first_step_leaves_no_empty_bar(capsys, monkeypatch, done, left):
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def work():
+        with progress_bar("audit") as step:
+            if done is not None:
+                step(done, 10, "planning")
+            raise ValueError
+
+    with pytest.raises(ValueError, match=r"^$"):
+        work()
+    assert ("audit" in capsys.readouterr().err) == left
+
+
 def test_help_names_every_command(fedkl):
     code, text = fedkl("--help")
     assert code == 0

@@ -10,7 +10,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fedkl import auditing, cli
-from tests.auditing import recordings
+from fedkl.auditing import plan
+from fedkl.auditing.recognition import Pools
+from fedkl.defenses import NoDefense
+from fedkl.errors import ConfigError
+from tests.auditing import recordings, subjects
 from tests.auditing.audits import audit, finding, not_run, write
 from tests.auditing.test_target import GOOD
 
@@ -86,21 +90,47 @@ def test_the_defaults(fedkl, audited):
 
 
 @pytest.mark.parametrize(
-    ("limits", "code"),
-    [("presence_tpr=0.05", 1), ("presence_tpr=0.9", 0), ("presence_tpr=0.7", 3), ("labels=0.5", 3)],
+    ("limits", "code", "said"),
+    [
+        ("presence_tpr=0.05", 1, "Limit crossed: presence_tpr, span on real"),
+        ("presence_tpr=0.9", 0, "Limit kept: presence_tpr, span on real"),
+        ("presence_tpr=0.7", 3, "Limit undecided: presence_tpr, span on real"),
+        (
+            "labels=0.5",
+            3,
+            "Limit without evidence: labels: nothing was measured on what clients really send.",
+        ),
+    ],
 )
-def test_exit_codes_and_the_files_that_are_written_all_the_same(fedkl, audited, tmp_path, limits, code):
+def test_exit_codes_and_the_files_that_are_written_all_the_same(fedkl, audited, tmp_path, limits, code, said):
     audited(finding())
     files = ("--junit", "j/a.xml", "--sarif", "a.sarif", "--summary", "a.md")
     ended, out, err = fedkl("audit", "mine.py:subject", "--out", "a", "--fail-above", limits, *files)
     assert ended == code, err
     assert out.splitlines()[-1] == "Written: a/report.html, j/a.xml, a.sarif, a.md"
-    assert ("Limit: " in out) == (code != 0)
+    assert [line.partition(": 0.")[0] for line in out.splitlines() if line.startswith("Limit")] == [said]
     suite = ElementTree.fromstring((tmp_path / "j" / "a.xml").read_bytes())[0]
     assert (suite.attrib["failures"], suite.attrib["errors"]) == (str(int(code == 1)), str(int(code == 3)))
     run = json.loads((tmp_path / "a.sarif").read_text())["runs"][0]
     assert [each["level"] for each in run["results"]] == ["error" if code == 1 else "warning"]
     assert (tmp_path / "a.md").read_text().startswith("## What does hospital leak without a defense?")
+
+
+def test_a_plan_without_a_result_for_real_clients_says_so_before_the_work(fedkl, monkeypatch):
+    few = subjects.subject(count=100, images_per_client=50)
+
+    def planned_only(subject, *, planned, **options):
+        exposures = plan.exposures_of(few, defense=NoDefense(), masking="none", batch_sizes=(1,), seed=0)
+        planned(plan.plan(exposures, pools=Pools.of(few.images, few.labels, seed=0)))
+        raise ConfigError("the work")
+
+    monkeypatch.setattr(auditing, "audit", planned_only, raising=False)
+    _, out, _ = fedkl("audit", "mine.py:subject", "--out", "a")
+    said = out.splitlines()[-1]
+    assert said.startswith(
+        "  There will be no result for what your clients really send, 13 local steps on 50"
+    )
+    assert said.endswith("Give more images, or set images_per_client to at most 20.")
 
 
 def test_an_interrupted_audit_is_no_pass(fedkl, audited):

@@ -42,6 +42,17 @@ def run(*command, **environment):
         ("fedkl reproduce tab", ["table1", "table6", "table4", "table5"]),
         ("fedkl audit --base", ["--baseline"]),
         ("fedkl train --lr 1 --mask", ["--masking"]),  # a flag that is gone is no error yet
+        ("fedkl train --masking ", ["none", "blind", "pairwise", "both"]),
+        ("fedkl audit a.py:s --masking b", ["blind", "both"]),
+        ("fedkl train --defense pr", ["private-norm", "private-layers", "pruning", "precode"]),
+        ("fedkl attack --defense pu", ["public-norm"]),
+        ("fedkl audit a.py:s --defense k", ["keylock"]),
+        ("fedkl attack --attack g", ["gauss-newton", "ggl", "grnn"]),
+        ("fedkl train --data mni", ["mnist", "mnist-sample"]),
+        ("fedkl attack --data i", ["imagefolder"]),
+        ("fedkl train --data ./", []),  # bash goes on with files: a folder is as good
+        ("fedkl generator train --data fa", ["fashion-mnist"]),
+        ("fedkl data fetch cifar", ["cifar10", "cifar100"]),
     ],
 )
 def test_bash_is_answered_without_anything_heavy(typed, offered):

@@ -14,13 +14,14 @@ import pytest
 import typer
 
 import fedkl
-from fedkl import cli, reproduce
+from fedkl import cli, data, reproduce
 from fedkl import config as configs
 from fedkl.attacks import ATTACKS
+from fedkl.auditing.results import Masking
 from fedkl.cli import attack, options, train
 from fedkl.cli import reproduce as tables
 from fedkl.config import AttackConfig
-from fedkl.defenses import KeyLock, arms_of
+from fedkl.defenses import DEFENSES, KeyLock, arms_of
 
 HEAVY = ("torch", "pydantic", "scipy", "matplotlib", "jinja2", "cryptography")
 STARTED = f"""
@@ -101,6 +102,12 @@ def test_choices_are_those_of_the_library():
     assert typing.get_args(options.Budget) == typing.get_args(reproduce.Budget)
     assert typing.get_args(options.Pairs) == typing.get_args(reproduce.Pairs)
     assert tables._TABLE1_ARMS == ",".join(reproduce.Table1.arms)
+    own = [each for each in ATTACKS if each.__module__.startswith("fedkl.")]  # tests register theirs
+    assert options.ATTACKS == tuple(each.type for each in own)
+    own = [each for each in DEFENSES if each.__module__.startswith("fedkl.")]
+    assert options.DEFENSES == tuple(each.type for each in own)
+    assert options.DATASETS == tuple(data.DATASETS)
+    assert options.MASKINGS == typing.get_args(Masking)
 
 
 def test_the_lists_name_all_that_can_be_named(monkeypatch, capsys):

@@ -176,5 +176,37 @@ def test_the_terminal_gets_fifteen_lines_at_most_the_worst_first():
     assert lines[0] == "Of your client's images, the server rebuilds 67 % [49–81 %] as pictures."
     assert "ig" in lines[1]
     assert "  and 16 more findings" in lines
-    assert sum(line.startswith("Limit: ") for line in lines) == 4
+    assert [line.partition(": 0.")[0] for line in lines if line.startswith("Limit")] == [
+        "Limit crossed: labels, a0 on real",  # one of twenty
+        "Limit crossed: recovered, ig on real",
+    ]
     assert "Nothing found is not safe" in lines[-1]
+
+
+def test_the_terminal_gets_a_line_for_each_limit_kept_or_not():
+    made = audit(
+        finding("identified", 0, 300),
+        finding("identified", 1, 300, attacker="ig"),
+        finding("rebuilt", 30, 300),
+        finding("rebuilt", 60, 300, attacker="ig"),
+        finding("presence", 30, 300),
+    )
+    gate = Gate.parse("identified=0.1,recovered=0.15,presence_tpr=0.1,labels=0.5")
+    lines = [each for each in exports.text(made, judge(made, gate)) if each.startswith(("Limit", "Not"))]
+    assert [line.partition(" [")[0] for line in lines[:3]] == [
+        "Limit kept: identified, ig on real: 0.003",
+        "Limit crossed: recovered, ig on real: 0.200",
+        "Limit undecided: presence_tpr, span on real: 0.100",
+    ]
+    assert lines[0].endswith("is not above the limit 0.1.")
+    assert lines[3] == "Limit without evidence: labels: nothing was measured on what clients really send."
+    assert len(lines) == 5  # the caution, which begins with "Nothing"
+
+
+def test_what_did_not_pass_and_is_no_limit_is_said_beside_the_limits():
+    now = audit(finding("identified", 0, 300), finding(), finished=False)
+    result = judge(now, Gate.parse("identified=0.1"), baseline=audit(finding("identified", 0, 300)))
+    lines = [each for each in exports.text(now, result) if each.startswith(("Limit", "Not passed"))]
+    assert [line.partition(": ")[0] for line in lines] == ["Limit kept", "Not passed", "Not passed"]
+    assert lines[1] == "Not passed: The audit was interrupted: not everything was tried."
+    assert lines[2].endswith("the baseline has no such figure to compare.")

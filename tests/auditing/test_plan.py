@@ -165,6 +165,30 @@ def test_too_few_images_for_a_batch_are_an_obstacle():
     assert "matching" in runs(entries, "gradient-of-16")
 
 
+def test_a_plan_says_what_too_few_images_cost_real_clients_and_the_remedy():
+    pictures, none = (
+        planned(subject(count=100, images_per_client=size), batch_sizes=(30,)) for size in (21, 50)
+    )
+    needs = (
+        "Presence: expected at least {} images, five times the {} of an update, got 100. The server and the "
+    )
+    needs += "audited clients get two fifths each. Give more images, or set images_per_client to at most 20."
+    title = "for what your clients really send, {} local steps on {} images. "
+    assert plan.shortfalls(pictures) == [
+        f"Presence will not be tested {title.format(6, 21)}{needs.format(105, 21)}"
+    ]
+    assert plan.shortfalls(none) == [f"There will be no result {title.format(13, 50)}{needs.format(250, 50)}"]
+    assert not plan.shortfalls(planned(subject(count=100, images_per_client=20), batch_sizes=(30,)))
+    assert "set batch_sizes to at most 20." in reason(none, "presence", "gradient-of-30")
+
+
+def test_the_remedy_for_sums_counts_their_clients():
+    entries = planned(subject(count=100, images_per_client=8), masking="pairwise", batch_sizes=())
+    (said,) = plan.shortfalls(entries)
+    assert "the sum of 3 clients" in said
+    assert said.endswith("set images_per_client to at most 6.")
+
+
 class Slow(Clients):
     """The first update takes long, as the first one of a process does."""
 

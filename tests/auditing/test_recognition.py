@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -224,10 +225,23 @@ def test_pools_share_no_image():
 def test_too_few_images_are_refused_with_numbers():
     clients = clients_like(count=100, size=21)
     with pytest.raises(
-        DataError, match=r"at least 105 images.*five times the 21 of an update, got 100\. The .*Give more"
+        DataError,
+        match=r"at least 105 images.*five times the 21 of an update, got 100\. The .*Give more "
+        r"images, or set images_per_client to at most 20\.",
     ):
         recognize(clients, pools=pools_of(clients.subject))
     check_enough(20, pools_of(clients.subject))
+
+
+@pytest.mark.parametrize("count", range(40, 60))
+def test_as_many_to_a_client_as_the_refusal_names_are_enough_and_one_more_is_not(count):
+    pools = Pools.of(torch.zeros(count, 1, 1, 1), torch.zeros(count, dtype=torch.int64), seed=0)
+    with pytest.raises(DataError) as refused:
+        check_enough(3 * 30, pools, clients=3)
+    named = int(re.search(r"images_per_client to at most (\d+)\.", str(refused.value))[1])
+    check_enough(3 * named, pools, clients=3)
+    with pytest.raises(DataError, match=r"Give more images\.$"):
+        check_enough(3 * (named + 1), pools, lower=None)
 
 
 @pytest.mark.parametrize(("size", "count"), [(1, 100), (2, 100), (3, 80), (7, 35), (240, 6), (1000, 6)])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fedkl import report
 from fedkl.attacks import DLG, ClosedForm, LearnedInversion
@@ -70,6 +72,15 @@ def test_the_report_opens_with_it(folder):
     assert html.index("What the server can show") < html.index("no proof of safety") < html.index("<h2>")
     assert built.pictures == folder / "figures" / "side-by-side.png"
     assert built.pictures.read_bytes().startswith(b"\x89PNG")
+    light, dark = (
+        np.asarray(Image.open(folder / "figures" / f"side-by-side{kind}.png").convert("RGB")).astype(int)
+        for kind in ("", "-dark")
+    )
+    assert light.shape == dark.shape
+    assert (tuple(light[0, 0]), tuple(dark[0, 0])) == ((255, 255, 255), (13, 17, 23))
+    ink = light[:60].max(-1) < 40  # of the titles
+    assert ink.any()
+    assert dark[:60][ink].min() > 150
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert re.search(r"^# .*\n\n\* \*\*No protection:\*\* 2 of 2 images identified\.\n", text)
     assert re.search(r"\n\n!\[2 images; columns: original; .*\]\(figures/side-by-side.png\)\n\n", text)

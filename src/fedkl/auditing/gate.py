@@ -98,12 +98,14 @@ class Check:
         state: What came of it.
         text: In one sentence, with the numbers.
         quantity: What was limited; None: the audit as a whole.
+        limit: Of that; None: it was compared with an earlier audit.
         finding: Whose figure it is; None where there is none.
     """
 
     state: State
     text: str
     quantity: str | None = None
+    limit: float | None = None
     finding: Finding | None = None
 
 
@@ -125,9 +127,28 @@ class GateResult:
         states: tuple[State, ...] = ("crossed", "undecided", "missing")
         return [check.text for state in states for check in self.checks if check.state == state]
 
+    @property
+    def limits(self) -> list[Check]:
+        """What came of each limit: the check that decides it; of several, that of the highest figure."""
+        held = [check for check in self.checks if check.limit is not None]
+        order: tuple[State, ...] = ("crossed", "undecided", "missing", "passed")
+        return [
+            min(
+                (check for check in held if check.quantity == quantity),
+                key=lambda check: (order.index(check.state), -_height(check)),
+            )
+            for quantity in dict.fromkeys(check.quantity for check in held)
+        ]
+
     def crossed(self, finding: Finding) -> list[str]:
         """The limits that a finding crosses, in words."""
         return [each.text for each in self.checks if each.state == "crossed" and each.finding is finding]
+
+
+def _height(check: Check) -> float:
+    """The figure that was held against the limit."""
+    found = figure(check.finding, check.quantity) if check.finding and check.quantity else None
+    return 0.0 if found is None else found.value
 
 
 def judge(audit: Audit, gate: Gate, *, baseline: Audit | None = None) -> GateResult:
@@ -198,6 +219,7 @@ def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
             state="missing",
             text=f"{quantity}: nothing was measured on what clients really send{_because(audit)}.",
             quantity=quantity,
+            limit=limit,
         )
     for finding, interval in found:
         place = f"{quantity}, {finding.attacker} on {finding.exposure}: {interval}"
@@ -212,7 +234,7 @@ def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
             text = (
                 f"{place} may be on either side of the limit {limit:g}; {_needed(finding, interval, limit)}."
             )
-        yield Check(state=state, text=text, quantity=quantity, finding=finding)
+        yield Check(state=state, text=text, quantity=quantity, limit=limit, finding=finding)
 
 
 def _needed(finding: Finding, interval: Interval, limit: float) -> str:

@@ -210,6 +210,24 @@ def plan(
     )
 
 
+def shortfalls(entries: Sequence[Planned]) -> list[str]:
+    """What a plan cannot say of real clients for want of images, one sentence an exposure, with the remedy.
+
+    Args:
+        entries: See `plan`.
+    """
+    found = []
+    for entry in entries:
+        if entry.attacker is None and entry.exposure.headline and entry.obstacle is not None:
+            same = [each for each in entries if each.exposure.name == entry.exposure.name]
+            idle = all(each.obstacle is not None for each in same)
+            what = "There will be no result" if idle else "Presence will not be tested"
+            found.append(
+                f"{what} for what your clients really send, {entry.exposure.title}. {entry.obstacle.reason}"
+            )
+    return found
+
+
 def _turn(entry: Planned) -> int:
     """Presence of real clients and its control first, that of other upper bounds after all pictures."""
     if entry.attacker is not None:
@@ -231,8 +249,14 @@ def _seconds_of_update(clients: Clients, pools: Pools) -> float:
 def _presence(clients: Clients, pools: Pools, seconds: float) -> Planned:
     exposure = clients.exposure
     count = clients_of(exposure.images * exposure.clients)
+    lower = "images_per_client" if exposure.headline else "batch_sizes"
     try:
-        check_enough(exposure.images * exposure.clients, pools)
+        check_enough(
+            exposure.images * exposure.clients,
+            pools,
+            lower=lower if clients.sent is None else None,
+            clients=exposure.clients,
+        )
     except DataError as error:
         obstacle = NotRun.of(PRESENCE, exposure, kind="does not apply", reason=str(error))
         return Planned(attacker=None, clients=clients, seconds=0.0, obstacle=obstacle)

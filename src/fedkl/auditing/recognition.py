@@ -189,14 +189,24 @@ def clients_of(size: int) -> int:
     return min(_MOST, max(_FEWEST, math.ceil(MEMBERS / size)))
 
 
-def check_enough(size: int, pools: Pools) -> None:
-    """Raises DataError where there are fewer than two images for each that clients train on."""
-    if min(len(pools.own.images), len(pools.audited.images)) < 2 * size:
+def check_enough(
+    size: int, pools: Pools, *, lower: str | None = "images_per_client", clients: int = 1
+) -> None:
+    """Raises DataError where there are fewer than two images for each that clients train on.
+
+    Args:
+        size: Images in an update.
+        pools: Whose images are whose.
+        lower: The option that says how many are in one; None: none does.
+        clients: How many times so many are in one.
+    """
+    enough_for = min(len(pools.own.images), len(pools.audited.images)) // 2
+    if enough_for < size:
         got = sum(len(pool.images) for pool in pools)
+        instead = "" if lower is None else f", or set {lower} to at most {enough_for // clients}"
         raise DataError(
             f"Presence: expected at least {5 * size} images, five times the {size} of an update, got {got}. "
-            "The server and the audited clients get two fifths each. Give more images, or lower "
-            "images_per_client."
+            f"The server and the audited clients get two fifths each. Give more images{instead}."
         )
 
 

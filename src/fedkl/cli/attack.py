@@ -10,6 +10,8 @@ import typer
 from fedkl.cli.commands import Continued
 from fedkl.cli.listing import print_attacks
 from fedkl.cli.options import (
+    ATTACKS,
+    DEFENSES,
     ConfigOption,
     DataOption,
     LayersOption,
@@ -18,6 +20,7 @@ from fedkl.cli.options import (
     OutOption,
     SeedOption,
     SetOption,
+    one_of,
 )
 from fedkl.cli.terminal import finish, names, progress_bar
 from fedkl.errors import AttackError
@@ -74,12 +77,18 @@ def _list(wanted: bool) -> bool:
 def attack(
     out: OutOption,
     config: ConfigOption = None,
-    kind: Annotated[str | None, typer.Option("--attack", help="One of --list.", show_default="dlg")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--attack", help="One of --list.", show_default="dlg", autocompletion=one_of(ATTACKS)),
+    ] = None,
     arms: Annotated[
         str | None,
         typer.Option(help="Comma-separated, of --list.", show_default="the defense and its controls"),
     ] = None,
-    defense: Annotated[str | None, typer.Option(help="One of --list.", show_default="keylock")] = None,
+    defense: Annotated[
+        str | None,
+        typer.Option(help="One of --list.", show_default="keylock", autocompletion=one_of(DEFENSES)),
+    ] = None,
     lock: LockOption = None,
     layers: LayersOption = None,
     data: DataOption = None,

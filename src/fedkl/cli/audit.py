@@ -10,7 +10,7 @@ import typer
 
 from fedkl.cli import recordings
 from fedkl.cli.commands import Continued
-from fedkl.cli.options import FirstSeedOption
+from fedkl.cli.options import DEFENSES, FirstSeedOption, one_of
 from fedkl.cli.terminal import console, numbers, progress_bar
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ def audit(
     out: Annotated[Path, typer.Option("--out", help="Folder of the audit; what was finished is kept.")],
     defense: Annotated[
         str,
-        typer.Option(help="One of `fedkl attack --list`, with options if you like: pruning:keep=0.1."),
+        typer.Option(
+            help="One of `fedkl attack --list`, with options if you like: pruning:keep=0.1.",
+            autocompletion=one_of(DEFENSES),
+        ),
     ] = "none",
     masking: Annotated[
         Literal["none", "blind", "pairwise", "both"],
@@ -111,6 +114,8 @@ def audit(
 
 def _show_plan(entries: Sequence[Planned]) -> None:
     """What will be run, and what not, before the work."""
+    from fedkl.auditing.plan import shortfalls
+
     console.print("Plan, the first first, as far as the time goes:", highlight=False)
     for entry in entries:
         if entry.obstacle is None:
@@ -121,6 +126,8 @@ def _show_plan(entries: Sequence[Planned]) -> None:
     if refused:
         line = f"  {len(refused)} pairs do not apply ({names}); the report says why of each."
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in shortfalls(entries):
+        console.print(f"  {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(audit: Audit, result: GateResult, *, page: Path, files: dict[str, Path | None]) -> None:

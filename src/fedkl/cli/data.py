@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fedkl.cli.commands import Command
+from fedkl.cli.options import DATASETS, one_of
 from fedkl.cli.terminal import console, progress_bar
 
 app = typer.Typer(help="Datasets: list and fetch.", no_args_is_help=True)
@@ -24,7 +25,7 @@ def data_list() -> None:
 
 @app.command("fetch", cls=Command)
 def data_fetch(
-    name: Annotated[str, typer.Argument(help="Dataset name.")],
+    name: Annotated[str, typer.Argument(help="Dataset name.", autocompletion=one_of(DATASETS))],
     root: Annotated[
         Path | None,
         typer.Option(help="Folder of the datasets.", show_default="$FEDKL_DATA, or ~/.cache/fedkl/data"),

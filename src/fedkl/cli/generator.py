@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedkl.cli.commands import Command
-from fedkl.cli.options import RootOption
+from fedkl.cli.options import DATASETS, RootOption, one_of
 from fedkl.cli.terminal import console, progress_bar
 
 app = typer.Typer(help="The generators that the attack ggl searches.", no_args_is_help=True)
@@ -16,7 +16,10 @@ app = typer.Typer(help="The generators that the attack ggl searches.", no_args_i
 
 @app.command("train", cls=Command)
 def generator_train(
-    data_name: Annotated[str, typer.Option("--data", help="Dataset name; see `fedkl data list`.")],
+    data_name: Annotated[
+        str,
+        typer.Option("--data", help="Dataset name; see `fedkl data list`.", autocompletion=one_of(DATASETS)),
+    ],
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
     seed: Annotated[

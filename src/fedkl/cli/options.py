@@ -1,11 +1,12 @@
 """Options that several commands have.
 
-A default that the library has is written here as text, because to import the library takes seconds;
+A default or a name that the library has is written here as text, because to import the library takes seconds;
 tests/test_cli_help.py compares each with the library's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,57 @@ Budget = Literal["quick", "paper"]
 
 Pairs = Literal["matched", "published"]
 """As `fedkl.reproduce.Pairs`."""
+
+ATTACKS = (
+    "closed-form",
+    "feature-inversion",
+    "disaggregation",
+    "linear-rows",
+    "mean-map",
+    "positions",
+    "wiener",
+    "learned",
+    "prior-only",
+    "dlg",
+    "gauss-newton",
+    "ggl",
+    "grnn",
+    "idlg",
+    "ig",
+    "adaptive-matching",
+)
+DEFENSES = (
+    "none",
+    "keylock",
+    "public-norm",
+    "private-norm",
+    "masked",
+    "private-layers",
+    "clipping",
+    "client-dp",
+    "gaussian-noise",
+    "laplace-noise",
+    "pruning",
+    "combined",
+    "dp-sgd",
+    "local-dp-mod",
+    "percentile",
+    "precode",
+    "soteria",
+    "sparse-vector",
+)
+DATASETS = ("cifar10", "cifar100", "fashion-mnist", "imagefolder", "mnist", "mnist-sample")
+MASKINGS = ("none", "blind", "pairwise", "both")
+
+
+def one_of(names: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """What a shell is told that completes a value: the names that begin as it was typed."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
+
 
 OutOption = Annotated[Path, typer.Option("--out", help="Run directory; a finished run is not repeated.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; flags override its fields.")]
@@ -28,6 +80,7 @@ DataOption = Annotated[
         "--data",
         help="Dataset name, see `fedkl data list`; or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE.",
         show_default="mnist-sample",
+        autocompletion=one_of(DATASETS),
     ),
 ]
 RootOption = Annotated[

@@ -19,7 +19,7 @@ console = Console(emoji=False)
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """Shows how far an experiment is, on the error stream."""
+    """Shows how far an experiment is, on the error stream; an error before the first step takes it away."""
     from rich import progress
 
     columns = (
@@ -37,7 +37,11 @@ def progress_bar(title: str) -> Iterator[Progress]:
         def step(done: int | float, total: int, note: str, /) -> None:
             bar.update(task, completed=done, total=total, note=note)
 
-        yield step
+        try:
+            yield step
+        except BaseException:
+            bar.live.transient = not bar.tasks[task].completed  # an empty bar says nothing beside an error
+            raise
 
 
 def finish(path: Path) -> None:

@@ -10,6 +10,8 @@ import typer
 
 from fedkl.cli.commands import Continued
 from fedkl.cli.options import (
+    DEFENSES,
+    MASKINGS,
     ConfigOption,
     DataOption,
     LayersOption,
@@ -18,6 +20,7 @@ from fedkl.cli.options import (
     OutOption,
     SeedOption,
     SetOption,
+    one_of,
 )
 from fedkl.cli.terminal import finish, progress_bar
 from fedkl.errors import ConfigError
@@ -73,6 +76,7 @@ def train(
         typer.Option(
             help="none, keylock, dp-sgd, pruning …: see `fedkl attack --list`.",
             show_default="none",
+            autocompletion=one_of(DEFENSES),
         ),
     ] = None,
     lock: LockOption = None,
@@ -90,6 +94,7 @@ def train(
             help="blind: the server reads nothing. pairwise: it reads only the sum. both: it reads nothing, "
             "and members cannot read one another. none: it reads every update.",
             show_default="none",
+            autocompletion=one_of(MASKINGS),
         ),
     ] = None,
     seed: SeedOption = None,

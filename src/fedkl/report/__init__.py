@@ -79,6 +79,7 @@ def _page(collected: Collected) -> Page:
     opening = side_by_side(collected.attacks)
     if opening:
         images[figures.SIDE_BY_SIDE] = figures.picture_grid(opening.grid)
+        images[figures.SIDE_BY_SIDE_DARK] = figures.picture_grid(opening.grid, dark=True)
     if collected.trains:
         images[figures.ACCURACY] = figures.accuracy_curves(collected.trains)
     divisions = _named(partitions.divisions(collected.trains))

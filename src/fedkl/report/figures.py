@@ -25,6 +25,7 @@ from fedkl.report.pictures import Grid, Picture
 
 ACCURACY = "accuracy.png"
 SIDE_BY_SIDE = "side-by-side.png"
+SIDE_BY_SIDE_DARK = "side-by-side-dark.png"
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*")
@@ -32,6 +33,7 @@ _DPI = 200
 _WIDTH = 4.4  # of a page's figures, in inches
 _TITLE, _CAPTION = 11, 10  # type sizes of pictures, in points
 _FEW = 20  # rows that can be read one by one
+_LIGHT, _DARK = ("white", "black"), ("#0d1117", "#e6edf3")  # paper and ink; dark ones are GitHub's
 _LINE = 0.075  # height of a label, as a share of the axes
 
 
@@ -124,12 +126,23 @@ def _write_counts(axes: Axes, counts: Counts) -> None:
         axes.text(label, client, text, color=color, size=6, ha="center", va="center")
 
 
-def picture_grid(grid: Grid) -> bytes:
-    """The grid as one PNG: rows of true images, columns of arms, PSNR below each picture."""
+def picture_grid(grid: Grid, *, dark: bool = False) -> bytes:
+    """The grid as one PNG: rows of true images, columns of arms, PSNR below each picture.
+
+    Args:
+        grid: The pictures.
+        dark: Whether for a dark page; the pictures are the same.
+    """
+    paper, ink = _DARK if dark else _LIGHT
+    with matplotlib.rc_context({"text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink}):
+        return _picture_grid(grid, paper)
+
+
+def _picture_grid(grid: Grid, paper: str) -> bytes:
     columns, rows = len(grid.columns), max(len(grid.rows), 1)
     titles = [_title(name) for name in grid.columns]
     head = 0.12 + 0.18 * max(name.count("\n") + 1 for name in titles)
-    figure = _figure(1.1 * columns, 1.3 * rows + 0.05 + head)
+    figure = _figure(1.1 * columns, 1.3 * rows + 0.05 + head, paper=paper)
     axes: Any = figure.subplots(rows, columns, squeeze=False)
     for row, cells in zip(axes, [row.cells for row in grid.rows], strict=False):
         for place, picture in zip(row, cells, strict=True):
@@ -225,8 +238,8 @@ def _pixels(image: Tensor) -> Any:
     return np.asarray(channels[:3].permute(1, 2, 0).clamp(0, 1).double().numpy())
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+def _figure(width: float, height: float, *, paper: str = "white") -> Figure:
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor=paper)
     FigureCanvasAgg(figure)
     return figure
 

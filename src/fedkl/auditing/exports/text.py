@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from fedkl.auditing import words
-from fedkl.auditing.gate import GateResult
+from fedkl.auditing.gate import GateResult, State
 from fedkl.auditing.results import Audit, Finding
 
-_FINDINGS, _REASONS = 5, 4  # lines
+_FINDINGS, _REASONS = 5, 2  # lines
+
+_LIMITS: dict[State, str] = {
+    "crossed": "Limit crossed",
+    "undecided": "Limit undecided",
+    "missing": "Limit without evidence",
+    "passed": "Limit kept",
+}
 
 
 def text(audit: Audit, result: GateResult) -> list[str]:
-    """The verdict, what clients really leak, what did not pass, and what that does not say; 13 lines at most.
+    """The verdict, what clients really leak, what came of the limits, and what that does not say.
+
+    With every limit there is and an earlier audit 16 lines at most.
 
     Args:
         audit: What was found.
@@ -24,8 +33,11 @@ def text(audit: Audit, result: GateResult) -> list[str]:
         for each in found[:_FINDINGS]
     ]
     lines += _more(len(found) - _FINDINGS, "findings")
-    lines += [f"Limit: {reason}" for reason in result.reasons[:_REASONS]]
-    lines += _more(len(result.reasons) - _REASONS, "reasons")
+    lines += [f"{_LIMITS[check.state]}: {check.text}" for check in result.limits]
+    limited = {check.text for check in result.checks if check.limit is not None}
+    reasons = [reason for reason in result.reasons if reason not in limited]
+    lines += [f"Not passed: {reason}" for reason in reasons[:_REASONS]]
+    lines += _more(len(reasons) - _REASONS, "reasons")
     return [*lines, words.caution(audit)]
 
 
