@@ -19,8 +19,8 @@ from pathlib import Path
 from fedkl.errors import KeyFileError
 from fedkl.files import PRIVATE_FILE, create_once, make_folder, read_file
 from fedkl.formats import check_version
-from fedkl.lockfile import config_folder
 from fedkl.parsing import parse_json_object
+from fedkl.passphrases import config_folder
 
 JOURNAL = "journal.jsonl"
 _VERSION = 1

@@ -41,6 +41,7 @@ from fedkl.federated.optimizer_state import (
 from fedkl.federated.simulation import Federation
 from fedkl.files import read_file, remove_parts, write_atomically
 from fedkl.formats import check_version
+from fedkl.keyfile import key_of
 from fedkl.keys import Key
 from fedkl.parsing import parse_json_object, parse_tensors
 from fedkl.types import NamedTensors
@@ -459,7 +460,7 @@ class _Held:
             raise ConfigError(gathered(subject, problems, _REMEDY))
         secret = _part("secret", tensors)
         return _ClientState(
-            key=lockfile.key_of(self.path, facts, secret) if secret else None,
+            key=key_of(self.path, facts, secret) if secret else None,
             private_state=_part("private", tensors),
             optimizer_state=unflattened(_part("optimizer", tensors)),
             rounds=rounds,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedkl import lockfile
 from fedkl.errors import KeyFileError, LockError, UpdateError
+from fedkl.keyfile import key_of
 from fedkl.locking import surgery
 from fedkl.locking.keylock import Lock
 from fedkl.locking.making import check_model, install
@@ -101,7 +102,7 @@ def read_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
     """All that a lock file holds, read once; see `load_lock` for arguments and errors."""
     check_model(model)
     meta, tensors = lockfile.read(Path(path), kind="lock", passphrase=passphrase)
-    key = lockfile.key_of(Path(path), meta, tensors)
+    key = key_of(Path(path), meta, tensors)
     foreign = KeyFileError(
         f"{path}: this lock belongs to another model: names or shapes of the public tensors differ. "
         f"Load it into a {type(model).__name__} built exactly as when it was saved."
