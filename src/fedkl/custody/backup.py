@@ -29,7 +29,7 @@ from fedkl.formats import check_version
 from fedkl.keyfile import key_of
 from fedkl.locking.options import LockOptions
 from fedkl.masking.contents import SUFFIX, Content
-from fedkl.types import NamedTensors
+from fedkl.types import NamedTensors, under
 
 _VERSION = 1
 _FIELDS = {"version", "client", "made", "ledger", "journal", "lock", "member"}
@@ -174,7 +174,7 @@ def _part(meta: Any, tensors: NamedTensors, prefix: str) -> Part | None:
         return None
     if type(meta) is not dict:
         raise TypeError
-    return meta, {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+    return meta, under(tensors, prefix)
 
 
 def restore(backup: Backup, store: Path, *, client: str, passphrase: str, today: date) -> Path:

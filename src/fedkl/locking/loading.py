@@ -19,7 +19,7 @@ from fedkl.locking.keylock import Lock
 from fedkl.locking.making import check_model, install
 from fedkl.locking.options import LockOptions
 from fedkl.modelfile import read_model
-from fedkl.types import NamedTensors
+from fedkl.types import NamedTensors, under
 from fedkl.update import check_tensors
 
 
@@ -114,7 +114,7 @@ def read_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
         raise KeyFileError(
             f"{path}: unknown options, not such as fedkl writes. Restore it from a backup."
         ) from error
-    private = _part(tensors, "private/")
+    private = under(tensors, "private/")
     if any(math.prod(shape) > sum(t.numel() for t in private.values()) for shape in options.shapes):
         raise foreign  # before tensors of that size are made
     try:
@@ -123,10 +123,10 @@ def read_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
         if loaded._structure() != meta.get("structure"):
             raise foreign
         loaded.load_private_state(private)
-        surgery.start_at(loaded.model, _part(tensors, "start/"))
+        surgery.start_at(loaded.model, under(tensors, "start/"))
     except (LockError, UpdateError) as error:
         raise foreign from error
-    return SavedLock(lock=loaded, memory=_part(tensors, "memory/"), about=about)
+    return SavedLock(lock=loaded, memory=under(tensors, "memory/"), about=about)
 
 
 def _about(values: dict[str, Any]) -> dict[str, str | int]:
@@ -141,8 +141,4 @@ def load_memory(path: str | Path, *, passphrase: str | None) -> dict[str, Tensor
     Raises:
         KeyFileError: The file is missing, damaged, foreign, or does not open with this passphrase.
     """
-    return _part(lockfile.read(Path(path), kind="lock", passphrase=passphrase)[1], "memory/")
-
-
-def _part(tensors: NamedTensors, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return under(lockfile.read(Path(path), kind="lock", passphrase=passphrase)[1], "memory/")
