@@ -22,7 +22,8 @@ from fedkl.federated import Checkpoints, Execution, Federation, RoundResult, ser
 from fedkl.norms import statistics_names
 from fedkl.passphrases import default_passphrase
 from fedkl.privacy import LedgerFile
-from fedkl.runs import Count, FillIn, Needed, RunDirectory, Seconds, Share, Word, damaged_summary
+from fedkl.run_records import Count, FillIn, Needed, Seconds, Share, Word
+from fedkl.runs import RunDirectory, damaged_summary
 from fedkl.study import Progress, begun, silent
 from fedkl.validation import problems_of
 
