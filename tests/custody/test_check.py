@@ -11,7 +11,7 @@ import pytest
 from fedkl import cli as _cli  # noqa: F401 (its modules are patched by name)
 from fedkl import lockfile
 from fedkl.custody.check import check_store
-from fedkl.custody.journal import Entry, Journal
+from fedkl.custody.journal import Journal, JournalEntry
 from tests.custody.setting import PASSPHRASE, Study, client_of, member_file, member_in, opened, seen_together
 from tests.masking.cohorts import TODAY
 from tests.test_cli import fedkl as fedkl
@@ -105,7 +105,9 @@ def damage(folder, member, name):
             memory.keep(memory)
         (folder / "a.memory").unlink()
     elif name == "clock":
-        entry = Entry(when=Journal(folder).read()[0][-1].when + timedelta(days=3), what="opened", machine="")
+        entry = JournalEntry(
+            when=Journal(folder).read()[0][-1].when + timedelta(days=3), what="opened", machine=""
+        )
         with (folder / "journal.jsonl").open("ab") as file:
             file.write(entry.line())
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedkl import lockfile
-from fedkl.custody.journal import JOURNAL, Entry, Journal
+from fedkl.custody.journal import JOURNAL, Journal, JournalEntry
 from fedkl.custody.ledger import Ledger
 from fedkl.custody.member import identity_of, secret_file
 from fedkl.custody.store import LOCK, ClientStore, client_folder, is_client_name
@@ -204,7 +204,7 @@ class _Client:
                     yield "note", f"{path}: none of fedkl's files."
 
 
-def _told(entry: Entry) -> str:
+def _told(entry: JournalEntry) -> str:
     saved = "" if entry.saved is None else f", saved {entry.saved} times"
     about = f" ({entry.about})" if entry.about else ""
     machine = entry.machine or "unknown"
