@@ -188,6 +188,7 @@ def test_a_member_is_made_in_the_store_and_joins_there(folder, fedkl, tmp_path, 
     assert fedkl("member", "new", "c", "--client", "c")[0] == 2
 
 
+@pytest.mark.usefixtures("clock")
 def test_backup_and_restore_on_another_machine(folder, member, fedkl, tmp_path, monkeypatch):
     file, new = tmp_path / "disk" / "a.backup", tmp_path / "new store"
     monkeypatch.setenv("FEDKL_BACKUP_PASSPHRASE", "battery staple")
