@@ -65,6 +65,7 @@ def fixed_random_numbers(seed: str) -> None:
 
 def figures(name: str, flags: str) -> dict[str, Any]:
     """What a cell gives: every number of every trial, and a digest of the pictures."""
+    from fedkl.attacking.reconstructions import load_reconstruction
     from fedkl.cli import app
     from fedkl.runs import RunDirectory
 
@@ -78,7 +79,7 @@ def figures(name: str, flags: str) -> dict[str, Any]:
         found = {}
         for record in run.results():
             if record["event"] == "trial":
-                images, _ = run.load_pictures(record["arm"], trial=record["trial"])
+                images, _ = load_reconstruction(run, record["arm"], trial=record["trial"])
                 digest = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()[:16]
                 kept = {key: record[key] for key in ("loss", "evaluations", "scaling", "scores")}
                 found[f"{record['arm']} {record['trial']}"] = kept | {"pictures": digest}

@@ -8,10 +8,11 @@ import shutil
 import pytest
 import torch
 
+from fedkl.attacking.reconstructions import load_reconstruction, save_reconstruction
 from fedkl.config import AttackConfig, TrainConfig
 from fedkl.errors import ConfigError
-from fedkl.files import exclusive
-from fedkl.runs import RunDirectory, write_text
+from fedkl.files import exclusive, write_atomically
+from fedkl.runs import RunDirectory
 
 SCORE = {
     "mse": 0.1, "psnr": 10.0, "ssim": 0.5, "correlation": 0.5, "psnr_raw": 9.0, "psnr_affine": 11.0,
@@ -216,14 +217,14 @@ def test_pictures_are_two_batches_of_one_shape(tmp_path, tensors):
     run = create(tmp_path / "run")
     run.save_tensors("reconstructions/lock-0", tensors)
     with pytest.raises(ConfigError, match=r"lock-0\.safetensors: holds no pictures"):
-        run.load_pictures("lock", trial=0)
+        load_reconstruction(run, "lock", trial=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30, 0.5])
 def test_what_an_attack_found_may_be_anything(tmp_path, value):
     run = create(tmp_path / "run")
-    run.save_pictures("lock", trial=0, reconstruction=torch.full_like(TRUTH, value), truth=TRUTH)
-    found, truth = run.load_pictures("lock", trial=0)
+    save_reconstruction(run, "lock", trial=0, reconstruction=torch.full_like(TRUTH, value), truth=TRUTH)
+    found, truth = load_reconstruction(run, "lock", trial=0)
     assert torch.equal(truth, TRUTH)
     assert torch.equal(found, torch.full_like(TRUTH, value)) or value != value
 
@@ -336,7 +337,9 @@ WRITES = {
     "append": lambda run: run.append(ROUND),
     "restart_from": lambda run: run.restart_from([ROUND]),
     "save_tensors": lambda run: run.save_tensors("global", {"x": torch.ones(1)}),
-    "save_pictures": lambda run: run.save_pictures("lock", trial=0, reconstruction=-TRUTH, truth=TRUTH),
+    "save_reconstruction": lambda run: save_reconstruction(
+        run, "lock", trial=0, reconstruction=-TRUTH, truth=TRUTH
+    ),
     "finish": lambda run: run.finish({"accuracy": 0.5}),
     "create": lambda run: create(run.path),
 }
@@ -365,14 +368,14 @@ def test_a_full_disk_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, w
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    write_text(path, "old")
+    write_atomically(path, b"old")
 
     def fail(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.replace", fail)
     with pytest.raises(OSError, match="No space"):
-        write_text(path, "new")
+        write_atomically(path, b"new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedkl.auditing import Subject, audit
     from fedkl.errors import FedKLError
+    from fedkl.keyfile import load_key, save_key
     from fedkl.keys import Key
-    from fedkl.lockfile import load_key, save_key
     from fedkl.locking import Lock, load_lock, lock, lock_
     from fedkl.norms import register_norm
     from fedkl.protocol import Procedure
@@ -49,12 +49,12 @@ if not TYPE_CHECKING:  # a type checker would take any name from a module's __ge
         "PublicUpdate": "update",
         "Subject": "auditing",
         "audit": "auditing",
-        "load_key": "lockfile",
+        "load_key": "keyfile",
         "load_lock": "locking",
         "lock": "locking",
         "lock_": "locking",
         "register_norm": "norms",
-        "save_key": "lockfile",
+        "save_key": "keyfile",
     }
 
     # What pages call as fedkl.data.load(…) after `import fedkl`.

@@ -18,10 +18,10 @@ from fedkl import serving
 from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, FedKLError, shown, warn
 from fedkl.federated import Checkpoints, Federation
-from fedkl.lockfile import default_passphrase
 from fedkl.locking import Lock, Split
 from fedkl.masking import MemberFile
 from fedkl.modelfile import check_finite, read_model, write_model
+from fedkl.passphrases import default_passphrase
 from fedkl.runs import RunDirectory, is_run
 from fedkl.training import restored, training_of, training_summary
 

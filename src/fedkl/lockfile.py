@@ -13,7 +13,6 @@ import hashlib
 import hmac
 import json
 import os
-import secrets
 import unicodedata
 from collections.abc import Iterator
 from itertools import count
@@ -27,25 +26,14 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from torch import Tensor
 
-from fedkl.errors import KeyFileError, LockError, shown, warn
-from fedkl.files import (
-    PRIVATE_FILE,
-    create_once,
-    exclusive,
-    held,
-    open_to_others,
-    put,
-    read_file,
-    remove_parts,
-)
+from fedkl.errors import KeyFileError, shown
+from fedkl.files import PRIVATE_FILE, create_once, exclusive, held, put, read_file
 from fedkl.formats import check_version
-from fedkl.keys import Key
 from fedkl.parsing import parse_json_object, parse_tensors
+from fedkl.passphrases import default_passphrase as default_passphrase  # pages name it here
 from fedkl.types import NamedTensors
 
 FileKind = Literal["key", "lock", "checkpoint", "member", "memory", "update", "backup"]
-
-PASSPHRASE_VARIABLE = "FEDKL_PASSPHRASE"  # noqa: S105 (a name, not a passphrase)
 
 MAGIC = b"FEDKLSEC"
 """How these files begin."""
@@ -54,57 +42,8 @@ VERSIONS: dict[str, int] = dict.fromkeys(get_args(FileKind), 1)
 
 _SCRYPT = {"n": 2**15, "r": 8, "p": 1}
 _MAX_HEADER = 4096
-_MAX_PASSPHRASE = 4096
 MAX_SCRYPT_WORK = 2**21
 """Most that a file may ask for as n · r · p: eight times what we write; 256 MiB and about a second."""
-
-
-def save_key(key: Key, path: str | Path, *, passphrase: str | None, replace: bool = True) -> None:
-    """Writes a key to a file, mode 0600, atomically.
-
-    Args:
-        key: The key.
-        path: Where to.
-        passphrase: Encrypts the file; None, given explicitly, leaves it unencrypted.
-        replace: Whether a file that is there is replaced.
-
-    Raises:
-        KeyFileError: The passphrase is empty or is no text, the file cannot be written, or it is there and is
-            not to be replaced.
-    """
-    meta = {"distribution": key.distribution}
-    write(
-        Path(path),
-        kind="key",
-        meta=meta,
-        tensors={"key": key.reveal()},
-        passphrase=passphrase,
-        replace=replace,
-    )
-
-
-def load_key(path: str | Path, *, passphrase: str | None) -> Key:
-    """Reads a key from a file that `save_key` wrote.
-
-    Raises:
-        KeyFileError: The file is missing, truncated, altered, foreign, of another kind, or does not open
-            with this passphrase.
-        NewerFormatError: A newer fedkl wrote it.
-    """
-    meta, tensors = read(Path(path), kind="key", passphrase=passphrase)
-    return key_of(Path(path), meta, tensors)
-
-
-def key_of(path: Path, meta: dict[str, Any], tensors: NamedTensors) -> Key:
-    """The key that a file's content holds.
-
-    Raises:
-        KeyFileError: It holds none, or not one that could be used.
-    """
-    try:
-        return Key(tensors["key"], distribution=meta["distribution"])
-    except (KeyError, LockError) as error:
-        raise KeyFileError(f"{path}: holds no usable key. Restore it from a backup.") from error
 
 
 def byte_tensor(data: bytes) -> Tensor:
@@ -356,69 +295,6 @@ def _unpack(plain: bytes, altered: KeyFileError) -> tuple[dict[str, Any], dict[s
         return parse_json_object(beside["fedkl"]), tensors
     except (ValueError, KeyError) as error:
         raise altered from error
-
-
-def default_passphrase() -> str:
-    """`FEDKL_PASSPHRASE`, or else a random one of this user on this machine, made at its first use.
-
-    It encrypts what is only ever read back here, such as checkpoints: a run directory that is handed on does
-    not give the clients' keys away.
-
-    Raises:
-        KeyFileError: It can be neither read nor made.
-    """
-    given = os.environ.get(PASSPHRASE_VARIABLE)
-    if given:
-        return given
-    try:
-        path = config_folder() / "passphrase"
-        if not path.exists():
-            remove_parts(path.parent, of=path.name)
-            create_once(path, secrets.token_hex(32).encode(), mode=PRIVATE_FILE)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        raise KeyFileError(
-            f"This machine's passphrase cannot be made ({type(error).__name__}). Set {PASSPHRASE_VARIABLE}."
-        ) from error
-    return read_passphrase(path)  # read back: another process may have won
-
-
-def config_folder() -> Path:
-    """Where this user's own things of `fedkl` are: the machine's passphrase, the stores that it knows.
-
-    Raises:
-        RuntimeError: There is no home.
-    """
-    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "fedkl"
-
-
-def read_passphrase(path: Path) -> str:
-    """The passphrase that a file holds, without white space around it.
-
-    Raises:
-        KeyFileError: It cannot be read, is empty or too long, is not UTF-8, or others may write to it.
-    """
-    try:
-        passphrase = read_file(path, limit=_MAX_PASSPHRASE).decode("utf-8-sig").strip()
-        writable, readable = (open_to_others(path, permissions=p) for p in (0o022, 0o044))
-    except (OSError, ValueError) as error:  # the text of a UnicodeDecodeError would quote the passphrase
-        reason = error.strerror if isinstance(error, OSError) else "not text in UTF-8"
-        raise KeyFileError(
-            f"{path}: the passphrase cannot be read ({reason}). Restore it, or set {PASSPHRASE_VARIABLE}."
-        ) from None
-    if writable:
-        raise KeyFileError(
-            f"{path}: others may write to the passphrase's file, and so choose the passphrase. Run chmod 600."
-        )
-    if len(passphrase.splitlines()) > 1:
-        raise KeyFileError(
-            f"{path}: expected a passphrase in one line, got several. Leave one. "
-            f"What was encrypted with all of them opens with the whole text in {PASSPHRASE_VARIABLE}."
-        )
-    if not passphrase:
-        raise KeyFileError(f"{path}: empty. Write a passphrase into it, or set {PASSPHRASE_VARIABLE}.")
-    if readable:
-        warn(f"{path}: others may read the passphrase's file. Run chmod 600.")
-    return passphrase
 
 
 def _write_container(path: Path, data: bytes, *, replace: bool) -> None:

@@ -18,18 +18,18 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from torch import Tensor
+from pydantic import ValidationError
 
 from fedkl import config as configs
 from fedkl.errors import ConfigError, gathered
 from fedkl.files import read_file, remove_parts, write_atomically
 from fedkl.formats import check_version
 from fedkl.parsing import parse_json_object, parse_tensors, parse_toml
+from fedkl.run_records import checked
 from fedkl.types import NamedTensors
 from fedkl.validation import problems_of
 
@@ -48,117 +48,6 @@ _OURS = (
     "global.safetensors",
 )
 """What a run writes in its folder."""
-
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(ge=0)]
-Word = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
-"""Text that may stand in a table or on a terminal: of one line, without control codes."""
-
-
-class Needed(BaseModel):
-    """Fields that are needed of JSON that came from elsewhere, with their kinds; others are let be."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class _Partition(Needed):
-    event: Literal["partition"]
-    class_counts: Annotated[
-        list[Annotated[list[Count], Field(min_length=1, max_length=10_000)]], Field(min_length=1)
-    ]
-
-    @model_validator(mode="after")
-    def _check(self) -> _Partition:
-        if len({len(row) for row in self.class_counts}) > 1:
-            raise ValueError("class_counts: expected as many classes for every client")
-        return self
-
-
-class _Round(Needed):
-    event: Literal["round"]
-    round: Count
-    accuracy: Share | None
-    local_accuracies: dict[str, Share] = {}
-
-
-class _WholeRound(_Round):
-    """What it takes to go on after a round; a report takes less, which older runs have too."""
-
-    elapsed: Seconds
-    seconds: Seconds
-    local_accuracy: Share | None
-    accuracies: dict[str, Share]
-    dropped: list[str]
-    failed: dict[str, str]
-    aggregated: bool
-    lost: str = ""
-    update_bytes: Count
-
-
-class FillIn(Needed):
-    """The server's own completion of a model."""
-
-    arm: Word
-    statistics: Word
-    accuracy: Share
-    auxiliary: Count
-
-
-class _FillInRecord(FillIn):
-    event: Literal["fill-in"]
-
-
-class _Score(Needed):
-    mse: float | None
-    psnr: float | None
-    ssim: float | None
-    correlation: float | None
-    psnr_raw: float | None
-    psnr_affine: float | None
-    ssim_affine: float | None
-    identified: bool
-    candidates: Annotated[Count, Field(ge=1)]
-    label_correct: bool | None
-    failed: bool
-
-
-class _Trial(Needed):
-    event: Literal["trial"]
-    arm: Annotated[str, Field(pattern=r"^[\w-]{1,100}$")]  # names files too
-    trial: Count
-    scaling: Literal["clip", "prior"]
-    scores: Annotated[list[_Score], Field(min_length=1)]
-    evaluations: Count
-    loss: float | None
-    elapsed: Seconds
-    labels: list[Count] | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> _Trial:
-        if self.labels is not None and len(self.labels) != len(self.scores):
-            raise ValueError("labels: expected as many as scores")
-        return self
-
-
-class _NotRun(Needed):
-    event: Literal["not-run"]
-    arm: Annotated[str, Field(pattern=r"^[\w-]{1,100}$")]
-    trial: Count
-    kind: Literal["does not apply", "too large", "broke"]
-    reason: Word
-
-
-class _Floor(Needed):
-    event: Literal["floor"]
-    trial: Count
-    scores: Annotated[list[_Score], Field(min_length=1)]
-    labels: list[Count]
-
-
-_Others = _Partition | _FillInRecord | _Trial | _NotRun | _Floor
-_READ: TypeAdapter[Any] = TypeAdapter(Annotated[_Others | _Round, Field(discriminator="event")])
-_CONTINUED: TypeAdapter[Any] = TypeAdapter(Annotated[_Others | _WholeRound, Field(discriminator="event")])
 
 
 class RunDirectory:
@@ -197,7 +86,7 @@ class RunDirectory:
                 raise ConfigError(f"{path}: the folder is not empty and holds no run. Choose another --out.")
             write_atomically(path / "config.toml", data)
             if not (path / "summary.json").exists():  # a finished run keeps the environment it ran in
-                write_text(path / "environment.json", json.dumps(_environment(version), indent=2) + "\n")
+                write_atomically(path / "environment.json", _lines(_environment(version)))
             for folder in (path, path / "reconstructions"):
                 remove_parts(folder)
             run._drop_half_line()
@@ -270,7 +159,7 @@ class RunDirectory:
             lines += [rest] if parse_json_object(rest) else []
         for number, line in enumerate(lines, start=1):
             try:
-                yield _record(line, continued=continued)
+                yield checked(line, continued=continued)
             except ValueError as error:
                 raise ConfigError(
                     f"{path}: line {number} is damaged ({_reason(error)}). Remove it to continue."
@@ -292,7 +181,7 @@ class RunDirectory:
         if not lines and not (self.path / "results.jsonl").exists():
             return  # nothing begun: the folder is in nobody's way
         with self.writing():
-            write_text(self.path / "results.jsonl", "".join(lines))
+            write_atomically(self.path / "results.jsonl", "".join(lines).encode())
 
     def save_tensors(self, name: str, tensors: NamedTensors) -> None:
         """Writes tensors to ``name.safetensors``, atomically.
@@ -318,27 +207,6 @@ class RunDirectory:
                 f"{path}: missing or damaged ({_reason(error)}). Run the experiment again."
             ) from error
 
-    def save_pictures(self, arm: str, *, trial: int, reconstruction: Tensor, truth: Tensor) -> None:
-        """Writes what an attack found, and what there was to find.
-
-        Raises:
-            ConfigError: They cannot be written.
-        """
-        self.save_tensors(_place(arm, trial), {"reconstruction": reconstruction, "truth": truth})
-
-    def load_pictures(self, arm: str, *, trial: int) -> tuple[Tensor, Tensor]:
-        """Reads what `save_pictures` wrote: reconstructions, which may not be finite, and true images.
-
-        Raises:
-            ConfigError: The file is missing or damaged, or does not hold two batches of images of one shape,
-                the true ones in [0, 1].
-        """
-        tensors = self.load_tensors(_place(arm, trial))
-        found, truth = tensors.get("reconstruction"), tensors.get("truth")
-        if found is None or truth is None or not _are_pictures(found, truth):
-            raise ConfigError(f"{self.path / _place(arm, trial)}.safetensors: holds no pictures.")
-        return found, truth
-
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json: the run is complete.
 
@@ -346,7 +214,7 @@ class RunDirectory:
             ConfigError: It cannot be written.
         """
         with self.writing():
-            write_text(self.path / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+            write_atomically(self.path / "summary.json", _lines(summary))
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -412,29 +280,8 @@ def is_run(path: Path) -> bool:
         return False
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    write_atomically(path, text.encode())
-
-
-def _place(arm: str, trial: int) -> str:
-    return f"reconstructions/{arm}-{trial}"
-
-
-def _are_pictures(found: Tensor, truth: Tensor) -> bool:
-    floating = found.is_floating_point() and truth.is_floating_point()
-    if not floating or found.shape != truth.shape or truth.ndim != 4 or truth.numel() == 0:
-        return False
-    values = truth.double()
-    return bool(((values >= -1e-6) & (values <= 1 + 1e-6)).all())
-
-
-def _record(line: bytes, *, continued: bool) -> dict[str, Any]:
-    """A record that is one; ValidationError is a ValueError."""
-    record = parse_json_object(line)
-    (_CONTINUED if continued else _READ).validate_python(record)
-    json.dumps(record, allow_nan=False)  # as it will be written again
-    return record
+def _lines(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _reason(error: Exception) -> str:

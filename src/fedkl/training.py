@@ -19,10 +19,11 @@ from fedkl.curves import curves
 from fedkl.data import Dataset, Subset
 from fedkl.errors import ConfigError
 from fedkl.federated import Checkpoints, Execution, Federation, RoundResult, server_fill_ins
-from fedkl.lockfile import default_passphrase
 from fedkl.norms import statistics_names
+from fedkl.passphrases import default_passphrase
 from fedkl.privacy import LedgerFile
-from fedkl.runs import Count, FillIn, Needed, RunDirectory, Seconds, Share, Word, damaged_summary
+from fedkl.run_records import Count, FillIn, Needed, Seconds, Share, Word
+from fedkl.runs import RunDirectory, damaged_summary
 from fedkl.study import Progress, begun, silent
 from fedkl.validation import problems_of
 

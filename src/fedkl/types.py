@@ -41,3 +41,13 @@ class Images(Protocol):
         be a view or an expanded view of what the store holds: clone before writing into them.
         """
         ...
+
+
+def under(tensors: NamedTensors, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, named by what follows it.
+
+    >>> import torch
+    >>> list(under({"private/fc.weight": torch.ones(1), "key": torch.ones(1)}, "private/"))
+    ['fc.weight']
+    """
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

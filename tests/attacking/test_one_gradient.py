@@ -66,10 +66,12 @@ def test_the_server_allows_for_the_defense_that_it_knows(setting):
     ("change", "said"),
     [
         (lambda images, labels: (images * 255, labels), r"floats in \[0, 1\]"),
-        (lambda images, labels: (images, labels + 10), r"labels in 0 \.\. 9"),
-        (lambda images, labels: (images, labels.repeat(2)), "as many class indexes"),
+        (lambda images, labels: (images, labels + 10), r"labels in 0\.\.9"),
+        (lambda images, labels: (images[0], labels), r"\(batch, channels, height, width\), got \(3,"),
+        (lambda images, labels: (images, labels.float()), "dtype torch.int64, got torch.float32"),
+        (lambda images, labels: (images, labels.repeat(2)), "expected 1 labels, one per image, got 2"),
     ],
-    ids=["bytes", "a class too many", "a label too many"],
+    ids=["bytes", "a class too many", "no batch", "no indexes", "a label too many"],
 )
 def test_what_does_not_fit_is_named(setting, change, said):
     _, images, labels = setting

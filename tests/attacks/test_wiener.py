@@ -15,7 +15,7 @@ from fedkl.attacks.algebraic import wiener
 from fedkl.attacks.algebraic.chain import read_chain
 from fedkl.attacks.gaussian import Gaussian
 from fedkl.defenses import KeyLock
-from fedkl.defenses.base import Known
+from fedkl.defenses.server_view import Known
 from fedkl.errors import AttackError, ConfigError
 from tests.attacks.element import Affine, ElementLock, correlations, seen_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 
 import pytest
 import torch
@@ -32,6 +32,8 @@ from tests.locking.leaks import encodings
 from tests.masking.cohorts import RUN, SPECS, TODAY, drawn
 
 LATER = TODAY + timedelta(days=1)
+
+pytestmark = pytest.mark.usefixtures("clock")
 
 
 @pytest.fixture
@@ -238,10 +240,11 @@ def test_a_client_can_get_another_name_and_its_lock_follows(store, folder, membe
     assert Journal(tmp_path / "new" / "ward-3").read()[0][-1].about.endswith("of client a")
 
 
-def test_a_clock_that_is_behind_the_backup_restores_nothing(store, folder, file, tmp_path, monkeypatch):
+def test_a_clock_that_is_behind_the_backup_restores_nothing(
+    store, folder, file, tmp_path, monkeypatch, clock
+):
     back_up(folder, file)
-    past = datetime.now(timezone.utc) - timedelta(days=3)
-    monkeypatch.setattr(journal, "_now", lambda: past)
+    monkeypatch.setattr(journal, "_now", lambda: clock - timedelta(days=3))
     with pytest.raises(ConfigError, match="nothing was restored: this machine's clock says"):
         put_back(file, tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -11,7 +11,7 @@ import pytest
 from fedkl import cli as _cli  # noqa: F401 (its modules are patched by name)
 from fedkl import lockfile
 from fedkl.custody.check import check_store
-from fedkl.custody.journal import Entry, Journal
+from fedkl.custody.journal import Journal, JournalEntry
 from tests.custody.setting import PASSPHRASE, Study, client_of, member_file, member_in, opened, seen_together
 from tests.masking.cohorts import TODAY
 from tests.test_cli import fedkl as fedkl
@@ -105,7 +105,9 @@ def damage(folder, member, name):
             memory.keep(memory)
         (folder / "a.memory").unlink()
     elif name == "clock":
-        entry = Entry(when=Journal(folder).read()[0][-1].when + timedelta(days=3), what="opened", machine="")
+        entry = JournalEntry(
+            when=Journal(folder).read()[0][-1].when + timedelta(days=3), what="opened", machine=""
+        )
         with (folder / "journal.jsonl").open("ab") as file:
             file.write(entry.line())
     else:
@@ -186,6 +188,7 @@ def test_a_member_is_made_in_the_store_and_joins_there(folder, fedkl, tmp_path, 
     assert fedkl("member", "new", "c", "--client", "c")[0] == 2
 
 
+@pytest.mark.usefixtures("clock")
 def test_backup_and_restore_on_another_machine(folder, member, fedkl, tmp_path, monkeypatch):
     file, new = tmp_path / "disk" / "a.backup", tmp_path / "new store"
     monkeypatch.setenv("FEDKL_BACKUP_PASSPHRASE", "battery staple")

@@ -1,6 +1,9 @@
 """DICOM files, written byte by byte: what is announced may be anything, and pydicom is not needed."""
 
+import io
 import struct
+
+from PIL import Image
 
 PATIENT = b"MUSTERMANN^ERIKA"
 IMPLICIT, EXPLICIT, BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
@@ -8,6 +11,8 @@ DEFLATED, RUNS = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
 JPEG, JPEG_2000, JPEG_LOSSLESS = (f"1.2.840.10008.1.2.4.{last}" for last in (50, 90, 70))
 UNDEFINED = 0xFFFFFFFF
 END = struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+CENTER, WIDTH, FUNCTION, INTERCEPT, SLOPE = 0x00281050, 0x00281051, 0x00281056, 0x00281052, 0x00281053
+MODALITY_TABLE, VOI_TABLE = 0x00283000, 0x00283010
 _LONG = {"OB", "OW", "SQ", "UN", "UT"}
 
 
@@ -110,3 +115,25 @@ def dicom(
     meta = element(0x00020010, "UI", syntax) + meta
     group = element(0x00020000, "UL", struct.pack("<I", len(meta)))
     return bytes(128) + b"DICM" + group + meta + body
+
+
+def table(entries, *, first=0, bits=8, implicit=False):
+    """An item with a lookup table."""
+    descriptor = element(0x00283002, "US", (len(entries), first % 65536, bits), implicit=implicit)
+    return item(descriptor + element(0x00283006, "OW", words(*entries), implicit=implicit))
+
+
+def compressed(kind, size=(4, 4), mode="L"):
+    """Pixels of one color, compressed by Pillow."""
+    stream = io.BytesIO()
+    Image.new(mode, size, 99).save(stream, kind)
+    return encapsulated(stream.getvalue())
+
+
+def sea(length):
+    """Empty items, that many bytes of them: each becomes an object."""
+    return item(b"") * (length // 8)
+
+
+PLAIN = words(*range(16))
+"""The pixels of 4×4, 16 bits each."""

@@ -13,7 +13,7 @@ import pytest
 
 from fedkl.data import DATASETS, default_root, fetch, load, mnist, staging
 from fedkl.data.registry import ENTRIES
-from fedkl.data.sources import Entry, FileRecord
+from fedkl.data.sources import DatasetEntry, FileRecord
 from fedkl.errors import DataError
 
 CONTENTS = {"one": b"1" * 1000, "two": b"2" * 3000}
@@ -45,7 +45,7 @@ def toy(monkeypatch):
         name: FileRecord(size=len(content), md5=hashlib.md5(content).hexdigest())
         for name, content in CONTENTS.items()
     }
-    monkeypatch.setitem(ENTRIES, "toy", Entry(info="a toy", load=mnist.load_mnist, files=records))
+    monkeypatch.setitem(ENTRIES, "toy", DatasetEntry(info="a toy", load=mnist.load_mnist, files=records))
 
 
 def tree(root):
@@ -320,7 +320,7 @@ def test_fetched_mnist_is_what_load_reads(tmp_path, files, monkeypatch):
         name: FileRecord(size=len(content), md5=hashlib.md5(content).hexdigest())
         for name, content in files.items()
     }
-    monkeypatch.setitem(ENTRIES, "mnist", Entry(info="", load=mnist.load_mnist, files=records))
+    monkeypatch.setitem(ENTRIES, "mnist", DatasetEntry(info="", load=mnist.load_mnist, files=records))
     fetch("mnist", root=tmp_path, sources=[Fake(files)])
     assert load("mnist", root=tmp_path).train_labels.tolist() == [5, 0, 4, 1, 9, 2]
 

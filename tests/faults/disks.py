@@ -31,7 +31,7 @@ from fedkl.errors import FedKLError
 from fedkl.federated import Checkpoints
 from fedkl.masking import Contribution, MemberFile, MemberKeys, Rules
 from fedkl.masking.exchange import change_cohort, found_cohort, new_member, read_cohort
-from fedkl.privacy import Entry, LedgerFile
+from fedkl.privacy import LedgerEntry, LedgerFile
 from fedkl.recordingfile import Recording
 from fedkl.runs import RunDirectory
 from tests.auditing.audits import audit, finding
@@ -208,7 +208,7 @@ def run_directory(folder: Path) -> Case:
 
 def privacy_ledger(folder: Path) -> Case:
     file = LedgerFile(folder / "ledger.jsonl", delta=1e-5)
-    file.append(Entry(round=0, epsilon={"a": 0.5}))
+    file.append(LedgerEntry(round=0, epsilon={"a": 0.5}))
     many = {f"client-{number}": 0.5 for number in range(1000)}
 
     def read() -> Any:  # as a person would, for `entries` mends the last line, which needs a disk
@@ -217,7 +217,7 @@ def privacy_ledger(folder: Path) -> Case:
 
     def write() -> None:
         file.entries(rounds=1)
-        file.append(Entry(round=1, epsilon=many))
+        file.append(LedgerEntry(round=1, epsilon=many))
 
     return Case(write, read)
 

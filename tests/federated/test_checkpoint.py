@@ -18,7 +18,7 @@ from fedkl import lockfile
 from fedkl.defenses import KeyLock, NoDefense, PrivateLayers, PrivateNorm
 from fedkl.errors import ConfigError, FedKLError, KeyFileError
 from fedkl.federated import Checkpoints, Client, Execution, ServerAdam, ServerSGD
-from fedkl.federated.checkpoint import _sealed, _unsealed
+from fedkl.federated.manifest import sealed, unsealed
 from tests.federated.setting import TwoNorms, WithDropout, differences, everything, federation, seeded
 from tests.locking.leaks import patterns
 
@@ -179,7 +179,7 @@ def test_nothing_changed_nothing_private_is_written(dataset, saved):
 
 
 def test_large_states_are_spread_over_files(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedkl.federated.checkpoint._GROUP_BYTES", 1)
+    monkeypatch.setattr("fedkl.federated.private_files._GROUP_BYTES", 1)
     run, other = (build(dataset, **EASY) for _ in range(2))
     advanced(run, checkpoints(tmp_path), first=0, last=0)
     assert sorted(path.name for path in tmp_path.glob("private*")) == [
@@ -384,7 +384,7 @@ def of_other_files(path):
 
 def resealed(path, **changes):
     """A manifest that says something else, with the right digest."""
-    path.write_bytes(_sealed(asdict(_unsealed(path.read_bytes(), source=path)) | changes))
+    path.write_bytes(sealed(asdict(unsealed(path.read_bytes(), source=path)) | changes))
 
 
 def of_another_version(path):

@@ -21,6 +21,8 @@ from fedkl.flower import mask_records as records
 from fedkl.flower.aggregation import PassedOn, SeenReply
 from fedkl.flower.mask_mod import MASKS_REFUSED
 from fedkl.flower.masked_round import opened_by
+from fedkl.flower.model_records import Base, put_base
+from fedkl.flower.record_fields import PREFIX, words_of
 from fedkl.flower.round_files import RoundFiles
 from fedkl.masking import Call, MemberFile
 from fedkl.update import TensorSpec
@@ -334,7 +336,7 @@ def uploads(messages):
     return [
         records.upload_of(message.content)
         for message in messages
-        if message.has_content() and f"{records.PREFIX}.upload" in message.content
+        if message.has_content() and f"{PREFIX}.upload" in message.content
     ]
 
 
@@ -453,7 +455,7 @@ def test_stages_belong_to_a_type_of_message(members):
     content = RecordDict()
     records.put_stage(content, "who")
     assert refused(ask(members("blind"), Message(content, dst_node_id=7, message_type="evaluate")))
-    odd = RecordDict({f"{records.PREFIX}.stage": ConfigRecord({"stage": "upload-plain"})})
+    odd = RecordDict({f"{PREFIX}.stage": ConfigRecord({"stage": "upload-plain"})})
     assert refused(ask(members("both"), Message(odd, **REQUEST)))
 
 
@@ -591,7 +593,7 @@ def in_the_clear(content):
 
 
 def without_nonce(content):
-    content[f"{records.PREFIX}.upload"] = ConfigRecord({"member": "client-1"})
+    content[f"{PREFIX}.upload"] = ConfigRecord({"member": "client-1"})
 
 
 @pytest.mark.parametrize("change", [as_another, shorter, in_the_clear, without_nonce])
@@ -604,8 +606,8 @@ def test_a_reply_that_is_no_upload_is_left_out(change, tmp_path, caplog):
 
 def altered(message):
     """The words of the sum in a message with one bit flipped."""
-    name = f"{records.PREFIX}.words"
-    words = records.words_of(message.content).copy()
+    name = f"{PREFIX}.words"
+    words = words_of(message.content).copy()
     words[100] ^= 1
     message.content[name] = ArrayRecord({"words": Array(words)})
 
@@ -616,7 +618,7 @@ def test_a_sum_with_one_bit_changed_is_taken_by_nobody(mode, members, caplog):
 
     def observe(message):
         stage = records.stage_of(message.content) if message.has_content() else None
-        if stage == "evaluate" and f"{records.PREFIX}.words" in message.content:
+        if stage == "evaluate" and f"{PREFIX}.words" in message.content:
             altered(message)
 
     result = run(folder, rounds=1, observe=observe)
@@ -631,7 +633,7 @@ def test_a_model_in_the_clear_is_not_taken_where_there_is_a_sum(members, caplog)
         stage = records.stage_of(message.content) if message.has_content() else None
         asked.append(stage)
         if stage == "evaluate" and asked.count(stage) > 3:  # in round 2: all have opened the first sum
-            for name in (f"{records.PREFIX}.sum", f"{records.PREFIX}.words", f"{records.PREFIX}.booleans"):
+            for name in (f"{PREFIX}.sum", f"{PREFIX}.words", f"{PREFIX}.booleans"):
                 message.content.pop(name, None)
             message.content["arrays"] = ArrayRecord(net().state_dict())
 
@@ -655,8 +657,8 @@ def test_a_node_neither_trains_twice_for_a_round_nor_takes_any_model_for_the_tra
     records.put_call(content, Call(run=run_name, round=1, attempt=1, cohort=cohort_of))
     specs = {name: TensorSpec.of(tensor) for name, tensor in net().state_dict().items()}
     nothing = {"metrics": (), "rounds": 0, "total": None, "booleans": {}}
-    base = records.Base(run=run_name, specs=specs, record="arrays", **nothing)
-    records.put_base(content, base)
+    base = Base(run=run_name, specs=specs, record="arrays", **nothing)
+    put_base(content, base)
     assert refused(ask(folder, Message(content, **REQUEST)))
     assert message in caplog.text
     assert not list(folder.glob("*.safetensors"))

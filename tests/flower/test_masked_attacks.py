@@ -14,9 +14,10 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedkl import lockfile
 from fedkl.errors import ConfigError, KeyFileError, MaskingError
-from fedkl.flower import MaskMod, mask_records, node_member
+from fedkl.flower import MaskMod, mask_records, model_records, node_member
 from fedkl.flower.mask_mod import MASKS_REFUSED
-from fedkl.flower.mask_records import Base
+from fedkl.flower.model_records import Base
+from fedkl.flower.record_fields import PREFIX
 from fedkl.flower.records import arrays_of
 from fedkl.masking import Call, MaskedSum, Member, MemberFile, opened_mean
 from fedkl.masking.memory_file import MemoryFile
@@ -112,12 +113,12 @@ class Server:
             booleans={"flag": model["flag"]} if "flag" in model else {},
             record=record,
         )
-        mask_records.put_base(content, base)
+        model_records.put_base(content, base)
         return content
 
     def layout(self):
         with self.member(0) as file:
-            return mask_records.base_of(self.content("train")).layout(file.membership().roster.words)
+            return model_records.base_of(self.content("train")).layout(file.membership().roster.words)
 
     def member(self, number):
         return MemberFile.open(self.folder / f"client-{number}.secret", passphrase=PASSPHRASE)
@@ -375,14 +376,14 @@ def changed(part, **values):
     """A change of fields of one record."""
 
     def change(content):
-        record = content[f"{mask_records.PREFIX}.{part}"]
-        content[f"{mask_records.PREFIX}.{part}"] = ConfigRecord({**record, **values})
+        record = content[f"{PREFIX}.{part}"]
+        content[f"{PREFIX}.{part}"] = ConfigRecord({**record, **values})
 
     return change
 
 
 def fewer_shares(content):
-    record = content[f"{mask_records.PREFIX}.upload"]
+    record = content[f"{PREFIX}.upload"]
     changed("upload", owners=[record["member"]], shares=record["shares"][-1:])(content)
 
 

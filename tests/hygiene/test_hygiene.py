@@ -29,7 +29,7 @@ FORMS = ("float32", "float64, big-endian", "base64", "hex", "decimal")
 WHOLE = [(name, None) for name in CRITICAL]
 STOPPED = [(name, at) for name, stages in CRITICAL.items() for at in stages]
 LEAKS = [("leak", form) for form in FORMS]
-HELD = ("keys", "lockfile.py:save_key:")
+HELD = ("keys", "keyfile.py:save_key:")
 
 
 @cache
@@ -76,7 +76,7 @@ def test_a_planted_leak_is_found(case):
 def test_a_traceback_shows_no_values_of_variables():
     """Neither typer nor rich prints locals: where one does, a key that a function holds is on the screen."""
     assert found(HELD)["stopped"]
-    assert "StoppedError: stopped in lockfile.py:save_key" in found(HELD)["stderr"]
+    assert "StoppedError: stopped in keyfile.py:save_key" in found(HELD)["stderr"]
     assert "locals" not in found(HELD)["stderr"]
 
 

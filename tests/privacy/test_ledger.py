@@ -18,7 +18,7 @@ from fedkl.defenses.keylock import KeyLock
 from fedkl.errors import ConfigError, FedKLError
 from fedkl.federated import FederatedTraining, Federation
 from fedkl.federated.options import LocalTraining
-from fedkl.privacy import Entry, GaussianCost, Ledger, LedgerFile, PrivacyOptions, epsilon
+from fedkl.privacy import GaussianCost, Ledger, LedgerEntry, LedgerFile, PrivacyOptions, epsilon
 
 COST = GaussianCost(noise_multiplier=2.0, protects="one image")
 
@@ -129,7 +129,7 @@ def test_a_budget_needs_a_guarantee(images, defense):
 
 def test_entries_come_back(tmp_path):
     file = LedgerFile(tmp_path / "ledger.jsonl", delta=1e-5)
-    entries = [Entry(round=0, epsilon={"a": 0.5}), Entry(round=1, epsilon={"a": 0.75, "b": 0.5})]
+    entries = [LedgerEntry(round=0, epsilon={"a": 0.5}), LedgerEntry(round=1, epsilon={"a": 0.75, "b": 0.5})]
     for entry in entries:
         file.append(entry)
     assert file.entries(rounds=2) == entries
@@ -141,10 +141,10 @@ def test_entries_come_back(tmp_path):
 def test_half_a_line_is_a_round_that_was_not_begun(tmp_path):
     path = tmp_path / "ledger.jsonl"
     file = LedgerFile(path, delta=1e-5)
-    file.append(Entry(round=0, epsilon={"a": 0.5}))
+    file.append(LedgerEntry(round=0, epsilon={"a": 0.5}))
     path.write_bytes(path.read_bytes() + b'{"version": 1, "rou')
     assert [entry.round for entry in file.entries(rounds=1)] == [0]
-    file.append(Entry(round=1, epsilon={"a": 0.75}))
+    file.append(LedgerEntry(round=1, epsilon={"a": 0.75}))
     assert [entry.round for entry in file.entries(rounds=2)] == [0, 1]
 
 
@@ -168,7 +168,7 @@ def test_damaged_ledgers_are_refused(tmp_path, line):
 
 def test_a_round_that_is_not_in_the_ledger_is_refused(tmp_path):
     file = LedgerFile(tmp_path / "ledger.jsonl", delta=1e-5)
-    file.append(Entry(round=0, epsilon={"a": 0.5}))
+    file.append(LedgerEntry(round=0, epsilon={"a": 0.5}))
     with pytest.raises(ConfigError, match="none of round 1"):
         file.entries(rounds=2)
 

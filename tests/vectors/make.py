@@ -32,7 +32,7 @@ from fedkl.masking.schedule import Secret
 from fedkl.masking.sums import sum_tensors
 from fedkl.masking.texts import card_values
 from fedkl.masking.update_file import UpdateFile
-from fedkl.privacy import Entry, LedgerFile
+from fedkl.privacy import LedgerEntry, LedgerFile
 from fedkl.recordingfile import Recording
 from fedkl.runs import RunDirectory
 from fedkl.update import TensorSpec
@@ -225,7 +225,7 @@ def _recording(folder: Path) -> dict:
 
 
 def _ledger(folder: Path) -> dict:
-    LedgerFile(folder / "ledger.jsonl", delta=1e-5).append(Entry(round=0, epsilon={"client-0": 0.5}))
+    LedgerFile(folder / "ledger.jsonl", delta=1e-5).append(LedgerEntry(round=0, epsilon={"client-0": 0.5}))
     return {"ledger.jsonl": 0.5}
 
 

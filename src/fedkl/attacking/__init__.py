@@ -6,6 +6,7 @@ observing.py  what the server has after an update; one_gradient.py: the same of 
 simulating.py clients that the server plays itself
 grid.py       every trial in every arm
 run.py        the same into a run directory; results.py: what it comes to
+reconstructions.py  the images that were found, and the true ones, as files of the run
 matrix.py     many attacks against many arrangements; arrangements.py: of what; attackers.py: which
 records.py    their figures; verdict.py: what they say
 """

@@ -14,8 +14,7 @@ from fedkl import rng
 from fedkl.attacking.networks import Networks
 from fedkl.attacking.updates import difference, local_update, mean_of, sent_statistics, trained_tensors
 from fedkl.data import Dataset
-from fedkl.defenses import Arm, Defense
-from fedkl.defenses.base import ServerView
+from fedkl.defenses import Arm, Defense, ServerView
 from fedkl.defenses.completion import Completion
 from fedkl.errors import DataError
 from fedkl.locking import KEY, Split

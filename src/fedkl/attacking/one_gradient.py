@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from fedkl.attacking.observing import Trial, observe
+from fedkl.data.base import label_problems
 from fedkl.data.images import in_unit_range
 from fedkl.defenses import Arm, Defense, NoDefense
-from fedkl.errors import DataError
+from fedkl.errors import DataError, gathered
 from fedkl.protocol import Knowledge, Observation
 from fedkl.types import ImageBatch, Labels
 
@@ -66,14 +67,12 @@ def observe_gradient(
 
 
 def _check(images: torch.Tensor, labels: torch.Tensor, classes: int) -> None:
-    if images.ndim != 4 or labels.shape != images.shape[:1] or labels.is_floating_point():
-        raise DataError(
-            "Expected images of shape (batch, channels, height, width) and as many class indexes, got "
-            f"{tuple(images.shape)} and {tuple(labels.shape)} of {labels.dtype}. For one image: image[None]."
-        )
-    if not images.is_floating_point() or not in_unit_range(images):
-        raise DataError(
-            f"Expected images as floats in [0, 1], got {images.dtype} or others. Divide by what means white."
-        )
-    if bool((labels < 0).any()) or bool((labels >= classes).any()):
-        raise DataError(f"Expected labels in 0 .. {classes - 1}, got others. Give the number of classes.")
+    problems = label_problems("labels", labels, images=images, classes=classes)
+    if images.ndim != 4:
+        shape = tuple(images.shape)
+        problems.append(f"images: expected shape (batch, channels, height, width), got {shape}")
+    elif not images.is_floating_point() or not in_unit_range(images):
+        problems.append(f"images: expected floats in [0, 1], got {images.dtype} or others")
+    if problems:
+        remedy = "Divide images by what means white; give image[None] for one, and the number of classes."
+        raise DataError(gathered("observe_gradient: images and labels do not fit.", problems, remedy))

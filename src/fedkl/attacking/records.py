@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, TypeAdapter
 
 from fedkl import wording
+from fedkl.attacking.reconstructions import load_reconstruction
 from fedkl.attacking.results import SSIM_SUCCESS, SUCCESS_DB, arm_figures, attack_summary
 from fedkl.attacks import DLG, IDLG
 from fedkl.config import AttackConfig
@@ -160,7 +161,7 @@ def perceptual_distances(
         return _kept_distances(path)
     found: dict[str, dict[str, list[float | None]]] = {}
     for trial in (record for record in run.results() if record["event"] == "trial"):
-        reconstruction, true = run.load_pictures(trial["arm"], trial=trial["trial"])
+        reconstruction, true = load_reconstruction(run, trial["arm"], trial=trial["trial"])
         truth = true.double()
         matched = match(reconstruction, truth, scaling=trial["scaling"])
         for measure in measures:

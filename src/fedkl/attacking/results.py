@@ -17,7 +17,8 @@ from fedkl.defenses import Arm
 from fedkl.errors import ConfigError, shown
 from fedkl.formats import check_version
 from fedkl.metrics import success_rate, summarize
-from fedkl.runs import Count, Needed, RunDirectory, Seconds, Share, Word, damaged_summary
+from fedkl.run_records import Count, Needed, Seconds, Share, Word
+from fedkl.runs import RunDirectory, damaged_summary
 from fedkl.validation import problems_of
 
 SUCCESS_DB = 30.0

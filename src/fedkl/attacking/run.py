@@ -14,6 +14,7 @@ from torch import nn
 
 from fedkl.attacking.grid import NotRun, TrialResult, attack_arms, floor
 from fedkl.attacking.observing import Trial, trials_of
+from fedkl.attacking.reconstructions import save_reconstruction
 from fedkl.attacking.results import VERSION, arm_summary, not_run, shares
 from fedkl.attacking.views import chosen_arms
 from fedkl.config import AttackConfig
@@ -109,8 +110,8 @@ class _Kept:
     def keep(self, result: TrialResult) -> None:
         """A trial that was attacked."""
         images, trial = result.reconstruction.images, self._trials[result.trial]
-        self._directory.save_pictures(
-            result.arm, trial=result.trial, reconstruction=images, truth=trial.images
+        save_reconstruction(
+            self._directory, result.arm, trial=result.trial, reconstruction=images, truth=trial.images
         )
         record = result.to_dict() | {"labels": trial.labels.tolist()}
         record |= {"elapsed": self._earlier + perf_counter() - self._start}

@@ -16,7 +16,7 @@ from fedkl import rng
 from fedkl.attacking.gradients import gradients, stacked
 from fedkl.attacking.updates import difference, mean_of, updated
 from fedkl.defenses import Arm, Defense
-from fedkl.defenses.base import Known
+from fedkl.defenses.server_view import Known
 from fedkl.keys import imitated_uniform
 from fedkl.locking import Split
 from fedkl.protocol import Procedure, Sending

@@ -18,7 +18,7 @@ from fedkl.errors import ConfigError, gathered
 from fedkl.files import read_file
 from fedkl.formats import check_version
 from fedkl.parsing import parse_json_object
-from fedkl.runs import Count, Seconds, Share, Word
+from fedkl.run_records import Count, Seconds, Share, Word
 from fedkl.validation import problems_of
 
 VERSION: Literal[1] = 1

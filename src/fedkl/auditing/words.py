@@ -105,8 +105,12 @@ def plainly(finding: Finding) -> str:
 
 def judged(finding: Finding) -> str:
     """The outcome as it is shown; with the reason where nothing could be decided."""
-    outcome = OUTCOMES[finding.outcome]
-    return f"{outcome}: {finding.reason}" if finding.outcome == "says nothing" else outcome
+    return f"{OUTCOMES[finding.outcome]}{because(finding)}"
+
+
+def because(finding: Finding) -> str:
+    """The reason, behind a colon, where nothing could be decided; else nothing."""
+    return f": {finding.reason}" if finding.outcome == "says nothing" else ""
 
 
 def title(audit: Audit) -> str:

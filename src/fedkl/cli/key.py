@@ -31,7 +31,7 @@ class _KeyCommand(Command):
 
 
 def _passphrase(*, unencrypted: bool, confirm: bool, file: Path | None) -> str | None:
-    from fedkl.lockfile import PASSPHRASE_VARIABLE
+    from fedkl.passphrases import PASSPHRASE_VARIABLE
 
     if unencrypted and file is not None:
         raise ConfigError(f"--unencrypted and --passphrase-file {file} exclude each other. Leave one out.")
@@ -42,7 +42,7 @@ def _passphrase(*, unencrypted: bool, confirm: bool, file: Path | None) -> str |
 
 def _told(file: Path | None, *, variable: str, prompt: str, confirm: bool) -> str:
     """What is in the file, or the variable, or what is answered."""
-    from fedkl.lockfile import read_passphrase
+    from fedkl.passphrases import read_passphrase
 
     if file is not None:
         return read_passphrase(file)

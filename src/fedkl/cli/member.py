@@ -31,8 +31,8 @@ def member_new(
     """
     from fedkl.custody.member import new_member_of
     from fedkl.custody.store import client_folder
-    from fedkl.lockfile import PASSPHRASE_VARIABLE, config_folder
     from fedkl.masking.exchange import new_member, read_card
+    from fedkl.passphrases import PASSPHRASE_VARIABLE, config_folder
 
     passphrase = store_passphrase(passphrase_file)
     if store is None:

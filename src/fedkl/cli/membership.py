@@ -42,7 +42,7 @@ def store_passphrase(file: Path | None) -> str:
     Raises:
         KeyFileError: It cannot be read.
     """
-    from fedkl.lockfile import default_passphrase, read_passphrase
+    from fedkl.passphrases import default_passphrase, read_passphrase
 
     return default_passphrase() if file is None else read_passphrase(file)
 
@@ -59,8 +59,8 @@ def opened(path: Path | None, passphrase_file: Path | None) -> Iterator[MemberFi
         ConfigError: There is none, or there are several.
         KeyFileError: It does not open.
     """
-    from fedkl.lockfile import PASSPHRASE_VARIABLE
     from fedkl.masking import MemberFile
+    from fedkl.passphrases import PASSPHRASE_VARIABLE
 
     path = path or _only_one()
     try:

@@ -26,9 +26,10 @@ from fedkl.custody.store import LOCK, ClientStore, client_folder
 from fedkl.errors import ConfigError, FedKLError, KeyFileError
 from fedkl.files import PRIVATE_FILE, PRIVATE_FOLDER, make_folder, rename_new, write_atomically
 from fedkl.formats import check_version
+from fedkl.keyfile import key_of
 from fedkl.locking.options import LockOptions
 from fedkl.masking.contents import SUFFIX, Content
-from fedkl.types import NamedTensors
+from fedkl.types import NamedTensors, under
 
 _VERSION = 1
 _FIELDS = {"version", "client", "made", "ledger", "journal", "lock", "member"}
@@ -151,7 +152,7 @@ def read_backup(path: Path, *, passphrase: str) -> Backup:
             raise ValueError
         lock = _part(meta["lock"], tensors, _LOCK)
         if lock is not None:
-            lockfile.key_of(path, *lock)
+            key_of(path, *lock)
             LockOptions.from_file(lock[0]["options"])
             if type(lock[0].get("about", {}).get("saved", 0)) is not int:
                 raise TypeError
@@ -173,7 +174,7 @@ def _part(meta: Any, tensors: NamedTensors, prefix: str) -> Part | None:
         return None
     if type(meta) is not dict:
         raise TypeError
-    return meta, {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+    return meta, under(tensors, prefix)
 
 
 def restore(backup: Backup, store: Path, *, client: str, passphrase: str, today: date) -> Path:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 from fedkl import lockfile
-from fedkl.custody.journal import JOURNAL, Entry, Journal
+from fedkl.custody.journal import JOURNAL, Journal, JournalEntry
 from fedkl.custody.ledger import Ledger
 from fedkl.custody.member import identity_of, secret_file
 from fedkl.custody.store import LOCK, ClientStore, client_folder, is_client_name
 from fedkl.errors import ConfigError, FedKLError, MaskingError, printable
 from fedkl.files import open_to_others
+from fedkl.keyfile import key_of
 from fedkl.masking.cards import CARD_DAYS, date_problem
 from fedkl.masking.contents import SUFFIX, Content
 from fedkl.masking.memory_file import MemoryFile, memory_path
@@ -128,7 +129,7 @@ class _Client:
                 yield "note", f"{path}: this client has no lock yet."
             return
         meta, tensors = lockfile.read(path, kind="lock", passphrase=self._passphrase)
-        key, about = lockfile.key_of(path, meta, tensors), meta.get("about", {})
+        key, about = key_of(path, meta, tensors), meta.get("about", {})
         yield "fact", f"{LOCK}: opens; key of {key.length} numbers, {key.distribution}."
         model, version = str(meta.get("structure"))[:12], lockfile.version_of(path)
         yield "fact", f"{LOCK}: model {model}, saved {about.get('saved', '?')} times, file version {version}."
@@ -203,7 +204,7 @@ class _Client:
                     yield "note", f"{path}: none of fedkl's files."
 
 
-def _told(entry: Entry) -> str:
+def _told(entry: JournalEntry) -> str:
     saved = "" if entry.saved is None else f", saved {entry.saved} times"
     about = f" ({entry.about})" if entry.about else ""
     machine = entry.machine or "unknown"

@@ -19,8 +19,8 @@ from pathlib import Path
 from fedkl.errors import KeyFileError
 from fedkl.files import PRIVATE_FILE, create_once, make_folder, read_file
 from fedkl.formats import check_version
-from fedkl.lockfile import config_folder
 from fedkl.parsing import parse_json_object
+from fedkl.passphrases import config_folder
 
 JOURNAL = "journal.jsonl"
 _VERSION = 1
@@ -30,7 +30,7 @@ _LOG = logging.getLogger("fedkl.flower")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class JournalEntry:
     """One line.
 
     Attributes:
@@ -60,7 +60,7 @@ class Entry:
         return (json.dumps(record) + "\n").encode()
 
     @classmethod
-    def of(cls, line: bytes) -> Entry:
+    def of(cls, line: bytes) -> JournalEntry:
         """As it was written down.
 
         Raises:
@@ -92,7 +92,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.path = folder / JOURNAL
 
-    def read(self) -> tuple[list[Entry], int]:
+    def read(self) -> tuple[list[JournalEntry], int]:
         """All lines in the order in which they were written, and how many cannot be read.
 
         A line that was cut off, as the last one by a power failure, does not hide the others.
@@ -114,7 +114,7 @@ class Journal:
         Raises:
             KeyFileError: It cannot be written.
         """
-        entry = Entry(when=_now(), what=what, machine=machine_id(), saved=saved, about=about)
+        entry = JournalEntry(when=_now(), what=what, machine=machine_id(), saved=saved, about=about)
         data = self.content()
         start = b"\n" if data and not data.endswith(b"\n") else b""  # a line that was cut off stays alone
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
@@ -193,18 +193,18 @@ def _give_to_owner(handle: int, folder: Path) -> None:
         os.fchown(handle, owner.st_uid, owner.st_gid)
 
 
-def entries_of(data: bytes) -> tuple[list[Entry], int]:
+def entries_of(data: bytes) -> tuple[list[JournalEntry], int]:
     """The lines of a journal's bytes, and how many cannot be read."""
     entries, damaged = [], 0
     for line in data.split(b"\n"):
         try:
-            entries += [Entry.of(line)] if line.strip() else []
+            entries += [JournalEntry.of(line)] if line.strip() else []
         except ValueError:
             damaged += 1
     return entries, damaged
 
 
-def clock_problem_of(entries: Sequence[Entry], *, where: str) -> str | None:
+def clock_problem_of(entries: Sequence[JournalEntry], *, where: str) -> str | None:
     """What is wrong with this machine's clock, as far as lines know that stand somewhere; None: nothing."""
     now = _now()
     newest = max((entry.when for entry in entries), default=now)

@@ -21,8 +21,8 @@ from typing import Any
 from fedkl.errors import KeyFileError, shown
 from fedkl.files import PRIVATE_FILE, create_once, read_file, write_atomically
 from fedkl.formats import check_version
-from fedkl.lockfile import config_folder
 from fedkl.parsing import parse_json_object
+from fedkl.passphrases import config_folder
 
 _NAME = "ledger.json"
 _VERSION = 1

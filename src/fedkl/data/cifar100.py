@@ -11,7 +11,7 @@ from pathlib import Path
 from fedkl.data.base import Dataset, fetch_remedy, folder_with
 from fedkl.data.cifar import BinaryFile, Layout, dataset_from_binary
 from fedkl.data.packages import TarSource
-from fedkl.data.sources import Entry, FileRecord
+from fedkl.data.sources import DatasetEntry, FileRecord
 
 _NAME = "cifar100"
 _UNPACKED = "cifar-100-binary"
@@ -45,7 +45,7 @@ def load_cifar100(root: str | os.PathLike[str], *, size: int = 32, channels: int
     return dataset_from_binary(folder, layout, size=size, channels=channels, remedy=remedy)
 
 
-ENTRY = Entry(
+ENTRY = DatasetEntry(
     info="photographs, 50,000 + 10,000 color images of 32×32, 100 classes",
     load=load_cifar100,
     files={

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedkl.data import idx
 from fedkl.data.base import Dataset, fetch_remedy
 from fedkl.data.packages import DebianSource
-from fedkl.data.sources import Entry, FileRecord, UrlSource
+from fedkl.data.sources import DatasetEntry, FileRecord, UrlSource
 
 _NAME = "fashion-mnist"
 
@@ -37,7 +37,7 @@ def load_fashion_mnist(root: str | os.PathLike[str], *, size: int = 32, channels
     return idx.dataset_from_idx(root / _NAME, name=_NAME, size=size, channels=channels, remedy=remedy)
 
 
-ENTRY = Entry(
+ENTRY = DatasetEntry(
     info="clothing, 60,000 + 10,000 gray images of 28×28, 10 classes",
     load=load_fashion_mnist,
     files={

@@ -13,7 +13,7 @@ from fedkl.data import dicom as dicom_files
 from fedkl.data.base import Dataset, DataSpec, default_root, readable
 from fedkl.data.folder_images import FolderImages
 from fedkl.data.messages import place, told
-from fedkl.data.sources import Entry
+from fedkl.data.sources import DatasetEntry
 from fedkl.errors import DataError, gathered
 
 _NAME = "imagefolder"
@@ -164,7 +164,7 @@ def _labels(files: dict[str, list[str]], numbers: dict[str, int]) -> torch.Tenso
     return torch.tensor([numbers[name] for name in files]).repeat_interleave(counts)
 
 
-ENTRY = Entry(
+ENTRY = DatasetEntry(
     info="your own images in folders by class, ILSVRC2012 among them; read from disk batch by batch",
     load=load_image_folder,
     size=224,

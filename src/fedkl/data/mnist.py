@@ -11,7 +11,7 @@ from pathlib import Path
 from fedkl.data import idx
 from fedkl.data.base import Dataset, fetch_remedy, folder_with
 from fedkl.data.packages import NpmSource
-from fedkl.data.sources import Entry, FileRecord, UrlSource
+from fedkl.data.sources import DatasetEntry, FileRecord, UrlSource
 
 _NAME = "mnist"
 
@@ -41,7 +41,7 @@ def load_mnist(root: str | os.PathLike[str], *, size: int = 32, channels: int = 
     return idx.dataset_from_idx(folder, name=_NAME, size=size, channels=channels, remedy=remedy)
 
 
-ENTRY = Entry(
+ENTRY = DatasetEntry(
     info="handwritten digits, 60,000 + 10,000 gray images of 28×28, 10 classes",
     load=load_mnist,
     files={

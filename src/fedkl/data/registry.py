@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 from fedkl.data import cifar10, cifar100, fashion_mnist, image_folder, mnist, sample
 from fedkl.data.base import Dataset, default_root
 from fedkl.data.dicom import Values
-from fedkl.data.sources import Entry
+from fedkl.data.sources import DatasetEntry
 from fedkl.errors import DataError, shown
 
 _Build = TypeVar("_Build", bound=Callable[[], Dataset])
 
-ENTRIES: dict[str, Entry] = {
+ENTRIES: dict[str, DatasetEntry] = {
     "cifar10": cifar10.ENTRY,
     "cifar100": cifar100.ENTRY,
     "fashion-mnist": fashion_mnist.ENTRY,
@@ -89,7 +89,7 @@ def _built(name: str, asked: dict[str, Any]) -> Dataset:
     return replace(dataset, spec=replace(dataset.spec, name=name))
 
 
-def entry_of(name: str) -> Entry:
+def entry_of(name: str) -> DatasetEntry:
     """Returns the registry's entry for `name`.
 
     Raises:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedkl.data.base import Dataset
 from fedkl.data.idx import dataset_from_idx
-from fedkl.data.sources import Entry
+from fedkl.data.sources import DatasetEntry
 
 _FOLDER = Path(__file__).with_name("mnist_sample")
 
@@ -37,7 +37,7 @@ def _load(root: Path, /, *, size: int, channels: int) -> Dataset:
     return load_mnist_sample(size=size, channels=channels)
 
 
-ENTRY = Entry(
+ENTRY = DatasetEntry(
     info="the first 2,000 + 500 images of MNIST, inside the package",
     load=_load,
     unfetched="travels inside the package. Load it as it is: fedkl.data.load('mnist-sample').",

@@ -61,7 +61,7 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class DatasetEntry:
     """One dataset in the registry.
 
     Attributes:

@@ -5,6 +5,7 @@ own. Its file says all that is known of it: what the client does, how a server i
 control is, and what a server that knows it would try.
 """
 
+from fedkl.defenses.arms import arms_of, own_arms
 from fedkl.defenses.base import (
     DEFENSES,
     Arm,
@@ -12,9 +13,6 @@ from fedkl.defenses.base import (
     FilledIn,
     NoDefense,
     Regressed,
-    ServerView,
-    arms_of,
-    own_arms,
     plain_arm,
     register_defense,
 )
@@ -22,6 +20,7 @@ from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.defenses.keylock import LOCK_SETTINGS, PUBLISHED_LOCK, KeyLock, PrivateNorm, PublicNorm
 from fedkl.defenses.masked import MaskedUpload
 from fedkl.defenses.private_layers import PrivateLayers
+from fedkl.defenses.server_view import ServerView
 from fedkl.registration import import_all
 
 __all__ = [

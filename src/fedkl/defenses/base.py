@@ -10,12 +10,12 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fedkl.defenses.server_view import Known, ServerView
 from fedkl.keys import Key, imitated_uniform
-from fedkl.locking import Generation, Split
+from fedkl.locking import Split
 from fedkl.privacy import GaussianCost
 from fedkl.protocol import Knowledge, Procedure, Sending, Transform
 from fedkl.registration import Kinds
-from fedkl.types import NamedTensors
 from fedkl.update import PublicUpdate
 
 AnyProcedure = TypeVar("AnyProcedure", bound=Procedure)
@@ -23,38 +23,6 @@ AnyProcedure = TypeVar("AnyProcedure", bound=Procedure)
 Regressed = Literal["nothing", "key", "affine"]
 
 FilledIn = Literal["drawn", "neutral", "calibrated"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ServerView:
-    """What the server can build: the public tensors, what it was granted, and its own guess of the rest.
-
-    Attributes:
-        model: The plain model, private parameters as ordinary ones.
-        private: Names of its parameters that the client does not send.
-        secrets: What generates some of them, by name: a key and lock layers.
-        generate: Maps `secrets` to parameters of `model`; None where nothing is generated.
-    """
-
-    model: nn.Module = field(repr=False)
-    private: tuple[str, ...] = ()
-    secrets: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    generate: Generation | None = None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Known:
-    """What a server has of one client.
-
-    Attributes:
-        public: The public state.
-        key: The key, if granted.
-        private: The private parameters (lock layers, private layers), if granted.
-    """
-
-    public: NamedTensors = field(repr=False)
-    key: Key | None = None
-    private: NamedTensors = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,35 +324,3 @@ def plain_arm() -> Arm:
     return Arm(
         name="no-norm", description="plain network, no lock", defense=NoDefense(), open=True, control=None
     )
-
-
-def own_arms(defense: Defense) -> dict[str, Arm]:
-    """The plain network, the defense's control, and what a server that knows the defense would try."""
-    return {arm.name: arm for arm in (plain_arm(), defense.control(), *defense.guesses())}
-
-
-def arms_of(defense: Defense, *, labels: bool = True, auxiliary: int = 0) -> dict[str, Arm]:
-    """Every arm that can be attacked beside a defense, by name.
-
-    Its own come first, then those of all other registered defenses with their usual options.
-
-    Args:
-        defense: The one whose options count.
-        labels: Whether the server is granted the true labels, in every arm.
-        auxiliary: How many labeled images of its own it has, in every arm.
-    """
-    arms = own_arms(defense)
-    for kind in DEFENSES:
-        for other in kind.variants():
-            theirs = own_arms(other)
-            for name, arm in theirs.items():
-                if name in arms:
-                    continue
-                # A control of the same name may be that of another network: then there is none.
-                control = arm.control and (theirs | arms)[arm.control]
-                same = control is not None and control == theirs.get(arm.control or "")
-                arms[name] = arm if same or arm.control is None else replace(arm, control=None)
-    return {
-        name: replace(arm, knowledge=replace(arm.knowledge, labels=labels, auxiliary=auxiliary))
-        for name, arm in arms.items()
-    }

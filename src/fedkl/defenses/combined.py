@@ -16,13 +16,12 @@ from fedkl.defenses.base import (
     AnyProcedure,
     Arm,
     Defense,
-    Known,
     NoDefense,
-    ServerView,
     register_defense,
 )
 from fedkl.defenses.noise import GaussianNoise
 from fedkl.defenses.pruning import Pruning
+from fedkl.defenses.server_view import Known, ServerView
 from fedkl.errors import ConfigError
 from fedkl.keys import Key
 from fedkl.locking import Split

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkl import rng
-from fedkl.defenses.base import Arm, Defense, ServerView, register_defense
+from fedkl.defenses.base import Arm, Defense, register_defense
+from fedkl.defenses.server_view import ServerView
 from fedkl.errors import ConfigError
 from fedkl.keys import Key
 from fedkl.locking import Split

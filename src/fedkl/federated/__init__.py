@@ -6,7 +6,9 @@ client.py       what a client keeps: samples, key, private state, optimizer stat
 worker.py       model instances that are lent to clients; several clients train at once
 server.py       the server: the public state and how averages change it
 simulation.py   rounds of clients and server
-checkpoint.py   rounds on disk, private states encrypted
+checkpoint.py   rounds on disk: what is written when, and which are gone back to
+manifest.py     the names of a checkpoint's files, and the file that lists them
+private_files.py  clients' states of a checkpoint, encrypted
 fill_in.py      what the server's own model is worth without any client's lock
 """
 

@@ -20,7 +20,7 @@ from fedkl.federated.optimizer_state import (
     take_state,
     unflattened,
 )
-from fedkl.types import NamedTensors
+from fedkl.types import NamedTensors, under
 from fedkl.update import TensorSpec
 
 
@@ -187,8 +187,7 @@ class Server:
         """
         state = {name: TensorSpec.of(tensor) for name, tensor in self._state.items()}
         trained = {name: state[name] for name in self._trained}
-        places = (place.removeprefix(_OPTIMIZER) for place in snapshot if place.startswith(_OPTIMIZER))
-        moments = state_specs(places, named=trained, slots=self._slots)
+        moments = state_specs(under(snapshot, _OPTIMIZER), named=trained, slots=self._slots)
         specs = {f"state/{name}": spec for name, spec in state.items()}
         specs |= {f"{_OPTIMIZER}{place}": spec for place, spec in moments.items()}
         problems = misfits(snapshot, specs)
@@ -205,9 +204,7 @@ class Server:
         for name, tensor in self._state.items():
             tensor.copy_(snapshot[f"state/{name}"])
         if self._optimizer is not None:
-            places = [place for place in snapshot if place.startswith(_OPTIMIZER)]
-            moments = {place.removeprefix(_OPTIMIZER): snapshot[place] for place in places}
-            put_state(self._optimizer, self._trained, unflattened(moments))
+            put_state(self._optimizer, self._trained, unflattened(under(snapshot, _OPTIMIZER)))
 
 
 def _copied(tensor: Tensor) -> Tensor:

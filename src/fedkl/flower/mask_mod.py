@@ -11,8 +11,9 @@ from flwr.app import ArrayRecord, Context, Error, Message, MetricRecord, RecordD
 from flwr.clientapp.typing import ClientAppCallable
 
 from fedkl.errors import ConfigError, MaskingError, shown
-from fedkl.flower import mask_records, mod
-from fedkl.flower.mask_records import Base, Record, Stage
+from fedkl.flower import mask_records, mod, model_records
+from fedkl.flower.mask_records import Record, Stage
+from fedkl.flower.model_records import Base
 from fedkl.flower.node_member import NodeMember
 from fedkl.flower.records import arrays_of, fitted, only_arrays, tensors_of
 from fedkl.masking import Contribution
@@ -102,17 +103,17 @@ class _Handling:
         elif stage == "here":
             mask_records.put_stage(reply, "here")
         elif stage == "train":
-            self._train(mask_records.base_of(content), reply)
+            self._train(model_records.base_of(content), reply)
         elif stage == "evaluate":
-            self._evaluate(mask_records.base_of(content), reply)
+            self._evaluate(model_records.base_of(content), reply)
         elif stage == "again":
             call = mask_records.call_of(content)
-            mask_records.put_upload(reply, self._node.again(mask_records.base_of(content), call))
+            mask_records.put_upload(reply, self._node.again(model_records.base_of(content), call))
         elif stage == "reveal":
             message = mask_records.list_of(content)
-            mask_records.put_reveal(reply, self._node.reveal(mask_records.base_of(content), message))
+            mask_records.put_reveal(reply, self._node.reveal(model_records.base_of(content), message))
         else:
-            path = self._node.deliver(mask_records.base_of(content), content)
+            path = self._node.deliver(model_records.base_of(content), content)
             _NEWS.info("The trained model is in %s.", path)
             mask_records.put_stage(reply, "deliver")
         return reply

@@ -15,11 +15,12 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedkl.aggregation import Seen, ServerLearns
 from fedkl.errors import ConfigError, FedKLError, shown
-from fedkl.flower import mask_records
+from fedkl.flower import mask_records, model_records
 from fedkl.flower.aggregation import ReplyAggregation, ReplyPlan, ReplyRound, TrainingPlan
 from fedkl.flower.calls import Calls
-from fedkl.flower.mask_records import Base, Who
+from fedkl.flower.mask_records import Who
 from fedkl.flower.masked_round import Asked, Kept, MaskedReplies, addressed
+from fedkl.flower.model_records import Base
 from fedkl.flower.records import only_arrays
 from fedkl.flower.replies import refused, specs_of
 from fedkl.flower.strategy_memory import nested
@@ -164,7 +165,7 @@ class MaskedTraining(ReplyAggregation):
             metrics=self._options.metrics,
             rounds=self._calls.count,
             total=None if self._kept.server_model else self._last,
-            booleans=mask_records.booleans_of(arrays, specs),
+            booleans=model_records.booleans_of(arrays, specs),
         )
 
     def _forget(self, node: int) -> None:

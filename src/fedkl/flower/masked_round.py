@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fedkl.aggregation import Seen, SeenUpload
 from fedkl.errors import ConfigError, FedKLError, MaskingError, RoundLostError, UpdateError
-from fedkl.flower import mask_records
+from fedkl.flower import mask_records, model_records
 from fedkl.flower.aggregation import ReplyPlan, ReplyRound, SeenReply
-from fedkl.flower.mask_records import Base, Stage, Who
+from fedkl.flower.mask_records import Stage, Who
+from fedkl.flower.model_records import Base
 from fedkl.flower.records import arrays_of, only_arrays
 from fedkl.flower.replies import ReplyRules, refused
 from fedkl.flower.round_files import SavedRound
@@ -151,7 +152,7 @@ def addressed(message: Message, base: Base, stage: Stage, *, node: int | None = 
         {key: record for key, record in message.content.items() if base.total is None or key != name}
     )
     mask_records.put_stage(content, stage)
-    mask_records.put_base(content, replace(base, record=name))
+    model_records.put_base(content, replace(base, record=name))
     if node is not None:
         return Message(content, dst_node_id=node, message_type=message.metadata.message_type)
     own = copy.copy(message)
@@ -349,13 +350,13 @@ class MaskedReplies(ReplyRound):
             if call is not None:
                 mask_records.put_call(content, call)
             if stage != "here":
-                mask_records.put_base(content, layout)
+                model_records.put_base(content, layout)
             yield Message(content, dst_node_id=self._nodes[name], message_type="train", group_id=round)
 
     def _mean(self, total: SealedSum) -> Message:
         """The one reply that the strategy gets."""
         layout = self._attempt.layout
-        booleans = mask_records.booleans_of(self.plan.arrays, layout.specs)
+        booleans = model_records.booleans_of(self.plan.arrays, layout.specs)
         mean = opened_mean(total, layout=layout, booleans=booleans)
         metrics = MetricRecord({**mean.metrics, self._weight: mean.samples})
         first = Message(RecordDict(), dst_node_id=next(iter(self._asked.names)), message_type="train")

@@ -10,7 +10,7 @@ from fedkl.coredumps import forbid_core_dumps
 from fedkl.custody import ClientStore
 from fedkl.custody.store import CLIENT, NEW_KEYS
 from fedkl.errors import ConfigError, shown
-from fedkl.lockfile import default_passphrase, read_passphrase
+from fedkl.passphrases import default_passphrase, read_passphrase
 
 STORE, PASSPHRASE_FILE = "fedkl-store", "fedkl-passphrase-file"
 """Entries of a SuperNode's ``--node-config``."""

@@ -17,7 +17,8 @@ from fedkl.custody.store import CLIENT, client_folder
 from fedkl.dates import today
 from fedkl.errors import ConfigError, MaskingError, UpdateError
 from fedkl.files import PRIVATE_FILE
-from fedkl.flower.mask_records import Base, Who
+from fedkl.flower.mask_records import Who
+from fedkl.flower.model_records import Base
 from fedkl.flower.node import client_name, node_passphrase, store_folder
 from fedkl.flower.records import tensors_of
 from fedkl.masking import Call, Contribution, ListMessage, Member, MemberFile, Reveal, Upload

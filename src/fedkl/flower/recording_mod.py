@@ -16,6 +16,7 @@ from torch import Tensor
 from fedkl import recordingfile
 from fedkl.errors import ConfigError
 from fedkl.flower import mask_records
+from fedkl.flower.record_fields import PREFIX
 from fedkl.flower.records import only_arrays, tensors_of
 from fedkl.recordingfile import Recording
 
@@ -124,7 +125,7 @@ def _values(records: Mapping[str, ConfigRecord] | Mapping[str, MetricRecord]) ->
     return {
         name: {key: value for key, value in record.items() if _is_plain(value)}
         for name, record in records.items()
-        if not name.startswith(mask_records.PREFIX)
+        if not name.startswith(PREFIX)
     }
 
 

@@ -15,13 +15,17 @@
 * generation.py: how secrets become γ and β, without the model
 * options.py: how a lock was made, as its file says
 * relocking.py: a baked model is locked again: what was private stays so
-* keylock.py: `lock`, `lock_` and the `Lock` they return
+* keylock.py: `Lock`, a locked model with its key, and how it is saved
+* making.py: `lock` and `lock_`: a model becomes a `Lock`
+* loading.py: a file becomes one again
 """
 
 from fedkl.locking.activations import Activation
 from fedkl.locking.generation import KEY, Generation
-from fedkl.locking.keylock import Lock, SavedLock, load_lock, load_memory, lock, lock_, read_lock
+from fedkl.locking.keylock import Lock
 from fedkl.locking.layers import Initialization
+from fedkl.locking.loading import SavedLock, load_lock, load_memory, read_lock
+from fedkl.locking.making import lock, lock_
 from fedkl.locking.norms import ElementwiseAffine, register_norm
 from fedkl.locking.options import Granularity
 from fedkl.locking.private_layers import OwnLayers, OwnSplit, find_layers

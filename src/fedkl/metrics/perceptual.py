@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedkl.errors import AttackError, DataError
 from fedkl.metrics.image import PerImage, paired
-from fedkl.types import ImageBatch
+from fedkl.types import ImageBatch, under
 
 Backbone = Literal["vgg", "alex"]
 
@@ -64,10 +64,8 @@ class LPIPS:
     ) -> None:
         self.backbone = backbone
         self._layers, self._compared = _network(backbone)
-        prefix = "features."
-        own = {n.removeprefix(prefix): t for n, t in features.items() if n.startswith(prefix)}
         try:
-            self._layers.load_state_dict(own)
+            self._layers.load_state_dict(under(features, "features."))
             self._heads = [heads[f"lin{i}.model.1.weight"].reshape(1, -1, 1, 1) for i in range(5)]
         except (RuntimeError, KeyError) as error:
             raise DataError(

@@ -6,7 +6,7 @@ ledgerfile.py   kept with the run
 """
 
 from fedkl.privacy.accounting import GaussianCost, epsilon
-from fedkl.privacy.ledger import Entry, Ledger, PrivacyOptions
+from fedkl.privacy.ledger import Ledger, LedgerEntry, PrivacyOptions
 from fedkl.privacy.ledgerfile import LedgerFile
 
-__all__ = ["Entry", "GaussianCost", "Ledger", "LedgerFile", "PrivacyOptions", "epsilon"]
+__all__ = ["GaussianCost", "Ledger", "LedgerEntry", "LedgerFile", "PrivacyOptions", "epsilon"]

@@ -35,7 +35,7 @@ class PrivacyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class LedgerEntry:
     """A round that was begun, and what those that took part have spent by its end.
 
     Attributes:
@@ -73,7 +73,7 @@ class Ledger:
         check_installed()
         self.options = options
         self.costs = dict(costs)
-        self.on_charge: Callable[[Entry], None] | None = None
+        self.on_charge: Callable[[LedgerEntry], None] | None = None
         self._rounds = Counter[str]()
         if not all(
             math.isfinite(epsilon(c, rounds=1, delta=options.delta)) for c in set(self.costs.values())
@@ -93,7 +93,7 @@ class Ledger:
         budget = self.options.budget
         return budget is None or all(self._epsilon(client, more=1) <= budget for client in clients)
 
-    def charge(self, round: int, clients: Collection[str]) -> Entry:
+    def charge(self, round: int, clients: Collection[str]) -> LedgerEntry:
         """Counts a round, before it begins: what is sent cannot be taken back.
 
         Args:
@@ -109,12 +109,12 @@ class Ledger:
                 "(privacy.budget), add noise, or train for fewer rounds."
             )
         self._rounds.update(clients)
-        entry = Entry(round=round, epsilon={client: self._epsilon(client) for client in clients})
+        entry = LedgerEntry(round=round, epsilon={client: self._epsilon(client) for client in clients})
         if self.on_charge is not None:
             self.on_charge(entry)
         return entry
 
-    def restore(self, entries: Iterable[Entry]) -> None:
+    def restore(self, entries: Iterable[LedgerEntry]) -> None:
         """Takes over what an earlier process counted."""
         self._rounds = Counter(client for entry in entries for client in entry.epsilon)
 

@@ -12,7 +12,7 @@ from fedkl.errors import ConfigError
 from fedkl.files import read_file, write_atomically
 from fedkl.formats import check_version
 from fedkl.parsing import parse_json_object
-from fedkl.privacy.ledger import Entry
+from fedkl.privacy.ledger import LedgerEntry
 
 _VERSION = 1
 _MAX_BYTES = 2**28
@@ -30,7 +30,7 @@ class LedgerFile:
         self._path = path
         self._delta = delta
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: LedgerEntry) -> None:
         """Appends a round, on disk when this returns.
 
         Raises:
@@ -51,7 +51,7 @@ class LedgerFile:
         except OSError as error:
             raise ConfigError(f"{self._path}: cannot be written ({error.strerror}).") from error
 
-    def entries(self, *, rounds: int) -> list[Entry]:
+    def entries(self, *, rounds: int) -> list[LedgerEntry]:
         """What was counted so far; a last line that was cut off, of a round that was not begun, is dropped.
 
         Args:
@@ -78,7 +78,7 @@ class LedgerFile:
             )
         return found
 
-    def _entry(self, record: dict[str, Any]) -> Entry:
+    def _entry(self, record: dict[str, Any]) -> LedgerEntry:
         check_version(record.get("version"), source=self._path, reads=_VERSION)
         round, spent = record.get("round"), record.get("epsilon")
         if record.get("version") != _VERSION or record.get("delta") != self._delta:
@@ -87,4 +87,4 @@ class LedgerFile:
             raise ValueError("expected a round and ε by client on every line")
         if not all(type(value) is float and 0 <= value < math.inf for value in spent.values()):
             raise ValueError("expected finite numbers ≥ 0 as ε")
-        return Entry(round=round, epsilon=spent)
+        return LedgerEntry(round=round, epsilon=spent)

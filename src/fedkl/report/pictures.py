@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedkl import wording
+from fedkl.attacking.reconstructions import load_reconstruction
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import Scaling, match
 from fedkl.report.collect import AttackRun
@@ -95,7 +96,7 @@ def _trial_rows(
 
 def _shown(run: AttackRun, arm: str, trial: int, scaling: Scaling) -> tuple[Tensor, list[Tensor | None]]:
     """The first true images, and their scaled reconstructions; None for one that is not finite."""
-    reconstruction, truth = run.directory.load_pictures(arm, trial=trial)
+    reconstruction, truth = load_reconstruction(run.directory, arm, trial=trial)
     if len(truth) != run.config.batch_size:
         raise ConfigError(
             f"{run.directory.path}: {arm}, trial {trial + 1}: expected {run.config.batch_size} pictures, got "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedkl.auditing import words
 from fedkl.auditing.gate import GateResult, State
-from fedkl.auditing.results import Audit, Finding
+from fedkl.auditing.results import Audit
 
 _FINDINGS, _REASONS = 5, 2  # lines
 
@@ -29,7 +29,7 @@ def text(audit: Audit, result: GateResult) -> list[str]:
     lines = [words.verdict(audit).text]
     lines += [
         f"  {words.OUTCOMES[each.outcome]}: {words.QUESTIONS[each.question]} {each.found.percent}, "
-        f"{each.attacker}, {audit.exposure(each.exposure).title}{_why(each)}"
+        f"{each.attacker}, {audit.exposure(each.exposure).title}{words.because(each)}"
         for each in found[:_FINDINGS]
     ]
     lines += _more(len(found) - _FINDINGS, "findings")
@@ -39,10 +39,6 @@ def text(audit: Audit, result: GateResult) -> list[str]:
     lines += [f"Not passed: {reason}" for reason in reasons[:_REASONS]]
     lines += _more(len(reasons) - _REASONS, "reasons")
     return [*lines, words.caution(audit)]
-
-
-def _why(finding: Finding) -> str:
-    return f": {finding.reason}" if finding.outcome == "says nothing" else ""
 
 
 def _more(count: int, what: str) -> list[str]:

@@ -57,8 +57,8 @@ def _bars(title: str, bars: list[Bar], *, note: str = "") -> Iterator[str]:
 
 
 def _bar(bar: Bar) -> str:
-    reason = f": {bar.finding.reason}" if bar.finding.outcome == "says nothing" else ""
-    return f"* {words.OUTCOMES[bar.finding.outcome]}: {escaped(f'{bar.alt} ({bar.title}){reason}')}"
+    found = f"{bar.alt} ({bar.title}){words.because(bar.finding)}"
+    return f"* {words.OUTCOMES[bar.finding.outcome]}: {escaped(found)}"
 
 
 def _table(table: Table) -> Iterator[str]:
