@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedkl.enrollment import count_statistics_
 from fedkl.errors import DataError
+from fedkl.locking import recalibrate_norms_
 from tests.enrollment.setting import images, member_lock
 
 
@@ -18,7 +18,7 @@ def test_they_are_those_of_the_images_and_nothing_else_changes():
     before = copy.deepcopy(lock.full_state())
     inputs, modes = {}, [module.training for module in lock.model.modules()]
     x, _ = images("own")
-    count_statistics_(lock, x, batch_size=len(x))
+    recalibrate_norms_(lock, x, batch_size=len(x))
     norms = {name: each for name, each in lock.model.named_modules() if isinstance(each, nn.BatchNorm2d)}
     hooks = [
         norm.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
@@ -44,8 +44,8 @@ def test_they_are_those_of_the_images_and_nothing_else_changes():
 def test_batches_weigh_by_their_images():
     first, second = member_lock(), member_lock()
     x, _ = images("own")
-    count_statistics_(first, x, batch_size=len(x))
-    count_statistics_(second, x, batch_size=50)
+    recalibrate_norms_(first, x, batch_size=len(x))
+    recalibrate_norms_(second, x, batch_size=50)
     norm, other = (
         next(m for m in lock.model.modules() if isinstance(m, nn.BatchNorm2d)) for lock in (first, second)
     )
@@ -56,4 +56,4 @@ def test_batches_weigh_by_their_images():
 
 def test_one_image_has_no_statistics():
     with pytest.raises(DataError, match="over at least 2 images, got 1"):
-        count_statistics_(member_lock(), images("own")[0][:1])
+        recalibrate_norms_(member_lock(), images("own")[0][:1])
