@@ -127,6 +127,7 @@ class Setting:
             partition=Given(parts=tuple(self.parts()[:clients])),  # type: ignore[arg-type]
             schedule=ConstantSchedule(),
             eval_every=options.rounds,
+            norm_statistics="kept",  # `counted` says what recalibration gives
             local=LocalTraining(lr=options.lr, augmentation=options.augmentation),
         )
         federation = Federation(

@@ -17,6 +17,9 @@ Budget = Literal["quick", "paper"]
 Pairs = Literal["matched", "published"]
 """As `fedkl.reproduce.Pairs`."""
 
+NormStatistics = Literal["recalibrated", "kept"]
+"""As `fedkl.federated.NormStatistics`."""
+
 OutOption = Annotated[Path, typer.Option("--out", help="Run directory; a finished run is not repeated.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file; flags override its fields.")]
 SeedOption = Annotated[

@@ -113,7 +113,7 @@ class Checkpoints:
         self._keep = keep
         self._salt = os.urandom(16)
         self._places: dict[str, str] = {}
-        self._saved: dict[str, int] = {}  # rounds of each client that the files hold
+        self._saved: dict[str, int] = {}  # revision of each client that the files hold
 
     def save(self, federation: Federation, *, round: int) -> None:
         """Writes a checkpoint; it counts from the moment its manifest is there.
@@ -224,7 +224,7 @@ class Checkpoints:
 
     def _remember(self, clients: Sequence[Client], places: dict[str, str]) -> None:
         self._places = dict(places)
-        self._saved = {client.name: client.rounds for client in clients}
+        self._saved = {client.name: client.revision for client in clients}
 
     def _check_folder(self) -> None:
         if self._folder.is_symlink():
@@ -309,7 +309,7 @@ class Checkpoints:
         changed = [
             client
             for client in clients
-            if self._saved.get(client.name) != client.rounds
+            if self._saved.get(client.name) != client.revision
             or self._places.get(client.name, "").startswith(again)
         ]
         places: dict[str, str] = {}
