@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fedkl import rng
 from fedkl.data import IID, Dataset, Dirichlet, load
 from fedkl.defenses import KeyLock
-from fedkl.enrollment import Fitting, count_statistics_, enroll, rotate
+from fedkl.enrollment import Fitting, enroll, rotate
 from fedkl.federated import (
     ConstantSchedule,
     Execution,
@@ -37,6 +37,7 @@ from fedkl.federated import (
     LocalTraining,
 )
 from fedkl.federated.checkpoint import Checkpoints
+from fedkl.locking import recalibrate_norms_
 from fedkl.metrics import class_accuracies
 from fedkl.models import build_model
 
@@ -126,6 +127,7 @@ class Setting:
             partition=Given(parts=tuple(self.parts()[:clients])),  # type: ignore[arg-type]
             schedule=ConstantSchedule(),
             eval_every=options.rounds,
+            norm_statistics="kept",  # `counted` says what recalibration gives
             local=LocalTraining(lr=options.lr, augmentation=options.augmentation),
         )
         federation = Federation(
@@ -221,7 +223,7 @@ def counted(setting: Setting, lines: Lines, federation: Federation) -> None:
         client.enter(federation.split, federation.server.state)
         lock = federation.split
         before.append(setting.worth(lock.model, client.samples))
-        count_statistics_(lock, setting.mine(client.samples)["images"])  # type: ignore[arg-type]
+        recalibrate_norms_(lock, setting.mine(client.samples)["images"])  # type: ignore[arg-type]
         after.append(setting.worth(lock.model, client.samples))
     means = {"before": statistics.fmean(before), "after": statistics.fmean(after)}
     lines.add(**setting.name, part="counted", **means)

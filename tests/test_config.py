@@ -24,7 +24,7 @@ else:
 EXPERIMENTS = [
     TrainConfig(),
     TrainConfig(defense=KeyLock(layers=("conv1", "conv2"), activation="relu")),
-    TrainConfig(defense=PublicNorm(), seed=3),
+    TrainConfig(defense=PublicNorm(), seed=3, training=FederatedTraining(norm_statistics="kept")),
     TrainConfig(defense=PrivateNorm(like=KeyLock(layers="all"))),
     TrainConfig(defense=KeyLock(granularity="element", private=("head",), input_shape=(1, 32, 32))),
     TrainConfig(training=FederatedTraining(local=LocalTraining(lock_weight_decay=0.1, optimizer="adam"))),
@@ -73,6 +73,7 @@ def test_all_problems_are_named_at_once():
         ({"type": "train", "defense": {"type": "keylock", "activation": "gelu"}}, "activation"),
         ({"type": "attack", "attack": {"type": "dlg", "evaluations": "many"}}, "evaluations"),
         ({"type": "attack", "trials": 0}, "trials"),
+        ({"type": "train", "training": {"norm_statistics": "counted"}}, "norm_statistics: .*'recalibrated'"),
     ],
 )
 def test_wrong_values(values, message):

@@ -22,6 +22,7 @@ from fedkl.defenses.noise import GaussianNoise
 from fedkl.errors import ConfigError, FedKLError, KeyFileError, UpdateError
 from fedkl.export import client_of, export
 from fedkl.federated import ConstantSchedule, FederatedTraining, LocalTraining
+from fedkl.locking import recalibrate_norms_
 from fedkl.metrics import evaluate
 from fedkl.modelfile import read_model
 from fedkl.models.registry import MODELS, ModelEntry
@@ -145,6 +146,29 @@ def test_a_clients_model_is_worth_what_the_run_recorded(runs, tmp_path, name):
     assert min(recorded(run).values()) > 0.5, "it must have learned something, or this shows nothing"
     other = fedkl.load_lock(done.lock, network(), passphrase=PASSPHRASE)
     assert accuracy(other.model) < 0.5, "a lock without the public tensors is not the client's model"
+
+
+def test_a_client_that_nobody_evaluated_has_statistics_of_the_exported_weights(tmp_path):
+    run = trained(tmp_path / "run", eval_clients=1)
+    assert len(recorded(run)) == 1
+    federation, _ = trainings.restored(RunDirectory.open(run))
+    for client in federation.clients:
+        before = client.private_state
+        split = client_of(run, client.name)
+        expected = CONFIG.defense.prepare(network())
+        client.enter(expected, split.public_state())
+        recalibrate_norms_(expected, images().train_images[client.samples])
+        own, stored = split.private_state(), client.name in recorded(run)
+        assert all(torch.equal(tensor, own[name]) for name, tensor in expected.private_state().items())
+        assert all(torch.equal(tensor, before[name]) for name, tensor in own.items()) == stored
+
+
+def test_kept_statistics_are_exported_as_they_are(tmp_path):
+    run = trained(tmp_path / "run", norm_statistics="kept")
+    federation, _ = trainings.restored(RunDirectory.open(run))
+    for client in federation.clients:
+        own = client_of(run, client.name).private_state()
+        assert all(torch.equal(tensor, own[name]) for name, tensor in client.private_state.items())
 
 
 @pytest.mark.parametrize("name", ["keylock", "all"])

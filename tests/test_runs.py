@@ -10,6 +10,7 @@ import torch
 
 from fedkl.attacking.reconstructions import load_reconstruction, save_reconstruction
 from fedkl.config import AttackConfig, TrainConfig
+from fedkl.defenses import KeyLock, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError
 from fedkl.files import exclusive, write_atomically
 from fedkl.runs import RunDirectory
@@ -43,6 +44,34 @@ def test_a_run_is_continued_with_the_same_configuration_only(tmp_path):
     with pytest.raises(ConfigError, match="another configuration"):
         create(tmp_path / "run", AttackConfig())
     assert list(again.results()) == [ROUND]
+
+
+def without_norm_statistics(path):
+    """As a version wrote it that knew no such field."""
+    text = path.read_text()
+    assert text.count('norm_statistics = "recalibrated"\n') == 1
+    path.write_text(text.replace('norm_statistics = "recalibrated"\n', ""))
+
+
+@pytest.mark.parametrize("defense", [KeyLock(), PrivateNorm(), PublicNorm()], ids=lambda d: d.type)
+def test_a_training_from_before_recalibration_kept_its_statistics(tmp_path, defense):
+    config = TrainConfig(defense=defense)
+    run = create(tmp_path / "run", config)
+    run.append(ROUND)
+    without_norm_statistics(run.path / "config.toml")
+    earlier = run.config
+    assert earlier.training.norm_statistics == "kept"
+    with pytest.raises(ConfigError, match="another configuration"):
+        create(tmp_path / "run", config)  # its rounds would be evaluated in two ways
+    assert create(tmp_path / "run", earlier).config == earlier
+
+
+def test_where_clients_keep_nothing_an_earlier_training_is_the_same(tmp_path):
+    run = create(tmp_path / "run")
+    run.append(ROUND)
+    without_norm_statistics(run.path / "config.toml")
+    assert run.config == TrainConfig()
+    assert create(tmp_path / "run").config == TrainConfig()
 
 
 def test_foreign_folders_are_not_written_to(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -218,8 +219,29 @@ def _large_numbers(values: dict[str, Any]) -> list[str]:
     return found
 
 
-def load(path: Path) -> TrainConfig | AttackConfig:
+def as_written(values: dict[str, Any], *, source: str) -> TrainConfig | AttackConfig:
+    """An experiment from a file that had every field when it was written: what is missing came later.
+
+    Trainings of then did not recalibrate the norm statistics that clients keep.
+
+    Raises:
+        ConfigError: See `parse`.
+    """
+    experiment = parse(values, source=source)
+    if isinstance(experiment, AttackConfig) or not experiment.defense.keeps_tensors:
+        return experiment
+    if "norm_statistics" in values.get("training", {}):
+        return experiment
+    earlier = replace(experiment.training, norm_statistics="kept")
+    return experiment.model_copy(update={"training": earlier})
+
+
+def load(path: Path, *, complete: bool = False) -> TrainConfig | AttackConfig:
     """Reads an experiment from a TOML file.
+
+    Args:
+        path: The file.
+        complete: Whether it had every field when it was written; see `as_written`.
 
     Raises:
         ConfigError: The file cannot be read, is no TOML, or is not a usable experiment.
@@ -230,7 +252,7 @@ def load(path: Path) -> TrainConfig | AttackConfig:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
     except ValueError as error:
         raise ConfigError(f"{path}: not a TOML file ({printable(str(error))}).") from error
-    return parse(values, source=str(path))
+    return as_written(values, source=str(path)) if complete else parse(values, source=str(path))
 
 
 def from_flags(

@@ -205,7 +205,8 @@ def client_of(source: str | Path, name: str) -> Split:
     """One client of a training as the newest sound checkpoint has it, whatever the defense keeps on clients.
 
     Its ``model`` is the client's trained model, in eval mode. The training's images are needed: they say what
-    network it has.
+    network it has, and its private norm statistics are counted anew over the client's own (unless the
+    training is of ``norm_statistics = "kept"``).
 
     Args:
         source: The training's run directory.
@@ -225,8 +226,7 @@ def _client(source: Path, name: str) -> tuple[Federation, int]:
         raise ConfigError(
             f"{source}: no client {shown(name)}. Choose one from client-0 to client-{len(clients) - 1}."
         )
-    clients[name].enter(federation.split, federation.server.state)
-    federation.split.model.eval()
+    federation.use(clients[name])
     return federation, rounds
 
 

@@ -111,7 +111,7 @@ class RunDirectory:
     @property
     def config(self) -> configs.TrainConfig | configs.AttackConfig:
         """The experiment."""
-        return configs.load(self.path / "config.toml")
+        return configs.load(self.path / "config.toml", complete=True)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def same_experiment(present: bytes, data: bytes) -> bool:
         return True
     try:
         values = (parse_toml(text.decode()) for text in (present, data))
-        one, other = (configs.parse(each, source="config.toml") for each in values)
+        one, other = (configs.as_written(each, source="config.toml") for each in values)
         return one == other
     except (ValueError, ConfigError):
         return False

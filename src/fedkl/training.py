@@ -168,6 +168,7 @@ def _rounds(
             progress(done, total, _accuracy_note(result.accuracy))
     if records[-1]["accuracy"] is None:  # no privacy is left for the round that is evaluated
         records[-1] |= _evaluated(federation)
+        checkpoints.save(federation, round=records[-1]["round"] + 1)  # with the statistics that it was with
         directory.restart_from([partition, *records])
     return records
 

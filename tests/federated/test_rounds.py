@@ -148,11 +148,11 @@ def test_one_that_diverges_is_named_and_left_as_it_was(dataset, defense, algorit
     """The others' update is what it would be without it, though they share a worker."""
     store, broken = flaky(dataset)
     local = {"algorithm": algorithm, "batch_size": 16}
-    run = small(broken, defense, local=local)
+    run = small(broken, defense, local=local, norm_statistics="kept")
     run.run_round(0)
     sick, *well = run.clients  # it comes first in its worker's row: the others follow it
     store.broken[sick.samples] = True
-    reference = small(dataset, defense, local=local)
+    reference = small(dataset, defense, local=local, norm_statistics="kept")
     copy_secrets(run, reference)
     reference.server.restore(run.server.snapshot())
     before = {name: t for name, t in everything(run).items() if name.startswith(f"{sick.name}/")}

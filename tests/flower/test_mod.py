@@ -101,6 +101,43 @@ def test_evaluations_and_queries_store_nothing():
     assert all(torch.equal(before[name], tensor) for name, tensor in stored().items())
 
 
+def recalibrating(message, context):
+    """An evaluation that counts the statistics over the node's own images, and changes nothing else."""
+    current_client().recalibrate_norms_(OWN)
+    return reply(message)
+
+
+OWN = torch.rand(40, 4, generator=torch.Generator().manual_seed(3))
+
+
+def test_an_evaluation_that_recalibrates_stores_statistics_of_the_model_that_came():
+    ask(app_of(honest))
+    before = stored()
+    changed = {"0.weight": torch.full((6, 4), 0.25)}
+    answer = ask(app_of(recalibrating), good_content(arrays=arrays_with(changed)), "evaluate")
+    assert list(answer.content) == ["metrics"]
+    after = stored()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "1.running_mean", "1.running_var"
+    }  # fmt: skip
+    bias = torch.from_numpy(good_content()["arrays"]["0.bias"].numpy())
+    values = OWN @ changed["0.weight"].T + bias
+    torch.testing.assert_close(after["1.running_mean"], values.mean(0))
+    torch.testing.assert_close(after["1.running_var"], values.var(0))
+
+
+def test_recalibrated_statistics_are_not_sent():
+    def leak(message, context):
+        client = current_client()
+        client.recalibrate_norms_(OWN)
+        return reply(message, seen=metrics(m=client.model[1].running_mean.tolist()))
+
+    ask(app_of(honest))
+    before = stored()
+    assert ask(app_of(leak), kind="evaluate").error.reason == REFUSED_REPLY
+    assert all(torch.equal(before[name], tensor) for name, tensor in stored().items())
+
+
 def test_memory_is_kept_with_the_lock():
     def remember(message, context):
         memory = current_client().memory

@@ -216,6 +216,12 @@ def test_centralized_arms_have_one_client_and_the_others_the_papers_three():
         assert isinstance(cell.experiment.training.partition, IID if centralized else Shards)
 
 
+@pytest.mark.parametrize("how", ["recalibrated", "kept"])
+def test_norm_statistics_are_those_of_all_arms(how):
+    table = Table1(arms=tuple(reproduce.ARMS), seeds=1, norm_statistics=how)
+    assert {cell.experiment.training.norm_statistics for cell in table.cells()} == {how}
+
+
 def test_every_seed_is_done_before_the_next():
     table = Table1(arms=ARMS, seeds=2, first_seed=5)
     assert [(cell.arm, cell.experiment.seed) for cell in table.cells()] == [

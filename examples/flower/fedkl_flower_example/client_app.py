@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from fedkl import data
 from fedkl.flower import LockMod, current_client  # fedkl
@@ -21,11 +22,8 @@ def dataset(name: str, images: int) -> data.Dataset:
     return task.load(name, images=images)
 
 
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """One local epoch on the node's own images."""
-    torch.set_num_threads(1)
-    client = current_client()  # fedkl: in place of a new model and load_state_dict
+def own(context: Context) -> tuple[data.Dataset, Tensor]:
+    """The data, and the indexes of this node's training images."""
     config, node = context.run_config, context.node_config
     images = dataset(str(config["dataset"]), int(config["images"]))
     index = task.samples(
@@ -34,6 +32,16 @@ def train(message: Message, context: Context) -> Message:
         clients=int(node["num-partitions"]),
         seed=int(config["seed"]),
     )
+    return images, index
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One local epoch on the node's own images."""
+    torch.set_num_threads(1)
+    client = current_client()  # fedkl: in place of a new model and load_state_dict
+    config = context.run_config
+    images, index = own(context)
     place = (client.name, int(message.content["config"]["server-round"]) - 1)
     loss = task.train(client.model, client.memory, images, index, config=config, place=place)
     metrics = MetricRecord({"num-examples": len(index), "loss": loss})
@@ -45,8 +53,9 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Accuracy of the global model with the node's own lock."""
     torch.set_num_threads(1)
-    config = context.run_config
-    images = dataset(str(config["dataset"]), int(config["images"]))
-    accuracy = task.accuracy(current_client().model, images)  # fedkl: in place of a new model
+    client = current_client()  # fedkl: in place of a new model
+    images, index = own(context)
+    client.recalibrate_norms_(data.Subset(images.train_images, index))  # fedkl: of the weights that came
+    accuracy = task.accuracy(client.model, images)
     metrics = MetricRecord({"num-examples": len(images.test_labels), "accuracy": accuracy})
     return Message(content=RecordDict({"metrics": metrics}), reply_to=message)

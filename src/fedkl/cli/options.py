@@ -18,6 +18,9 @@ Budget = Literal["quick", "paper"]
 Pairs = Literal["matched", "published"]
 """As `fedkl.reproduce.Pairs`."""
 
+NormStatistics = Literal["recalibrated", "kept"]
+"""As `fedkl.federated.NormStatistics`."""
+
 ATTACKS = (
     "closed-form",
     "feature-inversion",

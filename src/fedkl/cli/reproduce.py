@@ -14,6 +14,7 @@ from fedkl.cli.options import (
     BudgetOption,
     DeviceOption,
     FirstSeedOption,
+    NormStatistics,
     Pairs,
     RootOption,
     RowsOption,
@@ -47,6 +48,10 @@ def reproduce_table1(
     ] = "matched",
     clients: Annotated[int, typer.Option(help="Clients of the federated arms; the paper has 3.")] = 3,
     partition: Annotated[str, typer.Option(help="iid, shards:<per client> or dirichlet:<alpha>.")] = "iid",
+    norm_statistics: Annotated[
+        NormStatistics,
+        typer.Option(help="Private ones: recalibrated before each use, or kept from the last training."),
+    ] = "recalibrated",
     device: DeviceOption = "cpu",
     data_root: RootOption = None,
 ) -> None:
@@ -64,6 +69,7 @@ def reproduce_table1(
         pairs=pairs,
         clients=clients,
         partition=configs.partition_of(partition),
+        norm_statistics=norm_statistics,
         device=device,
         data_root=data_root,
     )

@@ -18,7 +18,8 @@ from fedkl.defenses import KeyLock
 from fedkl.errors import ConfigError, KeyFileError, shown
 from fedkl.files import PRIVATE_FOLDER, exclusive, open_to_others, remove_parts
 from fedkl.lockfile import keep_copy
-from fedkl.locking import Lock, read_lock
+from fedkl.locking import Lock, read_lock, recalibrate_norms_
+from fedkl.types import Images
 
 CLIENT, NEW_KEYS = "fedkl-client", "fedkl-new-keys"
 """Entries of a Flower SuperNode's ``--node-config``; errors name them."""
@@ -42,6 +43,7 @@ class StoredClient:
         memory: Tensors that it keeps between rounds besides, by names of its own, e.g. its optimizer's
             moments. As private as the lock; never sent.
         ledger: What the store remembers of it.
+        recalibrated: Whether `recalibrate_norms_` was called: there is something to be stored, then.
     """
 
     def __init__(self, name: str, *, lock: Lock, memory: dict[str, Tensor], ledger: Ledger) -> None:
@@ -49,6 +51,7 @@ class StoredClient:
         self.lock = lock
         self.memory = memory
         self.ledger = ledger
+        self.recalibrated = False
 
     def __repr__(self) -> str:
         return f"StoredClient({self.name!r}, lock={self.lock}, memory={sorted(self.memory)})"
@@ -57,6 +60,21 @@ class StoredClient:
     def model(self) -> nn.Module:
         """The locked model; call and train it as ever."""
         return self.lock.model
+
+    def recalibrate_norms_(self, images: Images) -> None:
+        """Makes the norms' private running statistics those of the model that came, before it is used.
+
+        See `fedkl.locking.recalibrate_norms_`. On Flower they are stored afterwards, of an evaluation too.
+
+        Args:
+            images: The client's own training images, in [0, 1], two at least. No label is needed.
+
+        Raises:
+            DataError: There are fewer than two images.
+            TrainingError: The statistics are not finite. They stay as they were.
+        """
+        recalibrate_norms_(self.lock, images)
+        self.recalibrated = True
 
 
 class ClientStore:

@@ -6,7 +6,7 @@
 """
 
 from fedkl.enrollment.enrolling import enroll
-from fedkl.enrollment.fitting import Enrolled, Fitting, Measured, count_statistics_
+from fedkl.enrollment.fitting import Enrolled, Fitting, Measured
 from fedkl.enrollment.rotating import rotate, rotate_file
 
-__all__ = ["Enrolled", "Fitting", "Measured", "count_statistics_", "enroll", "rotate", "rotate_file"]
+__all__ = ["Enrolled", "Fitting", "Measured", "enroll", "rotate", "rotate_file"]

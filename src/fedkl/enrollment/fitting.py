@@ -10,11 +10,11 @@ from time import perf_counter
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from fedkl import rng
 from fedkl.errors import ConfigError, DataError, TrainingError, gathered
 from fedkl.locking import Lock
+from fedkl.locking.statistics import count_statistics, modes_kept
 from fedkl.metrics import accuracy
 from fedkl.protocol import Procedure
 from fedkl.protocol.local_training import LocalTrainer, batches_of
@@ -172,7 +172,7 @@ def _trained(
             losses = trainer.train(batches, samples=len(train))
             steps += len(losses)
             _check_finite(losses, lock, epoch=epoch, lr=fitting.lr)
-        _count_statistics(lock, images, parts)
+        count_statistics(lock, images, parts)
         loss = measured(lock.model, images, labels, held_out).loss
         idle += 1
         if loss < best:
@@ -190,7 +190,7 @@ def measured(model: nn.Module, images: Images, labels: Tensor, part: Tensor) -> 
     Raises:
         DataError: The model gives no class scores.
     """
-    with _modes_kept(model), torch.no_grad():
+    with modes_kept(model), torch.no_grad():
         model.eval()
         scores = torch.cat([model(images[index]) for index in torch.split(part, _EVALUATION_BATCH)])
         own = labels[part]
@@ -210,7 +210,7 @@ def check_labels(model: nn.Module, images: Images, labels: Tensor) -> None:
         )
     if not len(labels):
         return
-    with _modes_kept(model), torch.no_grad():
+    with modes_kept(model), torch.no_grad():
         classes = model.eval()(images[:1]).shape[-1]
     outside = int(((labels < 0) | (labels >= classes)).sum())
     if outside:
@@ -233,53 +233,6 @@ def _check_finite(losses: Sequence[Tensor], lock: Lock, *, epoch: int, lr: float
     raise TrainingError(f"The fitting diverged in epoch {epoch} (learning rate {lr:g}). Lower lr.")
 
 
-def count_statistics_(lock: Lock, images: Images, *, batch_size: int = 256) -> None:
-    """Makes a lock's private running statistics those of these images; all other tensors stay.
-
-    After a round a client's statistics are of the weights that it sent, not of the average that came back.
-    Before such a model is used, they are to be counted anew. No label is needed.
-
-    Args:
-        lock: Its public tensors are those that the statistics are for; its model's modes stay.
-        images: The client's own, in [0, 1], two at least.
-        batch_size: Images at once.
-
-    Raises:
-        DataError: There are fewer than two images.
-    """
-    if len(images) < 2:
-        raise DataError(f"Statistics are counted over at least 2 images, got {len(images)}. Take more.")
-    parts = torch.arange(len(images)).tensor_split(math.ceil(len(images) / batch_size))
-    with _modes_kept(lock.model):
-        _count_statistics(lock, images, parts)
-
-
-def _count_statistics(lock: Lock, images: Images, parts: Sequence[Tensor]) -> None:
-    """Private running statistics become those of all batches, each weighing as many images as it has.
-
-    Training leaves them near those of the last batches, of earlier γ and β.
-    """
-    private = lock.private_names
-    norms = [
-        module
-        for name, module in lock.model.named_modules()
-        if isinstance(module, _NormBase) and f"{name}.running_mean".removeprefix(".") in private
-    ]
-    usual = [norm.momentum for norm in norms]
-    lock.model.eval()
-    for norm in norms:
-        norm.train().reset_running_stats()
-    seen = 0
-    with torch.no_grad():
-        for part in parts if norms else ():
-            seen += len(part)
-            for norm in norms:
-                norm.momentum = len(part) / seen
-            lock.model(images[part])
-    for norm, momentum in zip(norms, usual, strict=True):
-        norm.momentum = momentum
-
-
 def _train_mode(lock: Lock) -> None:
     """Puts the model into train mode, but for modules whose buffers are public: they would change."""
     lock.model.train()
@@ -292,7 +245,7 @@ def _train_mode(lock: Lock) -> None:
 def _only_private_trained(lock: Lock) -> Iterator[None]:
     """No gradient for public parameters meanwhile; flags and modes are put back."""
     wanted = {name: p.requires_grad for name, p in lock.public_parameters().items()}
-    with _modes_kept(lock.model):
+    with modes_kept(lock.model):
         try:
             for parameter in lock.public_parameters().values():
                 parameter.requires_grad_(False)
@@ -303,16 +256,6 @@ def _only_private_trained(lock: Lock) -> Iterator[None]:
                 parameter.requires_grad_(wanted[name])
             for parameter in lock.private_parameters().values():
                 parameter.grad = None
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from fedkl.aggregation import RunningAverage, weighted_average
 from fedkl.federated.checkpoint import Checkpoints
 from fedkl.federated.client import Client
 from fedkl.federated.fill_in import FillIn, server_fill_ins
-from fedkl.federated.options import Execution, FederatedTraining, LocalTraining
+from fedkl.federated.options import Execution, FederatedTraining, LocalTraining, NormStatistics
 from fedkl.federated.schedules import AnySchedule, ConstantSchedule, CosineSchedule, StepSchedule
 from fedkl.federated.server import AnyServerOptimizer, Averaging, Server, ServerAdam, ServerSGD
 from fedkl.federated.simulation import Federation, RoundResult
@@ -34,6 +34,7 @@ __all__ = [
     "Federation",
     "FillIn",
     "LocalTraining",
+    "NormStatistics",
     "RoundResult",
     "RunningAverage",
     "Server",

@@ -48,6 +48,7 @@ class Client:
         self._write(state)
         self._optimizer_state: OptimizerState = {}
         self._rounds = 0
+        self._revision = 0
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise SecretError("A Client holds private tensors and cannot be pickled.")
@@ -67,8 +68,13 @@ class Client:
 
     @property
     def rounds(self) -> int:
-        """In how many rounds it has trained: what it keeps changes with this number."""
+        """In how many rounds it has trained."""
         return self._rounds
+
+    @property
+    def revision(self) -> int:
+        """What it keeps changes with this number, which is of this process only."""
+        return self._revision
 
     @property
     def key(self) -> Key | None:
@@ -101,6 +107,12 @@ class Client:
         self._write(private_state)
         self._optimizer_state = optimizer_state
         self._rounds += 1
+        self._revision += 1
+
+    def keep_statistics(self, private_state: NamedTensors) -> None:
+        """Takes over norm statistics that were counted anew; all else in the state is as it was."""
+        self._write(private_state)
+        self._revision += 1
 
     def restore(
         self, *, key: Key | None, private_state: NamedTensors, optimizer_state: OptimizerState, rounds: int
@@ -110,6 +122,7 @@ class Client:
         self._write(private_state)
         self._optimizer_state = optimizer_state
         self._rounds = rounds
+        self._revision += 1
 
     def _write(self, private_state: NamedTensors) -> None:
         for name, tensor in self._private_state.items():

@@ -15,6 +15,9 @@ from fedkl.federated.server import AnyServerOptimizer, Averaging
 from fedkl.privacy import PrivacyOptions
 from fedkl.protocol import Procedure
 
+NormStatistics = Literal["recalibrated", "kept"]
+"""What clients do with their norms' private running statistics; see `FederatedTraining`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTraining(Procedure):
@@ -66,6 +69,9 @@ class FederatedTraining:
         eval_every: Rounds between evaluations; the last round is always evaluated.
         eval_clients: At most so many clients are evaluated: the first, in an order drawn once, of those that
             have trained.
+        norm_statistics: Whether a client counts its norms' private running statistics anew before it uses a
+            global model (``"recalibrated"``; `fedkl.locking.recalibrate_norms_`), or uses those that its last
+            training left, which are of the weights that it sent (``"kept"``). No effect on what is sent.
         local: How a client trains.
         privacy: What is accounted for, where the defense gives a guarantee.
     """
@@ -83,6 +89,7 @@ class FederatedTraining:
     )
     eval_every: int = 1
     eval_clients: int = 20
+    norm_statistics: NormStatistics = "recalibrated"
     local: LocalTraining = field(default_factory=LocalTraining)
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
 

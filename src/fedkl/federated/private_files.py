@@ -45,12 +45,12 @@ class PrivateFiles:
         self._passphrase = passphrase
         self._salt = os.urandom(16)
         self._places: dict[str, str] = {}
-        self._saved: dict[str, int] = {}  # rounds of each client that the files hold
+        self._saved: dict[str, int] = {}  # revision of each client that the files hold
 
     def remember(self, clients: Sequence[Client], places: dict[str, str]) -> None:
         """Notes that the files hold clients as they are, and where each of them is."""
         self._places = dict(places)
-        self._saved = {client.name: client.rounds for client in clients}
+        self._saved = {client.name: client.revision for client in clients}
 
     def write_changed(self, clients: Sequence[Client], round: int) -> dict[str, str]:
         """Writes the clients that the files do not hold as they are; returns where every client is now."""
@@ -58,7 +58,7 @@ class PrivateFiles:
         changed = [
             client
             for client in clients
-            if self._saved.get(client.name) != client.rounds
+            if self._saved.get(client.name) != client.revision
             or self._places.get(client.name, "").startswith(again)
         ]
         places: dict[str, str] = {}

@@ -156,7 +156,17 @@ class Federation:
         for split in splits:
             split.model.to(device).to(memory_format=memory)  # type: ignore[call-overload]
         return WorkerPool(
-            [Worker(split, training=local, data=shared, seed=self._seed, draws=draws) for split in splits],
+            [
+                Worker(
+                    split,
+                    training=local,
+                    data=shared,
+                    seed=self._seed,
+                    draws=draws,
+                    recalibrates=self.training.norm_statistics == "recalibrated",
+                )
+                for split in splits
+            ],
             threads=threads,
         )
 
@@ -361,6 +371,9 @@ class Federation:
     def evaluate(self) -> tuple[dict[str, float], dict[str, float]]:
         """Test accuracy of the global model by client, each with its own private state, in [0, 1].
 
+        A client may count its norms' private statistics anew for it, and keep them; see `norm_statistics` of
+        `FederatedTraining`.
+
         Returns:
             On the whole test set, and on a test set of each client's own class frequencies.
         """
@@ -386,6 +399,16 @@ class Federation:
         everywhere = {c.name: _weighted(recalls[c.name], whole) for c in evaluated}
         at_home = {c.name: _weighted(recalls[c.name], self._frequencies(c)) for c in evaluated}
         return _known(everywhere), _known(at_home)
+
+    def use(self, client: Client) -> Split:
+        """The first worker's model instance as this client uses the global model, in eval mode.
+
+        Its norm statistics are of the global model's weights, if they are to be recalibrated.
+        """
+        worker = self._pool.workers[0]
+        worker.prepare(client, self.server.state)
+        worker.split.model.eval()
+        return worker.split
 
     def evaluated_clients(self) -> list[Client]:
         """The first `eval_clients`, in an order drawn once, of those that have trained (else of all)."""

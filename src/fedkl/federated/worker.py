@@ -7,7 +7,7 @@ import itertools
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fedkl import rng
-from fedkl.errors import UpdateError, gathered
+from fedkl.data import Subset
+from fedkl.errors import TrainingError, UpdateError, gathered
 from fedkl.federated.client import Client
 from fedkl.federated.optimizer_state import put_state, take_state
 from fedkl.federated.options import LocalTraining
 from fedkl.keys import secure_uniform
-from fedkl.locking import Split
+from fedkl.locking import Split, recalibrate_norms_
+from fedkl.locking.statistics import private_norms
 from fedkl.protocol import Sending
 from fedkl.protocol.local_training import LocalTrainer, batches_of
 from fedkl.types import Images, NamedTensors
@@ -67,16 +69,25 @@ class Worker:
         seed: The experiment's seed.
         draws: Whether the model itself draws random numbers; see `draws_random_numbers`. Such a worker must
             be the only one.
+        recalibrates: Whether clients count their private norm statistics anew before they use a model.
     """
 
     def __init__(
-        self, split: Split, *, training: LocalTraining, data: Samples, seed: int, draws: bool = False
+        self,
+        split: Split,
+        *,
+        training: LocalTraining,
+        data: Samples,
+        seed: int,
+        draws: bool = False,
+        recalibrates: bool = False,
     ) -> None:
         self.split = split
         self._training = training
         self._data = data
         self._seed = seed
         self._draws = draws
+        self._recalibrates = recalibrates and bool(private_norms(split))
         self._trainer = LocalTrainer(
             split.model,
             procedure=training,
@@ -138,9 +149,21 @@ class Worker:
         return ClientResult(update=update, loss=float(loss))
 
     def run(self, client: Client, state: NamedTensors, task: Callable[[nn.Module], _Result]) -> _Result:
-        """Runs a task on the model as this client sees it, e.g. an evaluation."""
-        client.enter(self.split, state)
+        """Runs a task on the model as this client uses it, e.g. an evaluation."""
+        self.prepare(client, state)
         return task(self.split.model)
+
+    def prepare(self, client: Client, state: NamedTensors) -> None:
+        """Makes the model the one that this client uses: with statistics of these weights, which it keeps.
+
+        They are of its training images. Where they are not finite, it has those that it had.
+        """
+        client.enter(self.split, state)
+        if not self._recalibrates or client.num_samples < 2:
+            return
+        with suppress(TrainingError):  # the model is of no use either way, which an evaluation shows
+            recalibrate_norms_(self.split, Subset(self._data.images, client.samples))
+            client.keep_statistics(self.split.private_state())
 
     def _gradient(self, client: Client, round: int) -> tuple[dict[str, Tensor], int, list[Tensor]]:
         """The public gradient of one batch; private parameters step here, public ones on the server."""

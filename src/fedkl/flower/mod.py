@@ -54,8 +54,9 @@ class LockMod:
     Before the app's function runs, it opens the client's lock from the node's encrypted store (or makes it),
     checks that the message holds exactly the public tensors, finite and of the right shapes, and loads them.
     Afterwards it checks that the reply's arrays are exactly the public tensors, looks for private numbers in
-    all that the reply holds (`fedkl.secret_search`), builds a new reply from what was checked, and, after a
-    training, stores the client's new private state. Whatever goes wrong, the node stays up and the server
+    all that the reply holds (`fedkl.secret_search`), builds a new reply from what was checked, and stores the
+    client's new private state after a training, or where the app has recalibrated its norms. Whatever goes
+    wrong, the node stays up and the server
     gets an error with a fixed text and code.
 
     Put it first in the list of mods: it then has the last word on what is sent.
@@ -121,7 +122,7 @@ def _handle(
     numbers = SecretSearch([*before, *client.lock.secrets()])
     checked = _checked(reply.content, client.lock, numbers)
     stage.reason = FAILED
-    if _category(message) == "train":
+    if _category(message) == "train" or client.recalibrated:
         _check_sound(client)
         store.save(client)
     return Message(checked, reply_to=message)  # a new one: times and ids that the app could set are not sent

@@ -12,6 +12,7 @@
 * withholding.py: how modules keep private tensors out of states and pickles
 * split.py: which tensors are private, which are public, and how states of either side move
 * private_layers.py: whole layers that stay with the client
+* statistics.py: private norm statistics, counted anew for the weights that came back
 * generation.py: how secrets become γ and β, without the model
 * options.py: how a lock was made, as its file says
 * relocking.py: a baked model is locked again: what was private stays so
@@ -31,6 +32,7 @@ from fedkl.locking.options import Granularity
 from fedkl.locking.private_layers import OwnLayers, OwnSplit, find_layers
 from fedkl.locking.split import Split
 from fedkl.locking.start import Start, is_trained
+from fedkl.locking.statistics import recalibrate_norms_
 from fedkl.locking.targets import ExampleInputs, Layers
 from fedkl.locking.withholding import is_private, make_public, withhold, withhold_statistics
 
@@ -58,6 +60,7 @@ __all__ = [
     "lock_",
     "make_public",
     "read_lock",
+    "recalibrate_norms_",
     "register_norm",
     "withhold",
     "withhold_statistics",

@@ -13,7 +13,7 @@ from fedkl.config import DataConfig, ModelConfig, TrainConfig
 from fedkl.data import IID, AnyPartition
 from fedkl.defenses import PUBLISHED_LOCK, Defense, KeyLock, NoDefense, PrivateNorm, PublicNorm
 from fedkl.errors import ConfigError
-from fedkl.federated import Execution, FederatedTraining, LocalTraining
+from fedkl.federated import Execution, FederatedTraining, LocalTraining, NormStatistics
 from fedkl.markdown import table_lines
 from fedkl.paper.published import Budget, published
 from fedkl.runs import RunDirectory
@@ -96,6 +96,7 @@ class Table1:
         pairs: ``"matched"``: all arms of a row use one network. ``"published"``: the paper's two.
         clients: Of the federated arms; the paper has 3.
         partition: Of the training images among them; the paper's is IID.
+        norm_statistics: What clients do with private ones, as in `FederatedTraining`.
         device: ``"cpu"`` or ``"cuda"``.
         data_root: Folder of the datasets.
 
@@ -112,6 +113,7 @@ class Table1:
     pairs: Pairs = "matched"
     clients: int = 3
     partition: AnyPartition = field(default_factory=IID)
+    norm_statistics: NormStatistics = "recalibrated"
     device: Literal["cpu", "cuda"] = "cpu"
     data_root: str | None = None
 
@@ -170,6 +172,7 @@ class Table1:
                 partition=IID() if centralized else self.partition,
                 rounds=rounds,
                 eval_every=max(1, min(rounds // 4, 10)),
+                norm_statistics=self.norm_statistics,
                 local=LocalTraining(augmentation=row.augmentation),
             ),
             execution=Execution(device=self.device, channels_last=row.model != "lenet"),
