@@ -38,7 +38,7 @@ def test_recovers_an_undefended_image(observe_plain, images, small, labels):
     (after,) = score(
         found.images, sought, candidates=images.test_images[:100], candidate_index=[0], scaling="clip"
     )
-    assert after.psnr > 16
+    assert after.psnr > 14
     assert after.identified
     assert torch.equal(found.labels, truth)
     assert found.loss < 0.2 * start.loss
