@@ -71,7 +71,7 @@ def row_of(text):
         (60, 100, 5, "leaks"),
         (60, 50, 5, "leaks"),
         (6, 100, 5, "at the floor"),
-        (6, 50, 5, "says nothing"),
+        (6, 50, 5, "undecided"),
     ],
 )
 def test_what_a_cell_says(learned, on_control, floor, said):
@@ -86,7 +86,7 @@ def test_without_a_floor_nothing_is_at_it():
 
 def test_few_images_are_never_at_the_floor():
     few = [record("closed-form", 0, n=20), control("closed-form", 100), record("floor", 5)]
-    assert row_of(markdown(few, refused=[])).endswith("| says nothing |")
+    assert row_of(markdown(few, refused=[])).endswith("| undecided |")
 
 
 def test_a_rung_leaks_whether_or_not_it_works_on_its_control():

@@ -40,7 +40,7 @@ def test_the_oracle_does_not_count_as_a_fill_in(tmp_path, train_run):
 
 def test_claim_b_says_nothing_about_clients_that_guess(tmp_path, train_run):
     train_run("fedkl", accuracy=0.12, defense=KeyLock(), fill_ins={"neutral": 0.12})
-    assert "says nothing yet" in text(tmp_path)
+    assert "leaves it undecided" in text(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ FLOOR = {"success": shared(0.0), "identified": shared(0.03)}
     [
         ([35.0] * 100, "at the floor: resists this attack"),
         ([35.0] * 90 + [20.0] * 10, "at the floor: resists this attack"),
-        ([35.0] * 80 + [None] * 20, "says nothing: the attack finds only 80 of 100 of its control"),
+        ([35.0] * 80 + [None] * 20, "undecided: the attack finds only 80 of 100 of its control"),
     ],
 )
 def test_a_defended_arm_counts_only_where_its_control_falls(tmp_path, attack_run, control, expected):
@@ -134,12 +134,12 @@ def test_an_arm_without_secrets_is_a_control_and_no_leak(
 
 def test_missing_control(tmp_path, attack_run):
     attack_run({"no-norm": [40.0], "lock": [6.0]}, floor=FLOOR)
-    assert verdicts(tmp_path)["DLG on lock"].verdict == "says nothing: its control was not attacked"
+    assert verdicts(tmp_path)["DLG on lock"].verdict == "undecided: its control was not attacked"
 
 
 def test_few_images_do_not_clear_a_defense_in_the_table_nor_in_the_text(tmp_path, attack_run):
     attack_run({"public-norm": [40.0], "lock": [6.0]}, floor=FLOOR)
-    said = "says nothing: too few images, 1 of 100"
+    said = "undecided: too few images, 1 of 100"
     assert verdicts(tmp_path)["DLG on lock"].verdict == said
     assert said in text(tmp_path)
     assert "resists" not in text(tmp_path)

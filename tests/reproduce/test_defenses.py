@@ -98,7 +98,7 @@ def test_what_says_nothing_is_no_defense():
     (line,) = [
         line for line in markdown(records, row="x").splitlines() if line.startswith("| the odd | 70.0")
     ]
-    assert line == "| the odd | 70.0 | – | ? | – |"
+    assert line == "| the odd | 70.0 | – | undecided | – |"
 
 
 def test_what_could_not_be_trained_stands_there_with_its_reason():

@@ -9,7 +9,7 @@ from typing import Any
 from fedkl import wording
 from fedkl.attacking.attackers import CEILING, FLOOR, RUNGS
 from fedkl.attacking.records import Record
-from fedkl.attacking.verdict import CONTROL_SHARE, SAFE_FROM, Kind, judge
+from fedkl.attacking.verdict import CONTROL_SHARE, SAFE_FROM, SHOWN, Kind, judge
 from fedkl.markdown import table_lines
 
 _CELL = ("row", "batch", "steps", "cohort")
@@ -25,7 +25,7 @@ _NOTES = (
     "layer.",
     "Leaks: the interval of some attack lies above the floor's, or an image was recovered. At the floor: no "
     f"attack's does, and one of them found at least {CONTROL_SHARE:.0%} of its control's images, with at "
-    f"least {SAFE_FROM} images each. That is a claim about these attacks, not of safety. Says nothing: "
+    f"least {SAFE_FROM} images each. That is a claim about these attacks, not of safety. Undecided: "
     "neither.",
     "The floor looks at the label only: the mean of the auxiliary images of its class. In a batch the "
     "matching with the truth lifts identification, there too.",
@@ -118,7 +118,7 @@ def _row(cell: Judgment) -> list[str]:
         _ssim(cell.worst),
         wording.NONE if cell.compared is None else wording.count(cell.compared["identified"]),
         wording.NONE if cell.floor is None else wording.count(cell.floor["identified"]),
-        cell.verdict,
+        SHOWN[cell.verdict],
     ]
 
 

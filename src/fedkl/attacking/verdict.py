@@ -30,6 +30,15 @@ class Areas(NamedTuple):
     control_low: float
 
 
+SHOWN: dict[Kind, str] = {
+    "leaks": "leaks",
+    "at the floor": "at the floor",
+    "says nothing": "undecided",
+    "control": "control",
+}
+"""Kinds as readers are shown them: beside "0 %", "says nothing" reads like "reveals nothing"."""
+
+
 class Verdict(NamedTuple):
     """What the figures of one attack against one client say.
 
@@ -45,8 +54,8 @@ class Verdict(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Both in one phrase."""
-        return f"{self.kind}: {self.reason}"
+        """Both in one phrase, for readers."""
+        return f"{SHOWN[self.kind]}: {self.reason}"
 
 
 def judge(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from fedkl.aggregation import MaskedAggregation
+from fedkl.attacking.verdict import SHOWN
 from fedkl.auditing.results import Audit, Exposure, Finding, Masking, Outcome, Question
 
 Tone = Literal["good", "bad", "open"]
@@ -43,12 +44,8 @@ COUNTED: dict[Question, str] = {
 }
 """What happened to images that are counted, e.g. "0 of 96 rebuilt"."""
 
-OUTCOMES: dict[Outcome, str] = {
-    "leaks": "leaks",
-    "at the floor": "at the floor",
-    "says nothing": "undecided",
-}
-"""Outcomes as readers are shown them: beside "0 %", "says nothing" reads like "reveals nothing"."""
+OUTCOMES: dict[Outcome, str] = {outcome: SHOWN[outcome] for outcome in get_args(Outcome)}
+"""Outcomes as readers are shown them."""
 
 _LEFT: dict[Masking, str] = {
     "none": "",

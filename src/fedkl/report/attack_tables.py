@@ -31,7 +31,7 @@ def verdict_table(findings: Sequence[verdict.Finding]) -> Table:
             "other images with the same label gives. A leak that is seen counts in any case.",
             "Controls hide nothing from the server: they test the attack. An arm is at the floor only where "
             f"the same attack finds at least {CONTROL_SHARE:.0%} of its control's images, with at least "
-            f"{SAFE_FROM} images. Otherwise it says nothing.",
+            f"{SAFE_FROM} images. Otherwise it is undecided.",
         ],
     )
 

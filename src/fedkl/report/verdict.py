@@ -269,7 +269,7 @@ def judge_worth(run: TrainRun) -> Judgment:
     classes = run.summary.get("classes")
     guess = 1 / classes if classes else 0.0
     if own <= guess + FEW_POINTS:
-        return Judgment("says nothing: the clients' models hardly beat guessing", "open")
+        return Judgment("undecided: the clients' models hardly beat guessing", "open")
     if own - best <= FEW_POINTS:
         return Judgment("not useless: as good as the clients' within a few points", "bad")
     if best <= guess + FEW_POINTS:
@@ -294,8 +294,8 @@ def _worth_sentence(run: TrainRun) -> str:
         f"{wording.percent(best['accuracy'])} where the clients have "
         f"{wording.percent(run.summary['accuracy'])}"
     )
-    if judgment.text.startswith("says nothing"):
-        return f"{text}, which says nothing yet: the clients' models themselves hardly beat guessing."
+    if judgment.text.startswith("undecided"):
+        return f"{text}, which leaves it undecided: the clients' models themselves hardly beat guessing."
     if judgment.text.startswith("not useless"):
         return f"{text}: the global model is NOT useless without the lock."
     return f"{text}: without the lock, this global model is useless to it."

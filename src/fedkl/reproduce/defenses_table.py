@@ -7,6 +7,7 @@ from typing import Any
 
 from fedkl import wording
 from fedkl.attacking.records import Record
+from fedkl.attacking.verdict import SHOWN
 from fedkl.markdown import escaped, table_lines
 from fedkl.report.figures import Tradeoff
 
@@ -18,7 +19,7 @@ ROUND, ONE = "your-client", "gradient-of-1"
 _NOTES = (
     "Recognized: of a client's images, at a threshold that 1 % of other images reach. Identified: by the "
     "attacker that did best, among 100 candidates. [95 % interval]. *at the floor*: no more than without the "
-    "update. *?*: the attackers fail where nothing is hidden, too, or did not apply: this says nothing.",
+    "update. *undecided*: the attackers fail where nothing is hidden, too, or did not apply.",
     "Attackers know the defense and no secret. Accuracy: of the clients, ± standard deviation over seeds. "
     "ε: of the whole training, for the client that spent most, at the ledger's δ.",
 )
@@ -74,7 +75,7 @@ def _cell(share: Mapping[str, Any] | None, *, by: bool = False) -> str:
     if share is None:
         return wording.NONE
     if share["outcome"] == "says nothing":
-        return "?"
+        return SHOWN["says nothing"]
     if share["outcome"] == "at the floor":
         return "at the floor"
     low, high = 100 * share["low"], 100 * share["high"]
@@ -84,7 +85,7 @@ def _cell(share: Mapping[str, Any] | None, *, by: bool = False) -> str:
 def points(records: Sequence[Record], *, row: str) -> list[Tradeoff]:
     """The figure's points: accuracy lost in percentage points, and what leaks, in percent.
 
-    Without defenses whose attacks say nothing, which would look good, and without those that were not
+    Without defenses of which nothing is decided, which would look good, and without those that were not
     trained.
     """
     plain = next((each["accuracy"] for each in records if each["name"] == "none"), None)

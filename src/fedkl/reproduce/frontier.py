@@ -13,6 +13,7 @@ from fedkl.attacking.arrangements import ARRANGEMENTS, CONTROL
 from fedkl.attacking.matrix import ROWS, Matrix, adaptive
 from fedkl.attacking.matrix_table import Judgment, judgments, name_of
 from fedkl.attacking.records import Record
+from fedkl.attacking.verdict import SHOWN
 from fedkl.config import DataConfig, ModelConfig, TrainConfig
 from fedkl.defenses import NoDefense
 from fedkl.errors import ConfigError
@@ -223,7 +224,7 @@ def _row(record: Record) -> list[str]:
         wording.NONE if identified is None else wording.count_interval(identified),
         wording.NONE if ssim is None else wording.number(ssim["median"], digits=2),
         wording.NONE if floor is None else wording.count(floor),
-        record["verdict"] or wording.NONE,
+        SHOWN[record["verdict"]] if record["verdict"] else wording.NONE,
     ]
 
 
