@@ -39,6 +39,16 @@ def test_the_whole_interval_decides(quantity, question):
         assert (result.reasons == []) == (code == 0)
 
 
+def test_no_more_than_of_images_that_nobody_has_is_no_leak_and_no_pass():
+    """False alarms above the limit: a masked client would fail by chance."""
+    found = finding(successes=30, floor=measured(24, 300))
+    (check,) = judge(audit(found), Gate.parse("presence_tpr=0.05")).checks
+    assert check.state == "undecided"
+    assert "no more than of images that the client does not have, 0.080 [0.05" in check.text
+    assert states(audit(finding(successes=60, floor=measured(24, 300))), "presence_tpr=0.05") == ["crossed"]
+    assert states(audit(found), "presence_tpr=0.2") == ["passed"]
+
+
 def test_the_area_under_the_curve_has_an_interval_of_its_own():
     figures = {"auc": 0.87, "auc_low": 0.84, "auc_high": 0.9}
     made = audit(finding(figures=figures))
@@ -95,7 +105,7 @@ def test_attackers_that_all_came_to_nothing_are_no_evidence():
     result = judge(made, Gate())
     assert result.exit_code == 3
     assert "2 broke" in result.reasons[0]
-    assert "1 no time left" in result.reasons[0]
+    assert "1 without time" in result.reasons[0]
 
 
 def test_without_limits_evidence_is_enough():

@@ -145,13 +145,17 @@ def test_real_clients_presence_is_first_and_that_of_other_upper_bounds_last():
     assert places[:2] == [("presence", CONTROL), ("presence", "your-client")]
     assert places[-2:] == [("presence", "gradient-of-16"), ("presence", "untrained")]
     pictures = entries[2:-2]
-    names = [each.name for each in pictures]
-    assert names == sorted(names, key=[each.name for each in ATTACKERS].index)
     assert len(pictures) == 4 * len(available())
-    for start in range(0, len(pictures), 4):
-        assert [each.exposure.name for each in pictures[start : start + 4]] == [
-            CONTROL, "your-client", "gradient-of-16", "untrained",
-        ]  # fmt: skip
+    applies = [each.name for each in pictures if each.exposure.name == "your-client" and not each.obstacle]
+    assert {"matching"} < set(applies)  # and not all do
+    of_real, bounds = pictures[: len(available()) + len(applies)], pictures[len(available()) + len(applies) :]
+    for some in (of_real, bounds):
+        names = [each.name for each in some]
+        assert names == sorted(names, key=[each.name for each in ATTACKERS].index)
+    for name in (each.name for each in available()):
+        exposures = [each.exposure.name for each in of_real if each.name == name]
+        assert exposures == ([CONTROL, "your-client"] if name in applies else ["your-client"])
+    assert {each.exposure.name for each in bounds} == {CONTROL, "gradient-of-16", "untrained"}
 
 
 def test_too_few_images_for_a_batch_are_an_obstacle():

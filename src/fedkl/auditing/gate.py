@@ -25,6 +25,13 @@ QUANTITIES: Mapping[str, Question] = {
 _MANY = 10**6  # trials that nobody runs
 _EVIDENCE: tuple[Cause, ...] = ("broke", "no time left")
 
+_CAUSES: dict[Cause, str] = {
+    "does not apply": "not applicable",
+    "too large": "too large",
+    "broke": "broken off",
+    "no time left": "without time",
+}
+
 
 class Interval(NamedTuple):
     """A figure with its 95 % interval."""
@@ -155,7 +162,8 @@ def judge(audit: Audit, gate: Gate, *, baseline: Audit | None = None) -> GateRes
     """Holds an audit against limits.
 
     A limit counts as crossed where the interval's low end is above it, as kept where the high end is not;
-    in between it is undecided. Upper bounds are not looked at.
+    in between it is undecided. So it is where no more images are recognized than of those that clients do
+    not have: that is no leak, and the test too rough for the limit. Upper bounds are not looked at.
 
     Args:
         audit: What was found.
@@ -205,11 +213,12 @@ def _evidence(audit: Audit) -> Iterator[Check]:
 
 
 def _because(audit: Audit) -> str:
-    """E.g. " (2 broke, 1 no time left)"."""
+    """E.g. " (of attackers: 2 broken off, 1 without time)"."""
     real = [each for each in audit.not_run if audit.exposure(each.exposure).headline]
     counts = {kind: sum(each.kind == kind for each in real) for kind in dict.fromkeys(e.kind for e in real)}
     order = sorted(counts, key=lambda kind: kind not in _EVIDENCE)
-    return f" ({', '.join(f'{counts[kind]} {kind}' for kind in order)})" if counts else ""
+    causes = ", ".join(f"{counts[kind]} {_CAUSES[kind]}" for kind in order)
+    return f" (of attackers: {causes})" if causes else ""
 
 
 def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
@@ -223,8 +232,16 @@ def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
         )
     for finding, interval in found:
         place = f"{quantity}, {finding.attacker} on {finding.exposure}: {interval}"
-        if interval.low > limit:
-            state: State = "crossed"
+        floor = finding.floor if quantity == "presence_tpr" else None
+        if interval.low > limit and floor is not None and interval.low <= floor.high:
+            state: State = "undecided"
+            alarms = Interval(floor.rate, floor.low, floor.high)
+            text = (
+                f"{place} is above the limit {limit:g}, but no more than of images that the client does not "
+                f"have, {alarms}: the test is too rough for this limit. Give more images."
+            )
+        elif interval.low > limit:
+            state = "crossed"
             text = f"{place} is above the limit {limit:g}."
         elif interval.high <= limit:
             state = "passed"
@@ -246,7 +263,7 @@ def _needed(finding: Finding, interval: Interval, limit: float) -> str:
         return "no number of trials that can be run would decide it"
     digits = 1 - math.floor(math.log10(trials))
     rounded = math.ceil(trials * 10.0**digits) / 10.0**digits
-    return f"about {rounded:.0f} trials would decide it, {finding.found.n} were run"
+    return f"about {rounded:.0f} trials would decide it, {finding.found.n} were run: give more images"
 
 
 def _compared(audit: Audit, baseline: Audit) -> Iterator[Check]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from time import process_time
 
@@ -177,9 +177,9 @@ def plan(
 ) -> list[Planned]:
     """Every attacker on every exposure, in the order in which they are run.
 
-    Presence of real clients comes first, then the attackers of pictures from the cheapest on, then presence
-    of upper bounds. Of each the control comes first: it says whether the attacker can do anything at all.
-    Then real clients, then the other upper bounds.
+    Presence of real clients comes first, then the attackers of pictures on real clients from the cheapest
+    on, then the attackers of pictures on upper bounds, then presence of these. Before real clients comes the
+    attacker's control: it says whether the attacker can do anything at all.
 
     Args:
         exposures: See `exposures_of`.
@@ -199,9 +199,11 @@ def plan(
     idle = {each.name for each in found if each.clients.sent is not None and each.obstacle is not None}
     found = [each for each in found if each.clients.sent is not None or each.name not in idle]
     order = {id(each): place for place, each in enumerate(found)}
+    real = {each.name for each in found if each.exposure.headline and each.obstacle is None}
     return sorted(
         found,
         key=lambda each: (
+            not _is_of_real(each, real),
             _turn(each),
             each.exposure.name != CONTROL,
             not each.exposure.headline,
@@ -226,6 +228,11 @@ def shortfalls(entries: Sequence[Planned]) -> list[str]:
                 f"{what} for what your clients really send, {entry.exposure.title}. {entry.obstacle.reason}"
             )
     return found
+
+
+def _is_of_real(entry: Planned, attackers: Collection[str]) -> bool:
+    """Whether it is on real clients, or the control of an attacker that is."""
+    return entry.exposure.headline or (entry.exposure.name == CONTROL and entry.name in attackers)
 
 
 def _turn(entry: Planned) -> int:
