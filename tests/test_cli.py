@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 
 import pytest
 
-from fedkl import cli
+from fedkl import cli, demo
+from fedkl.attacks import DLG, ClosedForm
 from fedkl.cli.terminal import progress_bar
 from fedkl.config import AttackConfig, TrainConfig
+from fedkl.defenses import PUBLISHED_LOCK
+from fedkl.federated import FederatedTraining
 from fedkl.runs import RunDirectory
 
 if sys.version_info >= (3, 11):
@@ -418,6 +422,36 @@ def test_an_error_before_the_first_step_leaves_no_empty_bar(capsys, monkeypatch,
     with pytest.raises(ValueError, match=r"^$"):
         work()
     assert ("audit" in capsys.readouterr().err) == left
+
+
+def test_the_demo_says_what_it_shows_and_no_verdicts_on_four_images(fedkl, tmp_path, monkeypatch):
+    def attack(kind, *arms):
+        return AttackConfig(attack=kind, defense=PUBLISHED_LOCK, arms=arms, trials=1)
+
+    tiny = {
+        "train-plain": TrainConfig(training=FederatedTraining(rounds=2)),
+        "attack-dlg": attack(DLG(evaluations=2), "no-norm", "lock", "masked"),
+        "attack-knowing-the-lock": attack(ClosedForm(), "no-norm", "lock"),
+    }
+    monkeypatch.setattr(demo, "EXPERIMENTS", tiny)
+    code, text = fedkl("demo", "--out", tmp_path)
+    assert code == 0, text
+    report = (tmp_path / "report.md").read_text()
+    accuracy = json.loads((tmp_path / "train-plain" / "summary.json").read_text())["accuracy"]
+    sentences = re.findall(r"^\* \*\*(No protection|Lock|Masks):\*\* (.*)$", report, flags=re.MULTILINE)
+    assert len(sentences) == 3
+    assert all(f"{sent}: {found}" in text for sent, found in sentences), "the report's own"
+    assert f"Accuracy after 2 rounds, on 500 test images: no protection {100 * accuracy:.1f} %." in text
+    assert "they do not prove it" in text
+    assert not any(each in text for each in ("undecided", "control:", "Paper")), text
+    assert f"Report: {tmp_path / 'report.html'}" in text
+
+
+def test_the_table_of_defenses_tells_its_plan_first(fedkl, tmp_path):
+    words = ("--defenses", "none", "--minutes", 2, "--seeds", 3, "--data-root", tmp_path / "nowhere")
+    code, text = fedkl("reproduce", "defenses", "--out", tmp_path / "table", *words)
+    assert code == 2, text
+    assert text.startswith("Plan: 3 trainings of 20 rounds, then 1 audit of up to about 2 minutes each"), text
 
 
 def test_help_names_every_command(fedkl):

@@ -49,7 +49,7 @@ def test_a_lock_file_of_its_own(fedkl, here):
     code, text = enroll(fedkl, "--out", "d.lock")
     assert code == 0, text
     assert "held-out images right" in text
-    assert "fedkl.load_lock('d.lock', Net(), passphrase=…, public='model.safetensors').model" in text
+    assert "fedkl.load_lock('d.lock', Net(), passphrase=…, public='model.safetensors').model.eval()" in text
     lock = load("d.lock")
     assert (here / "d.lock").stat().st_mode & 0o777 == 0o600
     assert all(torch.equal(t, public()[name]) for name, t in lock.public_state().items())

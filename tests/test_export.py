@@ -386,6 +386,7 @@ def test_the_command_prints_the_line_that_gives_a_clients_model(command, runs, t
     assert code == 0, text
     assert "the public tensors after 2 rounds" in text
     model = eval(line_of(text, "fedkl.load_lock"), {"fedkl": fedkl, "Net": network})
+    assert not model.training
     assert accuracy(model) == pytest.approx(recorded(runs("keylock"))["client-2"], abs=1e-9)
 
 

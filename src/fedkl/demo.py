@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from fedkl import experiments, study
+from fedkl import experiments, study, wording
 from fedkl.aggregation import MaskedAggregation
 from fedkl.attacks import DLG, Attack, ClosedForm
 from fedkl.config import AttackConfig, ModelConfig, TrainConfig
 from fedkl.defenses import PUBLISHED_LOCK
 from fedkl.federated import FederatedTraining, LocalTraining
+from fedkl.report.collect import TrainRun, collect
+from fedkl.report.side_by_side import side_by_side
 
 TRAINING = FederatedTraining(rounds=15, local=LocalTraining(batch_size=16))
 MASKED = replace(TRAINING, aggregation=MaskedAggregation())
@@ -42,6 +44,9 @@ EXPERIMENTS: dict[str, TrainConfig | AttackConfig] = {
 }
 """Small trainings of all three, then an attacker who does not know the lock, and one who does."""
 
+_TRAINED = {"train-plain": "no protection", "train-locked": "lock", "train-masked": "masks"}
+"""What the trainings show, as the report calls it beside the pictures."""
+
 
 def run(out: Path, *, progress: Callable[[str], AbstractContextManager[study.Progress]]) -> None:
     """Runs all experiments of the demo into sub-folders of `out`; finished ones are not repeated.
@@ -62,3 +67,33 @@ def run(out: Path, *, progress: Callable[[str], AbstractContextManager[study.Pro
                 experiments.run(config, out=out / name, progress=step)
         finally:
             torch.set_num_threads(threads)
+
+
+def answers(out: Path) -> list[str]:
+    """What the finished demo shows, a sentence each: what leaks, who reads the lock, what masks leave.
+
+    Args:
+        out: The demo's folder.
+
+    Raises:
+        ConfigError: A run in it is damaged.
+    """
+    collected = collect(out)
+    opening = side_by_side(collected.attacks)
+    lines = [] if opening is None else [f"{sent}: {found}" for sent, found in opening.answers]
+    trained = {run.name: run for run in collected.trains}
+    return [
+        *lines,
+        *_accuracies({words: trained[name] for name, words in _TRAINED.items() if name in trained}),
+        *([] if opening is None else [opening.limits]),
+    ]
+
+
+def _accuracies(runs: Mapping[str, TrainRun]) -> list[str]:
+    """One sentence, or none where nothing was trained."""
+    if not runs:
+        return []
+    each = ", ".join(f"{name} {wording.percent(run.summary['accuracy'])}" for name, run in runs.items())
+    first = next(iter(runs.values())).summary
+    about = f"after {first['rounds']} rounds, on {first['test_images']} test images"
+    return [f"Accuracy {about}: {each}."]

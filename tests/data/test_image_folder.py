@@ -140,7 +140,14 @@ def test_each_problem_names_the_file_or_folder(root, damage):
     with pytest.raises(DataError, match=PROBLEMS[damage]) as caught:
         load("imagefolder", root=root)
     assert f"Arrange the images as {root / 'imagefolder'}/train/<class>/<image>" in str(caught.value)
-    assert "LOC_val_solution.csv" in str(caught.value)
+    of_ilsvrc = damage is _flat  # its files have the names of ILSVRC2012's
+    assert ("LOC_val_solution.csv" in str(caught.value)) == of_ilsvrc
+
+
+def test_ilsvrc2012s_own_advice_comes_with_its_folders(root):
+    (root / "imagefolder" / "train" / "cat").rename(root / "imagefolder" / "train" / "n02123045")
+    with pytest.raises(DataError, match=r"WordNet id, which is in LOC_val_solution\.csv"):
+        load("imagefolder", root=root)
 
 
 def test_ten_thousand_strange_files_are_counted_not_listed(root):

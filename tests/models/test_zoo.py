@@ -93,7 +93,7 @@ def test_uniform_initialization_fills_its_range(name):
 
 
 def test_unknown_names(unchecked):
-    with pytest.raises(ConfigError, match="lenet"):
+    with pytest.raises(ConfigError, match=r"lenet, .*A network of your own trains in Python"):
         build_model("lenett", channels=3, classes=10, seed=0)
     with pytest.raises(ConfigError, match="default, uniform"):
         build_model("lenet", channels=3, classes=10, seed=0, initialization="zeros")

@@ -58,6 +58,14 @@ def test_each_is_trained_with_and_with_its_own_learning_rate(monkeypatch):
     assert (plain.aggregation.type, masked.aggregation.type) == ("plain", "masked")
 
 
+def test_the_plan_counts_trainings_and_audits():
+    wanted = DefensesTable(defenses=("precode", "masked"), seeds=2, rounds=7, minutes=1.5)
+    assert wanted.plan.startswith("Plan: 6 trainings of 7 rounds, then 3 audits of up to about 1.5 minutes")
+    assert "4.5 together" in wanted.plan
+    own = replace(wanted, subject=subject())
+    assert own.plan.startswith("Plan: 3 audits")
+
+
 def test_what_was_spent_comes_from_the_ledger(tmp_path, monkeypatch):
     pytest.importorskip("dp_accounting")
     monkeypatch.setitem(ROWS, "lenet/sample", ("lenet", "mnist-sample"))

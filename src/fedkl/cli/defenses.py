@@ -74,5 +74,6 @@ def defenses(
         seed=seed,
         data_root=data_root,
     )
+    console.print(table.plan, highlight=False, markup=False, soft_wrap=True)
     reproduce.defenses(table, out=out, progress=progress_bar)
     print_table(out)

@@ -23,4 +23,4 @@ def demo(
     from fedkl import demo as demonstration
 
     demonstration.run(out, progress=progress_bar)
-    finish(out)
+    finish(out, answers=demonstration.answers(out))

@@ -197,4 +197,4 @@ def _tell_use(place: Path, public: Path, *, stored: bool) -> None:
         model = Path("model.safetensors")
         tell(f"The public model as a file: fedkl export {shlex.quote(str(public))} --out {model}")
     tell("Its model, where Net() builds the network:")
-    tell(f"    fedkl.load_lock({str(place)!r}, Net(), passphrase=…, public={str(model)!r}).model")
+    tell(f"    fedkl.load_lock({str(place)!r}, Net(), passphrase=…, public={str(model)!r}).model.eval()")

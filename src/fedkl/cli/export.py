@@ -132,4 +132,6 @@ def _locked(done: Exported, *, lock: str = "lock.fedkl") -> str:
     passphrase = "…"  # noqa: S105 (stands for one)
     if done.lock is not None:
         lock, passphrase = str(done.lock), "fedkl.lockfile.default_passphrase()"  # it was encrypted with that
-    return f"fedkl.load_lock({lock!r}, Net(), passphrase={passphrase}, public={str(done.model)!r}).model"
+    return (
+        f"fedkl.load_lock({lock!r}, Net(), passphrase={passphrase}, public={str(done.model)!r}).model.eval()"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -44,15 +44,17 @@ def progress_bar(title: str) -> Iterator[Progress]:
             raise
 
 
-def finish(path: Path) -> None:
-    """Builds the report, prints its tables and where it is."""
+def finish(path: Path, *, answers: Sequence[str] = ()) -> None:
+    """Builds the report, prints the answers, or else its tables, and where it is."""
     from rich.markup import escape
     from rich.table import Table
 
     from fedkl import report
 
     built = report.build(path)
-    for title, header, rows in built.tables:
+    for answer in answers:
+        console.print(answer, markup=False, highlight=False, soft_wrap=True)
+    for title, header, rows in built.tables if not answers else ():
         table = Table(title=escape(title), title_justify="left")
         for name in header:
             table.add_column(escape(name))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +25,7 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", "
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _GRAY_MEAN, _GRAY_STD = (0.459,), (0.226,)  # luma of the means; the mean of the deviations
 _SHOWN = 10
+_ILSVRC = re.compile(r"\bn\d{8}\b|ILSVRC2012")  # its class folders, and names of its files
 
 
 def load_image_folder(
@@ -71,7 +74,11 @@ def load_image_folder(
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise DataError(
-            gathered(f"Cannot load the dataset {_NAME!r}.", problems[:_SHOWN] + more, _remedy(folder))
+            gathered(
+                f"Cannot load the dataset {_NAME!r}.",
+                problems[:_SHOWN] + more,
+                _remedy(folder, [*train, *problems]),
+            )
         )
     numbers = {name: number for number, name in enumerate(train)}
     mean, std = (_MEAN, _STD) if channels == 3 else (_GRAY_MEAN, _GRAY_STD)
@@ -146,13 +153,18 @@ def _kind(entry: os.DirEntry[str]) -> str:
         return "something else"
 
 
-def _remedy(folder: Path) -> str:
+def _remedy(folder: Path, found: Sequence[str]) -> str:
     root = place(folder)
-    return (
-        f"Arrange the images as {root}/train/<class>/<image> and {root}/val/<class>/<image>. The "
-        "validation images of ILSVRC2012 come without class folders: move each into that of its WordNet "
-        "id, which is in LOC_val_solution.csv (Kaggle) or in the development kit."
+    text = (
+        f"Arrange the images as {root}/train/<class>/<image> and {root}/val/<class>/<image> (or test/): one "
+        "folder for each class, those to test on in val. Nothing is divided for you."
     )
+    if any(_ILSVRC.search(text) for text in found):
+        text += (
+            " The validation images of ILSVRC2012 come without class folders: move each into that of its "
+            "WordNet id, which is in LOC_val_solution.csv (Kaggle) or in the development kit."
+        )
+    return text
 
 
 def _flat(files: dict[str, list[str]]) -> list[str]:

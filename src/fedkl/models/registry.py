@@ -133,7 +133,10 @@ def build_model(
     torch.Size([2, 10])
     """
     if name not in MODELS:
-        raise ConfigError(f"Unknown model {name!r}. Choose one of {', '.join(sorted(MODELS))}.")
+        raise ConfigError(
+            f"Unknown model {name!r}. Choose one of {', '.join(sorted(MODELS))}. A network of your own "
+            "trains in Python, with fedkl.federated.Federation(Net(), …): docs/masking.md has the lines."
+        )
     if initialization not in get_args(ModelInitialization):
         known = ", ".join(get_args(ModelInitialization))
         raise ConfigError(f"Unknown initialization {initialization!r}. Choose one of {known}.")

@@ -118,6 +118,18 @@ class DefensesTable:
         """The defenses, the plain network first: it is what all are compared with."""
         return tuple(dict.fromkeys((PLAIN, *(self.defenses or compared()))))
 
+    @property
+    def plan(self) -> str:
+        """What is run, and the time of the audits, in a sentence."""
+        trained, audited = len(self.trainings()), len(self.names)
+        trainings = (
+            f"{trained} training{'s' * (trained > 1)} of {self.rounds} rounds, then " if trained else ""
+        )
+        return (
+            f"Plan: {trainings}{audited} audit{'s' * (audited > 1)} of up to about {self.minutes:g} minutes "
+            f"each, {self.minutes * audited:g} together. What is done already is not repeated."
+        )
+
     def trainings(self) -> list[Training]:
         """Every training, the plain network's first; none of somebody's own subject."""
         if self.subject is not None:
