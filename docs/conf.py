@@ -20,7 +20,7 @@ release = version = fedkl.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["images", "static"]
-myst_enable_extensions = ["deflist"]
+myst_enable_extensions = ["attrs_inline", "deflist"]
 myst_heading_anchors = 4  # pages link to headings
 nb_execution_mode = "off"  # `make notebooks` stores what cells give
 
@@ -60,6 +60,10 @@ ELSEWHERE = {
 _LINK = re.compile(r"(?<=\]\()[^)\s#:]+(?=[#)])")
 _FILE_NAME = re.compile(r"\[[\w./-]+\.md\](?=\([^):]+\))")
 """The text of a link that only repeats its file's name: a reader of the site has pages, which have titles."""
+_PICTURE = re.compile(r"!\[[^]]*\]\(([\w./-]+)\.png\)")
+_CODE = re.compile(r"<pre>.*?</pre>", re.DOTALL)
+_WORD = re.compile(r"(?:<span[^>]*>[^\s<]+</span>|[^\s<]+)+|<[^>]*>")
+"""In code with its colors: a tag alone, or what stands between two blanks."""
 
 
 def setup(app: Sphinx) -> None:
@@ -74,11 +78,33 @@ def setup(app: Sphinx) -> None:
         linked = _linked_notebook if source.endswith(".ipynb") else _linked
         (ROOT / place).write_text(linked(text, source, place), encoding="utf-8")
     app.connect("source-read", _link_elsewhere)
+    app.connect("html-page-context", _keep_options_whole)
 
 
 def _link_elsewhere(app: Sphinx, page: str, source: list[str]) -> None:
     if not page.startswith(MADE):
-        source[0] = _linked(source[0], f"docs/{page}.md", f"docs/{page}.md")
+        text = _linked(source[0], f"docs/{page}.md", f"docs/{page}.md")
+        source[0] = _PICTURE.sub(lambda found: _in_both_modes(found, page), text)
+
+
+def _in_both_modes(found: re.Match[str], page: str) -> str:
+    """A picture of which there is a dark twin, followed by that: the theme shows one of them."""
+    twin = f"{found[1]}-dark.png"
+    if not (ROOT / "docs" / page).parent.joinpath(twin).is_file():
+        return found[0]
+    dark = found[0].replace(f"({found[1]}.png)", f"({twin})")
+    return f"{found[0]}{{.only-light}} {dark}{{.only-dark}}"
+
+
+def _keep_options_whole(app: Sphinx, page: str, template: str, context: dict, doctree: object) -> None:
+    """Words of code that have a hyphen, such as options, are marked: site.css breaks lines at blanks only."""
+    if "body" in context:
+        context["body"] = _CODE.sub(lambda code: _WORD.sub(_whole, code[0]), context["body"])
+
+
+def _whole(word: re.Match[str]) -> str:
+    text = re.sub("<[^>]*>", "", word[0])
+    return f'<span class="word">{word[0]}</span>' if "-" in text else word[0]
 
 
 def _linked_notebook(text: str, source: str, place: str) -> str:

@@ -234,7 +234,7 @@ def test_recorded_updates_with_members_make_a_report(fedkl, updates, tmp_path):
     done = auditing.Audit.read(tmp_path / "a")
     assert (done.settings.target, len(done.settings.recorded)) == ("recorded.py:subject", 2)
     assert "2 recorded updates" in (tmp_path / "a" / "report.html").read_text()
-    assert "--recorded UPDATES --members MEMBERS" in (tmp_path / "a" / "report.html").read_text()
+    assert "--recorded UPDATES --members MEMBERS" in (tmp_path / "a" / "report.md").read_text()
 
 
 def test_recorded_updates_without_members_give_scores(fedkl, updates, tmp_path):

@@ -97,6 +97,25 @@ def test_nothing_is_loaded_from_elsewhere(site):
     assert not [page for page in PAGES if loaded.search((site / f"{page}.html").read_text(encoding="utf-8"))]
 
 
+@pytest.mark.parametrize("page", ["index", "why-gradients-leak"])
+def test_a_picture_with_a_dark_twin_is_shown_in_one_mode_each(site, page):
+    text = (site / f"{page}.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<img [^>]*class="(only-\w+)" src="_images/([\w-]+\.png)"', text)
+    assert shown == [("only-light", "demo-side-by-side.png"), ("only-dark", "demo-side-by-side-dark.png")]
+
+
+def test_code_breaks_at_blanks_only(site):
+    text = (site / "audit.html").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"<pre>.*?</pre>", text, re.DOTALL))
+    assert '<span class="word">--out</span>' in re.sub(
+        r'<span class="(?!word)\w*">(--|out)</span>', r"\1", code
+    )
+    assert code.count("<span") == code.count("</span>")
+    style = (ROOT / "docs" / "static" / "site.css").read_text(encoding="utf-8")
+    assert re.search(r"\.word \{\s*display: inline-block", style)
+    assert re.search(r"@media print \{\s*\.skip-to-content \{\s*display: none", style)
+
+
 MEASURE = """<script>onload = () => {
   const documents = [...document.querySelectorAll("iframe")].map(frame => frame.contentDocument)
   const count = (page, name, wrong) => [...page.querySelectorAll(name)].filter(wrong).length

@@ -8,9 +8,11 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+import safetensors.torch
 
 from fedkl import report
 from fedkl.auditing import words
+from fedkl.auditing.attackers import ATTACKERS, PRESENCE
 from fedkl.auditing.results import Audit
 from tests.auditing.audits import REAL, SINGLE, SUMS, audit, finding, measured, not_run, write, write_pictures
 
@@ -166,12 +168,64 @@ def test_names_from_users_stay_text(tmp_path, question):
 
 
 def test_presence_that_is_no_leak_does_not_read_like_one(tmp_path):
-    made = audit(finding(successes=4, outcome="at the floor", reason="4 of 300, the floor 3"))
-    shown = page(write(tmp_path, made)).shown()
+    quiet = finding(successes=4, outcome="at the floor", control=measured(183, 300))
+    shown = page(write(tmp_path, audit(quiet, masking="blind"))).shown()
     assert (
         "recognizes about 1 of 100 of a client's images (1 to 3) as trained on. "
-        "At the floor: 4 of 300, the floor 3. Shown" in shown
+        "No leak is seen: without masks it recognizes 61 of 100. Shown" in shown
     )
+
+
+def test_what_an_attacker_is_held_against_has_a_name(tmp_path):
+    """One image alone, or the same without what protects them: "where nothing is hidden" may be both."""
+    reason = "the attack finds only 9 of 96 of its control"
+    undecided = finding("rebuilt", 0, 96, outcome="says nothing", reason=reason, control=measured(9, 96))
+    for folder, changes, named, because in (
+        ("plain", {}, "of one image alone", "the attack finds only 9 of 96 images sent alone"),
+        (
+            "masked",
+            {"masking": "both"},
+            "without masks",
+            "the attack finds only 9 of 96 images without masks",
+        ),
+        ("locked", {"defense": "keylock"}, "without keylock", "finds only 9 of 96 images without keylock"),
+    ):
+        made = audit(undecided, **changes)
+        shown = page(write(tmp_path / folder, made)).shown()
+        assert f"control: found {named}" in shown
+        assert f"Control, {named}" in shown
+        assert because in shown
+        assert not re.search("its control|nothing is hidden", shown)
+    missing = finding(outcome="says nothing", reason="its control was not attacked")
+    assert words.reason(audit(missing), missing) == "it was not tried on images sent alone"
+    alone = missing.model_copy(update={"exposure": "single"})
+    assert words.reason(audit(alone), alone) == "no easier case shows whether the attack works"
+
+
+def test_no_leak_is_said_with_how_many_were_tried_and_what_they_find_otherwise():
+    quiet = finding(successes=0, outcome="at the floor", control=measured(183, 300))
+    others = [not_run(f"attack-{number}") for number in range(8)]
+    assert words.verdict(audit(quiet, *others, masking="blind"), plain=True) == (
+        "good",
+        "One of nine attackers could be tried on what your clients send. It recognized 0 to 1 of 100 images; "
+        "without masks 61.",
+    )
+    undecided = finding("rebuilt", 0, 30, attacker="ig", outcome="says nothing")
+    said = words.verdict(audit(quiet, undecided), plain=True).text
+    assert said == (
+        "All two attackers were tried on what your clients send. The best of them recognized 0 to 1 of 100 "
+        "images; of one image alone 61. Of one nothing can be said."
+    )
+    assert "The only attacker was tried" in words.verdict(audit(quiet), plain=True).text
+
+
+def test_attackers_are_said_by_what_they_do(tmp_path):
+    assert set(words.ATTACKERS) == {PRESENCE, *(each.name for each in ATTACKERS)}
+    made = audit(finding(attacker="presence"), not_run("linear-rows"))
+    shown = page(write(tmp_path, made)).shown()
+    assert "Recognizing given images: whoever reads the update" in shown
+    assert "without a result: reading off a linear layer." in shown
+    assert "reading off a linear layer (linear-rows)" in shown  # by that name it is looked up
 
 
 def test_pictures_of_upper_bounds_are_marked_as_such(tmp_path):
@@ -181,7 +235,10 @@ def test_pictures_of_upper_bounds_are_marked_as_such(tmp_path):
     )
     shown = page(write(tmp_path, made)).shown()
     assert "no leak was found. Upper bound, one step on one image" in shown
-    assert "Upper bound, not your clients. span; one step on one image" in shown
+    assert "Left a test image, sent alone; right what the server computed from it, by span." in shown
+    assert "It leaks in this easier case: 30 of 30 rebuilt." in shown
+    assert "×: no picture that can be seen." in shown  # the last one is lost
+    assert "that client's update" not in shown
     assert "An easier case than yours: one step on one image. In your setting: no attacker that" in shown
 
 
@@ -313,7 +370,7 @@ def test_advice_is_what_was_measured_and_nothing_else():
 
 def test_advice_on_a_defense_compares_with_its_control():
     helped = audit(finding(successes=60, control=measured(290, 300)), defense="keylock", masking="blind")
-    step, _ = words.next_steps(helped)
+    step, *_ = words.next_steps(helped)
     assert step.text.startswith(
         "With keylock and blind masks, 97 % [94–98 %] became 20 % [16–25 %]: it helps"
     )
@@ -328,11 +385,34 @@ def test_advice_on_a_defense_compares_with_its_control():
 )
 def test_an_audit_with_masks_says_what_they_leave(tmp_path, masking, left):
     made = audit(finding(outcome="at the floor"), masking=masking)
-    (step,) = words.next_steps(made)
-    assert step.command is None
-    assert left in step.text
-    assert step.text.endswith("Look after the members' keys: docs/masked.md.")
-    assert step.text in page(write(tmp_path, made)).shown()
+    first, *others = words.next_steps(made)
+    assert first.command is None
+    assert left in first.text
+    assert first.text.endswith(
+        "Look after the members' keys: “The protocol of masked sums” (docs/masked.md)."
+    )
+    measurable = [step.command for step in others if step.command]  # the sum, where the server sees it
+    assert ["--masking pairwise" in each for each in measurable] == [True] * (masking != "pairwise")
+    shown = page(write(tmp_path, made)).shown()
+    assert first.text in shown
+    assert ("What members read of the sum was not tried." in shown) is (masking != "pairwise")
+
+
+def test_a_picture_of_one_shade_is_shown_as_none(tmp_path):
+    place = write_pictures(tmp_path, "flat")
+    tensors = safetensors.torch.load_file(tmp_path / place)
+    tensors["found"][0] = 0.5
+    safetensors.torch.save_file(tensors, tmp_path / place)
+    parsed = page(write(tmp_path, audit(finding("rebuilt", 20, 30, pictures=place))))
+    assert len(parsed.all("img")) == 4  # three originals, one attempt
+    assert "×: no picture that can be seen." in parsed.shown()
+
+
+def test_commands_break_at_blanks_only(leaky):
+    html = report.build(leaky).html.read_text(encoding="utf-8")
+    assert '<span class="word">--out</span> NEW <span class="word">--batch-size</span> 1,16' in html
+    assert ".word { display: inline-block; max-width: 100%; }" in html
+    assert '<span class="once">(2026-11-29)</span>' in html
 
 
 def test_masks_are_advised_by_a_command_that_can_be_run(tmp_path):

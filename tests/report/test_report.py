@@ -76,7 +76,9 @@ def test_the_chance_of_being_identified_stands_beside_the_counts(folder):
 def test_repeat_names_the_command_and_the_configuration(folder):
     html = page(folder)
     config = folder / "train-fedkl" / "config.toml"
-    assert f"fedkl train --config {config} --out NEW" in html
+    shown = re.sub("</?span[^>]*>", "", html)
+    assert f"<code>fedkl train --config {config} --out NEW</code>" in shown
+    assert '<span class="word">--config</span> ' in html  # a line ends at a blank only, not behind a hyphen
     assert "key_distribution = &#34;normal&#34;" in html
     assert "cannot be seeded" in html
 
@@ -176,6 +178,17 @@ def test_a_folder_that_cannot_be_written_is_an_error(attack_run):
     (run.path / "figures").write_text("in the way", encoding="utf-8")
     with pytest.raises(ConfigError, match="the report cannot be written here"):
         report.build(run.path)
+
+
+def test_tables_fit_a_phone_and_paper(folder):
+    html = page(folder)
+    stacked = html.split('<table class="wide named">')[1].partition("</table>")[0]
+    assert "The server completes the global model itself" in stacked
+    assert re.search(r'<td data-name="Accuracy">88.00 %</td>', stacked)
+    assert re.search(r'<th scope="row">Rounds</th><td>3</td><td>3</td>', html)  # runs side by side
+    phone, paper = (html.partition(f"@media {kind}")[2] for kind in ("(max-width: 40rem)", "print"))
+    assert ".named td { display: block" in phone.partition("@media")[0]
+    assert ".runs::details-content { content-visibility: visible" in paper
 
 
 def test_no_run_is_an_error(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fedkl import report
+from fedkl.aggregation import MaskedAggregation
 from fedkl.attacks import DLG, ClosedForm, LearnedInversion
 from fedkl.defenses import KeyLock, own_arms
 from fedkl.report.collect import collect
@@ -99,7 +100,7 @@ def test_the_first_screen_answers_in_plain_words(folder):
         "runs. 2 images show what happens; they do not prove it."
     )
     html = report.build(folder).html.read_text(encoding="utf-8")
-    first, folded = html[: html.index("</details>")].split("<details>")
+    first, folded = html[: html.index("</details>")].split('<details class="runs">')
     assert all(what in first for _, what in found.answers)
     assert "In attack-dlg, DLG recovers" in folded
     assert not re.search("no-norm|public-norm", first.split("<main>")[1].replace("arm no-norm", ""))
@@ -124,7 +125,22 @@ def test_a_gray_picture_is_compared_and_that_is_said(folder, contrast, said):
     truth = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     run = collect(folder).attacks[0].directory
     run.save_tensors("reconstructions/no-norm-0", {"reconstruction": 0.5 + contrast * truth, "truth": truth})
-    assert ("A picture that looks gray is compared" in compared(folder).caption) is said
+    found = compared(folder)
+    cell = found.grid.rows[0].cells[1]
+    assert (cell.image is None) is said
+    assert cell.caption == "identified"  # what is too faint to be seen leaks all the same
+    assert ("×: no picture that can be seen. Contrast too faint" in found.caption) is said
+
+
+def test_what_protection_costs_stands_beside_what_it_stops(folder, train_run):
+    train_run("a", accuracy=0.9)
+    assert "What it costs" not in report.build(folder).html.read_text(encoding="utf-8")
+    train_run("b", accuracy=0.8, defense=KeyLock())
+    train_run("c", accuracy=0.9, aggregation=MaskedAggregation())
+    html = report.build(folder).html.read_text(encoding="utf-8")
+    said = "accuracy is 90.0 % without protection, 80.0 % with the lock, 90.0 % with masks."
+    assert -1 < html.find(f"What it costs:</strong> {said}") < html.find("What the server can show")
+    assert "lock: 80.0 %; no protection (plain network): 90.0 %" in html
 
 
 @pytest.mark.parametrize("options", [{"seed": 1}, {"labels_known": False}, {"networks": "one"}])

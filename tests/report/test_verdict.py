@@ -50,7 +50,7 @@ def test_claim_b_says_nothing_about_clients_that_guess(tmp_path, train_run):
 def test_cost_of_the_lock(tmp_path, train_run, accuracy, tone, said):
     train_run("fedavg", accuracy=0.92)
     train_run("fedkl", accuracy=accuracy, defense=KeyLock())
-    finding = verdicts(tmp_path)["What does keylock cost in accuracy?"]
+    finding = verdicts(tmp_path)["What does the lock cost in accuracy?"]
     assert finding.tone == tone
     assert said in finding.verdict
 
@@ -112,7 +112,7 @@ FLOOR = {"success": shared(0.0), "identified": shared(0.03)}
 )
 def test_a_defended_arm_counts_only_where_its_control_falls(tmp_path, attack_run, control, expected):
     attack_run({"public-norm": control, "lock": [6.0] * 100}, floor=FLOOR, pictures=False)
-    assert verdicts(tmp_path)["DLG on lock"].verdict == expected
+    assert verdicts(tmp_path)["DLG against lock"].verdict == expected
 
 
 @pytest.mark.parametrize("arm", ["no-norm", "public-norm", "lock-known-both"])
@@ -128,26 +128,26 @@ def test_an_arm_without_secrets_is_a_control_and_no_leak(
     tmp_path, attack_run, arm, psnr, identified, expected
 ):
     attack_run({arm: [psnr] * 10}, identified=(arm,) if identified else ())
-    finding = verdicts(tmp_path)[f"DLG on {arm}"]
+    (finding,) = verdicts(tmp_path).values()
     assert (finding.verdict, finding.tone) == (expected, "open")
 
 
 def test_missing_control(tmp_path, attack_run):
     attack_run({"no-norm": [40.0], "lock": [6.0]}, floor=FLOOR)
-    assert verdicts(tmp_path)["DLG on lock"].verdict == "undecided: its control was not attacked"
+    assert verdicts(tmp_path)["DLG against lock"].verdict == "undecided: its control was not attacked"
 
 
 def test_few_images_do_not_clear_a_defense_in_the_table_nor_in_the_text(tmp_path, attack_run):
     attack_run({"public-norm": [40.0], "lock": [6.0]}, floor=FLOOR)
     said = "undecided: too few images, 1 of 100"
-    assert verdicts(tmp_path)["DLG on lock"].verdict == said
+    assert verdicts(tmp_path)["DLG against lock"].verdict == said
     assert said in text(tmp_path)
     assert "resists" not in text(tmp_path)
 
 
 def test_the_plain_network_is_the_control_of_private_layers(tmp_path, attack_run):
     attack_run({"no-norm": [35.0] * 100, "private-stem": [6.0] * 100}, floor=FLOOR, pictures=False)
-    assert verdicts(tmp_path)["DLG on private-stem"].tone == "good"
+    assert verdicts(tmp_path)["DLG against private-layers"].tone == "good"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_the_plain_network_is_the_control_of_private_layers(tmp_path, attack_run
 )
 def test_a_leak_counts_whatever_the_control(tmp_path, attack_run, lock, identified, expected):
     attack_run({"public-norm": [10.0, 10.0], "lock": lock}, identified=identified, floor=FLOOR)
-    finding = verdicts(tmp_path)["DLG on lock"]
+    finding = verdicts(tmp_path)["DLG against lock"]
     assert (finding.verdict, finding.tone) == (expected, "bad")
 
 

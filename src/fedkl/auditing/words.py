@@ -44,8 +44,31 @@ COUNTED: dict[Question, str] = {
 }
 """What happened to images that are counted, e.g. "0 of 96 rebuilt"."""
 
+_DID: dict[Question, str] = {
+    "rebuilt": "rebuilt",
+    "identified": "told from many others",
+    "presence": "recognized",
+    "labels": "told the class of",
+}
+"""What an attacker did, before a number of images."""
+
 OUTCOMES: dict[Outcome, str] = {outcome: SHOWN[outcome] for outcome in get_args(Outcome)}
 """Outcomes as readers are shown them."""
+
+ATTACKERS = {
+    "presence": "recognizing given images",
+    "positions": "reading off a vision transformer's positions",
+    "linear-rows": "reading off a linear layer",
+    "disaggregation": "taking a sum of images apart",
+    "closed-form": "solving layer by layer",
+    "feature-inversion": "turning features back into images",
+    "matching": "trying pictures until the gradient fits",
+    "learned": "a network trained to rebuild",
+    "gauss-newton": "solving for the pixels",
+}
+"""What attackers do, for those who know no term of the field; others have their own name."""
+
+_NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 _LEFT: dict[Masking, str] = {
     "none": "",
@@ -54,6 +77,10 @@ _LEFT: dict[Masking, str] = {
     "both": "members see the sum, a member who works with the server the sum less its own update",
 }
 """What masks leave to be seen, by their mode; source: the table of modes in docs/masked.md."""
+
+_MEMBERS = "Only the server was attacked. What members read of the sum was not tried."
+
+_KEYS = "Look after the members' keys: “The protocol of masked sums” (docs/masked.md)."
 
 THREAT_MODELS = {
     "A": "anyone who reads the update on its way, with nothing else",
@@ -110,6 +137,47 @@ def because(finding: Finding) -> str:
     return f": {finding.reason}" if finding.outcome == "says nothing" else ""
 
 
+def attacker(name: str) -> str:
+    """What an attacker does, e.g. "reading off a linear layer"."""
+    return ATTACKERS.get(name, name)
+
+
+def control(audit: Audit) -> str:
+    """What attackers are held against here, e.g. "without masks"."""
+    return f"without {_hidden_by(audit)}" if _protections(audit) else "of one image alone"
+
+
+def _hidden_by(audit: Audit) -> str:
+    defense, masking = audit.settings.defense, audit.settings.masking
+    names = [*([] if defense == "none" else [defense]), *([] if masking == "none" else ["masks"])]
+    return " and ".join(names)
+
+
+def reason(audit: Audit, finding: Finding) -> str:
+    """Why it is judged so, with the name of what it is held against: readers know no control."""
+    exposure = audit.exposure(finding.exposure)
+    where = f"images {control(audit)}" if _protections(audit) else "images sent alone"
+    alone = exposure.images == exposure.clients == 1 and not _protections(audit)
+    missing = "no easier case shows whether the attack works" if alone else f"it was not tried on {where}"
+    text = finding.reason.replace("its control was not attacked", missing)
+    return text.replace("of its control", where).replace("from its control,", f"from {where},")
+
+
+def counted(finding: Finding) -> str:
+    """E.g. "0 of 96 rebuilt"."""
+    found = finding.found
+    return f"{round(found.rate * found.n)} of {found.n} {COUNTED[finding.question]}"
+
+
+def told(audit: Audit, finding: Finding) -> str:
+    """The outcome as a sentence, e.g. "It leaks: 88 of 100 told from many others."."""
+    if finding.outcome == "says nothing":
+        return f"Undecided: {counted(finding)}; {reason(audit, finding)}."
+    said = "It leaks" if finding.outcome == "leaks" else "No leak is seen"
+    easier = "" if audit.exposure(finding.exposure).headline else " in this easier case"
+    return f"{said}{easier}: {counted(finding)}."
+
+
 def title(audit: Audit) -> str:
     """What was audited, behind what, and when; e.g. "What does mine leak with blind masks? (2026-11-29)"."""
     day = audit.summary.date if audit.summary is not None else "interrupted"
@@ -136,6 +204,8 @@ def verdict(audit: Audit, *, plain: bool = False) -> Verdict:
         plain: Whether shares are said without percent, false alarms and AUC.
     """
     found = _verdict(audit, plainly if plain else sentence)
+    if plain and found.tone == "good":
+        found = Verdict("good", _seen(audit))
     if audit.summary is None:
         return Verdict(
             "bad" if found.tone == "bad" else "open", f"Interrupted, not all was tried. {found.text}"
@@ -168,6 +238,33 @@ def _verdict(audit: Audit, said: Callable[[Finding], str]) -> Verdict:
     return Verdict("open", f"{NO_LEAK}, but no attacker was shown to be able to find one.")
 
 
+def _seen(audit: Audit) -> str:
+    """How many attackers could be tried, and the most that one of them saw; of an audit without a leak.
+
+    E.g. "One of nine attackers could be tried on what your clients send. It recognized 0 to 1 of 100 images;
+    without masks 61.".
+    """
+    real = audit.headlines()
+    tried = len({each.attacker for each in real})
+    every = len({each.attacker for each in audit.findings} | {each.attacker for each in audit.not_run})
+    worst = max((each for each in real if each.outcome == "at the floor"), key=lambda each: each.found.high)
+    low, high = (round(100 * each) for each in (worst.found.low, worst.found.high))
+    who = "It" if tried == 1 else "The best of them"
+    found = f"{who} {_DID[worst.question]} {low} to {high} of 100 images"
+    if worst.control is not None:
+        found += f"; {control(audit)} {round(100 * worst.control.rate)}"
+    undecided = len(failures(audit).undecided)
+    missing = f" Of {_spelled(undecided)} nothing can be said." if undecided else ""
+    begin = f"{_spelled(tried).capitalize()} of {_spelled(every)} attackers could be"
+    if tried == every:
+        begin = "The only attacker was" if every == 1 else f"All {_spelled(every)} attackers were"
+    return f"{begin} tried on what your clients send. {found}.{missing}"
+
+
+def _spelled(count: int) -> str:
+    return _NUMBERS[count] if count < len(_NUMBERS) else str(count)
+
+
 class Failures(NamedTuple):
     """Attackers without a leak in what clients really send, by name: each is in one of the three."""
 
@@ -192,15 +289,23 @@ def failures(audit: Audit) -> Failures:
     )
 
 
-def caution(audit: Audit) -> str:
-    """That nothing found is not safe: who failed, of whom nothing can be said, and who was not tried."""
+def caution(audit: Audit, *, plain: bool = False) -> str:
+    """That nothing found is not safe: who failed, of whom nothing can be said, and who was not tried.
+
+    Args:
+        audit: What was found.
+        plain: Whether it is said what attackers do, in place of their names, and who was no attacker.
+    """
     found = failures(audit)
+    named = attacker if plain else str
+    members = [_MEMBERS] if plain and audit.settings.masking in ("blind", "both") else []
     lists = {
         "Found nothing in your setting, although able to": found.able,
         "Undecided": found.undecided,
         "Not tried there, or without a result": found.no_result,
     }
-    return " ".join([NOT_SAFE, *(f"{what}: {', '.join(names)}." for what, names in lists.items() if names)])
+    said = [f"{what}: {', '.join(map(named, names))}." for what, names in lists.items() if names]
+    return " ".join([NOT_SAFE, *members, *said])
 
 
 class Step(NamedTuple):
@@ -220,9 +325,21 @@ def next_steps(audit: Audit) -> list[Step]:
     if leaks and audit.settings.masking == "none":
         text = "Ask your engineers to repeat this audit with masks:"
         steps += [Step(text, command(audit, masking="blind"))]
-    if audit.settings.masking != "none":
-        left = _LEFT[audit.settings.masking]
-        steps += [Step(f"What masks leave: {left}. Look after the members' keys: docs/masked.md.")]
+    return [*steps, *_of_masks(audit)]
+
+
+def _of_masks(audit: Audit) -> list[Step]:
+    """What is left to those who have keys, and how it is measured or kept from them."""
+    masking = audit.settings.masking
+    if masking == "none":
+        return []
+    steps = [Step(f"Decide who may be a member, for masks leave this: {_LEFT[masking]}. {_KEYS}")]
+    if masking == "blind":
+        text = "Where a member may work with the server, train with both kinds of masks, blind and pairwise."
+        steps += [Step(text)]
+    if masking != "pairwise":
+        text = "What members read of the sum is measured with pairwise masks, where it is in the open:"
+        steps += [Step(text, command(audit, masking="pairwise"))]
     return steps
 
 
@@ -271,7 +388,7 @@ def command(audit: Audit, *, masking: Masking | None = None) -> str:
 
     Args:
         audit: Which.
-        masking: Repeats it with masks instead, on clients that are simulated: recorded updates have none.
+        masking: Repeats it with these masks, on clients that are simulated: recorded updates have none.
     """
     settings = audit.settings
     if masking is not None:

@@ -21,7 +21,7 @@ from fedkl.report import (
 from fedkl.report.collect import AttackRun, Collected, collect
 from fedkl.report.names import plain_names
 from fedkl.report.page import NOTE, AttackSection, Figure, Page, Repeat, Table
-from fedkl.report.side_by_side import side_by_side
+from fedkl.report.side_by_side import Answer, side_by_side
 
 __all__ = ["Built", "build"]
 
@@ -78,6 +78,9 @@ def _page(collected: Collected) -> Page:
     images = {section.figure: figures.picture_grid(section.grid) for section in sections}
     opening = side_by_side(collected.attacks)
     if opening:
+        cost = verdict.costs(collected)
+        costs = [Answer("What it costs", cost)] if cost else []
+        opening = opening._replace(answers=[*opening.answers, *costs])
         images[figures.SIDE_BY_SIDE] = figures.picture_grid(opening.grid)
         images[figures.SIDE_BY_SIDE_DARK] = figures.picture_grid(opening.grid, dark=True)
     if collected.trains:

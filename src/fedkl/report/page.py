@@ -10,7 +10,10 @@ from fedkl.report.side_by_side import SideBySide
 
 TITLE = "What does it leak, and what stops it?"
 
-NOTE = "That these attacks find nothing is no proof of safety: others may (see docs/security.md)."
+NOTE = (
+    "That these attacks find nothing is no proof of safety: others may. See “What do lock and masks protect "
+    "against, and what not?” (docs/security.md)."
+)
 
 RUNS_SUMMARY = "The same in the words of the runs, with what it costs"
 

@@ -14,6 +14,7 @@ from fedkl.metrics import Scaling, match
 from fedkl.report.collect import AttackRun
 
 MAX_ROWS = 8
+_CONTRAST = 8 / 255  # what has less looks like one shade on a screen
 
 
 class Picture(NamedTuple):
@@ -24,12 +25,14 @@ class Picture(NamedTuple):
         caption: What stands below it.
         alt: The same in words for those who do not see it.
         identified: Whether of all candidates the true image correlates best with it.
+        faint: Whether there is one, without contrast that could be seen: `image` is None then.
     """
 
     image: Float[Tensor, "channels height width"] | None
     caption: str
     alt: str
     identified: bool = False
+    faint: bool = False
 
 
 class Row(NamedTuple):
@@ -53,6 +56,11 @@ class Grid(NamedTuple):
     rows: list[Row]
     total: int
     problems: list[str]
+
+
+def visible(image: Float[Tensor, "channels height width"]) -> bool:
+    """Whether a screen shows more than one shade of it."""
+    return float(image.max() - image.min()) >= _CONTRAST
 
 
 def grid(run: AttackRun) -> Grid:
@@ -108,6 +116,9 @@ def _shown(run: AttackRun, arm: str, trial: int, scaling: Scaling) -> tuple[Tens
 
 
 def _picture(arm: str, trial: int, image: Tensor | None, score: dict[str, Any] | None) -> Picture:
+    faint = image is not None and not visible(image)
+    if faint:
+        image = None
     if score is not None and score["failed"]:
         caption = "failed"
     elif image is None:
@@ -115,4 +126,4 @@ def _picture(arm: str, trial: int, image: Tensor | None, score: dict[str, Any] |
     else:
         caption = "" if score is None else f"{wording.number(score['psnr'])} dB"
     alt = f"Image {trial + 1}, arm {arm}: reconstruction, {caption or 'no score'}"
-    return Picture(image, caption, alt, score is not None and score.get("identified", False))
+    return Picture(image, caption, alt, score is not None and score.get("identified", False), faint)

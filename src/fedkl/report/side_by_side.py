@@ -16,7 +16,6 @@ from fedkl.report.names import plain_names
 
 MAX_COLUMNS = 9
 _HEADING = 11  # characters of a heading's line: large type stays readable on a phone
-_GRAY = 1 / 255  # a picture of less contrast is one shade on a screen
 
 
 class Answer(NamedTuple):
@@ -131,7 +130,7 @@ def _said(picture: pictures.Picture) -> pictures.Picture:
     """Whether it is identified, instead of decibels, which say nothing to most who see it."""
     if picture.caption == "failed":
         return picture
-    if picture.image is None:
+    if picture.image is None and not picture.identified:
         return picture._replace(caption="no picture")
     return picture._replace(caption="identified" if picture.identified else "")
 
@@ -181,19 +180,18 @@ def _caption(columns: list[_Column], grid: pictures.Grid) -> str:
     return (
         f"Identified: among {arm['candidates']} images the true one is most like the picture; by chance "
         f"{attack_tables.chance(arm, run)}. {identified}{guess}. "
-        f"{informed if any(column.suffix == ', informed' for column in columns) else ''}{_gray(grid)}"
+        f"{informed if any(column.suffix == ', informed' for column in columns) else ''}{_lost(grid)}"
         f"The first {len(grid.rows)} of n = {grid.total} images of {config.data.name}, {config.batch_size} "
         f"an update, {start} {config.model.name}, seed {config.seed}; keys and masks are new in each run. "
         "Of its own results an attack takes the one that its own loss prefers; it never sees the true image."
     )
 
 
-def _gray(grid: pictures.Grid) -> str:
-    """Why a picture without visible contrast is compared too, if there is one."""
-    found = [cell.image for row in grid.rows for cell in row.cells[1:] if cell.image is not None]
-    if not any(float(image.max() - image.min()) < _GRAY for image in found):
-        return ""
-    return (
-        "A picture that looks gray is compared like the others: contrast too faint to be seen may hold the "
-        "image. "
+def _lost(grid: pictures.Grid) -> str:
+    """What stands for a picture that nobody could see, if there is one."""
+    found = [cell for row in grid.rows for cell in row.cells[1:] if cell.image is None]
+    faint = any(cell.faint for cell in found)
+    compared = (
+        " Contrast too faint to be seen may hold the image, so it is compared all the same." if faint else ""
     )
+    return f"×: no picture that can be seen.{compared} " if found else ""

@@ -15,6 +15,7 @@ from fedkl.report.page import Table
 ACCURACY_COLUMN = "Accuracy, mean (min–max)"
 OWN_COLUMN = "On own classes, mean (min–max)"
 PAPER_COLUMN = "Paper, full MNIST, 200 rounds"
+_SIDE_BY_SIDE = 5  # runs that a page has room for; it has none for a column of each figure
 _PAPER_ARMS = {
     ("none", 1): "centralized",
     ("keylock", 1): "centralized-lock",
@@ -60,6 +61,7 @@ def training_table(trains: Sequence[TrainRun]) -> Table:
         header=list(columns),
         rows=[list(row) for row in zip(*columns.values(), strict=True)],
         narrow=tuple(index for index, name in enumerate(columns) if name in essential),
+        turned=len(trains) <= _SIDE_BY_SIDE,
         notes=_training_notes(trains, own_classes=OWN_COLUMN in columns),
     )
 

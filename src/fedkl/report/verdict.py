@@ -16,6 +16,7 @@ from fedkl.metrics import paper_psnr_to_true
 from fedkl.paper.published import published
 from fedkl.protocol import Knowledge
 from fedkl.report.collect import AttackRun, Collected, TrainRun
+from fedkl.report.names import plain_names, plain_trainings
 from fedkl.training import ORACLE
 
 FEW_POINTS = 0.05
@@ -44,10 +45,24 @@ _TONES: dict[str, str] = {"leaks": "bad", "at the floor": "good", "says nothing"
 def findings(collected: Collected) -> list[Finding]:
     """The verdict table."""
     cost = [f for run in _locked(collected) for f in _cost_findings(run, collected)]
-    cost += [_masking_finding(run, other) for run, other in _masked(collected)]
+    cost += [_masking_finding(run, other, collected) for run, other in _masked(collected)]
     arms = [_arm_finding(run, arm, collected) for run in collected.attacks for arm in run.arms.values()]
-    worth = [_worth_finding(run) for run in _locked(collected) if run.fill_ins]
+    worth = [_worth_finding(run, collected) for run in _locked(collected) if run.fill_ins]
     return cost + arms + worth
+
+
+def costs(collected: Collected) -> str | None:
+    """What protection costs in accuracy, in one sentence; None where no run is there to compare with."""
+    pairs = [(run, each) for run in _locked(collected) for each, _ in controls_of(run, collected)[:1]]
+    pairs += _masked(collected)
+    runs = {run.name: run for run in (*(other for _, other in pairs), *(run for run, _ in pairs))}
+    names = plain_trainings(collected.trains)
+    said = [f"{wording.percent(run.summary['accuracy'])} {_with(names[name])}" for name, run in runs.items()]
+    return f"accuracy is {', '.join(said)}." if said else None
+
+
+def _with(name: str) -> str:
+    return {"no protection": "without protection", "lock": "with the lock"}.get(name, f"with {name}")
 
 
 def paragraph(collected: Collected) -> str:
@@ -120,24 +135,26 @@ def _compared(run: TrainRun, control: TrainRun) -> str:
 
 
 def _cost_findings(run: TrainRun, collected: Collected) -> list[Finding]:
-    own = f"{run.name}: {wording.percent(run.summary['accuracy'])}"
-    question = f"What does {run.config.defense.type} cost in accuracy?"
+    names, defense = plain_trainings(collected.trains), run.config.defense
+    own = f"{names[run.name]}: {wording.percent(run.summary['accuracy'])}"
+    question = f"What does {f'the {defense.plain}' if defense.plain else defense.type} cost in accuracy?"
     controls = controls_of(run, collected)
     if not controls:
         return [Finding(question, own, "open: no run without it and otherwise the same", "open")]
     rows = []
     for control, kind in controls:
         loss, spread = control.summary["accuracy"] - run.summary["accuracy"], noise(run, control) or 0.0
-        measured = f"{own}; {control.name} ({kind}): {wording.percent(control.summary['accuracy'])}"
+        measured = f"{own}; {names[control.name]} ({kind}): {wording.percent(control.summary['accuracy'])}"
         tone = "good" if loss <= 0 else "open" if loss <= spread else "bad"
         rows.append(Finding(question, measured, _compared(run, control), tone))
     return rows
 
 
-def _masking_finding(run: TrainRun, control: TrainRun) -> Finding:
+def _masking_finding(run: TrainRun, control: TrainRun, collected: Collected) -> Finding:
+    names = plain_trainings(collected.trains)
     loss = control.summary["accuracy"] - run.summary["accuracy"]
     own, clear = (wording.percent(each.summary["accuracy"]) for each in (run, control))
-    measured = f"{run.name}: {own}; {control.name} (in the clear): {clear}"
+    measured = f"{names[run.name]}: {own}; {names[control.name]} (in the clear): {clear}"
     tone = "good" if loss <= 0 else "open" if loss <= (noise(run, control) or 0.0) else "bad"
     return Finding("What do masked updates cost in accuracy?", measured, _compared(run, control), tone)
 
@@ -182,8 +199,11 @@ def judge(arm: dict[str, Any], run: AttackRun) -> Verdict:
 
 
 def _arm_finding(run: AttackRun, arm: dict[str, Any], collected: Collected) -> Finding:
-    where = f" ({run.name})" if len(collected.attacks) > 1 else ""
-    question = f"{attack_name(run)}{where} on {arm['name']}: {arm['description']}"
+    name = attack_name(run)
+    same = [each for each in collected.attacks if attack_name(each) == name]
+    where = f" ({run.name})" if len(same) > 1 else ""
+    against = plain_names(run.chosen)[arm["name"]]
+    question = f"{name[0].upper()}{name[1:]}{where} against {against}: {arm['description']}"
     median = _decibels(arm)
     recovered, identified = wording.count(arm["success"]), wording.count(arm["identified"])
     measured = f"median {median}, {recovered} recovered, {identified} identified"
@@ -277,10 +297,11 @@ def judge_worth(run: TrainRun) -> Judgment:
     return Judgment(f"not useless, but {wording.points(best - own)}", "bad")
 
 
-def _worth_finding(run: TrainRun) -> Finding:
+def _worth_finding(run: TrainRun, collected: Collected) -> Finding:
+    name = plain_trainings(collected.trains)[run.name]
     best = best_fill_in(run.fill_ins)
     measured = (
-        f"{run.name}: best fill-in ({best['arm']}) {wording.percent(best['accuracy'])}, clients "
+        f"{name}: best fill-in ({best['arm']}) {wording.percent(best['accuracy'])}, clients "
         f"{wording.percent(run.summary['accuracy'])}"
     )
     return Finding("Is the global model useless without the lock?", measured, *judge_worth(run))

@@ -6,7 +6,7 @@ from base64 import b64encode
 from hashlib import sha256
 
 from fedkl.auditing import words
-from fedkl.report.audit.page import BOUNDS_NOTE, PICTURES_NOTE, PRESENCE_NOTE, AuditPage
+from fedkl.report.audit.page import BOUNDS_NOTE, PRESENCE_NOTE, REBUILT, AuditPage
 from fedkl.report.figures import thumbnail
 from fedkl.report.html import environment, uri
 
@@ -40,7 +40,7 @@ def render(page: AuditPage) -> str:
             source=lambda image: uri(thumbnail(image)),
             bounds_note=BOUNDS_NOTE,
             outcomes=words.OUTCOMES,
-            pictures_note=PICTURES_NOTE,
             presence_note=PRESENCE_NOTE,
+            rebuilt=REBUILT,
         )
     )

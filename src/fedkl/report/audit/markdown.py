@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fedkl.auditing import words
 from fedkl.markdown import escaped, table_lines
-from fedkl.report.audit.page import BOUNDS_NOTE, PICTURES_NOTE, PRESENCE_NOTE, AuditPage, Bar
+from fedkl.report.audit.page import BOUNDS_NOTE, PRESENCE_NOTE, AuditPage, Bar
 from fedkl.report.page import Table
 
 
@@ -19,8 +19,8 @@ def _lines(page: AuditPage, pictures: str) -> Iterator[str]:
     yield from (f"# {escaped(page.title)}", "", f"**{escaped(page.verdict.text)}**", "")
     if page.opening and page.opening.pairs:
         yield from (f"**{escaped(page.opening_label)}**", "")
-        yield from (f"![Originals beside what was rebuilt]({pictures})", "")
-        yield from (f"{PICTURES_NOTE} {escaped(page.opening_note)}", "")
+        yield from (f"![Originals beside the server's attempts]({pictures})", "")
+        yield from (escaped(page.opening_note), "")
     elif page.opening:
         yield from (f"Pictures missing: {escaped(str(page.opening.problem))}", "")
     if page.presence:
@@ -57,7 +57,8 @@ def _bars(title: str, bars: list[Bar], *, note: str = "") -> Iterator[str]:
 
 
 def _bar(bar: Bar) -> str:
-    found = f"{bar.alt} ({bar.title}){words.because(bar.finding)}"
+    because = f": {bar.reason}" if bar.tone == "open" else ""
+    found = f"{bar.alt} ({bar.title}){because}"
     return f"* {words.OUTCOMES[bar.finding.outcome]}: {escaped(found)}"
 
 

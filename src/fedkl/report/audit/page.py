@@ -32,18 +32,16 @@ AUC_NOTE = (
     "the client does not have. 0.5 is guessing, 1 is always. Their share is counted at 1 % false alarms."
 )
 
-WORDS_NOTES = (
-    "In brackets: the 95 % interval. Floor: what is found of the same images without the update. Control: "
-    "what the same attacker finds where nothing is hidden.",
+WORDS_NOTE = (
     "Leaks: more than the floor. At the floor: no more, by an attacker that succeeds on the control; of "
     "images that are recognized, surely less than half of what it gets there. Undecided: neither can "
-    "be said.",
+    "be said."
 )
 
-PICTURES_NOTE = (
-    "Left an image of a client, right what the server computed from that client's update. The server never "
-    "saw the left one."
-)
+NO_PICTURE = "×: no picture that can be seen."
+
+REBUILT = "the server's attempt"
+"""What stands below a picture: whether it is the original again, its figures say."""
 
 
 class Bar(NamedTuple):
@@ -53,6 +51,13 @@ class Bar(NamedTuple):
     question: str
     title: str
     tone: words.Tone
+    reason: str
+
+    @classmethod
+    def of(cls, audit: Audit, finding: Finding) -> Bar:
+        """The same with what it says in words."""
+        question, tone = words.QUESTIONS[finding.question], _TONES[finding.outcome]
+        return cls(finding, question, _place(audit, finding), tone, words.reason(audit, finding))
 
     @property
     def alt(self) -> str:
@@ -76,11 +81,12 @@ class AuditPage:
         verdict: In one sentence.
         opening: The pictures that it opens with, if pictures leak.
         opening_label: What they show, before they are looked at.
-        opening_note: Whose they are.
+        opening_note: Whose they are, and what came of them.
         presence: Whether images are recognized, in one sentence; None where that was not measured.
         who: Who could do it, and what they need.
         steps: What to do next, as measured.
         caution: What the audit does not say.
+        control: What attackers are held against, e.g. "without masks".
         real: Of what clients really send.
         bounds: Upper bounds.
         galleries: Further pictures.
@@ -100,6 +106,7 @@ class AuditPage:
     who: list[str]
     steps: list[words.Step]
     caution: str
+    control: str
     real: list[Bar]
     bounds: list[Bar]
     galleries: list[tuple[str, Gallery]]
@@ -119,20 +126,18 @@ def audit_page(audit: Audit, folder: Path) -> AuditPage:
     shown = {each.pictures for each in leaking[:1]}
     others = {each.pictures: each for each in reversed(pictured) if each.pictures not in shown}
     presence = [each for each in audit.headlines() if each.question == "presence"]
-    bars = [
-        Bar(each, words.QUESTIONS[each.question], _place(audit, each), _TONES[each.outcome])
-        for each in ordered
-    ]
+    bars = [Bar.of(audit, each) for each in ordered]
     return AuditPage(
         title=words.title(audit),
         verdict=words.verdict(audit, plain=True),
         opening=opening,
         opening_label=_label(audit, leaking[0]) if leaking else "",
         opening_note=_whose(audit, opening) if opening else "",
-        presence=_presence(presence[0]) if presence else None,
+        presence=_presence(audit, presence[0]) if presence else None,
         who=_who(audit),
         steps=words.next_steps(audit),
-        caution=words.caution(audit),
+        caution=words.caution(audit, plain=True),
+        control=words.control(audit),
         real=[bar for bar in bars if audit.exposure(bar.finding.exposure).headline],
         bounds=[bar for bar in bars if not audit.exposure(bar.finding.exposure).headline],
         galleries=[
@@ -147,47 +152,51 @@ def audit_page(audit: Audit, folder: Path) -> AuditPage:
     )
 
 
-def _presence(finding: Finding) -> str:
+def _presence(audit: Audit, finding: Finding) -> str:
     """A share that is no leak must not read like one."""
-    beside = (
-        ""
-        if finding.outcome == "leaks"
-        else (f" {words.OUTCOMES[finding.outcome].capitalize()}: {finding.reason}.")
-    )
-    return f"{words.plainly(finding)}{beside}"
+    said = words.plainly(finding)
+    if finding.outcome == "says nothing":
+        return f"{said} Undecided: {words.reason(audit, finding)}."
+    if finding.outcome == "at the floor" and finding.control is not None:
+        share = round(100 * finding.control.rate)
+        return f"{said} No leak is seen: {words.control(audit)} it recognizes {share} of 100."
+    return said
 
 
 def _label(audit: Audit, shown: Finding) -> str:
     """What the pictures show; of upper bounds also what the same question came to in what really happens."""
     exposure = audit.exposure(shown.exposure)
     if exposure.headline:
-        return f"What the server made of what your clients really send: {_counted(shown)}"
+        return f"What the server made of what your clients really send: {words.counted(shown)}"
     easier = f"An easier case than yours: {exposure.title}. In your setting:"
     found = [each for each in audit.headlines() if each.question == shown.question]
     if not found:
         return f"{easier} no attacker that rebuilds pictures came to a result"
     worst = next((each for each in found if each.attacker == shown.attacker), found[0])
     worst = found[0] if found[0].outcome == "leaks" else worst
-    return f"{easier} {_counted(worst)}, {words.OUTCOMES[worst.outcome]}"
-
-
-def _counted(finding: Finding) -> str:
-    """E.g. "0 of 96 rebuilt"."""
-    found = finding.found
-    return f"{round(found.rate * found.n)} of {found.n} {words.COUNTED[finding.question]}"
+    return f"{easier} {words.counted(worst)}, {words.OUTCOMES[worst.outcome]}"
 
 
 def _place(audit: Audit, finding: Finding) -> str:
-    return f"{finding.attacker}; {audit.exposure(finding.exposure).title}"
+    return f"{words.attacker(finding.attacker)}; {audit.exposure(finding.exposure).title}"
 
 
 def _whose(audit: Audit, shown: Gallery) -> str:
-    """E.g. "The first 8 of 30: gauss-newton; your client: one image"."""
+    """Whose pictures they are, by which attacker, and what came of all its images."""
     exposure = audit.exposure(shown.finding.exposure)
-    bound = "" if exposure.headline else "Upper bound, not your clients. "
-    count = f"The first {len(shown.pairs)} of {shown.total}: " if len(shown.pairs) < shown.total else ""
-    verdict = f"{words.OUTCOMES[shown.finding.outcome]}: {shown.finding.reason}"
-    return f"{bound}{count}{_place(audit, shown.finding)}. {verdict}"
+    left = "an image of a client, right what the server computed from that client's update"
+    if not exposure.headline:
+        alone = exposure.images == exposure.clients == 1
+        sent = "sent alone" if alone else f"sent in {exposure.title}"
+        left = f"a test image, {sent}; right what the server computed from it"
+    same = [each for each in audit.worst_first() if each.pictures == shown.finding.pictures]
+    lost = [NO_PICTURE] if any(pair.found is None for pair in shown.pairs) else []
+    parts = [
+        f"Left {left}, by {words.attacker(shown.finding.attacker)}. The server never saw the left one.",
+        *lost,
+        *(words.told(audit, each) for each in same),
+    ]
+    return " ".join(parts)
 
 
 def _who(audit: Audit) -> list[str]:
@@ -197,23 +206,41 @@ def _who(audit: Audit) -> list[str]:
         if each.outcome == "leaks":
             groups.setdefault((each.threat_model, each.knew), {})[each.attacker] = None
     return [
-        f"{', '.join(names)}: {words.THREAT_MODELS[letter]} (threat model {letter}). "
+        f"{_capital(', '.join(map(words.attacker, names)))}: {words.THREAT_MODELS[letter]} (threat model "
+        f"{letter}). "
         f"Known beside model and update: {knew}."
         for (letter, knew), names in groups.items()
     ]
 
 
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def _findings(audit: Audit, ordered: list[Finding]) -> Table:
     """Six columns, which a sheet of paper has room for."""
-    header = ["Of a client's images", "Share", "Verdict", "By whom, and where", "Floor", "Control"]
+    control = words.control(audit)
+    header = [
+        "Of a client's images",
+        "Share",
+        "Verdict",
+        "By whom, and where",
+        "Floor",
+        f"Control, {control}",
+    ]
     rows = []
     for each in ordered:
-        verdict = f"{words.OUTCOMES[each.outcome]}: {each.reason}"
+        verdict = f"{words.OUTCOMES[each.outcome]}: {words.reason(audit, each)}"
         marks = [NONE if mark is None else mark.percent for mark in (each.floor, each.control)]
         where = _where(audit, each)
         rows.append([words.QUESTIONS[each.question], each.found.percent, verdict, where, *marks])
+    notes = [
+        "In brackets: the 95 % interval. Floor: what is found of the same images without the update. "
+        f"Control: what the same attacker finds {control}.",
+        WORDS_NOTE,
+    ]
     title = "All findings, the worst first"
-    return Table(title=title, header=header, rows=rows, narrow=(0, 1, 2, 3), notes=[*WORDS_NOTES])
+    return Table(title=title, header=header, rows=rows, narrow=(0, 1, 2, 3), notes=notes)
 
 
 def _further(audit: Audit, ordered: list[Finding]) -> Table:
@@ -228,13 +255,21 @@ def _further(audit: Audit, ordered: list[Finding]) -> Table:
 
 
 def _where(audit: Audit, finding: Finding) -> str:
-    bound = "" if audit.exposure(finding.exposure).headline else "Upper bound. "
-    return f"{bound}{_place(audit, finding)}"
+    exposure = audit.exposure(finding.exposure)
+    bound = "" if exposure.headline else "Upper bound: "
+    return f"{bound}{_named(finding.attacker)}; {exposure.title}"
+
+
+def _named(attacker: str) -> str:
+    """What it does, and its name, by which it is looked up."""
+    plain = words.attacker(attacker)
+    return plain if plain == attacker else f"{plain} ({attacker})"
 
 
 def _not_run(audit: Audit) -> Table:
     rows = [
-        [each.attacker, audit.exposure(each.exposure).title, each.kind, each.reason] for each in audit.not_run
+        [_named(each.attacker), audit.exposure(each.exposure).title, each.kind, each.reason]
+        for each in audit.not_run
     ]
     header = ["Attacker", "Setting", "Came to nothing", "Why"]
     return Table(title="Attackers without figures", header=header, rows=rows)

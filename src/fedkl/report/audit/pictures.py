@@ -13,14 +13,14 @@ from fedkl.auditing.results import Finding
 from fedkl.errors import printable
 from fedkl.files import read_file
 from fedkl.parsing import parse_tensors
-from fedkl.report.pictures import Grid, Picture, Row
+from fedkl.report.pictures import Grid, Picture, Row, visible
 
 _MAX_BYTES = 2**30  # of a file
 _LARGEST = 96  # pixels of a side; larger ones are averaged
 
 
 class Pair(NamedTuple):
-    """An image in [0, 1] of shape (channels, height, width), and what came out; None: no finite picture."""
+    """An image in [0, 1] of shape (channels, height, width), and what came out; None: nothing to be seen."""
 
     truth: Float[Tensor, "channels height width"]
     found: Float[Tensor, "channels height width"] | None
@@ -61,7 +61,7 @@ def gallery(folder: Path, finding: Finding, *, most: int) -> Gallery:
     except (KeyError, OSError, ValueError) as error:
         return Gallery(finding, [], 0, printable(f"{finding.pictures} cannot be shown ({error})."))
     pairs = [
-        Pair(_small(before), _small(after) if bool(after.isfinite().all()) else None)
+        Pair(_small(before), _small(after) if bool(after.isfinite().all()) and visible(after) else None)
         for before, after in zip(truth[:most], found[:most], strict=True)
     ]
     return Gallery(finding, pairs, len(truth), None)
@@ -81,8 +81,8 @@ def as_grid(shown: Gallery) -> Grid:
     rows = [
         Row(
             str(number),
-            [Picture(pair.truth, "", f"Image {number}"), Picture(pair.found, "", f"Rebuilt {number}")],
+            [Picture(pair.truth, "", f"Image {number}"), Picture(pair.found, "", f"Attempt {number}")],
         )
         for number, pair in enumerate(shown.pairs, start=1)
     ]
-    return Grid(["original", "rebuilt"], rows, shown.total, [])
+    return Grid(["original", "attempt"], rows, shown.total, [])
