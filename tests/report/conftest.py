@@ -9,7 +9,7 @@ import torch
 
 from fedkl.attacking.results import arm_summary
 from fedkl.attacking.views import chosen_arms
-from fedkl.config import AttackConfig, TrainConfig
+from fedkl.config import AttackConfig, DataConfig, TrainConfig
 from fedkl.defenses import Arm, NoDefense
 from fedkl.federated import FederatedTraining
 from fedkl.runs import RunDirectory
@@ -115,11 +115,12 @@ def train_run(tmp_path):
         local_accuracies: dict[str, float] | None = None,
         summary: dict | None = None,
         lost: dict[int, str] | None = None,
+        data: str = "mnist-sample",
         **training,
     ) -> RunDirectory:
         """`lost` are rounds, and why. Runs of older versions lack it, as other things that are None here."""
         federated = FederatedTraining(rounds=rounds, **training)
-        config = TrainConfig(defense=defense or NoDefense(), training=federated)
+        config = TrainConfig(data=DataConfig(name=data), defense=defense or NoDefense(), training=federated)
         run = RunDirectory.create(tmp_path / name, config=config, version="0")
         each = {"client-0": accuracy - 0.01, "client-1": accuracy + 0.01}
         if class_counts is not None:

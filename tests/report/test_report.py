@@ -89,14 +89,15 @@ def test_repeat_names_the_command_and_the_configuration(folder):
     ids=["none", "keylock"],
 )
 def test_the_papers_figure_stands_beside_the_matching_run(tmp_path, train_run, defense, printed):
-    train_run("train", defense=defense)
+    train_run("train", defense=defense, data="mnist")
     _, header, rows = report.build(tmp_path).tables[1 if defense else 0]
     assert header[-1] == "Paper, full MNIST, 200 rounds"
     assert rows[0][-1] == printed
 
 
 def test_no_column_of_the_paper_without_a_matching_run(tmp_path, train_run):
-    train_run("train", defense=PublicNorm())
+    train_run("train", defense=PublicNorm(), data="mnist")
+    train_run("sample", data="mnist-sample")
     assert "full MNIST" not in page(tmp_path)
 
 

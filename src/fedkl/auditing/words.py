@@ -25,7 +25,7 @@ _NO_RESULT = "This audit has no result for what your clients really send."
 _DONE: dict[Question, str] = {
     "rebuilt": "the server rebuilds {share} as pictures",
     "identified": "the server makes pictures by which {share} are told from many others",
-    "presence": "the server recognizes {share} at 1 % false alarms",
+    "presence": "the server recognizes {share} at {alarms} false alarms",
     "labels": "the server tells the class of {share}",
 }
 
@@ -113,7 +113,7 @@ class Verdict(NamedTuple):
 
 def sentence(finding: Finding) -> str:
     """A finding as one sentence, e.g. "Of your client's images, the server recognizes 67 % [61–72 %] …"."""
-    share = _DONE[finding.question].format(share=interval(finding))
+    share = _DONE[finding.question].format(share=interval(finding), alarms=_alarms(finding))
     area = finding.figures.get("auc")
     beside = f" (AUC {area:.2f})" if finding.question == "presence" and area is not None else ""
     return f"Of your client's images, {share}{beside}."
@@ -124,7 +124,15 @@ def plainly(finding: Finding) -> str:
     found = finding.found
     rate, low, high = (round(100 * each) for each in (found.rate, found.low, found.high))
     share = f"about {rate} of 100 of a client's images ({low} to {high})"
-    return _PLAINLY[finding.question].format(share=share)
+    said = _PLAINLY[finding.question].format(share=share)
+    if finding.question == "presence" and finding.floor is not None:
+        said += f" Of images that the client does not have: {round(100 * finding.floor.rate)} of 100."
+    return said
+
+
+def _alarms(finding: Finding) -> str:
+    """As set, or as measured where that is more: few images set the threshold roughly."""
+    return f"{max(1, round(100 * finding.figures.get('false_alarms', 0.0)))} %"
 
 
 def judged(finding: Finding) -> str:

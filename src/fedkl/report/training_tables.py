@@ -167,7 +167,7 @@ def _statistics(run: TrainRun) -> str:
 def _paper(run: TrainRun) -> str:
     """The printed figure, for the paper's network, data and clients."""
     model, data, training = run.config.model.name, run.config.data.name, run.config.training
-    if model != "lenet" or not data.startswith("mnist") or not isinstance(training.partition, IID):
+    if model != "lenet" or data != "mnist" or not isinstance(training.partition, IID):
         return wording.NONE
     arm = _PAPER_ARMS.get((run.config.defense.type, training.clients))
     return wording.NONE if arm is None else f"{published('table1')['lenet/mnist']['expected'][arm]:.2f} %"

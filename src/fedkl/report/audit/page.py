@@ -23,8 +23,8 @@ BOUNDS_NOTE = (
 )
 
 PRESENCE_NOTE = (
-    "Shown an image, the server says whether this client trained on it. It is allowed to be wrong about 1 in "
-    "100 images that the client does not have."
+    "Shown an image, the server says whether this client trained on it. It is set to be wrong about 1 in 100 "
+    "images that the client does not have; with few images it is wrong more often."
 )
 
 AUC_NOTE = (
