@@ -405,7 +405,9 @@ def test_the_command_says_that_the_public_model_is_no_clients(command, runs, tmp
     assert "This alone is no client's model: what clients keep (γ, β" in text
     assert "--client client-0" in text
     assert "The server of this training could not read them" in text
-    assert line_of(text, "fedkl.load_lock").endswith(f"public={str(tmp_path / 'model.safetensors')!r}).model")
+    assert line_of(text, "fedkl.load_lock").endswith(
+        f"public={str(tmp_path / 'model.safetensors')!r}).model.eval()"
+    )
 
 
 @pytest.mark.parametrize(

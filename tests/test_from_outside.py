@@ -79,8 +79,8 @@ def test_both_are_used_by_name(fedkl, tmp_path, plugin):
     config = load(tmp_path / "attack/config.toml")
     assert (config.attack.level, config.defense.below) == (0.25, 0.01)
     text = (tmp_path / "attack/report.md").read_text()
-    assert "my gray on my-silence" in text
-    assert "my gray on no-norm" in text
+    assert "My gray against my-silence" in text
+    assert "My gray against no protection" in text
     trained = ("--plugin", str(plugin), "train", "--out", str(tmp_path / "train"), "--defense", "my-silence")
     assert fedkl(*trained, "--rounds", "1", "--set", "data.train_images=100")[0] == 0
     assert "my-silence" in (tmp_path / "train/report.md").read_text()

@@ -127,7 +127,10 @@ def test_it_is_attacked_and_reported_beside_its_control(tmp_path, defense):
     assert names == list(own_arms(defense)) == ["no-norm", defense.type]
     assert experiments.run(type(config).model_validate(config.model_dump()), out=tmp_path / "run").summary
     report.build(run.path)
-    assert f"on {defense.type}: {defense.describe()}" in (run.path / "report.md").read_text()
+    assert (
+        f"against {defense.plain or defense.type}: {defense.describe()}"
+        in (run.path / "report.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
