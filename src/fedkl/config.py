@@ -232,6 +232,13 @@ def as_written(values: dict[str, Any], *, source: str) -> TrainConfig | AttackCo
         return experiment
     if "norm_statistics" in values.get("training", {}):
         return experiment
+    return keeping_statistics(experiment)
+
+
+def keeping_statistics(experiment: TrainConfig | AttackConfig) -> TrainConfig | AttackConfig:
+    """The same with norm statistics as the last training left them; an attack is as it was."""
+    if isinstance(experiment, AttackConfig):
+        return experiment
     earlier = replace(experiment.training, norm_statistics="kept")
     return experiment.model_copy(update={"training": earlier})
 

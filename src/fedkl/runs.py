@@ -78,10 +78,13 @@ class RunDirectory:
             present = run._bytes("config.toml")
             begun = any((path / name).exists() for name in ("results.jsonl", "checkpoints", "summary.json"))
             if present is not None and begun and not same_experiment(present, data):
-                raise ConfigError(
-                    f"{path}: this folder holds a run with another configuration. Choose another --out, or "
-                    "remove the folder."
-                )
+                remedy = "Choose another --out, or remove the folder."
+                if same_experiment(present, configs.dump(configs.keeping_statistics(config)).encode()):
+                    remedy = (
+                        "It began before norm statistics were recalibrated: go on with --resume, or give "
+                        "--set training.norm_statistics=kept."
+                    )
+                raise ConfigError(f"{path}: this folder holds a run with another configuration. {remedy}")
             if present is None and path.is_dir() and any(path.iterdir()):
                 raise ConfigError(f"{path}: the folder is not empty and holds no run. Choose another --out.")
             write_atomically(path / "config.toml", data)

@@ -49,6 +49,13 @@ def test_no_more_than_of_images_that_nobody_has_is_no_leak_and_no_pass():
     assert states(audit(found), "presence_tpr=0.2") == ["passed"]
 
 
+def test_what_an_attacker_missed_that_never_found_anything_is_said():
+    found = finding("identified", 0, 96, outcome="says nothing", reason="its control was not attacked")
+    (check,) = judge(audit(found), Gate.parse("identified=0.1")).checks
+    assert check.state == "passed"
+    assert check.text.endswith("by an attacker of whom nothing else is known: its control was not attacked.")
+
+
 def test_the_area_under_the_curve_has_an_interval_of_its_own():
     figures = {"auc": 0.87, "auc_low": 0.84, "auc_high": 0.9}
     made = audit(finding(figures=figures))

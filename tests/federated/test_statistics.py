@@ -140,3 +140,24 @@ def test_the_model_that_a_client_uses(dataset):
 
 def test_the_default_recalibrates():
     assert FederatedTraining().norm_statistics == "recalibrated"
+
+
+class Frozen(TwoNorms):
+    """Its first norm stays as it was pretrained, as `train` of many fine-tuned networks has it."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        next(each for each in self.modules() if isinstance(each, torch.nn.BatchNorm2d)).eval()
+        return self
+
+
+def test_frozen_norms_stay_and_with_them_what_is_sent(dataset):
+    """Training uses their statistics: an evaluation that changed them would change the next update."""
+    run, kept = (
+        federation(dataset, PrivateNorm(), model=seeded(Frozen), norm_statistics=how, rounds=3)
+        for how in ("recalibrated", "kept")
+    )
+    copy_secrets(run, kept)
+    for each in (run, kept):
+        trained(each)
+    assert not differences(run.server.snapshot(), kept.server.snapshot())

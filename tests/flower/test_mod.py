@@ -126,6 +126,36 @@ def test_an_evaluation_that_recalibrates_stores_statistics_of_the_model_that_cam
     torch.testing.assert_close(after["1.running_var"], values.var(0))
 
 
+def test_an_evaluation_stores_statistics_and_nothing_else():
+    """It may fit the model to its images for a figure of its own; the next round does not begin there."""
+
+    def fine_tune(message, context):
+        client = current_client()
+        client.recalibrate_norms_(OWN)
+        with torch.no_grad():
+            for tensor in client.lock.private_parameters().values():
+                tensor.add_(1)
+        client.memory["steps"] = torch.ones(1)
+        return reply(message)
+
+    ask(app_of(honest))
+    before = stored()
+    ask(app_of(fine_tune), good_content(arrays=arrays_with({"0.weight": torch.ones(6, 4)})), "evaluate")
+    after = stored()
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"1.running_mean", "1.running_var"}
+
+
+def test_a_node_without_images_is_evaluated_with_the_statistics_that_it_has():
+    def few(message, context):
+        assert current_client().recalibrate_norms_(OWN[:1]) is False
+        return reply(message)
+
+    ask(app_of(honest))
+    assert ask(app_of(few), kind="evaluate").has_content()
+
+
 def test_recalibrated_statistics_are_not_sent():
     def leak(message, context):
         client = current_client()

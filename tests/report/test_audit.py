@@ -213,9 +213,12 @@ def test_no_leak_is_said_with_how_many_were_tried_and_what_they_find_otherwise()
     undecided = finding("rebuilt", 0, 30, attacker="ig", outcome="says nothing")
     said = words.verdict(audit(quiet, undecided), plain=True).text
     assert said == (
-        "All two attackers were tried on what your clients send. The best of them recognized 0 to 1 of 100 "
-        "images; of one image alone 61. Of one nothing can be said."
+        "All two attackers were tried on what your clients send. Of those that can be judged, the best "
+        "recognized 0 to 1 of 100 images; of one image alone 61. Undecided, ig: 0 of 30 rebuilt."
     )
+    in_part = finding(successes=60, outcome="says nothing", exposure="sums")
+    of_sums = SUMS.model_copy(update={"headline": True})
+    assert words.verdict(audit(quiet, in_part, exposures=(REAL, SINGLE, of_sums))).tone == "open"
     assert "The only attacker was tried" in words.verdict(audit(quiet), plain=True).text
 
 

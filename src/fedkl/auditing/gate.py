@@ -246,6 +246,8 @@ def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
         elif interval.high <= limit:
             state = "passed"
             text = f"{place} is not above the limit {limit:g}."
+            if finding.outcome == "says nothing":
+                text = f"{text[:-1]}, by an attacker of whom nothing else is known: {finding.reason}."
         else:
             state = "undecided"
             text = (

@@ -203,7 +203,8 @@ def check_enough(
     enough_for = min(len(pools.own.images), len(pools.audited.images)) // 2
     if enough_for < size:
         got = sum(len(pool.images) for pool in pools)
-        instead = "" if lower is None else f", or set {lower} to at most {enough_for // clients}"
+        each = enough_for // clients
+        instead = "" if lower is None or each < 1 else f", or set {lower} to at most {each}"
         raise DataError(
             f"Presence: expected at least {5 * size} images, five times the {size} of an update, got {got}. "
             f"The server and the audited clients get two fifths each. Give more images{instead}."

@@ -238,7 +238,7 @@ def _verdict(audit: Audit, said: Callable[[Finding], str]) -> Verdict:
     if bounds:
         title = audit.exposure(bounds[0].exposure).title
         return Verdict("open", f"{NO_LEAK}. Upper bound, {title}: {said(bounds[0])}")
-    able = dict.fromkeys(each.attacker for each in real if each.outcome == "at the floor")
+    able = failures(audit).able
     if able:
         return Verdict(
             "good", f"{NO_LEAK} by {', '.join(able)}, which would find one where nothing is hidden."
@@ -255,14 +255,18 @@ def _seen(audit: Audit) -> str:
     real = audit.headlines()
     tried = len({each.attacker for each in real})
     every = len({each.attacker for each in audit.findings} | {each.attacker for each in audit.not_run})
-    worst = max((each for each in real if each.outcome == "at the floor"), key=lambda each: each.found.high)
+    found_nothing = failures(audit)
+    judged = [each for each in real if each.attacker in found_nothing.able]
+    worst = max(judged, key=lambda each: each.found.high)
     low, high = (round(100 * each) for each in (worst.found.low, worst.found.high))
     who = "It" if tried == 1 else "The best of them"
+    if found_nothing.undecided:
+        who = "Of those that can be judged, the best"
     found = f"{who} {_DID[worst.question]} {low} to {high} of 100 images"
     if worst.control is not None:
         found += f"; {control(audit)} {round(100 * worst.control.rate)}"
-    undecided = len(failures(audit).undecided)
-    missing = f" Of {_spelled(undecided)} nothing can be said." if undecided else ""
+    undecided = [each for each in real if each.outcome == "says nothing"]
+    missing = "".join(f" Undecided, {attacker(each.attacker)}: {counted(each)}." for each in undecided)
     begin = f"{_spelled(tried).capitalize()} of {_spelled(every)} attackers could be"
     if tried == every:
         begin = "The only attacker was" if every == 1 else f"All {_spelled(every)} attackers were"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedkl.custody.journal import Journal
 from fedkl.custody.ledger import Ledger, check_never_born, now, remember_birth
 from fedkl.defenses import KeyLock
-from fedkl.errors import ConfigError, KeyFileError, shown
+from fedkl.errors import ConfigError, KeyFileError, TrainingError, shown
 from fedkl.files import PRIVATE_FOLDER, exclusive, open_to_others, remove_parts
 from fedkl.lockfile import keep_copy
 from fedkl.locking import Lock, read_lock, recalibrate_norms_
@@ -26,6 +26,7 @@ CLIENT, NEW_KEYS = "fedkl-client", "fedkl-new-keys"
 
 LOCK = "lock.fedkl"
 _ROLLED_BACK = "rolled back"
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 _LOG = logging.getLogger("fedkl.flower")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
@@ -43,7 +44,7 @@ class StoredClient:
         memory: Tensors that it keeps between rounds besides, by names of its own, e.g. its optimizer's
             moments. As private as the lock; never sent.
         ledger: What the store remembers of it.
-        recalibrated: Whether `recalibrate_norms_` was called: there is something to be stored, then.
+        statistics: The norm statistics that `recalibrate_norms_` counted, by name; empty: it was not called.
     """
 
     def __init__(self, name: str, *, lock: Lock, memory: dict[str, Tensor], ledger: Ledger) -> None:
@@ -51,7 +52,7 @@ class StoredClient:
         self.lock = lock
         self.memory = memory
         self.ledger = ledger
-        self.recalibrated = False
+        self.statistics: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
         return f"StoredClient({self.name!r}, lock={self.lock}, memory={sorted(self.memory)})"
@@ -61,20 +62,29 @@ class StoredClient:
         """The locked model; call and train it as ever."""
         return self.lock.model
 
-    def recalibrate_norms_(self, images: Images) -> None:
+    def recalibrate_norms_(self, images: Images) -> bool:
         """Makes the norms' private running statistics those of the model that came, before it is used.
 
-        See `fedkl.locking.recalibrate_norms_`. On Flower they are stored afterwards, of an evaluation too.
+        See `fedkl.locking.recalibrate_norms_`. On Flower they are stored afterwards, of an evaluation too:
+        they, and nothing else that an evaluation changes.
 
         Args:
-            images: The client's own training images, in [0, 1], two at least. No label is needed.
+            images: The client's own training images, in [0, 1]. No label is needed.
 
-        Raises:
-            DataError: There are fewer than two images.
-            TrainingError: The statistics are not finite. They stay as they were.
+        Returns:
+            Whether it did. With fewer than two images, or where they would not be finite, statistics stay as
+            they were, as in `fedkl train`.
         """
-        recalibrate_norms_(self.lock, images)
-        self.recalibrated = True
+        if len(images) < 2:
+            return False
+        try:
+            recalibrate_norms_(self.lock, images)
+        except TrainingError:
+            return False
+        state = self.lock.private_state()
+        counted = [name for name in state if name.rpartition(".")[2] in _STATISTICS]
+        self.statistics = {name: state[name] for name in counted}
+        return True
 
 
 class ClientStore:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fedkl import rng
-from fedkl.errors import DataError, TrainingError, gathered
+from fedkl.errors import ConfigError, DataError, TrainingError, gathered
 from fedkl.locking.split import Split
 from fedkl.types import Images
 
@@ -26,6 +26,8 @@ def recalibrate_norms_(
 ) -> None:
     """Makes a client's private running statistics those of its images; all other tensors stay.
 
+    So do the statistics of frozen norms, which stay in eval mode where the model trains: training uses them.
+
     After a round a client's statistics are of the weights that it sent, not of the average that came back.
     Before such a model is used, they are to be counted anew. It takes one forward pass, and no label.
 
@@ -33,9 +35,10 @@ def recalibrate_norms_(
         split: Its public tensors are those that the statistics are for; its model's modes stay.
         images: The client's own training images, in [0, 1], two at least.
         most: At most so many of them, drawn at random; always the same ones.
-        batch_size: Images at once; None: 256, fewer of images larger than 3 × 45 × 45.
+        batch_size: Images at once, two at least; None: 256, fewer of images larger than 3 × 45 × 45.
 
     Raises:
+        ConfigError: The batch size is too small.
         DataError: There are fewer than two images.
         TrainingError: The statistics of these weights are not finite. They stay as they were.
 
@@ -44,6 +47,8 @@ def recalibrate_norms_(
     """
     if len(images) < 2:
         raise DataError(f"Statistics are counted over at least 2 images, got {len(images)}. Take more.")
+    if batch_size is not None and batch_size < 2:
+        raise ConfigError(f"batch_size: expected at least 2, a norm's variance takes two, got {batch_size}.")
     if batch_size is None:
         batch_size = max(8, min(256, _NUMBERS // math.prod(images.shape[1:])))
     # Images often lie sorted by class: the first ones, and each batch, would be of one.
@@ -59,13 +64,17 @@ def recalibrate_norms_(
 
 
 def private_norms(split: Split) -> list[_NormBase]:
-    """The norms whose running statistics stay with the client."""
+    """The norms whose running statistics stay with the client, and are of its batches where it trains."""
     private = split.private_names
-    return [
-        module
-        for name, module in split.model.named_modules()
-        if isinstance(module, _NormBase) and f"{name}.running_mean".removeprefix(".") in private
-    ]
+    with modes_kept(split.model):
+        split.model.train()
+        return [
+            module
+            for name, module in split.model.named_modules()
+            if isinstance(module, _NormBase)
+            and f"{name}.running_mean".removeprefix(".") in private
+            and module.training  # a model's own `train` may keep pretrained norms frozen
+        ]
 
 
 def count_statistics(split: Split, images: Images, parts: Sequence[Tensor]) -> None:
@@ -84,14 +93,14 @@ def count_statistics(split: Split, images: Images, parts: Sequence[Tensor]) -> N
     split.model.eval()
     for norm in norms:
         norm.train().reset_running_stats()
-    seen = 0
+    seen, device = 0, next(iter(split.model.parameters())).device
     try:
         with torch.no_grad():
             for part in parts if norms else ():
                 seen += len(part)
                 for norm in norms:
                     norm.momentum = len(part) / seen
-                split.model(images[part])
+                split.model(images[part].to(device))
     finally:
         for norm, momentum in zip(norms, usual, strict=True):
             norm.momentum = momentum
