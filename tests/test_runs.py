@@ -61,7 +61,7 @@ def test_a_training_from_before_recalibration_kept_its_statistics(tmp_path, defe
     without_norm_statistics(run.path / "config.toml")
     earlier = run.config
     assert earlier.training.norm_statistics == "kept"
-    with pytest.raises(ConfigError, match="another configuration.*norm_statistics=kept"):
+    with pytest.raises(ConfigError, match=r"another configuration.*norm_statistics=kept"):
         create(tmp_path / "run", config)  # its rounds would be evaluated in two ways
     assert create(tmp_path / "run", earlier).config == earlier
 
