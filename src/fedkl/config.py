@@ -228,9 +228,7 @@ def as_written(values: dict[str, Any], *, source: str) -> TrainConfig | AttackCo
         ConfigError: See `parse`.
     """
     experiment = parse(values, source=source)
-    if isinstance(experiment, AttackConfig) or not experiment.defense.keeps_tensors:
-        return experiment
-    if "norm_statistics" in values.get("training", {}):
+    if "norm_statistics" in values.get("training", {}) or not experiment.defense.keeps_tensors:
         return experiment
     return keeping_statistics(experiment)
 

@@ -16,6 +16,7 @@ from fedkl.config import AttackConfig, ModelConfig, TrainConfig
 from fedkl.defenses import PUBLISHED_LOCK
 from fedkl.federated import FederatedTraining, LocalTraining
 from fedkl.report.collect import TrainRun, collect
+from fedkl.report.names import plain_trainings
 from fedkl.report.side_by_side import side_by_side
 
 TRAINING = FederatedTraining(rounds=15, local=LocalTraining(batch_size=16))
@@ -43,9 +44,6 @@ EXPERIMENTS: dict[str, TrainConfig | AttackConfig] = {
     "attack-knowing-the-lock": _attack(ClosedForm(), "no-norm", "lock", "masked"),
 }
 """Small trainings of all three, then an attacker who does not know the lock, and one who does."""
-
-_TRAINED = {"train-plain": "no protection", "train-locked": "lock", "train-masked": "masks"}
-"""What the trainings show, as the report calls it beside the pictures."""
 
 
 def run(out: Path, *, progress: Callable[[str], AbstractContextManager[study.Progress]]) -> None:
@@ -81,10 +79,10 @@ def answers(out: Path) -> list[str]:
     collected = collect(out)
     opening = side_by_side(collected.attacks)
     lines = [] if opening is None else [f"{sent}: {found}" for sent, found in opening.answers]
-    trained = {run.name: run for run in collected.trains}
+    trained, names = {run.name: run for run in collected.trains}, plain_trainings(collected.trains)
     return [
         *lines,
-        *_accuracies({words: trained[name] for name, words in _TRAINED.items() if name in trained}),
+        *_accuracies({names[name]: trained[name] for name in EXPERIMENTS if name in trained}),
         *([] if opening is None else [opening.limits]),
     ]
 

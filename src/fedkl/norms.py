@@ -31,7 +31,7 @@ class NormTensors:
 
 
 # Of every batch and instance norm, registered or not.
-_BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 # By exact type: a subclass may permute axes or use its weight in another way.
 _NORMS: dict[type[nn.Module], NormTensors] = {
@@ -169,6 +169,6 @@ def statistics_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the module's running statistics that exist."""
     names = norm_tensors(module)
     declared = names.statistics if names else ()
-    inherited = _BATCH_STATISTICS if isinstance(module, _NormBase) else ()
+    inherited = BATCH_STATISTICS if isinstance(module, _NormBase) else ()
     unique = dict.fromkeys(declared + inherited)
     return tuple(name for name in unique if getattr(module, name, None) is not None)

@@ -245,9 +245,9 @@ def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
             text = f"{place} is above the limit {limit:g}."
         elif interval.high <= limit:
             state = "passed"
-            text = f"{place} is not above the limit {limit:g}."
-            if finding.outcome == "says nothing":
-                text = f"{text[:-1]}, by an attacker of whom nothing else is known: {finding.reason}."
+            unknown = finding.outcome == "says nothing"
+            by = f", by an attacker of whom nothing else is known: {finding.reason}" if unknown else ""
+            text = f"{place} is not above the limit {limit:g}{by}."
         else:
             state = "undecided"
             text = (

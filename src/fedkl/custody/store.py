@@ -19,6 +19,7 @@ from fedkl.errors import ConfigError, KeyFileError, TrainingError, shown
 from fedkl.files import PRIVATE_FOLDER, exclusive, open_to_others, remove_parts
 from fedkl.lockfile import keep_copy
 from fedkl.locking import Lock, read_lock, recalibrate_norms_
+from fedkl.norms import BATCH_STATISTICS
 from fedkl.types import Images
 
 CLIENT, NEW_KEYS = "fedkl-client", "fedkl-new-keys"
@@ -26,7 +27,6 @@ CLIENT, NEW_KEYS = "fedkl-client", "fedkl-new-keys"
 
 LOCK = "lock.fedkl"
 _ROLLED_BACK = "rolled back"
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 _LOG = logging.getLogger("fedkl.flower")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
@@ -82,7 +82,7 @@ class StoredClient:
         except TrainingError:
             return False
         state = self.lock.private_state()
-        counted = [name for name in state if name.rpartition(".")[2] in _STATISTICS]
+        counted = [name for name in state if name.rpartition(".")[2] in BATCH_STATISTICS]
         self.statistics = {name: state[name] for name in counted}
         return True
 
