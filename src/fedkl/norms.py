@@ -118,19 +118,20 @@ def loses_scale(module: nn.Module, *, train_mode: bool) -> bool:
     return train_mode or known.normalizes == "sample"
 
 
-def mixes_images(module: nn.Module) -> bool:
+def mixes_images(module: nn.Module, *, train_mode: bool | None = None) -> bool:
     """Whether the module is a norm that, as it is called, uses or keeps statistics of the batch's images.
 
     A norm in eval mode keeps nothing. A type that is not registered is taken for its nearest registered base
     class.
 
     Args:
-        module: Any module, in the mode in which it is called.
+        module: Any module.
+        train_mode: Whether it is called in train mode; None: in the mode in which it is.
     """
     known = _nearest(parametrize.type_before_parametrizations(module))
     if known is None:
         return False
-    if not module.training:
+    if not (module.training if train_mode is None else train_mode):
         untracked = isinstance(module, _NormBase) and module.running_mean is None
         return known.normalizes == "batch" and untracked
     return known.normalizes == "batch" or bool(statistics_names(module))

@@ -85,7 +85,7 @@ class Needs:
 
     Attributes:
         batch: Images behind an update at most; None: any number.
-        sums: Whether it can read the mean over a cohort.
+        sums: Whether it reads the mean over any cohort; others, that which is the gradient of one batch.
         own_images: Labeled images of the server's own, at least.
     """
 
@@ -224,6 +224,8 @@ class Attack:
             return shared_out(run, pairs, workers=workers, progress=on_evaluation)
 
     def _read(self, observation: Observation) -> Observation:
+        if not self.needs.sums:
+            observation = observation.as_one_client()
         if self.reads_gradients:
             observation = observation.as_gradient()
         return observation.unaltered() if self.reads_unaltered else observation

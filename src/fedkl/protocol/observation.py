@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedkl.errors import AttackError, gathered
 from fedkl.metrics import Scaling
-from fedkl.norms import loses_scale
+from fedkl.norms import loses_scale, mixes_images
 from fedkl.protocol.procedure import Procedure
 from fedkl.protocol.transforms import Rescaling, Transform
 from fedkl.types import ImageBatch, Labels
@@ -227,6 +227,19 @@ class Observation:
             name: tensor / share - decay * received[name].detach() for name, tensor in self.gradient.items()
         }
         return replace(self, gradient=gradient, local=Procedure(per_example=local.per_example))
+
+    def as_one_client(self) -> Observation:
+        """The same, of one client that has all images, where the mean over a cohort is their gradient.
+
+        So it is after one step of clients that keep nothing back; norms that mix a batch's images, and
+        limits that each client sets its own change, make it something else. This one itself then.
+        """
+        if self.cohort == 1:
+            return self
+        found = self.as_gradient()
+        mixed = any(mixes_images(each, train_mode=self.train_mode) for each in self.model.modules())
+        kept = found.secrets or found.free or found.unsent or found.transform is not None
+        return self if mixed or kept or not found.local.is_gradient else replace(found, cohort=1)
 
     @property
     def altered(self) -> frozenset[str]:
