@@ -5,7 +5,9 @@
     python benchmarks/masked_training.py server --data mnist --model lenet --clients 3 --rounds 16
 
 `accuracy`: in every round of a masked training the same updates are averaged in the clear too; the largest
-difference of a weight is noted. A plain training with the same keys and batches stands beside it.
+difference of a weight is noted. A plain training with the same keys and batches stands beside it; with
+--nudge another plain one, in which every averaged weight is moved up or down by so much: what rounding alone
+makes of a training.
 
 `server`: after a blind training, the server fine-tunes what it has on labeled images of its own: the model
 that it started from, and the words of the last sum taken for weights. Beside it: a training on the same
@@ -45,12 +47,17 @@ STEPS = 300
 
 
 class Compared(Aggregation):
-    """A masked aggregation that also averages in the clear, and notes the difference."""
+    """An aggregation that also averages in the clear, and notes the difference.
+
+    Args:
+        inner: The masked one; or a plain one, with a nudge.
+        nudge: Every averaged number is moved up or down by so much.
+    """
 
     type = "compared"
 
-    def __init__(self, inner: Aggregation) -> None:
-        self.inner = inner
+    def __init__(self, inner: Aggregation, *, nudge: float = 0.0) -> None:
+        self.inner, self.nudge = inner, nudge
         self.differences: list[float] = []
 
     @property
@@ -99,6 +106,11 @@ class ComparedRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
 
     def _result(self) -> dict[str, Tensor]:
         masked, plain = self._inner.result(), weighted_average(self._updates)
+        draws = rng.generator(len(self._owner.differences), "nudge")
+        for name, tensor in masked.items():
+            if self._owner.nudge and tensor.is_floating_point():
+                up = torch.rand(tensor.shape, generator=draws) < 0.5
+                masked[name] = tensor + self._owner.nudge * (2.0 * up - 1.0)
         away = max(float((masked[name].double() - plain[name].double()).abs().max()) for name in plain)
         self._owner.differences.append(away)
         return masked
@@ -112,7 +124,8 @@ def main() -> None:
     parser.add_argument("--model", default="lenet")
     parser.add_argument("--clients", type=int, nargs="+", default=[3])
     parser.add_argument("--rounds", type=int, default=16)
-    parser.add_argument("--modes", nargs="+", default=list(MODES))
+    parser.add_argument("--modes", nargs="*", default=list(MODES))
+    parser.add_argument("--nudge", type=float, default=0.0)
     parser.add_argument("--bits", type=int, default=64)
     parser.add_argument("--alpha", type=float, default=1.0, help="of the Dirichlet partition")
     parser.add_argument("--lock", action="store_true", help="masks over the key-lock")
@@ -129,14 +142,16 @@ def accuracy(options: argparse.Namespace, dataset: Dataset, clients: int) -> Non
     plain = trained(options, dataset, clients, PlainAggregation())
     about = {"data": options.data, "model": options.model, "clients": clients, "bits": options.bits}
     print(json.dumps(about | {"mode": "plain", "accuracy": plain["accuracy"]}), flush=True)
-    for mode in options.modes:
-        compared = Compared(MaskedAggregation(mode=mode, bits=options.bits))
-        masked = trained(options, dataset, clients, compared)
+    others = [(mode, Compared(MaskedAggregation(mode=mode, bits=options.bits))) for mode in options.modes]
+    if options.nudge:
+        others.append(("plain, nudged", Compared(PlainAggregation(), nudge=options.nudge)))
+    for mode, compared in others:
+        found = trained(options, dataset, clients, compared)
         row = about | {
             "mode": mode,
-            "accuracy": masked["accuracy"],
+            "accuracy": found["accuracy"],
             "largest_difference": max(compared.differences),
-            "same_accuracies": masked["accuracy"] == plain["accuracy"],
+            "same_accuracies": found["accuracy"] == plain["accuracy"],
         }
         print(json.dumps(row), flush=True)
 

@@ -4,6 +4,7 @@
     python benchmarks/presence.py quickstart --weights other.safetensors --seed 1
     python benchmarks/presence.py quickstart --whole --clients 4   # sums need more images
     python benchmarks/presence.py quickstart --whole --images 100 --clients 4 16
+    python benchmarks/presence.py quickstart --whole --gradient --images 1 --clients 3 4 8 16 32 64
     python benchmarks/presence.py quickstart --defense keylock
     python benchmarks/presence.py quickstart --masking blind
     python benchmarks/presence.py resnet
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--weights")
     parser.add_argument("--clients", type=int, nargs="+", default=[1])
     parser.add_argument("--images", type=int, help="of a client")
+    parser.add_argument("--gradient", action="store_true", help="each sends one gradient of all its images")
     parser.add_argument("--whole", action="store_true", help="all of CIFAR-10's test images")
     parser.add_argument("--defense", default="none")
     parser.add_argument("--masking", default="none")
@@ -129,6 +131,8 @@ def main() -> None:
         cifar10 = load("cifar10")
         images = cifar10.test_images[: len(cifar10.test_labels)]
         subject = replace(subject, images=images, labels=cifar10.test_labels)
+    if given.gradient:
+        subject = replace(subject, procedure=Procedure())
     if given.images:
         subject = replace(subject, images_per_client=given.images)
     if given.subject != "private":

@@ -109,6 +109,15 @@ def test_what_says_nothing_is_no_defense():
     assert line == "| the odd | 70.0 | – | undecided | – |"
 
 
+def test_upper_bounds_stand_by_exposure_one_table_a_question():
+    lines = markdown([record("odd")], row="x").splitlines()
+    at = lines.index("Upper bounds, easier for attackers: recognized")
+    assert lines[at + 2] == "| defense | one |"
+    assert lines[at + 4] == "| the odd | 100 % [100–100] |"
+    at = lines.index("Upper bounds, easier for attackers: identified")
+    assert lines[at + 4] == "| the odd | 20 % [20–20] a |"
+
+
 def test_what_could_not_be_trained_stands_there_with_its_reason():
     text = markdown([record("none"), record("odd", accuracy=None, reasons=["it *diverged*"])], row="x")
     assert "* the odd: it \\*diverged\\*" in text
