@@ -23,7 +23,7 @@ from fedkl.defenses.noise import GaussianNoise
 from fedkl.defenses.precode import PRECODE, with_bottleneck
 from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining, Federation, LocalTraining
-from fedkl.federated.worker import draws_random_numbers
+from fedkl.federated.pool import draws_random_numbers
 from fedkl.protocol import Procedure
 from tests.defenses.attacked import errors, seen
 

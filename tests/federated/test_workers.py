@@ -11,7 +11,8 @@ import torch
 from fedkl.data import Dirichlet
 from fedkl.defenses import KeyLock, NoDefense
 from fedkl.federated import Execution
-from fedkl.federated.worker import Worker, WorkerPool, draws_random_numbers
+from fedkl.federated.pool import WorkerPool, draws_random_numbers
+from fedkl.federated.worker import Worker
 from tests.federated.setting import (
     TwoNorms,
     WithDropout,

@@ -17,7 +17,7 @@ from fedkl import Key, keys, lockfile
 from fedkl.attacks import Knowledge
 from fedkl.defenses import KeyLock, PrivateNorm, PublicNorm
 from fedkl.errors import KeyFileError, LockError
-from fedkl.federated.simulation import _clients
+from fedkl.federated.client import clients_of
 from fedkl.locking import is_trained
 from fedkl.models import build_model
 from tests.locking.architectures import LeNet
@@ -323,7 +323,7 @@ def test_the_unit_lock_is_drawn_as_it_was(stream, activation):
 def test_every_client_of_a_federation_starts_at_the_model():
     model, defense = trained(), KeyLock(layers="all", activation="identity", key_length=16)
     split = defense.prepare(model)
-    clients = _clients([torch.arange(2)] * 3, defense, model)
+    clients = clients_of([torch.arange(2)] * 3, defense, model)
     for client in clients:
         client.enter(split, split.public_state())
         assert_same_function(split, model)

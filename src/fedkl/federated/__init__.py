@@ -17,9 +17,10 @@ from fedkl.federated.checkpoint import Checkpoints
 from fedkl.federated.client import Client
 from fedkl.federated.fill_in import FillIn, server_fill_ins
 from fedkl.federated.options import Execution, FederatedTraining, LocalTraining, NormStatistics
+from fedkl.federated.round_result import RoundResult
 from fedkl.federated.schedules import AnySchedule, ConstantSchedule, CosineSchedule, StepSchedule
 from fedkl.federated.server import AnyServerOptimizer, Averaging, Server, ServerAdam, ServerSGD
-from fedkl.federated.simulation import Federation, RoundResult
+from fedkl.federated.simulation import Federation
 
 __all__ = [
     "AnySchedule",

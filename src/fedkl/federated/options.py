@@ -11,7 +11,7 @@ from fedkl.aggregation import AnyAggregation, PlainAggregation
 from fedkl.data import AUGMENTATIONS, IID, AnyPartition
 from fedkl.errors import ConfigError, gathered
 from fedkl.federated.schedules import AnySchedule, StepSchedule
-from fedkl.federated.server import AnyServerOptimizer, Averaging
+from fedkl.federated.server import AnyServerOptimizer, Averaging, ServerSGD
 from fedkl.privacy import PrivacyOptions
 from fedkl.protocol import Procedure
 
@@ -120,6 +120,19 @@ class FederatedTraining:
     def cohort_size(self) -> int:
         """Clients sampled each round."""
         return self.clients if self.cohort is None else self.cohort
+
+    @property
+    def server_optimizer(self) -> AnyServerOptimizer:
+        """What was asked for; averaged gradients need a step, which is the one that a client would take."""
+        local = self.local
+        if local.algorithm == "fedavg" or not isinstance(self.server, Averaging):
+            return self.server
+        return ServerSGD(
+            lr=local.lr,
+            momentum=local.momentum,
+            nesterov=local.momentum > 0,
+            weight_decay=local.weight_decay,
+        )
 
     def lr_at(self, round: int) -> float:
         """The clients' learning rate in a round, from 0."""

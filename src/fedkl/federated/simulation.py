@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from statistics import fmean
 from time import perf_counter
 
@@ -14,73 +13,21 @@ from torch import Tensor, nn
 from fedkl import rng
 from fedkl.aggregation import Aggregation, FederationPlan, OnSeen, RoundAggregation, RoundPlan
 from fedkl.data import Dataset, class_counts
-from fedkl.defenses import DEFENSES, Defense
-from fedkl.errors import ConfigError, FedKLError, RoundLostError, TrainingError, UpdateError
-from fedkl.federated.client import Client
+from fedkl.defenses import Defense
+from fedkl.errors import FedKLError, RoundLostError, TrainingError, UpdateError
+from fedkl.federated.accounting import ledger_of
+from fedkl.federated.checks import check_fedsgd, check_server_knows, check_tied, usable_device
+from fedkl.federated.client import Client, clients_of
+from fedkl.federated.evaluation import TestSet, weighted
 from fedkl.federated.options import Execution, FederatedTraining
-from fedkl.federated.server import AnyServerOptimizer, Averaging, Server, ServerSGD
-from fedkl.federated.worker import (
-    UPDATE_KINDS,
-    ClientResult,
-    Samples,
-    Worker,
-    WorkerPool,
-    draws_random_numbers,
-)
+from fedkl.federated.pool import WorkerPool
+from fedkl.federated.round_result import RoundResult
+from fedkl.federated.server import Averaging, Server
+from fedkl.federated.worker import UPDATE_KINDS, ClientResult, Samples, Worker
 from fedkl.locking import Split
-from fedkl.metrics import class_accuracies
-from fedkl.privacy import Ledger
 from fedkl.protocol import Sending
-from fedkl.protocol.private_gradient import check_separate
 from fedkl.types import Images, NamedTensors
 from fedkl.update import PublicUpdate
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundResult:
-    """One round.
-
-    Attributes:
-        round: From 0.
-        seconds: Wall time of the clients' training and the aggregation, without evaluation.
-        lr: The clients' learning rate.
-        loss: Mean training loss of the clients whose updates came, each client weighing the same; None if
-            none came.
-        updates: How many updates came.
-        dropped: Names of sampled clients that were gone.
-        failed: Why a client's update was refused, by client.
-        aggregated: Whether the global model changed: False if fewer updates came than `min_cohort`, or if the
-            aggregation lost the round.
-        lost: Why it did; empty if it did not.
-        accuracies: Test accuracy of the new global model by client, each with its own private state, in
-            [0, 1]; empty where the round was not evaluated.
-        local_accuracies: The same on a test set of each client's own class frequencies; without the clients
-            of whose classes there are no test images.
-        update_bytes: Size of one client's update as sent; 0 if none came.
-    """
-
-    round: int
-    seconds: float
-    lr: float
-    loss: float | None
-    updates: int
-    dropped: tuple[str, ...] = ()
-    failed: Mapping[str, str] = field(default_factory=dict)
-    aggregated: bool
-    lost: str = ""
-    accuracies: Mapping[str, float] = field(default_factory=dict)
-    local_accuracies: Mapping[str, float] = field(default_factory=dict)
-    update_bytes: int
-
-    @property
-    def accuracy(self) -> float | None:
-        """Mean over clients."""
-        return fmean(self.accuracies.values()) if self.accuracies else None
-
-    @property
-    def local_accuracy(self) -> float | None:
-        """Mean over clients."""
-        return fmean(self.local_accuracies.values()) if self.local_accuracies else None
 
 
 class Federation:
@@ -118,56 +65,39 @@ class Federation:
         self.training = training
         self.dataset = dataset
         self._seed = seed
-        self._device = _usable_device(execution.device)
+        self._device = usable_device(execution.device)
         parts = training.partition.split(
             dataset.train_labels, clients=training.clients, generator=rng.generator(seed, "partition")
         )
         self.class_counts = class_counts(dataset.train_labels, parts, classes=dataset.spec.classes)
-        self.clients = _clients(parts, defense, model)
+        self.clients = clients_of(parts, defense, model)
         self._indexes = {client.name: index for index, client in enumerate(self.clients)}
         options = aggregation or training.aggregation
-        _check_server_knows(options, training)
+        check_server_knows(options, training)
         self.aggregation = options.for_federation(self._federation_plan())
-        self._pool = self._workers(model, execution)
-        _check_fedsgd(self.split, training)
-        self.ledger = self._new_ledger()
-        _check_tied(self.split, training)
+        self._test = TestSet(
+            images=_on(self._device, dataset.test_images),
+            labels=dataset.test_labels,
+            classes=dataset.spec.classes,
+        )
+        self._pool = WorkerPool.of(
+            model,
+            defense=defense,
+            training=training,
+            samples=Samples(
+                images=_on(self._device, dataset.train_images), labels=dataset.train_labels.to(self._device)
+            ),
+            probe=dataset.train_images[torch.arange(2) % len(dataset.train_images)],
+            seed=seed,
+            execution=execution,
+        )
+        check_fedsgd(self.split, training)
+        self.ledger = ledger_of(self.clients, defense=defense, training=training, model=self.split.model)
+        check_tied(self.split, training)
         self.server = Server(
             self.split.public_state(),
             trained=[name for name, p in self.split.public_parameters().items() if p.requires_grad],
-            optimizer=_server_optimizer(training),
-        )
-
-    def _workers(self, model: nn.Module, execution: Execution) -> WorkerPool:
-        dataset, device = self.dataset, self._device
-        shared = Samples(images=_on(device, dataset.train_images), labels=dataset.train_labels.to(device))
-        self._test = Samples(images=_on(device, dataset.test_images), labels=dataset.test_labels)
-        threads = torch.get_num_threads()
-        wanted = execution.workers or (threads if device.type == "cpu" else 1)
-        probe = dataset.train_images[torch.arange(2) % len(dataset.train_images)]
-        first = self.defense.prepare(model)
-        draws = draws_random_numbers(first.model, probe)
-        if draws:
-            wanted = 1  # threads would share one generator, and their turns would decide the result
-        count = max(1, min(wanted, self.training.cohort_size, os.cpu_count() or 1))
-        memory = torch.channels_last if execution.channels_last else torch.contiguous_format
-        splits = [first, *(self.defense.prepare(model) for _ in range(count - 1))]
-        local = self.defense.procedure(self.training.local)
-        for split in splits:
-            split.model.to(device).to(memory_format=memory)  # type: ignore[call-overload]
-        return WorkerPool(
-            [
-                Worker(
-                    split,
-                    training=local,
-                    data=shared,
-                    seed=self._seed,
-                    draws=draws,
-                    recalibrates=self.training.norm_statistics == "recalibrated",
-                )
-                for split in splits
-            ],
-            threads=threads,
+            optimizer=training.server_optimizer,
         )
 
     @property
@@ -270,32 +200,11 @@ class Federation:
         present, _ = self._cohort(round)
         return self.ledger.affords([client.name for client in present])
 
-    def _new_ledger(self) -> Ledger | None:
-        """Of a defense that gives every client a guarantee; None of others."""
-        training, procedure = self.training, self.defense.procedure(self.training.local)
-        if procedure.per_example is not None:
-            check_separate(self.split.model.train())
-        costs = {
-            client.name: self.defense.privacy(procedure, samples=client.num_samples)
-            for client in self.clients
-        }
-        guaranteed = {name: cost for name, cost in costs.items() if cost is not None}
-        if len(guaranteed) == len(costs):
-            return Ledger(guaranteed, options=training.privacy)
-        if training.privacy.budget is not None:
-            offered = [each for kind in DEFENSES for each in kind.variants()]
-            others = [each.type for each in offered if each.privacy(each.procedure(procedure), samples=1)]
-            raise ConfigError(
-                f"privacy.budget: {self.defense.describe()} gives no guarantee that could be counted. Leave "
-                f"the budget out, or use a defense with noise that gives one: {', '.join(others)}."
-            )
-        return None
-
     def _federation_plan(self) -> FederationPlan:
         return FederationPlan(
             clients={client.name: client.num_samples for client in self.clients},
             sampled=self.training.cohort is not None,
-            steps=not isinstance(_server_optimizer(self.training), Averaging),
+            steps=not isinstance(self.training.server_optimizer, Averaging),
             seed=self._seed,
         )
 
@@ -377,28 +286,16 @@ class Federation:
         Returns:
             On the whole test set, and on a test set of each client's own class frequencies.
         """
-        state, test = self.server.state, self._test
+        state, recalls_of = self.server.state, self._test.recalls
         evaluated = self.evaluated_clients()
-
-        def by_class(model: nn.Module) -> Tensor:
-            return class_accuracies(
-                model,
-                test.images,
-                test.labels,
-                classes=self.dataset.spec.classes,
-                batch_size=_evaluation_batch(test.images),
-            )
-
         if self.split.private_names:
-            results = self._pool.map(lambda worker, client: worker.run(client, state, by_class), evaluated)
+            results = self._pool.map(lambda worker, client: worker.run(client, state, recalls_of), evaluated)
             recalls = {client.name: recall for client, recall in results}
         else:  # the clients' models are one and the same
-            shared = self._pool.workers[0].run(evaluated[0], state, by_class)
+            shared = self._pool.workers[0].run(evaluated[0], state, recalls_of)
             recalls = {client.name: shared for client in evaluated}
-        whole = torch.bincount(test.labels, minlength=self.dataset.spec.classes).double()
-        everywhere = {c.name: _weighted(recalls[c.name], whole) for c in evaluated}
-        at_home = {c.name: _weighted(recalls[c.name], self._frequencies(c)) for c in evaluated}
-        return _known(everywhere), _known(at_home)
+        own = {client.name: self.class_counts[self._indexes[client.name]].double() for client in evaluated}
+        return self._test.accuracies(recalls), weighted(recalls, own)
 
     def use(self, client: Client) -> Split:
         """The first worker's model instance as this client uses the global model, in eval mode.
@@ -417,26 +314,6 @@ class Federation:
         chosen = ([client for client in drawn if client.trained] or drawn)[: self.training.eval_clients]
         return sorted(chosen, key=lambda client: self._indexes[client.name])
 
-    def _frequencies(self, client: Client) -> Tensor:
-        return self.class_counts[self._indexes[client.name]].double()
-
-
-def _clients(parts: Sequence[Tensor], defense: Defense, model: nn.Module) -> list[Client]:
-    """One client for each part of the samples, all with secrets of their own.
-
-    Their private states lie together, a block for each tensor: allocated one by one, 10,000 of them took
-    twice their size.
-    """
-    split = defense.prepare(model)
-    state = split.private_state()
-    blocks = {name: tensor.new_empty((len(parts), *tensor.shape)) for name, tensor in state.items()}
-    clients = []
-    for index, part in enumerate(parts):
-        split.redraw()
-        room = {name: block[index] for name, block in blocks.items()}
-        clients.append(Client(name=f"client-{index}", samples=part, split=split, room=room))
-    return clients
-
 
 def _refusal(
     collected: RoundAggregation[PublicUpdate, dict[str, Tensor]], client: Client, result: ClientResult
@@ -449,20 +326,6 @@ def _refusal(
     return None
 
 
-def _weighted(recalls: Tensor, weights: Tensor) -> float | None:
-    """Accuracy on a test set with these class frequencies; classes without test samples do not count.
-
-    None if none of the classes has any.
-    """
-    known = ~recalls.isnan()
-    weights = weights[known]
-    return float((recalls[known] * weights).sum() / weights.sum()) if weights.any() else None
-
-
-def _known(accuracies: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: accuracy for name, accuracy in accuracies.items() if accuracy is not None}
-
-
 def _diverged(round: int, lr: float, failed: Mapping[str, str]) -> str:
     name, reason = next(iter(failed.items()))
     first = reason.splitlines()[1].strip(" -") if "\n" in reason else reason
@@ -472,65 +335,6 @@ def _diverged(round: int, lr: float, failed: Mapping[str, str]) -> str:
     )
 
 
-def _check_fedsgd(split: Split, training: FederatedTraining) -> None:
-    if training.local.algorithm == "fedavg":
-        return
-    sent, trained = split.public_state(), split.public_parameters()
-    statistics = [name for name, t in sent.items() if name not in trained and t.is_floating_point()]
-    if statistics:
-        raise ConfigError(
-            f"fedsgd sends gradients only, but '{statistics[0]}' is a public buffer that nobody would "
-            "learn. Use algorithm='fedavg', or a defense that keeps norm statistics private."
-        )
-
-
-def _check_tied(split: Split, training: FederatedTraining) -> None:
-    """A weight under two names would be stepped under one of them and averaged under the other."""
-    if isinstance(_server_optimizer(training), Averaging):
-        return
-    named = split.public_parameters()
-    tensors = split.model.state_dict(keep_vars=True)
-    tied = [n for n, t in tensors.items() if isinstance(t, nn.Parameter) and n not in named]
-    if tied:
-        raise ConfigError(
-            f"'{tied[0]}' is another name of a tied weight, which only server averaging of weights handles. "
-            "Use training.server of type 'averaging' with algorithm='fedavg', or untie the weight."
-        )
-
-
-def _check_server_knows(aggregation: Aggregation, training: FederatedTraining) -> None:
-    """A server steps along what it can read; weights that it cannot are replaced as they are."""
-    if aggregation.server_learns == "nothing" and not isinstance(_server_optimizer(training), Averaging):
-        raise ConfigError(
-            f"aggregation '{aggregation.type}' shows the server no average that an optimizer could step "
-            "along. Use training.server of type 'averaging' with algorithm='fedavg', or another aggregation."
-        )
-
-
-def _evaluation_batch(images: Images) -> int:
-    """512 images of 32×32 pixels, fewer of larger ones: activations grow with the pixels."""
-    return max(1, 512 * 32 * 32 // max(32 * 32, images.shape[-2] * images.shape[-1]))
-
-
-def _server_optimizer(training: FederatedTraining) -> AnyServerOptimizer:
-    """What was asked for; averaged gradients need a step, which is then the one that a client would take."""
-    local = training.local
-    if local.algorithm == "fedavg" or not isinstance(training.server, Averaging):
-        return training.server
-    return ServerSGD(
-        lr=local.lr,
-        momentum=local.momentum,
-        nesterov=local.momentum > 0,
-        weight_decay=local.weight_decay,
-    )
-
-
 def _on(device: torch.device, images: Images) -> Images:
     """The images on the device where they can be moved; a store that streams delivers on the CPU."""
     return images.to(device) if hasattr(images, "to") else images
-
-
-def _usable_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: 'cuda' was asked for, but PyTorch finds no GPU. Use device = 'cpu'.")
-    return torch.device(name)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -241,70 +238,3 @@ def _check_finite(tensors: NamedTensors, client: Client) -> None:
 
 
 UPDATE_KINDS: dict[str, UpdateKind] = {"fedavg": "weights", "fedsgd": "gradient"}
-
-
-def draws_random_numbers(model: nn.Module, images: Tensor) -> bool:
-    """Whether a training step draws from PyTorch's global generator, which all threads share.
-
-    Args:
-        model: Not changed.
-        images: At least two, for norms that need a batch.
-    """
-    probe = copy.deepcopy(model).train()
-    devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        before = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-        probe(images)
-        after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-    return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-class WorkerPool:
-    """Runs tasks for clients on several workers at once, each on PyTorch threads of its own.
-
-    A client's task gets the same number of threads whatever the others do: the last bits of a result may
-    depend on it, and a resumed training must repeat them.
-
-    Args:
-        workers: At least one.
-        threads: PyTorch's intra-op threads to share out.
-    """
-
-    def __init__(self, workers: Sequence[Worker], *, threads: int) -> None:
-        self.workers = tuple(workers)
-        self.threads = threads
-
-    def map(
-        self, task: Callable[[Worker, Client], _Result], clients: Sequence[Client]
-    ) -> Iterator[tuple[Client, _Result]]:
-        """Runs a task for every client; results come in an order that depends on the clients only.
-
-        Args:
-            task: Called with a worker that is free and the client.
-            clients: Whom to run it for.
-        """
-        free: SimpleQueue[Worker] = SimpleQueue()
-        for worker in self.workers:
-            free.put(worker)
-
-        def run(client: Client) -> tuple[Client, _Result]:
-            worker = free.get()
-            try:
-                return client, task(worker, client)
-            finally:
-                free.put(worker)
-
-        largest_first = sorted(clients, key=lambda client: -client.num_samples)
-        threads = max(1, self.threads // len(self.workers))
-        before = torch.get_num_threads()
-        try:
-            if len(self.workers) == 1:
-                torch.set_num_threads(threads)
-                yield from map(run, largest_first)
-                return
-            with ThreadPoolExecutor(
-                len(self.workers), initializer=torch.set_num_threads, initargs=(threads,)
-            ) as executor:
-                yield from executor.map(run, largest_first)
-        finally:
-            torch.set_num_threads(before)
