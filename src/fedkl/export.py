@@ -283,13 +283,13 @@ def _state_of_server(folder: Path, member: MemberFile | None) -> tuple[int, dict
             raise neither
     except (OSError, ValueError) as error:
         raise neither from error
-    from fedkl.flower import masked_round  # the only part that needs Flower
+    from fedkl.flower import kept_sums  # the only part that needs Flower
     from fedkl.flower.round_files import RoundFiles
 
     saved = RoundFiles(folder).newest()
     if saved is None:
         raise neither
-    if not masked_round.is_sealed(saved):
+    if not kept_sums.is_sealed(saved):
         return saved.round, dict(saved.arrays), False
     if member is None:
         raise ConfigError(
@@ -297,4 +297,4 @@ def _state_of_server(folder: Path, member: MemberFile | None) -> tuple[int, dict
             "machine, and give the secret file with --member. Or take the model that every node has written "
             "down at the end, beside its secret file."
         )
-    return saved.round, masked_round.opened_by(member, saved), True
+    return saved.round, kept_sums.opened_by(member, saved), True

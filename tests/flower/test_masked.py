@@ -19,8 +19,8 @@ from fedkl.export import export
 from fedkl.flower import Guard, LockMod, Masked, MaskMod, current_client, public_arrays, run_in_process
 from fedkl.flower import mask_records as records
 from fedkl.flower.aggregation import PassedOn, SeenReply
+from fedkl.flower.kept_sums import opened_by
 from fedkl.flower.mask_mod import MASKS_REFUSED
-from fedkl.flower.masked_round import opened_by
 from fedkl.flower.model_records import Base, put_base
 from fedkl.flower.record_fields import PREFIX, words_of
 from fedkl.flower.round_files import RoundFiles

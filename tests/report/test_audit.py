@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 
 from fedkl import report
-from fedkl.auditing import words
+from fedkl.auditing import advice, words
 from fedkl.auditing.attackers import ATTACKERS, PRESENCE
 from fedkl.auditing.results import Audit
 from tests.auditing.audits import REAL, SINGLE, SUMS, audit, finding, measured, not_run, write, write_pictures
@@ -351,7 +351,7 @@ def test_large_pictures_are_made_small_and_the_page_stays_below_three_megabytes(
 def test_advice_is_what_was_measured_and_nothing_else():
     leak = finding(successes=200)
     better = finding(successes=60, exposure="sums")
-    first, masks = words.next_steps(audit(leak, better))
+    first, masks = advice.next_steps(audit(leak, better))
     assert first.text.startswith("Recognized as trained on: 67 % [61–72 %] became at most 20 % [16–25 %]")
     assert first.text.endswith("the mean of 16 clients (16 clients instead of 1).")
     assert masks == (
@@ -367,19 +367,19 @@ def test_advice_is_what_was_measured_and_nothing_else():
         (leak, better, finding(successes=250, exposure="sums", attacker="ratio")),  # another one gets more
         (leak, finding("labels", 0, 300, exposure="sums")),
     ):
-        assert len(words.next_steps(audit(*unhelpful, exposures=exposures))) == 1
-    assert words.next_steps(audit(finding(outcome="at the floor"), better)) == []
+        assert len(advice.next_steps(audit(*unhelpful, exposures=exposures))) == 1
+    assert advice.next_steps(audit(finding(outcome="at the floor"), better)) == []
 
 
 def test_advice_on_a_defense_compares_with_its_control():
     helped = audit(finding(successes=60, control=measured(290, 300)), defense="keylock", masking="blind")
-    step, *_ = words.next_steps(helped)
+    step, *_ = advice.next_steps(helped)
     assert step.text.startswith(
         "With keylock and blind masks, 97 % [94–98 %] became 20 % [16–25 %]: it helps"
     )
     useless = audit(finding(successes=288, control=measured(290, 300)), defense="keylock")
-    assert "leaks all the same" in words.next_steps(useless)[0].text
-    assert "--defense keylock --masking blind" in words.next_steps(useless)[1].command
+    assert "leaks all the same" in advice.next_steps(useless)[0].text
+    assert "--defense keylock --masking blind" in advice.next_steps(useless)[1].command
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_advice_on_a_defense_compares_with_its_control():
 )
 def test_an_audit_with_masks_says_what_they_leave(tmp_path, masking, left):
     made = audit(finding(outcome="at the floor"), masking=masking)
-    first, *others = words.next_steps(made)
+    first, *others = advice.next_steps(made)
     assert first.command is None
     assert left in first.text
     assert first.text.endswith(
@@ -420,7 +420,7 @@ def test_commands_break_at_blanks_only(leaky):
 
 def test_masks_are_advised_by_a_command_that_can_be_run(tmp_path):
     recorded = audit(finding(), recorded=("aa",), target="my audits.py:subject", batch_sizes=())
-    (step,) = words.next_steps(recorded)
+    (step,) = advice.next_steps(recorded)
     assert step.command == (
         "fedkl audit 'my audits.py:subject' --out NEW --masking blind --minutes 10 --seed 0"
     )
@@ -449,11 +449,11 @@ def test_the_verdict_in_one_sentence(results, tone, text):
 
 def test_what_repeats_it():
     made = audit(finding(), defense="keylock", masking="blind", target="my audits.py:subject", seed=3)
-    assert words.command(made) == (
+    assert advice.command(made) == (
         "fedkl audit 'my audits.py:subject' --out NEW --defense keylock --masking blind --batch-size 1,16 "
         "--minutes 10 --seed 3"
     )
-    assert words.command(audit(finding(), target="hospital", defense="keylock")) == (
+    assert advice.command(audit(finding(), target="hospital", defense="keylock")) == (
         "fedkl.auditing.audit(subject, out=NEW, defense='keylock', batch_sizes=(1, 16), minutes=10.0, seed=0)"
     )
 

@@ -14,6 +14,7 @@ exports/        JUnit XML, SARIF, Markdown, lines for a terminal
 recorded/       updates that another system saved, and whether they fit a subject; recordings.py: audited
 """
 
+from fedkl.auditing.advice import next_steps
 from fedkl.auditing.gate import Gate, GateResult, judge
 from fedkl.auditing.recorded import (
     Fit,
@@ -29,7 +30,7 @@ from fedkl.auditing.results import Audit, Exposure, Finding, Measured, NotRun
 from fedkl.auditing.run import audit
 from fedkl.auditing.subject import LocalLoop, Subject
 from fedkl.auditing.testing import assert_no_leak
-from fedkl.auditing.words import Verdict, caution, next_steps, verdict
+from fedkl.auditing.words import Verdict, caution, verdict
 
 __all__ = [
     "Audit",

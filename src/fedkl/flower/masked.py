@@ -18,8 +18,9 @@ from fedkl.errors import ConfigError, FedKLError, shown
 from fedkl.flower import mask_records, model_records
 from fedkl.flower.aggregation import ReplyAggregation, ReplyPlan, ReplyRound, TrainingPlan
 from fedkl.flower.calls import Calls
+from fedkl.flower.kept_sums import Kept
 from fedkl.flower.mask_records import Who
-from fedkl.flower.masked_round import Asked, Kept, MaskedReplies, addressed
+from fedkl.flower.masked_round import Asked, MaskedReplies, addressed
 from fedkl.flower.model_records import Base
 from fedkl.flower.records import only_arrays
 from fedkl.flower.replies import refused, specs_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedkl.auditing import words
+from fedkl.auditing import advice, words
 from fedkl.markdown import escaped, table_lines
 from fedkl.report.audit.page import BOUNDS_NOTE, PRESENCE_NOTE, AuditPage, Bar
 from fedkl.report.page import Table
@@ -40,7 +40,7 @@ def _listed(title: str, items: list[str]) -> Iterator[str]:
         yield from (f"## {title}", "", *(f"* {escaped(item)}" for item in items), "")
 
 
-def _steps(steps: list[words.Step]) -> Iterator[str]:
+def _steps(steps: list[advice.Step]) -> Iterator[str]:
     if steps:
         yield from ("## What to do next", "")
         for step in steps:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fedkl.auditing import words
+from fedkl.auditing import advice, words
 from fedkl.auditing.results import Audit, Finding, Measured
 from fedkl.report.audit.pictures import Gallery, gallery
 from fedkl.report.page import Table
@@ -104,7 +104,7 @@ class AuditPage:
     opening_note: str
     presence: str | None
     who: list[str]
-    steps: list[words.Step]
+    steps: list[advice.Step]
     caution: str
     control: str
     real: list[Bar]
@@ -135,7 +135,7 @@ def audit_page(audit: Audit, folder: Path) -> AuditPage:
         opening_note=_whose(audit, opening) if opening else "",
         presence=_presence(audit, presence[0]) if presence else None,
         who=_who(audit),
-        steps=words.next_steps(audit),
+        steps=advice.next_steps(audit),
         caution=words.caution(audit, plain=True),
         control=words.control(audit),
         real=[bar for bar in bars if audit.exposure(bar.finding.exposure).headline],
@@ -147,7 +147,7 @@ def audit_page(audit: Audit, folder: Path) -> AuditPage:
         findings=_findings(audit, ordered),
         further=_further(audit, ordered),
         not_run=_not_run(audit),
-        command=words.command(audit),
+        command=advice.command(audit),
         versions=_versions(audit),
     )
 
