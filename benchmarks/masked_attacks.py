@@ -18,7 +18,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fedkl import config as configs
+from fedkl import experiment_flags
 from fedkl.attacking import run
 from fedkl.attacking.verdict import judge
 from fedkl.config import AttackConfig
@@ -57,7 +57,7 @@ def attacked(
         "attack": ATTACKS[name],
         "workers": 1,
     }
-    config = configs.from_flags("attack", file=None, fields=fields | about, settings=())
+    config = experiment_flags.from_flags("attack", file=None, fields=fields | about, settings=())
     assert isinstance(config, AttackConfig)
     try:
         found = run.attack(config, out=given.out / place / name).summary

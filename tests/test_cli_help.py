@@ -14,7 +14,7 @@ import pytest
 import typer
 
 import fedkl
-from fedkl import cli, data, reproduce
+from fedkl import cli, data, experiment_flags, reproduce
 from fedkl import config as configs
 from fedkl.attacks import ATTACKS
 from fedkl.auditing.results import Masking
@@ -174,7 +174,7 @@ def test_every_former_flag_names_a_field_that_there_is(name):
             continue
         place, value = setting.split("=")
         value = names[place.split(".")[-1]] if value == "NAME" else examples.get(value, value)
-        configs.from_flags(name, file=None, fields={}, settings=[f"{place}={value}"])
+        experiment_flags.from_flags(name, file=None, fields={}, settings=[f"{place}={value}"])
 
 
 ROOT = Path(__file__).parents[1]

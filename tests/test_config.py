@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedkl import config as configs
+from fedkl import experiment_flags
 from fedkl.attacks import DLG, IDLG
 from fedkl.config import AttackConfig, DataConfig, ModelConfig, TrainConfig
 from fedkl.data import Dirichlet
@@ -159,7 +160,7 @@ PUBLISHED_77 = dataclasses.replace(PUBLISHED, key_length=77, chained=False)
 )  # fmt: skip
 def test_flags_change_the_fields_they_name_and_no_other(tmp_path, before, flags, after):
     file = None if before is None else file_of(tmp_path, TrainConfig(defense=before, seed=7))
-    experiment = configs.from_flags("train", file=file, fields={"training.rounds": 5}, **flags)
+    experiment = experiment_flags.from_flags("train", file=file, fields={"training.rounds": 5}, **flags)
     expected = TrainConfig(defense=after, seed=0 if file is None else 7)
     assert experiment == expected.model_copy(update={"training": FederatedTraining(rounds=5)})
 
@@ -170,14 +171,14 @@ def test_a_lock_is_not_described_in_vain(tmp_path, before, flags):
     file = None if before is None else file_of(tmp_path, TrainConfig(defense=before))
     defense = "none" if before == LOCK else None
     with pytest.raises(ConfigError, match=r"the defense 'none' has no lock.*keylock, public"):
-        configs.from_flags("train", file=file, fields={}, defense=defense, **flags)
+        experiment_flags.from_flags("train", file=file, fields={}, defense=defense, **flags)
 
 
 def test_flags_of_an_attack(tmp_path):
     attack = IDLG(evaluations=9, restarts=2)
     file = file_of(tmp_path, AttackConfig(defense=LOCK, attack=attack, labels_known=True))
     fields = {"labels_known": False, "attack.restarts": 3, "attack.type": None, "trials": None}
-    experiment = configs.from_flags("attack", file=file, fields=fields, lock="published")
+    experiment = experiment_flags.from_flags("attack", file=file, fields=fields, lock="published")
     changed = dataclasses.replace(attack, restarts=3)
     assert experiment == AttackConfig(defense=PUBLISHED_77, attack=changed, labels_known=False)
 
@@ -192,7 +193,7 @@ def test_flags_of_an_attack(tmp_path):
     ],
 )
 def test_any_field_can_be_set(setting, place, value):
-    found = configs.from_flags("train", file=None, fields={}, settings=[setting])
+    found = experiment_flags.from_flags("train", file=None, fields={}, settings=[setting])
     for name in place:
         found = getattr(found, name)
     assert found == value
@@ -227,7 +228,7 @@ def test_any_field_can_be_set(setting, place, value):
 )
 def test_settings_that_make_no_sense(setting, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        configs.from_flags("train", file=None, fields={}, settings=[setting])
+        experiment_flags.from_flags("train", file=None, fields={}, settings=[setting])
     assert len(str(caught.value)) < 1000
     assert all(c.isprintable() or c == "\n" for c in str(caught.value))
 
@@ -249,7 +250,7 @@ def test_a_lock_that_is_none_is_not_described(kind, setting, flags):
     with pytest.raises(
         ConfigError, match=r"The command line is not a usable experiment\.\n  - \S*(lock|defense)"
     ):
-        configs.from_flags(kind, file=None, fields={}, settings=[setting], **flags)
+        experiment_flags.from_flags(kind, file=None, fields={}, settings=[setting], **flags)
 
 
 @pytest.mark.parametrize(
@@ -262,12 +263,12 @@ def test_a_lock_that_is_none_is_not_described(kind, setting, flags):
     ],
 )
 def test_partitions_in_short(text, expected):
-    assert configs.partition_fields(text) == expected
+    assert experiment_flags.partition_fields(text) == expected
 
 
 def test_a_partition_that_is_none():
     with pytest.raises(ConfigError, match=r"--partition .dirichlet:much.: expected iid"):
-        configs.partition_fields("dirichlet:much")
+        experiment_flags.partition_fields("dirichlet:much")
 
 
 NO_TOML = {
@@ -354,7 +355,7 @@ def test_numbers_have_64_bits_as_in_toml(values, place):
 
 
 def test_what_could_not_be_read_again_is_not_kept():
-    experiment = configs.from_flags("train", file=None, fields={"data.root": "../" * 200})
+    experiment = experiment_flags.from_flags("train", file=None, fields={"data.root": "../" * 200})
     with pytest.raises(ConfigError, match=r"cannot be kept as TOML .*more than 200 dots"):
         configs.dump(experiment)
 

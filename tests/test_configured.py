@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from fedkl import config as configs
+from fedkl import experiment_flags
 from fedkl.attacking.run import attack
 from fedkl.configured import dataset_of, networks_of
 from fedkl.errors import ConfigError
@@ -39,7 +40,7 @@ def test_the_choice_for_dicom_reaches_the_images_and_a_file(tmp_path, values):
     given = list(values) if isinstance(values, tuple) else values
     settings = (f"data.dicom={given}", "data.size=4", "data.channels=1")
     fields = {"data.name": f"{tmp_path}/scans"}
-    config = configs.from_flags("train", file=None, fields=fields, settings=settings)
+    config = experiment_flags.from_flags("train", file=None, fields=fields, settings=settings)
     (tmp_path / "config.toml").write_text(configs.dump(config))
     assert configs.load(tmp_path / "config.toml").data == config.data
     assert config.data.dicom == values
@@ -54,7 +55,7 @@ def test_only_a_folder_takes_the_place_of_a_name(tmp_path, monkeypatch):
     (tmp_path / "mnist").mkdir()
     (tmp_path / "scans").mkdir()
     named = {
-        text: configs.from_flags("train", file=None, fields={"data.name": text}).data
+        text: experiment_flags.from_flags("train", file=None, fields={"data.name": text}).data
         for text in ("mnist", "scans", "no-such", "./no-such")
     }
     assert [(data.name, data.root) for data in named.values()] == [

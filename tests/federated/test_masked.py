@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fedkl.aggregation import MaskedAggregation, PlainAggregation, SeenSum, SeenUpdate, SeenUpload
-from fedkl.config import TrainConfig, aggregation_fields
+from fedkl.config import TrainConfig
 from fedkl.defenses import KeyLock, NoDefense
 from fedkl.errors import ConfigError
+from fedkl.experiment_flags import aggregation_fields
 from fedkl.federated import Checkpoints, FederatedTraining, Federation, LocalTraining, ServerSGD
 from tests.federated.setting import TwoNorms, copy_secrets, seeded
 

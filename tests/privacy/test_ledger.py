@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from fedkl import config as configs
-from fedkl import data, experiments, report
+from fedkl import data, experiment_flags, experiments, report
 from fedkl.defenses import NoDefense
 from fedkl.defenses.client_dp import ClientDP
 from fedkl.defenses.clipping import Clipping
@@ -182,7 +181,7 @@ def small(**fields):
         "training.local.steps": 1,
         "checkpoints.seconds": 0.0,
     }
-    return configs.from_flags(
+    return experiment_flags.from_flags(
         "train",
         file=None,
         fields=settings | fields,

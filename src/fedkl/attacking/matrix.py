@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkl import config as configs
+from fedkl import experiment_flags
 from fedkl.attacking.arrangements import ARRANGEMENTS, CONTROL, LOCK_CONTROL, control_of, is_lock
 from fedkl.attacking.attackers import RUNGS, Rung
 from fedkl.attacking.matrix_table import markdown
@@ -231,7 +231,7 @@ def _updates(images: int, *, size: int, together: int) -> int:
 
 
 def _experiment(fields: Mapping[str, Any], *, settings: tuple[str, ...] = ()) -> AttackConfig:
-    experiment = configs.from_flags("attack", file=None, fields=dict(fields), settings=settings)
+    experiment = experiment_flags.from_flags("attack", file=None, fields=dict(fields), settings=settings)
     assert isinstance(experiment, AttackConfig)  # noqa: S101 - that is its kind
     return experiment
 

@@ -119,8 +119,7 @@ def attack(
     --set sets what has no flag. An option of the attack: --set attack.restarts=4 (--list shows them). Any
     other field: --set local.steps=5. The places are those of a run's config.toml.
     """
-    from fedkl import config as configs
-    from fedkl import experiments
+    from fedkl import experiment_flags, experiments
 
     flags = {
         "--arms": None if arms is None else names(arms),
@@ -131,7 +130,7 @@ def attack(
         "--auxiliary": auxiliary,
         "--seed": seed,
     }
-    experiment = configs.from_flags(
+    experiment = experiment_flags.from_flags(
         "attack",
         file=config,
         fields={FIELDS[flag]: value for flag, value in flags.items()},

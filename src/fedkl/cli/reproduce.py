@@ -56,8 +56,7 @@ def reproduce_table1(
     data_root: RootOption = None,
 ) -> None:
     """Test accuracy with and without the lock, beside the paper's. An interrupted table goes on."""
-    from fedkl import config as configs
-    from fedkl import reproduce
+    from fedkl import experiment_flags, reproduce
 
     table = reproduce.Table1(
         rows=tuple(reproduce.table1_rows()) if rows == "all" else names(rows),
@@ -68,7 +67,7 @@ def reproduce_table1(
         rounds=rounds,
         pairs=pairs,
         clients=clients,
-        partition=configs.partition_of(partition),
+        partition=experiment_flags.partition_of(partition),
         norm_statistics=norm_statistics,
         device=device,
         data_root=data_root,

@@ -111,8 +111,7 @@ def train(
     The same command goes on with a run that was interrupted; --resume does so without the other flags.
     --set sets what has no flag: --set training.local.lr=0.1. Its places are those of a run's config.toml.
     """
-    from fedkl import config as configs
-    from fedkl import experiments
+    from fedkl import experiment_flags, experiments
 
     flags = {
         "--data": data,
@@ -136,10 +135,10 @@ def train(
     else:
         fields: dict[str, Any] = {FIELDS[flag]: value for flag, value in flags.items()}
         if partition is not None:
-            fields["training.partition"] = configs.partition_fields(partition)
+            fields["training.partition"] = experiment_flags.partition_fields(partition)
         if masking is not None:
-            fields["training.aggregation"] = configs.aggregation_fields(masking)
-        experiment = configs.from_flags(
+            fields["training.aggregation"] = experiment_flags.aggregation_fields(masking)
+        experiment = experiment_flags.from_flags(
             "train",
             file=config,
             fields=fields,

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fedkl import config as configs
-from fedkl import experiments
+from fedkl import experiment_flags, experiments
 from fedkl.attacking.records import Record, markdown, perceptual_distances, records_of
 from fedkl.config import AttackConfig
 from fedkl.defenses import PUBLISHED_LOCK, arms_of
@@ -160,7 +159,9 @@ class LeakageTable:
             "workers": self.workers,
         }
         try:
-            experiment = configs.from_flags("attack", file=None, fields=fields, settings=self.settings)
+            experiment = experiment_flags.from_flags(
+                "attack", file=None, fields=fields, settings=self.settings
+            )
         except ConfigError as error:
             raise ConfigError(f"{row.name}: {error}") from error
         if not isinstance(experiment, AttackConfig):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedkl import config as configs
+from fedkl import experiment_flags
 from fedkl.errors import ConfigError
 from tests.fuzzing.sandbox import Sandbox
 from tests.fuzzing.surface import Surface
@@ -45,7 +46,7 @@ class Flags(Surface):
     name = "flags"
     form = "text"
     quick = 500
-    target = "fedkl.config.from_flags"
+    target = "fedkl.experiment_flags.from_flags"
 
     def seeds(self) -> list[bytes]:
         """Command lines of trainings and attacks."""
@@ -58,8 +59,8 @@ class Flags(Surface):
         values = dict(flags)
         partition = values.get("partition")
         if partition is not None:
-            self.attempt(lambda: configs.partition_of(partition))
-        experiment = configs.from_flags(
+            self.attempt(lambda: experiment_flags.partition_of(partition))
+        experiment = experiment_flags.from_flags(
             "attack" if kind == "attack" else "train",
             file=None,
             fields=_fields(values),
@@ -81,7 +82,7 @@ def _fields(values: dict[str, str]) -> dict[str, Any]:
         except (KeyError, ValueError):
             continue
     try:
-        fields["training.partition"] = configs.partition_fields(values["partition"])
+        fields["training.partition"] = experiment_flags.partition_fields(values["partition"])
     except (KeyError, ConfigError):
         pass
     return fields
