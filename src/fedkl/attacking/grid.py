@@ -223,7 +223,10 @@ def candidates_of(dataset: Dataset, trials: Sequence[Trial]) -> Candidates:
 def floor(
     dataset: Dataset, trials: Sequence[Trial], *, seed: int, auxiliary: int = 0
 ) -> Iterator[tuple[Trial, list[Score]]]:
-    """What a server scores that looks at no update: the mean of its own images of each label.
+    """What a server scores that looks at no update: the mean of its own images of each label, or noise.
+
+    Reconstructions of a batch are matched to its images, and among many one that looks a little like an image
+    is found by chance: of a batch of 100, noise "identifies" two of five. Of batches the better one counts.
 
     Args:
         dataset: Its training images are the server's own, its test images the candidates.
@@ -236,11 +239,14 @@ def floor(
     own = order[: auxiliary or OWN_IMAGES]
     images, labels = dataset.train_images[own], dataset.train_labels[own]
     for trial in trials:
-        guess = class_means(trial.labels, images=images, labels=labels)
-        yield (
-            trial,
-            score(guess, trial.images, candidates=candidates, candidate_index=trial.places, scaling="clip"),
-        )
+        guesses = [class_means(trial.labels, images=images, labels=labels)]
+        if len(trial.images) > 1:
+            guesses += [torch.rand(guesses[0].shape, generator=rng.generator(seed, "noise", trial.index))]
+        scored = [
+            score(guess, trial.images, candidates=candidates, candidate_index=trial.places, scaling="clip")
+            for guess in guesses
+        ]
+        yield trial, max(scored, key=lambda scores: sum(each.identified for each in scores))
 
 
 class _Seen(NamedTuple):
