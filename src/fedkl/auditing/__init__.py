@@ -8,7 +8,7 @@ presence.py     whether an image was trained on; recognition.py: measured on cli
 attackers.py    who rebuilds images, in which order; rebuilding.py: how many
 plan.py         who is run on what, and why not the others
 run.py          the plan carried out, within minutes, into a folder
-findings.py     verdicts; results.py: typed records; words.py: the same in plain words
+findings.py     verdicts; results.py: typed records; words.py: in plain words; advice.py: what to do next
 gate.py         limits, and what came of them; testing.py: as an assertion
 exports/        JUnit XML, SARIF, Markdown, lines for a terminal
 recorded/       updates that another system saved, and whether they fit a subject; recordings.py: audited

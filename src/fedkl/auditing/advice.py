@@ -115,10 +115,10 @@ def command(audit: Audit, *, masking: Masking | None = None) -> str:
         options = "".join(f", {name}={value!r}" for name, value in values.items())
         call = "audit_recorded(subject, clients" if settings.recorded else "audit(subject"
         return f"fedkl.auditing.{call}, out=NEW{options})"
-    words = ["fedkl", "audit", settings.target, "--out", "NEW"]
+    parts = ["fedkl", "audit", settings.target, "--out", "NEW"]
     for name, value in changed.items():
-        words += [f"--{name}", value]
-    words += ["--recorded", "UPDATES", "--members", "MEMBERS"] if settings.recorded else []
-    words += ["--batch-size", ",".join(map(str, settings.batch_sizes))] if settings.batch_sizes else []
-    words += ["--minutes", f"{settings.minutes:g}", "--seed", str(settings.seed)]
-    return shlex.join(words)
+        parts += [f"--{name}", value]
+    parts += ["--recorded", "UPDATES", "--members", "MEMBERS"] if settings.recorded else []
+    parts += ["--batch-size", ",".join(map(str, settings.batch_sizes))] if settings.batch_sizes else []
+    parts += ["--minutes", f"{settings.minutes:g}", "--seed", str(settings.seed)]
+    return shlex.join(parts)
