@@ -1,4 +1,4 @@
-"""Type checks at run time: every annotated call of the package is checked while its tests run."""
+"""Fixtures of all tests; shapes are checked while they run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import jaxtyping
 import pytest
 import torch
 
-from tests import seeding
+from tests import seeding, shapes
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
-jaxtyping.install_import_hook("fedkl", "beartype.beartype")
+shapes.install()
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("suite")
 

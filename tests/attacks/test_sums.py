@@ -14,6 +14,7 @@ from fedkl.attacking.observing import observe, trials_of
 from fedkl.attacks import DLG, InvertingGradients, LinearRows
 from fedkl.defenses import KeyLock, NoDefense, own_arms
 from fedkl.defenses.clipping import Clipping
+from fedkl.defenses.private_layers import PrivateLayers
 from fedkl.norms import mixes_images
 from fedkl.protocol import Procedure
 
@@ -54,12 +55,13 @@ def with_norm():
 @pytest.mark.parametrize(
     "changes",
     [
+        {"defense": PrivateLayers(), "arm": "private-head"},
         {"defense": KeyLock(), "arm": "lock"},
         {"defense": Clipping(max_norm=0.1), "arm": "clipping"},
         {"local": replace(ONE_STEP, steps=2)},
         {"model": with_norm()},
     ],
-    ids=["private tensors", "each clipped by itself", "two steps", "batch norm"],
+    ids=["private classifier", "lock", "each clipped by itself", "two steps", "batch norm"],
 )
 def test_nothing_else_is_one(dataset, changes):
     found = seen(dataset, **changes)

@@ -238,7 +238,7 @@ class Observation:
             return self
         found = self.as_gradient()
         mixed = any(mixes_images(each, train_mode=self.train_mode) for each in self.model.modules())
-        kept = found.secrets or found.free or found.unsent or found.transform is not None
+        kept = found.unsent or found.transform is not None
         return self if mixed or kept or not found.local.is_gradient else replace(found, cohort=1)
 
     @property
