@@ -31,11 +31,13 @@ SUMS = ((1, 1), (3, 1), (4, 1), (8, 1), (16, 1), (8, 4), (16, 4), (16, 8), (16, 
 ATTACKS: dict[str, dict[str, Any]] = {
     "linear-rows": {"type": "linear-rows"},
     "learned": {"type": "learned"},
+    "dlg": {"type": "dlg", "evaluations": 250},
     "idlg": {"type": "idlg", "evaluations": 250},
     "matching": {"type": "ig", "iterations": 300, "weighting": "sqrt"},
     "closed-form": {"type": "closed-form"},
     "gauss-newton": {"type": "gauss-newton", "components": 200, "iterations": 40},
     "grnn": {"type": "grnn", "iterations": 300},
+    "ggl": {"type": "ggl", "generator": "mnist", "generations": 40},
 }
 OF_UPLOADS = ("linear-rows", "learned", "matching", "closed-form")
 OF_SUMS = ("linear-rows", "learned", "matching")

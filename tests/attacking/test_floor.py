@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedkl import data
-from fedkl.attacking.grid import candidates_of, floor
+from fedkl.attacking.floor import candidates_of, floor
 from fedkl.attacking.observing import trials_of
 from fedkl.metrics import score
 

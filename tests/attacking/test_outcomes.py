@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedkl import data, experiments, report
-from fedkl.attacking.grid import candidates_of, floor
+from fedkl.attacking.floor import candidates_of, floor
 from fedkl.attacking.observing import observe, trials_of
 from fedkl.attacking.simulating import SimulatedClients
 from fedkl.attacking.verdict import judge

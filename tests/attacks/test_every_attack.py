@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fedkl import data
-from fedkl.attacking.grid import attack_arms, floor
+from fedkl.attacking.floor import floor
+from fedkl.attacking.grid import attack_arms
 from fedkl.attacking.observing import trials_of
 from fedkl.attacks import Attack, ClosedForm, Disaggregation, LinearRows, Positions
 from fedkl.defenses import plain_arm

@@ -6,31 +6,22 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fedkl import rng
+from fedkl.attacking.floor import candidates_of
 from fedkl.attacking.lots import Pace, lots_of
 from fedkl.attacking.networks import Networks
 from fedkl.attacking.observing import Trial, observe
-from fedkl.attacking.simulating import SimulatedClients
+from fedkl.attacking.victims import OwnData, Victims
 from fedkl.attacks import Attack, Reason, Reconstruction, RefusedError
-from fedkl.attacks.learned.prior_only import class_means
 from fedkl.data import Dataset
-from fedkl.defenses import Arm, Defense
-from fedkl.errors import AttackError, DataError, LockError, UpdateError
-from fedkl.locking import Split
+from fedkl.defenses import Arm
+from fedkl.errors import AttackError, LockError, UpdateError
 from fedkl.metrics import Candidates, Score, score
-from fedkl.protocol import Auxiliary, Observation, Procedure
-
-OWN_IMAGES = 1000
-"""Images of the server's own behind the guess from the labels alone, where an arm grants it none."""
-
-CANDIDATES = 100
-"""Test images among which a reconstruction must identify its own; more where more are attacked."""
+from fedkl.protocol import Observation, Procedure
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,7 +132,7 @@ def attack_arms(
     Raises:
         AttackError: A trial came to no reconstruction, and nobody is there to be told.
     """
-    candidates, victims = candidates_of(dataset, trials), _Victims()
+    candidates, victims = candidates_of(dataset, trials), Victims()
     for lot in lots_of(trials, attack, chunk=chunk, workers=workers, updates_per_client=updates_per_client):
         group = [trial for trial in lot if trial.index not in skip]
         seen = _observed(
@@ -215,40 +206,6 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {text:.200}" if not isinstance(error, AttackError) else f"{text:.300}"
 
 
-def candidates_of(dataset: Dataset, trials: Sequence[Trial]) -> Candidates:
-    """The images among which a reconstruction must identify its own: at least `CANDIDATES`."""
-    return Candidates(dataset.test_images[: max(CANDIDATES, sum(len(trial.images) for trial in trials))])
-
-
-def floor(
-    dataset: Dataset, trials: Sequence[Trial], *, seed: int, auxiliary: int = 0
-) -> Iterator[tuple[Trial, list[Score]]]:
-    """What a server scores that looks at no update: the mean of its own images of each label, or noise.
-
-    Reconstructions of a batch are matched to its images, and among many one that looks a little like an image
-    is found by chance: of a batch of 100, noise "identifies" two of five. Of batches the better one counts.
-
-    Args:
-        dataset: Its training images are the server's own, its test images the candidates.
-        trials: Whose labels are guessed from; the server is taken to know them.
-        seed: Of which images the server has.
-        auxiliary: How many; `OWN_IMAGES` if 0.
-    """
-    candidates = candidates_of(dataset, trials)
-    order = torch.randperm(len(dataset.train_images), generator=rng.generator(seed, "auxiliary"))
-    own = order[: auxiliary or OWN_IMAGES]
-    images, labels = dataset.train_images[own], dataset.train_labels[own]
-    for trial in trials:
-        guesses = [class_means(trial.labels, images=images, labels=labels)]
-        if len(trial.images) > 1:
-            guesses += [torch.rand(guesses[0].shape, generator=rng.generator(seed, "noise", trial.index))]
-        scored = [
-            score(guess, trial.images, candidates=candidates, candidate_index=trial.places, scaling="clip")
-            for guess in guesses
-        ]
-        yield trial, max(scored, key=lambda scores: sum(each.identified for each in scores))
-
-
 class _Seen(NamedTuple):
     """What the server has of one trial in one arm."""
 
@@ -261,7 +218,7 @@ def _observed(
     arms: Sequence[Arm],
     group: Sequence[Trial],
     *,
-    victims: _Victims,
+    victims: Victims,
     build: Callable[[int], nn.Module],
     dataset: Dataset,
     seed: int,
@@ -275,7 +232,7 @@ def _observed(
     """Observes every trial of a lot in every arm; arms with the same defense share a trial's victims."""
     models = {trial.index: build(trial.index) for trial in group}
     victims.begin(models)
-    own = _OwnData(dataset, seed=seed, train_mode=train_mode, local=local or Procedure(), cohort=cohort)
+    own = OwnData(dataset, seed=seed, train_mode=train_mode, local=local or Procedure(), cohort=cohort)
     networks = Networks()
     seen = []
     for arm, trial in itertools.product(arms, group):
@@ -307,80 +264,6 @@ def _observed(
             continue
         seen.append(_Seen(arm, trial, observation))
     return seen
-
-
-class _Victims:
-    """The clients that are attacked, by their defense: one of each network where γ and β are public."""
-
-    def __init__(self) -> None:
-        # The networks are kept too: the id of one that is gone may become another's.
-        self._firsts: dict[int, tuple[nn.Module, int]] = {}
-        self._drawn: dict[tuple[Defense, int], list[Split]] = {}
-
-    def begin(self, models: Mapping[int, nn.Module]) -> None:
-        """A lot of trials, by their numbers; what is of no network of it is forgotten."""
-        here = {id(model) for model in models.values()}
-        self._firsts = {name: first for name, first in self._firsts.items() if name in here}
-        kept = {number for _, number in self._firsts.values()}
-        self._drawn = {place: drawn for place, drawn in self._drawn.items() if place[1] in kept}
-        for number, model in models.items():
-            self._firsts.setdefault(id(model), (model, number))
-
-    def of(self, defense: Defense, model: nn.Module, *, client: int | None, cohort: int) -> list[Split]:
-        """A client with the rest of its cohort; None: the one whose γ and β are the network's."""
-        number = self._firsts[id(model)][1] if client is None else client
-        members = self._drawn.setdefault((defense, number), [])
-        # Where γ and β are public, the first may have been drawn already.
-        while len(members) < (1 if client is None else cohort):
-            members.append(defense.prepare(model))
-        return members[:1] if client is None else members
-
-
-class _OwnData:
-    """The server's own data, and clients to learn from: one `Auxiliary` for all that it holds for."""
-
-    def __init__(
-        self, dataset: Dataset, *, seed: int, train_mode: bool, local: Procedure, cohort: int
-    ) -> None:
-        self._dataset = dataset
-        order = torch.randperm(len(dataset.train_images), generator=rng.generator(seed, "auxiliary"))
-        self._order, self._seed = order, seed
-        self._simulated = partial(SimulatedClients.of, train_mode=train_mode, local=local, cohort=cohort)
-        self._made: dict[Hashable, Auxiliary] = {}
-
-    def of(self, arm: Arm, victim: Split, model: nn.Module) -> Auxiliary | None:
-        """What an arm grants; None where that is nothing.
-
-        Raises:
-            DataError: The dataset has fewer training images.
-        """
-        granted = arm.knowledge
-        if not granted.auxiliary:
-            return None
-        if granted.auxiliary > len(self._order):
-            raise DataError(
-                f"auxiliary: expected at most {len(self._order)}, the training images of "
-                f"{self._dataset.spec.name}, got {granted.auxiliary}."
-            )
-        secret = granted.key or granted.lock_layers or granted.affine
-        place = (arm.defense, granted, id(model), id(victim) if secret else None)
-        if place not in self._made:
-            self._made[place] = self._auxiliary(arm, victim, model)
-        return self._made[place]
-
-    def _auxiliary(self, arm: Arm, victim: Split, model: nn.Module) -> Auxiliary:
-        index = self._order[: arm.knowledge.auxiliary]
-        device = next(model.parameters()).device
-        clients = self._simulated(
-            arm, victim, model, generator=rng.generator(self._seed, "imitated", arm.name)
-        )
-        return Auxiliary(
-            images=self._dataset.train_images[index].to(device),
-            labels=self._dataset.train_labels[index].to(device),
-            simulate=clients,
-            seed=rng.generator(self._seed, "learned").initial_seed(),
-            draw=clients.draw,
-        )
 
 
 def _scored(arm: Arm, trial: Trial, reconstruction: Reconstruction, candidates: Candidates) -> TrialResult:

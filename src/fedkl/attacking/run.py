@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from fedkl.attacking.grid import NotRun, TrialResult, attack_arms, floor
+from fedkl.attacking.floor import floor
+from fedkl.attacking.grid import NotRun, TrialResult, attack_arms
 from fedkl.attacking.observing import Trial, trials_of
 from fedkl.attacking.reconstructions import save_reconstruction
 from fedkl.attacking.results import VERSION, arm_summary, not_run, shares

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fedkl import rng
 from fedkl.attacking import Trial, TrialResult, attack_arms, observe, trials_of
-from fedkl.attacking.grid import NotRun, floor
+from fedkl.attacking.floor import floor
+from fedkl.attacking.grid import NotRun
 from fedkl.attacking.results import shares
 from fedkl.attacking.verdict import SAFE_FROM
 from fedkl.attacks import Refusal
