@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from torch import nn
 
 import fedkl
 from fedkl.errors import LockError
@@ -129,3 +130,20 @@ def test_transformer_encoder_in_eval_mode_agrees_with_its_fast_path():
     slow = architecture.call(lock.model)
     with torch.no_grad():
         torch.testing.assert_close(architecture.call(lock.model), slow.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_one_image_is_right_where_tokens_follow_the_norm():
+    """PyTorch's batch norm (2.13, CPU) takes the transposed gradient of one image for another."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Conv2d(3, 8, 2, stride=2)
+
+        def forward(self, x):
+            return self.patches(x).flatten(2).transpose(1, 2)
+
+    model = fedkl.lock(Tokens().double(), layers=("patches",)).model
+    weights = torch.randn(1, 9, 8, dtype=torch.float64)
+    image = torch.rand(1, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: (model(x) * weights).sum(), (image,))

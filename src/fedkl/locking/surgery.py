@@ -48,6 +48,10 @@ def _inserted(target: Target) -> nn.Module:
 
 def _normalize_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     normalized: Tensor = module.get_submodule(norms.INSERTED_NAME)(output)
+    if torch.is_grad_enabled() and len(normalized) == 1:
+        # PyTorch's batch norm (2.13, CPU) computes a wrong gradient of one image where what comes back is
+        # transposed, as behind the patches of a vision transformer. What a selection gives back is not.
+        normalized = normalized[None].select(0, 0)
     return normalized
 
 
