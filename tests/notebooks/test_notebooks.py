@@ -90,8 +90,10 @@ def test_links_lead_somewhere(path):
 def test_it_runs_and_gives_what_is_stored(path, fresh):
     stored, now = read(path), fresh(path)
     assert not [cell.id for cell in code_cells(now) if cell.execution_count is None]
-    printing = [cell.id for cell in code_cells(stored) if printed(stored, cell.id)]
-    assert [cell.id for cell in code_cells(now) if printed(now, cell.id)] == printing
+    # Whether an attacker of pictures had time within the audit's minutes depends on what else is running.
+    certain = [cell.id for cell in code_cells(stored) if cell.id != "pictures"]
+    printing = [cell for cell in certain if printed(stored, cell)]
+    assert [cell for cell in certain if printed(now, cell)] == printing
 
 
 @each_notebook
