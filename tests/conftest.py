@@ -22,8 +22,11 @@ hypothesis.settings.load_profile("suite")
 
 
 _LONGEST = (
-    "tests/fuzzing/test_fuzz.py",
     "tests/flower/test_deployment.py",
+    "tests/notebooks/",
+    "tests/hygiene/",
+    "tests/test_site.py",
+    "tests/fuzzing/test_fuzz.py",
     "tests/test_cli.py",
     "tests/test_experiments.py",
     "tests/flower/test_guard.py",
