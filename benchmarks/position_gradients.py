@@ -10,7 +10,6 @@ them, with γ and β of the server's own draw. PSNR: median and range, cut to [0
 from __future__ import annotations
 
 import argparse
-import runpy
 import statistics
 import warnings
 from collections.abc import Iterator
@@ -20,18 +19,15 @@ from typing import Any
 
 from fedkl.attacking import attack_arms, trials_of
 from fedkl.attacks import Positions
+from fedkl.auditing import target
 from fedkl.auditing.subject import Subject
 from fedkl.data import Dataset, load
 from fedkl.defenses import Defense, KeyLock, NoDefense, own_arms
 from fedkl.protocol import Procedure
 
 EXACT_DB = 40.0
+EXAMPLE = Path(__file__).parents[1] / "examples" / "audit" / "vit.py"
 PROJECTION = "vit.embeddings.patch_embeddings.projection"
-
-
-def epochs(count: int, lr: float = 0.01) -> Procedure:
-    """Weights after so many steps on the one image."""
-    return Procedure(algorithm="fedavg", epochs=count, lr=lr, momentum=0.9)
 
 
 def cases(names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -39,7 +35,8 @@ def cases(names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "one gradient of one image", {}
     yield "one gradient of 2 images", {"batch_size": 2}
     for count in (1, 5, 20, 50):
-        yield f"weights after {count} epochs of SGD on one image", {"local": epochs(count)}
+        local = Procedure(algorithm="fedavg", epochs=count, lr=0.01, momentum=0.9)
+        yield f"weights after {count} epochs of SGD on one image", {"local": local}
     norms = tuple(name for name in names if "layernorm" in name)
     yield "every LayerNorm locked", {"defense": KeyLock(layers=norms, activation="identity")}  # as trained
     yield "a lock behind the patch projection", {"defense": KeyLock(layers=(PROJECTION,))}
@@ -56,8 +53,8 @@ def attacked(
     local: Procedure | None = None,
 ) -> str:
     """A cell of the table."""
-    defense = defense or NoDefense()
-    *_, arm = [each for each in own_arms(defense).values() if each.name in ("no-norm", "lock")]
+    arms = own_arms(defense or NoDefense())
+    arm = arms.get("lock", arms["no-norm"])
     network = subject.classifier()
     found, reasons = [], []
     attack_arms(
@@ -91,8 +88,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     warnings.filterwarnings("ignore", message="This model is trained|.*run before the first lock")
-    example = Path(__file__).parents[1] / "examples" / "audit" / "vit.py"
-    trained: Subject = runpy.run_path(str(example))["subject"]()
+    trained = target.load(f"{EXAMPLE}:subject").subject
     dataset = load("mnist-sample", size=28, channels=1)
     print("| weights | a client sends | above 40 dB | identified | PSNR in dB |\n|---|---|---|---|---|")
     for title, subject in (("trained", trained), ("untrained", replace(trained, weights=None))):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import runpy
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +22,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.func import jacrev
+from torch.nn import functional as F
 
 from fedkl.attacking import observe, trials_of
 from fedkl.attacks.algebraic.pixels import PixelLayer, pixel_layers
-from fedkl.auditing.subject import Subject
+from fedkl.auditing import target
 from fedkl.data import load
 from fedkl.defenses import KeyLock, own_arms
+from fedkl.metrics import correlation, psnr
 from fedkl.protocol import Observation
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "audit" / "vit.py"
 PROJECTION = "vit.embeddings.patch_embeddings.projection"
 POSITIONS = "vit.embeddings.position_embeddings"
 EPS = 1e-5
@@ -47,7 +49,7 @@ class Misfit:
         slopes = seen.gradient[POSITIONS].flatten(0, -2)[-patches:].double()
         self.slopes = slopes - slopes.mean(0)
         self.weight = dict(seen.model.named_parameters())[f"{layer.name}.weight"].detach().flatten(1).double()
-        self.rows = _directions(seen.gradient[f"{layer.name}.weight"].flatten(1).double())
+        self.rows = F.normalize(seen.gradient[f"{layer.name}.weight"].flatten(1).double())
 
     def __call__(self, image: Tensor) -> Tensor:
         """One number a feature and pixel of a patch, of an image's values in a row."""
@@ -56,15 +58,15 @@ class Misfit:
         values = patches @ self.weight.T
         normed = values / (values.square().mean(0) + EPS).sqrt()
         back = self.slopes - normed * (self.slopes * normed).mean(0)
-        return (_directions(back.T @ patches) - self.rows).flatten()
-
-
-def _directions(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True)
+        return (F.normalize(back.T @ patches) - self.rows).flatten()
 
 
 def solved(misfit: Misfit, own: Tensor, *, iterations: int) -> tuple[Tensor, float]:
-    """The image, and the misfit that is left."""
+    """The image, and the misfit that is left.
+
+    Slopes are float64. `fedkl.attacks.matching.annealing` takes float32's, which is faster, and stopped here
+    at a misfit of 2e-7, with 23 dB for an image of which this makes 59.
+    """
     mean = own.mean(0)
     _, sizes, directions = torch.linalg.svd(own - mean, full_matrices=False)
     basis = directions.T * (sizes / len(own) ** 0.5 + 1e-3)
@@ -104,8 +106,7 @@ def main() -> None:
     parser.add_argument("--trained", action="store_true", help="the example's weights")
     given = parser.parse_args()
     warnings.filterwarnings("ignore", message="This model is trained")
-    example = Path(__file__).parents[1] / "examples" / "audit" / "vit.py"
-    subject: Subject = runpy.run_path(str(example))["subject"]()
+    subject = target.load(f"{EXAMPLE}:subject").subject
     network = (subject if given.trained else replace(subject, weights=None)).classifier()
     dataset, defense = load("mnist-sample", size=28, channels=1), KeyLock(layers=(PROJECTION,))
     arm = own_arms(defense)["lock"]
@@ -113,10 +114,9 @@ def main() -> None:
         seen = observe(defense.prepare(network), arm=arm, model=network, trial=trial, classes=10)
         own = dataset.train_images[:OWN_IMAGES].double().flatten(1)
         found, left = solved(Misfit(seen), own, iterations=given.iterations)
-        truth = trial.images.double().flatten()
-        psnr = float(-10 * (found.clamp(0, 1) - truth).square().mean().log10())
-        alike = float(torch.corrcoef(torch.stack([found, truth]))[0, 1])
-        line = {"image": trial.index, "psnr": round(psnr, 1), "correlation": round(alike, 4), "misfit": left}
+        images = found.view(trial.images.shape).float()
+        line = {"image": trial.index, "psnr": round(float(psnr(images.clamp(0, 1), trial.images)), 1)}
+        line |= {"correlation": round(float(correlation(images, trial.images)), 4), "misfit": left}
         print(json.dumps(line), flush=True)
 
 

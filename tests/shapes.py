@@ -1,7 +1,7 @@
-"""Shapes and dtypes are checked at run time, of every annotated call of the package while its tests run.
+"""Calls of the package are checked while its tests run, where an annotation tells a shape or dtype.
 
-Only where an annotation tells one: mypy checks all other types, and a check of every call took a third of the
-tests' time.
+Mypy checks all other types. A check of every call took over a quarter of the time of the tests that were
+timed.
 """
 
 from __future__ import annotations

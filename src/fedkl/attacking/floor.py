@@ -8,6 +8,7 @@ import torch
 
 from fedkl import rng
 from fedkl.attacking.observing import Trial
+from fedkl.attacking.victims import own_order
 from fedkl.attacks.learned.prior_only import class_means
 from fedkl.data import Dataset
 from fedkl.metrics import Candidates, Score, score
@@ -39,8 +40,7 @@ def floor(
         auxiliary: How many; `OWN_IMAGES` if 0.
     """
     candidates = candidates_of(dataset, trials)
-    order = torch.randperm(len(dataset.train_images), generator=rng.generator(seed, "auxiliary"))
-    own = order[: auxiliary or OWN_IMAGES]
+    own = own_order(dataset, seed=seed)[: auxiliary or OWN_IMAGES]
     images, labels = dataset.train_images[own], dataset.train_labels[own]
     for trial in trials:
         guesses = [class_means(trial.labels, images=images, labels=labels)]

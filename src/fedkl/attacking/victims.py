@@ -6,7 +6,8 @@ from collections.abc import Hashable, Mapping
 from functools import partial
 
 import torch
-from torch import nn
+from jaxtyping import Int64
+from torch import Tensor, nn
 
 from fedkl import rng
 from fedkl.attacking.simulating import SimulatedClients
@@ -15,6 +16,11 @@ from fedkl.defenses import Arm, Defense
 from fedkl.errors import DataError
 from fedkl.locking import Split
 from fedkl.protocol import Auxiliary, Procedure
+
+
+def own_order(dataset: Dataset, *, seed: int) -> Int64[Tensor, " images"]:
+    """The training images, in the order in which a server gets them as its own."""
+    return torch.randperm(len(dataset.train_images), generator=rng.generator(seed, "auxiliary"))
 
 
 class Victims:
@@ -51,8 +57,7 @@ class OwnData:
         self, dataset: Dataset, *, seed: int, train_mode: bool, local: Procedure, cohort: int
     ) -> None:
         self._dataset = dataset
-        order = torch.randperm(len(dataset.train_images), generator=rng.generator(seed, "auxiliary"))
-        self._order, self._seed = order, seed
+        self._order, self._seed = own_order(dataset, seed=seed), seed
         self._simulated = partial(SimulatedClients.of, train_mode=train_mode, local=local, cohort=cohort)
         self._made: dict[Hashable, Auxiliary] = {}
 
