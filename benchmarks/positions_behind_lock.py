@@ -65,7 +65,7 @@ def solved(misfit: Misfit, own: Tensor, *, iterations: int) -> tuple[Tensor, flo
     """The image, and the misfit that is left.
 
     Slopes are float64. `fedkl.attacks.matching.annealing` takes float32's, which is faster, and stopped here
-    at a misfit of 2e-7, with 23 dB for an image of which this makes 59.
+    at a misfit of 2e-7, with 23 dB for an image of which this makes 46 and 59, with other keys.
     """
     mean = own.mean(0)
     _, sizes, directions = torch.linalg.svd(own - mean, full_matrices=False)
