@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fedkl.config import AttackConfig
 from fedkl.report import figures, pictures
@@ -54,6 +57,16 @@ def test_a_failure_keeps_its_place(tmp_path):
 def test_figures_are_png_for_any_number_of_channels(tmp_path):
     for channels in (1, 2, 3, 4):
         assert figures.thumbnail(torch.rand(channels, 4, 4)).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 28), (28, 40), (28, 28)])
+def test_captions_below_pictures_of_any_shape_are_whole(height, width):
+    cells = [pictures.Picture(torch.zeros(1, height, width), "9.4 dB", "")] * 2
+    grid = pictures.Grid(["original", "lock"], [pictures.Row("", cells)] * 2, 2, [])
+    ink = np.asarray(Image.open(BytesIO(figures.picture_grid(grid))).convert("L")) < 128
+    assert not any(edge.any() for edge in (ink[:8], ink[-8:], ink[:, :8], ink[:, -8:]))
+    lines = np.diff(np.flatnonzero(ink.any(1))) > 1
+    assert lines.sum() == 4  # titles, pictures, captions, pictures, captions
 
 
 @pytest.mark.parametrize("scaling", ["clip", "prior"])

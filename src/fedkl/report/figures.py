@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -32,6 +33,7 @@ _MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*")
 _DPI = 200
 _WIDTH = 4.4  # of a page's figures, in inches
 _TITLE, _CAPTION = 11, 10  # type sizes of pictures, in points
+_CELL, _SIDE = (1.1, 1.3), 0.98  # what a picture has with its caption, and its longer side, in inches
 _FEW = 20  # rows that can be read one by one
 _LIGHT, _DARK = ("white", "black"), ("#0d1117", "#e6edf3")  # paper and ink; dark ones are GitHub's
 _LINE = 0.075  # height of a label, as a share of the axes
@@ -139,19 +141,22 @@ def picture_grid(grid: Grid, *, dark: bool = False) -> bytes:
 
 
 def _picture_grid(grid: Grid, paper: str) -> bytes:
+    """All on one pair of axes in inches: axes of their own for each picture take far longer to draw."""
     columns, rows = len(grid.columns), max(len(grid.rows), 1)
     titles = [_title(name) for name in grid.columns]
     head = 0.12 + 0.18 * max(name.count("\n") + 1 for name in titles)
-    figure = _figure(1.1 * columns, 1.3 * rows + 0.05 + head, paper=paper)
-    axes: Any = figure.subplots(rows, columns, squeeze=False)
-    for row, cells in zip(axes, [row.cells for row in grid.rows], strict=False):
-        for place, picture in zip(row, cells, strict=True):
-            _draw(place, picture)
-    for place, name in zip(axes[0], titles, strict=True):
-        place.set_title(name, size=_TITLE)
-    figure.subplots_adjust(
-        left=0.01, right=0.99, top=1 - head / figure.get_figheight(), bottom=0.02, hspace=0.25
-    )
+    width, height = _CELL[0] * columns, _CELL[1] * rows + head
+    figure = _figure(width, height, paper=paper)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
+    axes.set_axis_off()
+    for column, title in enumerate(titles):
+        axes.text(
+            (column + 0.5) * _CELL[0], height - head + 0.06, title, size=_TITLE, ha="center", va="bottom"
+        )
+    for index, row in enumerate(grid.rows):
+        for column, picture in enumerate(row.cells):
+            middle = (column + 0.5) * _CELL[0], height - head - index * _CELL[1] - _SIDE / 2
+            _draw(axes, picture, middle)
     return _png(figure)
 
 
@@ -161,18 +166,28 @@ def _title(name: str) -> str:
     return _plain("\n".join(lines))
 
 
-def _draw(axes: Axes, picture: Picture) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_xlabel(picture.caption, size=_CAPTION, labelpad=2)
+def _draw(axes: Axes, picture: Picture, middle: tuple[float, float]) -> None:
+    """One picture in a frame, as large as fits into a square around `middle`, and its caption below."""
+    tall, wide = (1, 1) if picture.image is None else picture.image.shape[1:]
+    high, broad = _SIDE * tall / max(tall, wide), _SIDE * wide / max(tall, wide)
+    left, bottom = middle[0] - broad / 2, middle[1] - high / 2
+    right, top = left + broad, bottom + high
     if picture.image is None:
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1)
-        axes.set_aspect("equal")
-        axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
-        axes.plot([0, 1], [1, 0], color="#999999", linewidth=0.8)
+        axes.plot([left, right], [bottom, top], color="#999999", linewidth=0.8)
+        axes.plot([left, right], [top, bottom], color="#999999", linewidth=0.8)
     else:
-        axes.imshow(_pixels(picture.image), interpolation="nearest", vmin=0, vmax=1)
+        pixels, place = _pixels(picture.image), (left, right, bottom, top)
+        axes.imshow(pixels, extent=place, interpolation="nearest", vmin=0, vmax=1, aspect="auto")
+    frame = Rectangle(
+        (left, bottom),
+        broad,
+        high,
+        fill=False,
+        linewidth=0.8,
+        edgecolor=matplotlib.rcParams["axes.edgecolor"],
+    )
+    axes.add_patch(frame)
+    axes.text(middle[0], middle[1] - _SIDE / 2 - 0.05, picture.caption, size=_CAPTION, ha="center", va="top")
 
 
 class Tradeoff(NamedTuple):
