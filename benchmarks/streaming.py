@@ -1,4 +1,4 @@
-"""Peak memory of one pass over a folder of JPEGs; prints the rows of docs/data.md."""
+"""Peak memory of one pass over a folder of JPEGs; prints the rows of docs/large-data.md."""
 
 from __future__ import annotations
 

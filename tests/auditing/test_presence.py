@@ -267,6 +267,14 @@ def test_weights_are_learned_from_what_tells_members():
     assert weights[1:].abs().max() < 0.2
 
 
+def test_a_score_that_differs_for_members_only_leaves_the_others_their_weight():
+    noise, members = crafted()
+    noise[..., 2] += members  # 1e12 standard deviations away
+    weights = fitted_test(answers=[noise], members=members).weights
+    assert weights.isfinite().all()
+    assert weights[2] > weights[0] > 0.1
+
+
 def test_images_kept_back_set_the_scale_of_every_update():
     played, members = crafted()
     kept_back, candidates = crafted(seed=1)[0], crafted(count=50, seed=2)[0]

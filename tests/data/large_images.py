@@ -1,4 +1,4 @@
-"""Peak memory of decoding large images: `python -m tests.data.large_images` prints rows of docs/data.md."""
+"""Peak memory of decoding large images: `python -m tests.data.large_images`, rows of docs/large-data.md."""
 
 import io
 import subprocess

@@ -1,4 +1,4 @@
-"""Time and memory of one radiograph: `python -m tests.data.radiographs` prints the rows of docs/data.md."""
+"""Time and memory of one radiograph: `python -m tests.data.radiographs`, rows of docs/large-data.md."""
 
 import io
 import subprocess

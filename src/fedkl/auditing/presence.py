@@ -37,6 +37,7 @@ _RANK = 1e-4  # singular values below this share of the largest are rounding
 _MOMENTS = 640  # inputs of a layer up to which second moments of single images fit into memory
 _PLACES = 64  # of an image, from which moments are taken: neighbors are alike
 _PENALTY = 1.0  # of squared weights, for standardized scores
+_FARTHEST = 10.0  # standard deviations from images that were not trained on; beyond, a score says no more
 _TINY = 1e-12
 
 
@@ -207,6 +208,9 @@ class PresenceTest:
         found = scores(played, images, labels)
         null = [_null(each[~member]) for each, member in zip(found, members, strict=True)]
         standard = torch.stack([(each - mean) / std for each, (mean, std) in zip(found, null, strict=True)])
+        # Where these images are fewer than a layer's inputs, whitening by them makes them orthogonal: those
+        # that were not trained on all have the same span, others are 1e10 deviations away, and no fit ends.
+        standard = standard.clamp(-_FARTHEST, _FARTHEST)
         self.weights = _fitted(standard.flatten(0, 1), members.flatten())
 
     def both(
