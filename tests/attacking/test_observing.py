@@ -13,6 +13,7 @@ from fedkl.attacking import SimulatedClients, attack_arms, full_gradient, grid, 
 from fedkl.attacks import DLG, Auxiliary, Knowledge, PriorOnly, Procedure
 from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.defenses import Arm, KeyLock, arms_of
+from fedkl.defenses.base import plain_arm
 from fedkl.errors import AttackError, DataError
 
 
@@ -149,9 +150,10 @@ def test_knowledge_in_words():
     assert Knowledge(key=True).describe() == "labels, key"
 
 
-def loss_at_the_truth(arm, dataset, *, local=None, batch_size=1, train_mode=True, **changes):
+def loss_at_the_truth(arm, dataset, *, local=None, batch_size=1, train_mode=True, frozen=False, **changes):
     """The attacker's objective at the true images, where its guess of everything else stays as it is."""
     model, (trial,) = build(0), trials_of(dataset, trials=1, batch_size=batch_size)
+    model.conv2.requires_grad_(not frozen)
     observation = observe(
         arm.defense.prepare(model),
         arm=arm,
@@ -185,6 +187,21 @@ def test_the_objective_knows_what_the_client_does(dataset, lock, local):
             assert value < 1e-10, arm.name
         elif arm.name in GUESSES:
             assert value > 1e-7, arm.name
+
+
+@pytest.mark.parametrize(
+    "local",
+    [
+        None,
+        Procedure(steps=3, lr=0.1, batch_size=2),
+        Procedure(algorithm="fedavg", lr=0.1, batch_size=2, momentum=0.9, weight_decay=0.1),
+    ],
+    ids=["gradient", "steps", "epoch"],
+)
+def test_the_objective_knows_what_the_client_has_frozen(dataset, local):
+    """As in transfer learning: the server sees what is trained, and that the rest stays as it is."""
+    for arm in (plain_arm(), arms_of(KeyLock())["lock-known-both"]):
+        assert loss_at_the_truth(arm, dataset, local=local, batch_size=4, frozen=True)[0] < 1e-10
 
 
 def test_the_gradient_of_the_lock_layers_is_compared_too(dataset):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -32,6 +34,17 @@ def test_undefended_it_is_the_gradient(setting):
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(seen.gradient.values(), own, strict=True))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert seen.labels is not None
+
+
+def test_a_frozen_layer_is_not_sent(setting):
+    model, images, labels = setting
+    transferred = copy.deepcopy(model)
+    transferred.conv1.requires_grad_(False)
+    seen = observe_gradient(transferred, images, labels, classes=10)
+    whole = observe_gradient(*setting, classes=10).gradient
+    assert set(whole) - set(seen.gradient) == {"conv1.weight", "conv1.bias"}
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in seen.gradient.items())
+    assert seen.unsent == frozenset()
 
 
 def test_behind_the_lock_private_tensors_are_missing_and_the_image_is_not(setting):

@@ -26,6 +26,13 @@ def convnet():
     )  # fmt: skip
 
 
+def transferred():
+    """Only the head is trained, and the convolution before it."""
+    network = convnet()
+    network[:3].requires_grad_(False)
+    return network
+
+
 class Words(nn.Module):
     """A classifier of tokens."""
 

@@ -20,7 +20,18 @@ from fedkl.defenses.noise import GaussianNoise
 from fedkl.defenses.pruning import Pruning
 from fedkl.errors import ConfigError, TrainingError
 from fedkl.protocol import Knowledge
-from tests.auditing.subjects import CLASSES, EPOCH, convnet, images, labels, mlp, subject, trained, trains
+from tests.auditing.subjects import (
+    CLASSES,
+    EPOCH,
+    convnet,
+    images,
+    labels,
+    mlp,
+    subject,
+    trained,
+    trains,
+    transferred,
+)
 
 SIZE = 8
 
@@ -199,6 +210,27 @@ def test_a_loop_may_train_one_layer():
     found = clients_of(mlp, procedure=trains_one).update(*batch(), number=0)
     torch.testing.assert_close(found["3.bias"], torch.full((CLASSES,), -0.5))
     assert found["1.weight"].abs().max() == 0
+
+
+@pytest.mark.parametrize("defense", [None, GaussianNoise(deviation=0.1), KeyLock(activation="identity")])
+@pytest.mark.parametrize("procedure", [*PROCEDURES.values(), trains], ids=[*PROCEDURES, "loop"])
+def test_frozen_layers_are_in_no_update(procedure, defense):
+    clients = clients_of(transferred, procedure=procedure, defense=defense)
+    learned = {f"{layer}.{kind}" for layer in (3, 4, 7) for kind in ("weight", "bias")}
+    found = clients.update(*batch(), number=0)
+    assert set(found) <= learned
+    assert {"7.weight", "7.bias"} <= set(found)
+    assert set(clients.played(*batch(), number=0)) == set(found)
+
+
+def test_what_a_loop_unfreezes_is_in_the_update():
+    def unfreezes(network, x, y):
+        network[0].requires_grad_(True)
+        trains(network, x, y)
+
+    found = clients_of(transferred, procedure=unfreezes).update(*batch(), number=0)
+    assert "0.weight" in found
+    assert "1.weight" not in found
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from tests.auditing.subjects import (
     tokens,
     trained,
     trains,
+    transferred,
 )
 
 SIZE = 12
@@ -102,8 +103,18 @@ def says_nothing(found):
         ({"build": convnet, "procedure": Procedure(), "norm_mode": "eval"}, 0.65),
         ({"procedure": trains}, 0.9),
         ({"build": Words, "inputs": tokens, "procedure": Procedure()}, 0.85),
+        ({"build": transferred, "procedure": Procedure()}, 0.65),
+        ({"build": transferred, "procedure": trains}, 0.65),
     ],
-    ids=["an epoch", "batch norm", "batch norm in eval mode", "own loop", "tokens"],
+    ids=[
+        "an epoch",
+        "batch norm",
+        "batch norm in eval mode",
+        "own loop",
+        "tokens",
+        "frozen",
+        "frozen, own loop",
+    ],
 )
 def test_members_are_recognized(fields, auc):
     found = recognize(clients_like(**fields), pools=pools_of(subject(**fields)))

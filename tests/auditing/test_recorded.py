@@ -92,8 +92,8 @@ def trained(images):
 def subject_of(images):
     def give(network, **fields):
         (x, y), build = images[0], relu if len(network) == 4 else norms
-        fields = {"images_per_client": 8, **fields}
-        return Subject(model=build, images=x, labels=y, weights=network.state_dict(), **fields)
+        fields = {"model": build, "images_per_client": 8, **fields}
+        return Subject(images=x, labels=y, weights=network.state_dict(), **fields)
 
     return give
 
@@ -170,6 +170,23 @@ def test_a_right_update_gives_no_alarm_and_is_what_attacks_take(
     assert list(update) == [name for name, _ in network.named_parameters()]
     for name, tensor in expected.items():
         torch.testing.assert_close(update[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "procedure"), [("gradient", Procedure()), ("difference", STEP), ("weights", STEP)]
+)
+def test_frozen_layers_may_be_missing_and_are_not_attacked(trained, subject_of, client, kind, procedure):
+    network = trained(norms)
+    network[:2].requires_grad_(False)
+    subject = subject_of(network, procedure=procedure, model=lambda: copy.deepcopy(network))
+    tensors = client(network, kind, procedure=procedure)
+    learned = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    for sent in (tensors, {name: tensors[name] for name in learned}):
+        fit = asked(subject, sent, kind)
+        assert fit.fits, str(fit)
+        assert list(fit.update) == learned
+    numbered = {str(number): tensors[name] for number, name in enumerate(learned)}
+    assert "the order of its trained parameters" in str(asked(subject, numbered, kind))
 
 
 @pytest.mark.parametrize("build", [relu, norms])

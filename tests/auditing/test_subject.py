@@ -262,6 +262,21 @@ class TestCheck:
             subject(model=lambda: network(classes=12), name="mine").check()
         subject(model=lambda: network(classes=12), classes=12).check()
 
+    def test_weights_that_are_not_finite(self):
+        def diverged():
+            found = network()
+            next(found.parameters()).data.flatten()[3] = float("nan")
+            return found
+
+        with pytest.raises(DataError, match=r"mine: '\S+' of the network has numbers that are not finite"):
+            subject(model=diverged, name="mine").check()
+
+    def test_a_network_that_is_frozen_as_a_whole(self):
+        frozen = {"model": lambda: network().requires_grad_(False), "name": "mine"}
+        with pytest.raises(DataError, match=r"mine: all parameters of the network are frozen"):
+            subject(**frozen).check()
+        subject(**frozen, procedure=lambda net, x, y: None).check()  # a loop may unfreeze them
+
     def test_images_that_the_network_does_not_take(self):
         with pytest.raises(DataError, match=r"cannot be called with images of shape \(3, 8, 8\) \(RuntimeE"):
             subject(model=lambda: network(channels=1)).check()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedkl.keys import Uniform, secure_uniform
-from fedkl.protocol import Procedure
+from fedkl.protocol import Procedure, trained_parameters
 from fedkl.protocol.private_gradient import is_untraceable, private_gradient
 from fedkl.protocol.procedure import loss_of
 from fedkl.types import Inputs, Labels
@@ -77,7 +77,7 @@ def step_gradient(
     samples: int,
     uniform: Uniform = secure_uniform,
 ) -> dict[str, Tensor]:
-    """What a client's step takes for the gradient of one batch, by every parameter.
+    """What a client's step takes for the gradient of one batch, by every parameter that is trained.
 
     Args:
         model: Its mode is changed.
@@ -111,8 +111,8 @@ def full_gradient(
     train_mode: bool = True,
     precision: str = "float32",
 ) -> dict[str, Tensor]:
-    """The gradient of the mean cross-entropy with respect to every parameter."""
-    parameters = dict(model.train(train_mode).named_parameters())
+    """The gradient of the mean cross-entropy with respect to every parameter that is trained."""
+    parameters = trained_parameters(model.train(train_mode))
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
         loss = loss_of(model(images), labels)
     gradients = torch.autograd.grad(loss, list(parameters.values()))

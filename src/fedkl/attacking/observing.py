@@ -18,7 +18,7 @@ from fedkl.defenses import Arm, Defense, ServerView
 from fedkl.defenses.completion import Completion
 from fedkl.errors import DataError
 from fedkl.locking import KEY, Split
-from fedkl.protocol import Auxiliary, Observation, Procedure, Sending, Transform
+from fedkl.protocol import Auxiliary, Observation, Procedure, Sending, Transform, trained_parameters
 from fedkl.types import ImageBatch, Inputs, Labels
 
 _FIT_STEPS = 200
@@ -189,9 +189,9 @@ def sent_by(
         buffers: Gets those that are sent along with weights after a defense changed them.
 
     Returns:
-        By name: the gradient, or (before − after) / lr where weights are sent.
+        By name, of what is trained: the gradient, or (before − after) / lr where weights are sent.
     """
-    knowledge, public = arm.knowledge, client.public_parameters()
+    knowledge, public = arm.knowledge, client.schema("gradient").specs
     # Public γ and β are trained as such, not through the lock.
     trained = client.bake() if knowledge.affine_gradient else client.model
     private = () if knowledge.affine_gradient else client.private_parameters()
@@ -203,8 +203,9 @@ def sent_by(
         sent = client.public_update(state, kind="weights", num_samples=len(images), round=0, search=False)
         weights = arm.defense.transform(sent, client=at_hand).tensors
         if buffers is not None and arm.defense.changes_updates:
-            buffers |= {name: tensor for name, tensor in weights.items() if name not in public}
-        before = dict(trained.named_parameters())
+            parameters = client.public_parameters()
+            buffers |= {name: tensor for name, tensor in weights.items() if name not in parameters}
+        before = trained_parameters(trained)
         update = difference(before, after, lr=local.lr)
         seen = difference({name: before[name] for name in public}, weights, lr=local.lr)
     else:

@@ -19,7 +19,7 @@ from fedkl.defenses import Arm, Defense
 from fedkl.defenses.server_view import Known
 from fedkl.keys import imitated_uniform
 from fedkl.locking import Split
-from fedkl.protocol import Procedure, Sending
+from fedkl.protocol import Procedure, Sending, trained_parameters
 from fedkl.protocol.differentiable import transformed
 
 
@@ -85,8 +85,8 @@ class SimulatedClients:
         granted = arm.knowledge
         plain = victim.bake()
         baked = plain if granted.affine else None
-        names = set(victim.public_parameters())
-        parameters = {name for name, _ in plain.named_parameters()}
+        names = set(victim.schema("gradient").specs)
+        parameters = set(trained_parameters(plain))
         private = parameters - names
         if granted.affine_gradient and baked is not None:
             names = parameters

@@ -12,7 +12,7 @@ from fedkl import rng
 from fedkl.attacking.gradients import step_gradient
 from fedkl.keys import Uniform, secure_uniform
 from fedkl.locking import Split
-from fedkl.protocol import Procedure
+from fedkl.protocol import Procedure, trained_parameters
 from fedkl.protocol.local_training import LocalTrainer, batches_of
 from fedkl.types import ImageBatch, Inputs, Labels
 
@@ -28,7 +28,7 @@ def local_update(
     generator: torch.Generator | None = None,
     uniform: Uniform = secure_uniform,
 ) -> dict[str, Tensor]:
-    """What a client's procedure does to every parameter; the model is not changed.
+    """What a client's procedure does to every parameter that is trained; the model is not changed.
 
     Args:
         model: As the client received it.
@@ -67,7 +67,7 @@ def updated(
     uniform: Uniform = secure_uniform,
 ) -> dict[str, Tensor]:
     """As `local_update`, but for the model's mode and its norms' running statistics."""
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in trained_parameters(model).items()}
     batches = _batches(images, labels, local, generator)
     if local.algorithm == "fedavg":
         samples = len(images)
@@ -90,10 +90,10 @@ def updated(
             if local.is_gradient:
                 return total
             with torch.no_grad():
-                for name, parameter in model.named_parameters():
+                for name, parameter in trained_parameters(model).items():
                     parameter.sub_(gradient[name], alpha=local.lr)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained_parameters(model).items():
             parameter.copy_(before[name])
     return total
 

@@ -219,9 +219,14 @@ class Clients:
     def _looped_state(
         self, client: Split, images: Tensor, labels: Tensor, *, number: str
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Public parameters before, and the public state after the owner's function trained a client."""
+        """Public parameters before, and the public state after the owner's function trained a client.
+
+        Without those that were frozen before and were not changed.
+        """
         loop = cast(LocalLoop, self.procedure)
-        before = {name: tensor.detach().clone() for name, tensor in client.public_parameters().items()}
+        public = client.public_parameters()
+        before = {name: tensor.detach().clone() for name, tensor in public.items()}
+        frozen = {name for name, tensor in public.items() if not tensor.requires_grad}
         seed = rng.generator(self.seed, "loop", number).initial_seed()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # of the CPU only: others are not put back
@@ -241,4 +246,5 @@ class Clients:
                 f"{self.subject.name}: the function that trains changed no weight of the network that it was "
                 "given. Train that network in place, not a copy."
             )
-        return before, state
+        frozen = {name for name in frozen if torch.equal(before[name], state[name])}
+        return {name: tensor for name, tensor in before.items() if name not in frozen}, state

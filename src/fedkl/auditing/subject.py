@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import ConfigError, DataError, gathered, printable
+from fedkl.errors import ConfigError, DataError, gathered, printable, shown
 from fedkl.modelfile import read_tensors
 from fedkl.models.preprocessing import Standardize
-from fedkl.protocol import Procedure
+from fedkl.protocol import Procedure, trained_parameters
 from fedkl.update import TensorSpec, check_tensors
 
 LocalLoop = Callable[[nn.Module, Tensor, Tensor], object]
@@ -200,9 +200,16 @@ class Subject:
 
         Raises:
             ConfigError: It cannot be built, or does not fit its weights.
-            DataError: It cannot be called with the images, or returns no class scores.
+            DataError: It cannot be called with the images, returns no class scores, has numbers that are not
+                finite, or nothing that could be trained.
         """
         network = self.classifier().eval()
+        broken = [name for name, tensor in network.named_parameters() if not tensor.isfinite().all()]
+        if broken:
+            raise DataError(
+                f"{self.name}: {shown(broken[0])} of the network has numbers that are not finite. Give "
+                "weights of a training that did not diverge."
+            )
         try:
             with torch.no_grad():
                 scores = network(self.images[:2])
@@ -217,6 +224,12 @@ class Subject:
             raise DataError(
                 f"{self.name}: expected class scores of shape (2, {self.classes}) for two images, got {got}. "
                 "Return the scores, or an object with a field `logits`; set `classes` to their number."
+            )
+        frozen = any(True for _ in network.parameters()) and not trained_parameters(network)
+        if frozen and isinstance(self.procedure, Procedure):
+            raise DataError(
+                f"{self.name}: all parameters of the network are frozen (requires_grad=False), so clients "
+                "would train nothing. Freeze those only that they do not train."
             )
 
     def _channels_remedy(self) -> str | None:

@@ -16,7 +16,7 @@ Nothing here knows an attack or a defense.
 from fedkl.protocol.kept import only_kept
 from fedkl.protocol.observation import Auxiliary, Knowledge, Observation
 from fedkl.protocol.per_example import PerExample
-from fedkl.protocol.procedure import Procedure
+from fedkl.protocol.procedure import Procedure, trained_parameters
 from fedkl.protocol.sending import Sending
 from fedkl.protocol.transforms import Rescaling, Transform
 
@@ -30,4 +30,5 @@ __all__ = [
     "Sending",
     "Transform",
     "only_kept",
+    "trained_parameters",
 ]

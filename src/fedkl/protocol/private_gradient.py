@@ -15,6 +15,7 @@ from fedkl.errors import TrainingError, gathered
 from fedkl.keys import Uniform, normal
 from fedkl.norms import mixes_images
 from fedkl.protocol.per_example import PerExample, clipped_sum
+from fedkl.protocol.procedure import trained_parameters
 
 
 def private_gradient(
@@ -50,7 +51,7 @@ def private_gradient(
         Abadi et al. 2016, algorithm 1. The sum is divided by the batch's expected size, as in Opacus.
     """
     check_separate(model)
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: p.detach() for name, p in trained_parameters(model).items()}
 
     def of(part: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):

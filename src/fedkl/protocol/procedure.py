@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkl import rng
@@ -18,6 +18,11 @@ from fedkl.protocol.per_example import PerExample
 def loss_of(predictions: Tensor, labels: Tensor) -> Tensor:
     """What clients minimize: the mean cross-entropy, of labels or of probabilities."""
     return F.cross_entropy(predictions, labels)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, what training changes: all parameters but frozen ones, which require no gradient."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @dataclass(frozen=True, kw_only=True)

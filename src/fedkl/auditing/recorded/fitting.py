@@ -18,7 +18,7 @@ from fedkl.auditing.recorded.playing import Explanation, explained
 from fedkl.auditing.recorded.update import RecordedUpdate
 from fedkl.auditing.subject import Subject
 from fedkl.errors import ConfigError, shown
-from fedkl.protocol import Procedure
+from fedkl.protocol import Procedure, trained_parameters
 
 _NAMED = 5  # tensors that one sentence names
 _LEAST_CLIENTS = 40
@@ -225,7 +225,7 @@ def _kind_problems(
     network: nn.Module, tensors: Mapping[str, Tensor], recorded: RecordedUpdate
 ) -> list[Remark]:
     """Weights resemble weights, in direction or in the size of each tensor; updates do not."""
-    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    parameters = _held(network, tensors)
     if recorded.kind == "weights" and all(_equal(tensors[name], base) for name, base in parameters.items()):
         remedy = "Save the weights after the training, and give the subject those before it."
         return [
@@ -253,7 +253,7 @@ def _alignment(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> flo
 
 def _foreign_problem(network: nn.Module, tensors: Mapping[str, Tensor], play: _Play) -> Remark | None:
     """What are said to be weights, and are far from the base weights: an update, or another training's."""
-    base = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    base = _held(network, tensors)
     if _alignment(tensors, base) >= _ALIGNED:
         return None
     update = {name: tensors[name].to(torch.float32) for name in base}
@@ -263,6 +263,11 @@ def _foreign_problem(network: nn.Module, tensors: Mapping[str, Tensor], play: _P
         return _problem("kind", says, 'Say kind="gradient" or kind="difference".')
     says = "These base weights do not fit: the file holds weights of another training."
     return _problem("base weights", says, "Give the weights that the client received in that round.")
+
+
+def _held(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that a file holds: all, or all that are not frozen."""
+    return {name: tensor.detach() for name, tensor in network.named_parameters() if name in tensors}
 
 
 def _joined(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -275,7 +280,7 @@ def _descent(
     """The gradient, or (before − after) / lr."""
     lr = subject.procedure.lr if isinstance(subject.procedure, Procedure) else 1.0
     found = {}
-    for name, parameter in network.named_parameters():
+    for name, parameter in trained_parameters(network).items():
         tensor, base = tensors[name].to(torch.float32), parameter.detach()
         found[name] = (
             tensor if kind == "gradient" else -tensor / lr if kind == "difference" else (base - tensor) / lr

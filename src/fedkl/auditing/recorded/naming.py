@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from fedkl.errors import shown
+from fedkl.protocol import trained_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class Naming:
     Attributes:
         names: The network's name of each tensor of the file that has one, by the file's.
         how: What was done to find them; empty where all names are the network's own.
-        missing: Names of parameters that the file does not hold.
+        missing: Names of trained parameters that the file does not hold.
         missing_buffers: The same of buffers.
         unexpected: Names in the file that the network does not have.
         shapes: What is wrong with shapes, one sentence each.
@@ -38,12 +39,12 @@ class Naming:
 def naming(network: nn.Module, tensors: Mapping[str, Tensor]) -> Naming:
     """Finds out how a file's tensors are called in a network.
 
-    Numbers count the tensors as the network lists them: all of its state, or its parameters. A prefix is
-    what wrappers put before all names, in the file (``module.``) or in the network.
+    Numbers count the tensors as the network lists them: all of its state, its parameters, or those that are
+    trained. A prefix is what wrappers put before all names, in the file (``module.``) or in the network.
     """
     own = network.state_dict()
-    parameters = [name for name, _ in network.named_parameters()]
-    names, how = _numbered(own, parameters, tensors)
+    parameters, trained = [name for name, _ in network.named_parameters()], [*trained_parameters(network)]
+    names, how = _numbered(own, parameters, trained, tensors)
     if not names:
         names, how = _prefixed(own, tensors)
     known = set(names.values())
@@ -51,7 +52,7 @@ def naming(network: nn.Module, tensors: Mapping[str, Tensor]) -> Naming:
     return Naming(
         names=names,
         how=how,
-        missing=tuple(name for name in absent if name in parameters),
+        missing=tuple(name for name in absent if name in trained),
         missing_buffers=tuple(name for name in absent if name not in parameters),
         unexpected=tuple(name for name in tensors if name not in names),
         shapes=tuple(
@@ -63,11 +64,15 @@ def naming(network: nn.Module, tensors: Mapping[str, Tensor]) -> Naming:
 
 
 def _numbered(
-    own: Mapping[str, Tensor], parameters: Sequence[str], tensors: Mapping[str, Tensor]
+    own: Mapping[str, Tensor],
+    parameters: Sequence[str],
+    trained: Sequence[str],
+    tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, str], str]:
     if not tensors or {*tensors} != {str(number) for number in range(len(tensors))} or {*tensors} <= {*own}:
         return {}, ""
-    for order, what in ((list(own), "its state"), (list(parameters), "its parameters")):
+    orders = {"its state": [*own], "its parameters": parameters, "its trained parameters": trained}
+    for what, order in orders.items():
         if len(order) == len(tensors):
             names = {str(number): name for number, name in enumerate(order)}
             return names, f"numbers instead of names, read in the order of {what}"

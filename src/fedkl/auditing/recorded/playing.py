@@ -15,7 +15,7 @@ from fedkl.attacking.updates import difference, local_update
 from fedkl.auditing.recorded.likeness import Comparison, Likeness
 from fedkl.auditing.subject import Subject
 from fedkl.errors import DataError, printable
-from fedkl.protocol import Procedure
+from fedkl.protocol import Procedure, trained_parameters
 
 NormMode = Literal["train", "eval"]
 Otherwise = Literal["nothing", "norm mode", "step size", "unknown"]
@@ -94,7 +94,7 @@ def _either_sign(
 def _likeness(
     subject: Subject, network: nn.Module, mode: NormMode, clients: int, generator: torch.Generator
 ) -> Likeness:
-    weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in trained_parameters(network).items()}
     updates = played(subject, network, mode=mode, clients=clients, generator=generator)
     return Likeness(updates, count=clients, weights=weights)
 
@@ -140,7 +140,7 @@ def _update(
         return local_update(model, images, labels, train_mode=mode == "train", local=subject.procedure)
     client = copy.deepcopy(network)
     subject.procedure(client, subject.inputs(images), labels)
-    return difference(dict(network.named_parameters()), dict(client.named_parameters()), lr=1.0)
+    return difference(trained_parameters(network), dict(client.named_parameters()), lr=1.0)
 
 
 def _drawn(subject: Subject, generator: torch.Generator) -> tuple[Tensor, Tensor]:
