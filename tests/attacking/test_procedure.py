@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import nn
 
 from fedkl import config as configs
 from fedkl import data, models, rng
@@ -337,3 +338,27 @@ def test_what_fails_for_lack_of_memory_is_not_tried_again(dataset, error):
     images, labels = dataset.test_images[torch.arange(3)][:, None], dataset.test_labels[:3][:, None]
     with pytest.raises(RuntimeError, match="memory"):
         gradients(Large(), images, labels, names=["net.conv1.weight"], train_mode=True)
+
+
+class Attentive(nn.Module):
+    """Rows of an image attend to each other, as patches do in a vision transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = nn.Linear(32, 3 * 32)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x):
+        q, k, v = self.own(x.mean(1)[:, None]).chunk(3, -1)
+        return self.fc(nn.functional.scaled_dot_product_attention(q, k, v).mean((1, 2)))
+
+
+def test_clients_with_attention_are_played_at_once(dataset, recwarn):
+    """The fused attention is called client by client, with PyTorch's warning of a performance drop."""
+    network, images, labels = Attentive(), dataset.test_images[:4, None], dataset.test_labels[:4, None]
+    found = gradients(network, images, labels, names=["own.weight"], train_mode=True)["own.weight"]
+    assert [str(warning.message)[:60] for warning in recwarn] == []
+    for index in range(4):
+        network.zero_grad()
+        nn.functional.cross_entropy(network(images[index]), labels[index]).backward()
+        torch.testing.assert_close(found[index], network.own.weight.grad, rtol=1e-4, atol=1e-6)

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from fedkl.keys import Uniform, secure_uniform
 from fedkl.protocol import Procedure, trained_parameters
+from fedkl.protocol.differentiable import plain_attention
 from fedkl.protocol.private_gradient import is_untraceable, private_gradient
 from fedkl.protocol.procedure import loss_of
 from fedkl.types import Inputs, Labels
@@ -63,7 +64,8 @@ def _gradients_at_once(
 
     gradient = torch.func.grad(loss)
     wanted = {name: parameters[name] for name in names}
-    found = torch.vmap(gradient, in_dims=(None, 0, 0), randomness="different")(wanted, images, labels)
+    with plain_attention():
+        found = torch.vmap(gradient, in_dims=(None, 0, 0), randomness="different")(wanted, images, labels)
     return dict(found)
 
 

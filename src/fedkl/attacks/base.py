@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedkl.attacks.parallel import Progress, available_memory, shared_out
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import Scaling, as_pictures
 from fedkl.protocol import Observation
+from fedkl.protocol.differentiable import plain_attention
 from fedkl.registration import Kinds
 from fedkl.types import ImageBatch, Labels
 
@@ -72,11 +71,6 @@ class RefusedError(AttackError):
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.reason)
         self.refusal = refusal
-
-
-def _differentiable_attention() -> AbstractContextManager[None]:
-    """PyTorch's plain attention: the fused one of transformers has neither second nor forward derivatives."""
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +153,7 @@ class Attack:
         if lacking is not None:
             return Refusal(kind="does not apply", reason=f"{type(self).__name__}: expected {lacking}.")
         try:
-            with _differentiable_attention():
+            with plain_attention():
                 self._check(observation)
         except AttackError as error:
             return Refusal(kind="does not apply", reason=str(error))
@@ -220,7 +214,7 @@ class Attack:
             return self._run([o for o, _ in share], [g for _, g in share], progress)
 
         workers = self._fitting(observations[0], workers) if self.divisible else 1
-        with _differentiable_attention():
+        with plain_attention():
             return shared_out(run, pairs, workers=workers, progress=on_evaluation)
 
     def _read(self, observation: Observation) -> Observation:

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedkl.defenses.base import Arm, register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.errors import ConfigError, UpdateError, shown
 from fedkl.protocol import Rescaling, Sending, Transform
+from fedkl.protocol.differentiable import plain_attention
 from fedkl.types import NamedTensors
 
 _IMAGES = 32  # the mask is of so many of the client's images at most
@@ -206,7 +206,7 @@ def _probed(
     features: _Features, images: Tensor, *, probes: int, draws: Draws
 ) -> Float[Tensor, "images *rows features"]:
     """E (J u)_i² = ‖J_i‖² for normal u; images do not see each other in eval mode."""
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward derivative
+    with plain_attention():
         squares = [
             torch.func.jvp(features, (images,), (draws.normal(images),))[1].square() for _ in range(probes)
         ]

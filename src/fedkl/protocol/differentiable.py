@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedkl.errors import AttackError
 from fedkl.protocol.procedure import Procedure
 
 Gradient = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
 """The gradient by name at trained tensors, of the images with these indexes."""
+
+
+def plain_attention() -> AbstractContextManager[None]:
+    """PyTorch's plain attention in place of the fused one.
+
+    The fused one has neither second nor forward derivatives, and is called image by image in `torch.vmap`.
+    """
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def check_differentiable(procedure: Procedure, *, attack: str) -> None:
