@@ -141,7 +141,7 @@ def picture_grid(grid: Grid, *, dark: bool = False) -> bytes:
 
 
 def _picture_grid(grid: Grid, paper: str) -> bytes:
-    """All on one pair of axes in inches: axes of their own for each picture take far longer to draw."""
+    """All on one pair of axes in inches: axes for each picture take nearly twice as long."""
     columns, rows = len(grid.columns), max(len(grid.rows), 1)
     titles = [_title(name) for name in grid.columns]
     head = 0.12 + 0.18 * max(name.count("\n") + 1 for name in titles)
