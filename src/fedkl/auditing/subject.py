@@ -163,7 +163,7 @@ class Subject:
         except Exception as error:
             raise ConfigError(
                 f"Subject.model: raised {type(error).__name__} ({printable(str(error))}). Give a function "
-                "without arguments that returns the network."
+                "without arguments that returns the network, on the CPU."
             ) from error
         if not isinstance(network, nn.Module):
             raise ConfigError(
