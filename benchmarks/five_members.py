@@ -2,8 +2,8 @@
 
     python benchmarks/five_members.py
 
-Prints one JSON line. Cards and the cohort's file are carried between the folders; the fingerprint that the
-founder sees is what the others say on the phone. The round is Flower's example in one process.
+Prints one JSON line. Cards and the cohort's file are carried between the folders; the cohort's
+fingerprint is what the five would compare on the phone. The round is Flower's example in one process.
 docs/results/2026-11-masks.md has the figures.
 """
 
@@ -20,14 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
-import tomllib
 import torch
+from flower_deployment import app_defaults
 from safetensors.torch import load_file
 
 from fedkl.masking.exchange import read_cohort
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "flower"
-sys.path.insert(0, str(EXAMPLE))
 MEMBERS = 5
 NAMES = [f"client-{number}" for number in range(MEMBERS)]  # as Flower's nodes are numbered in one process
 
@@ -92,8 +90,7 @@ def delivered(folder: Path) -> list[dict[str, torch.Tensor]]:
     nodes.mkdir()
     for name in NAMES:
         shutil.move(folder / name / f"{name}.secret", nodes)
-    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))
-    config = project["tool"]["flwr"]["app"]["config"] | {"rounds": 1, "masked": True, "min-replies": MEMBERS}
+    config = app_defaults() | {"rounds": 1, "masked": True, "min-replies": MEMBERS}
     run_in_process(
         server_app.app,
         masked_client_app.app,

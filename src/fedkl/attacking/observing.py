@@ -191,7 +191,7 @@ def sent_by(
     Returns:
         By name, of what is trained: the gradient, or (before − after) / lr where weights are sent.
     """
-    knowledge, public = arm.knowledge, client.schema("gradient").specs
+    knowledge, public = arm.knowledge, client.trained_parameters()
     # Public γ and β are trained as such, not through the lock.
     trained = client.bake() if knowledge.affine_gradient else client.model
     private = () if knowledge.affine_gradient else client.private_parameters()

@@ -85,7 +85,7 @@ class SimulatedClients:
         granted = arm.knowledge
         plain = victim.bake()
         baked = plain if granted.affine else None
-        names = set(victim.schema("gradient").specs)
+        names = set(victim.trained_parameters())
         parameters = set(trained_parameters(plain))
         private = parameters - names
         if granted.affine_gradient and baked is not None:

@@ -224,9 +224,8 @@ class Clients:
         Without those that were frozen before and were not changed.
         """
         loop = cast(LocalLoop, self.procedure)
-        public = client.public_parameters()
-        before = {name: tensor.detach().clone() for name, tensor in public.items()}
-        frozen = {name for name, tensor in public.items() if not tensor.requires_grad}
+        before = {name: tensor.detach().clone() for name, tensor in client.public_parameters().items()}
+        trained = set(client.trained_parameters())
         seed = rng.generator(self.seed, "loop", number).initial_seed()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # of the CPU only: others are not put back
@@ -246,5 +245,5 @@ class Clients:
                 f"{self.subject.name}: the function that trains changed no weight of the network that it was "
                 "given. Train that network in place, not a copy."
             )
-        frozen = {name for name in frozen if torch.equal(before[name], state[name])}
-        return {name: tensor for name, tensor in before.items() if name not in frozen}, state
+        trained |= {name for name, tensor in before.items() if not torch.equal(tensor, state[name])}
+        return {name: tensor for name, tensor in before.items() if name in trained}, state

@@ -96,7 +96,7 @@ class Federation:
         check_tied(self.split, training)
         self.server = Server(
             self.split.public_state(),
-            trained=[name for name, p in self.split.public_parameters().items() if p.requires_grad],
+            trained=list(self.split.trained_parameters()),
             optimizer=training.server_optimizer,
         )
 

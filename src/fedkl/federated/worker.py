@@ -169,8 +169,7 @@ class Worker:
             loss = self._trainer.private_backward(images, labels, samples=client.num_samples)
             gradient = {
                 name: torch.zeros_like(p) if p.grad is None else p.grad
-                for name, p in self.split.public_parameters().items()
-                if p.requires_grad
+                for name, p in self.split.trained_parameters().items()
             }
             self._trainer.step_private()
             # Not how many there happen to be in the batch: that tells who is in it.

@@ -50,6 +50,14 @@ class Split:
         named = self._model.named_parameters()
         return {name: parameter for name, parameter in named if id(parameter) not in private}
 
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Public parameters without frozen ones, by name: what a gradient is of.
+
+        Raises:
+            SecretError: See `public_state`.
+        """
+        return {name: p for name, p in self.public_parameters().items() if p.requires_grad}
+
     def private_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable tensors that stay: lock layers, private layers. `model.parameters()` has them too."""
         private = dict(withheld(self._model))
@@ -191,7 +199,7 @@ class Split:
         """
         if loss.numel() != 1:
             raise UpdateError(f"public_gradient: expected a scalar loss, got shape {tuple(loss.shape)}.")
-        named = {name: p for name, p in self.public_parameters().items() if p.requires_grad}
+        named = self.trained_parameters()
         if not named or not loss.requires_grad:
             raise UpdateError("public_gradient: the loss does not depend on a trainable public parameter.")
         gradients = torch.autograd.grad(
@@ -210,7 +218,7 @@ class Split:
         """
         tensors: Mapping[str, Tensor] = self._public_tensors()
         if kind == "gradient":
-            tensors = {name: p for name, p in self.public_parameters().items() if p.requires_grad}
+            tensors = self.trained_parameters()
         specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
         return PublicSchema(kind=kind, specs=specs, private=self.private_names)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedkl.errors import AttackError, gathered
 from fedkl.metrics import Scaling
 from fedkl.norms import loses_scale, mixes_images
-from fedkl.protocol.procedure import Procedure
+from fedkl.protocol.procedure import Procedure, trained_parameters
 from fedkl.protocol.transforms import Rescaling, Transform
 from fedkl.types import ImageBatch, Labels
 
@@ -199,7 +199,7 @@ class Observation:
     @property
     def trained(self) -> tuple[str, ...]:
         """Names of what the client's local steps change: parameters and lock layers, never the key."""
-        parameters = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        parameters = trained_parameters(self.model)
         links = [name for name in self.secrets if "." in name]  # a parameter's name has a module's before it
         generated = set(self.generated)
         return tuple(name for name in (*parameters, *links) if name not in generated)
