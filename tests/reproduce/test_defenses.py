@@ -10,7 +10,7 @@ import pytest
 
 from fedkl.attacking.matrix import ROWS
 from fedkl.defenses import DEFENSES
-from fedkl.errors import ConfigError
+from fedkl.errors import ConfigError, gathered
 from fedkl.reproduce import DefensesTable, compared, defenses
 from fedkl.reproduce.defenses_table import markdown, points
 from tests.auditing.subjects import subject
@@ -122,6 +122,12 @@ def test_what_could_not_be_trained_stands_there_with_its_reason():
     text = markdown([record("none"), record("odd", accuracy=None, reasons=["it *diverged*"])], row="x")
     assert "* the odd: it \\*diverged\\*" in text
     assert len(points([record("none"), record("odd", accuracy=None)], row="x")) == 2
+
+
+def test_a_reason_of_many_problems_is_one_line():
+    told = gathered("Norms mix images.", ["'bn1'", "'bn2'.", "'bn3'"], "Replace them.")
+    text = markdown([record("odd", accuracy=None, reasons=[told])], row="x")
+    assert "\n* the odd: Norms mix images: 'bn1' and 2 more. Replace them.\n" in text
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ Exposed = dict[str, Any]
 ROUND, ONE = "your-client", "gradient-of-1"
 """Exposures that the table leads with: what clients really send, and one step on one image."""
 
+_PROBLEM = "  - "
 _QUESTIONS = {"presence": "recognized", "identified": "identified"}
 
 _NOTES = (
@@ -40,12 +41,25 @@ def markdown(records: Sequence[Record], *, row: str) -> str:
     first = table_lines(main, [_main(each) for each in records])
     upper = [name for name in names if name != ROUND]
     columns = ("defense", *(titles[name] for name in upper))
-    reasons = [f"* {escaped(each['title'])}: {escaped(why)}" for each in records for why in each["reasons"]]
+    reasons = [
+        f"* {escaped(each['title'])}: {escaped(_brief(why))}" for each in records for why in each["reasons"]
+    ]
     parts = [f"## {escaped(row)}", "\n".join(first)]
     for question, what in _QUESTIONS.items():
         lines = table_lines(columns, [_upper(each, upper, question) for each in records])
         parts += [f"Upper bounds, easier for attackers: {what}", "\n".join(lines)]
     return "\n\n".join([*parts, *_NOTES, *(["Not run:\n\n" + "\n".join(reasons)] if reasons else [])]) + "\n"
+
+
+def _brief(reason: str) -> str:
+    """In one line; of several problems (see `fedkl.errors.gathered`) the first and how many more."""
+    lines = reason.splitlines()
+    problems = [line.removeprefix(_PROBLEM) for line in lines if line.startswith(_PROBLEM)]
+    if not problems:
+        return reason
+    more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+    before, after = lines[0], " ".join(lines[1 + len(problems) :])
+    return f"{before.rstrip('.:')}: {problems[0].rstrip('.')}{more}. {after}".strip()
 
 
 def _title(records: Sequence[Record], name: str) -> str:
