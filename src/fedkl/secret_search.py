@@ -174,6 +174,8 @@ class _Runs:
             return False  # no numbers of this precision
         hashes = _hashes([bits[offset : offset + count] for offset in range(self._length)])
         likely = np.flatnonzero(self._table[hashes >> self._shift])
+        if len(likely) == 0:
+            return False  # of short texts nearly always
         places = np.searchsorted(self._hashes, hashes[likely]).clip(max=len(self._hashes) - 1)
         certain = likely[self._hashes[places] == hashes[likely]]
         return bool(np.any(_evident(sliding_window_view(bits, self._length)[certain])))
@@ -245,12 +247,12 @@ def _readings(data: bytes) -> Iterator[Numbers]:
 
 
 def _decoded(text: str) -> Iterator[bytes]:
-    """What runs of base64 and of hexadecimal digits in a text stand for, wherever they begin."""
-    for run in _BASE64.findall(text):
+    """What runs of base64 and of hexadecimal digits in a text stand for, wherever they begin; each once."""
+    for run in dict.fromkeys(_BASE64.findall(text)):
         for offset in range(4):
             digits = run[offset:].replace("-", "+").replace("_", "/")
             yield base64.b64decode(digits[: len(digits) // 4 * 4])
-    for run in _HEX.findall(text):
+    for run in dict.fromkeys(_HEX.findall(text)):
         for offset in range(2):
             yield binascii.unhexlify(run[offset : offset + (len(run) - offset) // 2 * 2])
 

@@ -1,10 +1,11 @@
-"""Attempts in a process without type checks, which take ten times as long: ``python -m tests.hygiene.cases``.
+"""Attempts in a process without checks of types: ``python -m tests.hygiene.cases``.
 
 Reads a list of (scenario, stage or null) as JSON from stdin, and writes what was found of each.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -17,9 +18,14 @@ from fedkl import lockfile
 from tests.hygiene.__main__ import attempt
 from tests.hygiene.scenarios import SCENARIOS, leak
 
+_IMPORTED = ("fedkl.cli", "fedkl.experiments", "fedkl.report", "fedkl.auditing", "torch._dynamo")
+"""What attempts would import, each by itself; the last is the first optimizer's."""
+
 
 def main() -> None:
     """Does them one after another."""
+    for name in _IMPORTED:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     lockfile._SCRYPT = {"n": 2, "r": 1, "p": 1}
     SCENARIOS["leak"] = leak

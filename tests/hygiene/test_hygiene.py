@@ -33,9 +33,9 @@ HELD = ("keys", "keyfile.py:save_key:")
 
 
 @cache
-def _found(scenario):
-    """By stage, what was found; one process does all of a scenario."""
-    cases = [case for case in [*WHOLE, *STOPPED, *LEAKS, HELD] if case[0] == scenario]
+def _found():
+    """By case, what was found; one process forks all, so that what they import is imported once."""
+    cases = [*WHOLE, *STOPPED, *LEAKS, HELD]
     done = subprocess.run(
         [sys.executable, "-m", "tests.hygiene.cases"],
         input=json.dumps(cases),
@@ -49,7 +49,7 @@ def _found(scenario):
 
 
 def found(case):
-    return _found(case[0])[case]
+    return _found()[case]
 
 
 @pytest.mark.parametrize("case", WHOLE, ids=str)
