@@ -24,7 +24,7 @@ from fedkl.defenses.percentile import Percentile
 from fedkl.defenses.pruning import Pruning
 from fedkl.defenses.soteria import Soteria
 from fedkl.defenses.sparse_vector import SparseVector
-from fedkl.protocol import Procedure
+from fedkl.protocol import Procedure, only_kept
 
 TRIALS = 2
 BLURRED = GaussianNoise(deviation=1e-5)
@@ -70,6 +70,21 @@ def test_matching_what_was_kept_beats_matching_all(defense, trials):
     seen = observations(defense, trials)
     informed, naive = error(seen, trials), error([replace(each, transform=None) for each in seen], trials)
     assert informed < 0.75 * naive
+
+
+def test_a_server_that_takes_pruned_entries_for_gradients_is_an_arm(trials):
+    """It is the one of DLG's section 5.2."""
+    pruning = Pruning(keep=0.3)
+    arms = own_arms(pruning)
+    assert {name: arm.main for name, arm in arms.items()} == {
+        "no-norm": True, "pruning": True, "pruning-naive": False
+    }  # fmt: skip
+    model = models.build_model("lenet", channels=3, classes=10, seed=0, initialization="default")
+    transforms = [
+        observe(pruning.prepare(model), arm=arm, model=model, trial=trials[0], classes=10).transform
+        for arm in (arms["pruning"], arms["pruning-naive"])
+    ]
+    assert transforms == [only_kept, None]
 
 
 @pytest.mark.parametrize(

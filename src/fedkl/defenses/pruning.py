@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedkl.defenses.base import register_defense
+from fedkl.defenses.base import Arm, register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.errors import ConfigError
 from fedkl.protocol import Sending, Transform, only_kept
@@ -65,6 +65,11 @@ class Pruning(UpdateDefense):
         self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor]:
         return {name: self._pruned(tensor) for name, tensor in change.items()}
+
+    def guesses(self) -> tuple[Arm, ...]:
+        """A server that compares what was kept, and one that takes the rest for gradients of zero."""
+        (informed,) = super().guesses()
+        return informed, self.unknown(informed, "zeros are taken for gradients")
 
     def describe(self) -> str:
         """How much is kept."""
