@@ -15,6 +15,7 @@ from fedkl.auditing.attackers import ATTACKERS, available
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.defended import defense_of, text_of
 from fedkl.auditing.plan import CONTROL, exposures_of
+from fedkl.auditing.rebuilding import work
 from fedkl.auditing.recognition import LOOKED_AT, Pools
 from fedkl.defenses import DEFENSES, Defense, KeyLock, NoDefense, PrivateNorm
 from fedkl.defenses.combined import Combined
@@ -34,6 +35,10 @@ def exposed(audited, *, batch_sizes=(1, 16), masking="none", defense=None):
 
 def planned(audited, **options):
     return plan.plan(exposed(audited, **options), pools=Pools.of(audited.images, audited.labels, seed=0))
+
+
+def attacker(name):
+    return next(each for each in ATTACKERS if each.name == name)
 
 
 def runs(entries, exposure):
@@ -216,14 +221,47 @@ def test_estimates_are_of_later_updates(monkeypatch):
     (client, *_) = exposed(audited, batch_sizes=())
     entries = {each.name: each for each in plan.plan([Slow(**vars(client))], pools=pools)}
     assert set(audited.calls) == {8}
-    matching = next(each for each in ATTACKERS if each.name == "matching")
-    assert entries["matching"].seconds == 2.0 / 8 * matching.gradients * matching.images
-    assert entries["matching"].least == 2.0 / 8 * matching.gradients * min(16, matching.images)
+    matching, learned = (
+        next(each for each in ATTACKERS if each.name == name) for name in ("matching", "learned")
+    )
+    assert matching.images == 20
+    assert entries["matching"].seconds == 2.0 * matching.each * 2  # two updates of eight
+    assert entries["matching"].least == entries["matching"].seconds
+    assert entries["learned"].seconds == entries["learned"].least == 2.0 * learned.once
     assert entries["presence"].seconds == 2 * 30 * 2.0 + 2 * LOOKED_AT * 2.0 / 8 + 5
     hidden = {each.name: each for each in plan.plan(
         exposed(audited, masking="blind", batch_sizes=()), pools=pools
     ) if each.exposure.headline}  # fmt: skip
     assert hidden["presence"].seconds == 10.0  # with its control; these clients take no time of this clock
+
+
+def test_an_update_is_attacked_whole_and_its_control_too():
+    audited = subject(count=200, images_per_client=30)
+    pools = Pools.of(audited.images, audited.labels, seed=0)
+    (open_client, *_), (hidden, *_) = (exposed(audited, masking=mode) for mode in ("none", "blind"))
+    matching = attacker("matching")
+    assert work(matching, open_client, pools) == (matching.each, matching.each)
+    assert work(matching, hidden, pools) == (2 * matching.each, 2 * matching.each)
+
+
+def test_an_attacker_without_time_for_real_clients_comes_later(monkeypatch):
+    """Else its control takes the time of those who would find something."""
+    monkeypatch.setattr(plan, "_seconds_of_update", lambda clients, pools: float(clients.exposure.images))
+    audited = subject(count=200, images_per_client=30)
+    pools = Pools.of(audited.images, audited.labels, seed=0)
+    clients = exposed(audited, batch_sizes=(1,))
+    matching = attacker("matching")
+
+    def names(within):
+        entries = plan.plan(clients, pools=pools, within=within)
+        return [(e.name, e.exposure.name) for e in entries if e.obstacle is None]
+
+    enough, short = names(30 * matching.each), names(30 * matching.each - 1)
+    assert sorted(enough) == sorted(short)
+    mine = [("matching", "gradient-of-1"), ("matching", "your-client")]
+    cheap = ("disaggregation", "gradient-of-1")
+    assert [each for each in enough if each in (*mine, cheap)] == [*mine, cheap]
+    assert [each for each in short if each in (*mine, cheap)] == [cheap, *mine]
 
 
 def test_a_client_that_cannot_train_ends_the_plan():

@@ -67,8 +67,8 @@ def _truth(observation):  # a test's attacker may look
     return next(x for x, y in zip(parts, labels, strict=True) if torch.equal(y, observation.labels))
 
 
-BREAKING = Attacker(name="breaking", type="test-breaking", threat_model="B", images=4, gradients=1)
-BACKWARDS = Attacker(name="backwards", type="test-backwards", threat_model="B", images=8, gradients=1)
+BREAKING = Attacker(name="breaking", type="test-breaking", threat_model="B", images=4, each=1)
+BACKWARDS = Attacker(name="backwards", type="test-backwards", threat_model="B", images=8, each=1)
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +224,7 @@ def test_without_time_presence_of_real_clients_is_measured_all_the_same(tmp_path
 
 
 def test_what_cannot_end_in_the_time_left_does_not_begin(tmp_path, monkeypatch, few):
-    few(replace(BACKWARDS, gradients=10**9), LINEAR_ROWS)
+    few(replace(BACKWARDS, each=10**9), LINEAR_ROWS)
     found = audited(tmp_path / "a")
     late = {(each.attacker, each.kind) for each in found.not_run}
     assert late == {("backwards", "no time left")}

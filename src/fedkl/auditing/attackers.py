@@ -24,7 +24,8 @@ class Attacker:
         own_images: Images of the server's own, at most; less where the subject has fewer.
         images: Attacked at most.
         replays: Whether it does on its own images what a client does; else an update is enough.
-        gradients: Gradients of the network that an image costs, about; for the plan.
+        once: Updates of such a client that it computes however many it attacks, about; for the plan.
+        each: The same for each update that it attacks.
     """
 
     name: str
@@ -34,7 +35,8 @@ class Attacker:
     own_images: int = 0
     images: int = 100
     replays: bool = True
-    gradients: int
+    once: int = 0
+    each: int = 0
 
     def attack(self) -> Attack:
         """The attack, with its options."""
@@ -42,14 +44,14 @@ class Attacker:
 
 
 ATTACKERS: tuple[Attacker, ...] = (
-    Attacker(name="positions", type="positions", threat_model="B", replays=False, gradients=20),
+    Attacker(name="positions", type="positions", threat_model="B", replays=False, each=20),
     Attacker(
         name="linear-rows",
         type="linear-rows",
         threat_model="D",
         own_images=1000,
         replays=False,
-        gradients=500,
+        each=50,
     ),
     Attacker(
         name="disaggregation",
@@ -58,16 +60,16 @@ ATTACKERS: tuple[Attacker, ...] = (
         own_images=1000,
         images=48,
         replays=False,
-        gradients=1000,
+        once=2500,
     ),
-    Attacker(name="closed-form", type="closed-form", threat_model="B", images=20, gradients=500),
+    Attacker(name="closed-form", type="closed-form", threat_model="B", images=20, each=500),
     Attacker(
         name="feature-inversion",
         type="feature-inversion",
         threat_model="D",
         own_images=1000,
         images=20,
-        gradients=1000,
+        once=1000,
     ),
     Attacker(
         name="matching",
@@ -75,16 +77,16 @@ ATTACKERS: tuple[Attacker, ...] = (
         options={"iterations": 500},
         threat_model="C",
         images=20,
-        gradients=1500,
+        each=1500,
     ),
-    Attacker(name="learned", type="learned", threat_model="D", own_images=1000, gradients=100),
+    Attacker(name="learned", type="learned", threat_model="D", own_images=1000, once=2500),
     Attacker(
         name="gauss-newton",
         type="gauss-newton",
         threat_model="D",
         own_images=1000,
         images=10,
-        gradients=8000,
+        each=8000,
     ),
 )
 """In the order in which they are run; an attack that is not registered is left out."""

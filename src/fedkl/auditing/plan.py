@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from time import process_time
 
 from fedkl.auditing.attackers import PRESENCE, Attacker, available
 from fedkl.auditing.clients import Clients, Sent
-from fedkl.auditing.rebuilding import FIRST_LOT, refusal
+from fedkl.auditing.rebuilding import refusal, work
 from fedkl.auditing.recognition import LOOKED_AT, Pools, check_enough, clients_of
 from fedkl.auditing.results import Exposure, Masking, NotRun
 from fedkl.auditing.subject import Subject
@@ -173,17 +174,23 @@ def _is_gradient_of(subject: Subject, size: int) -> bool:
 
 
 def plan(
-    exposures: Sequence[Clients], *, pools: Pools, told: Callable[[str], None] = lambda text: None
+    exposures: Sequence[Clients],
+    *,
+    pools: Pools,
+    within: float = math.inf,
+    told: Callable[[str], None] = lambda text: None,
 ) -> list[Planned]:
     """Every attacker on every exposure, in the order in which they are run.
 
     Presence of real clients comes first, then the attackers of pictures on real clients from the cheapest
     on, then the attackers of pictures on upper bounds, then presence of these. Before real clients comes the
-    attacker's control: it says whether the attacker can do anything at all.
+    attacker's control: it says whether the attacker can do anything at all. An attacker whom one update of a
+    real client takes longer than there is time has its turn among the upper bounds.
 
     Args:
         exposures: See `exposures_of`.
         pools: Whose images are whose.
+        within: Seconds that there are for all of it.
         told: Called with what is looked at.
 
     Raises:
@@ -199,11 +206,13 @@ def plan(
     idle = {each.name for each in found if each.clients.sent is not None and each.obstacle is not None}
     found = [each for each in found if each.clients.sent is not None or each.name not in idle]
     order = {id(each): place for place, each in enumerate(found)}
-    real = {each.name for each in found if each.exposure.headline and each.obstacle is None}
+    tried = [each for each in found if each.exposure.headline and each.obstacle is None]
+    real = {each.name for each in tried if each.attacker is None or each.least <= within}
+    late = {each.name for each in tried} - real
     return sorted(
         found,
         key=lambda each: (
-            not _is_of_real(each, real),
+            not _is_of_real(each, real, late),
             _turn(each),
             each.exposure.name != CONTROL,
             not each.exposure.headline,
@@ -230,9 +239,11 @@ def shortfalls(entries: Sequence[Planned]) -> list[str]:
     return found
 
 
-def _is_of_real(entry: Planned, attackers: Collection[str]) -> bool:
-    """Whether it is on real clients, or the control of an attacker that is."""
-    return entry.exposure.headline or (entry.exposure.name == CONTROL and entry.name in attackers)
+def _is_of_real(entry: Planned, attackers: Collection[str], late: Collection[str]) -> bool:
+    """Whether it is on real clients, in time, or the control of an attacker that is."""
+    if entry.exposure.headline:
+        return entry.name not in late
+    return entry.exposure.name == CONTROL and entry.name in attackers
 
 
 def _turn(entry: Planned) -> int:
@@ -281,12 +292,7 @@ def _rebuilding(attacker: Attacker, clients: Clients, pools: Pools, seconds: flo
         return Planned(attacker=attacker, clients=clients, seconds=0.0, obstacle=obstacle)
     refused = refusal(attacker, clients, pools)
     if refused is None:
-        each = seconds * attacker.gradients / size  # an update's time is that of all of its images
-        return Planned(
-            attacker=attacker,
-            clients=clients,
-            seconds=each * attacker.images,
-            least=each * min(FIRST_LOT * size, attacker.images),
-        )
+        whole, least = (seconds * updates for updates in work(attacker, clients, pools))
+        return Planned(attacker=attacker, clients=clients, seconds=whole, least=least)
     obstacle = NotRun.of(attacker.name, exposure, kind=refused.kind, reason=refused.reason)
     return Planned(attacker=attacker, clients=clients, seconds=0.0, obstacle=obstacle)

@@ -120,6 +120,15 @@ def refusal(attacker: Attacker, clients: Clients, pools: Pools) -> Refusal | Non
         return _no(str(error))
 
 
+def work(attacker: Attacker, clients: Clients, pools: Pools) -> tuple[int, int]:
+    """Updates of such a client that an attacker computes, about: in all, and before it looks at the clock."""
+    count = _count(clients, most=attacker.images, there=len(pools.audited.images))
+    first = next(_lots(count)) if attacker.attack().divisible else count
+    guesses = len(_arms(attacker, clients, dataset_of(clients, pools)))
+    whole, least = (guesses * (attacker.once + attacker.each * updates) for updates in (count, first))
+    return whole, least
+
+
 class _OverError(Exception):
     """The time is over in the middle of an attack."""
 
@@ -183,14 +192,10 @@ def rebuild(
 
 
 def _trials(clients: Clients, dataset: Dataset, *, most: int) -> list[Trial]:
-    """What is attacked: about so many images at most, and one update at least."""
-    size = clients.exposure.images * clients.exposure.clients
-    there = len(dataset.test_images)
-    count = max(1, min(most, there) // size)
-    if most >= SAFE_FROM > count * size and (count + 1) * size <= there:
-        count += 1  # with 96 of 100 images a verdict would say nothing
+    """What is attacked."""
+    count = _count(clients, most=most, there=len(dataset.test_images))
     if clients.sent is None:
-        return trials_of(dataset, trials=count, batch_size=size)
+        return trials_of(dataset, trials=count, batch_size=clients.exposure.images * clients.exposure.clients)
     return [
         Trial(
             index=index,
@@ -200,6 +205,15 @@ def _trials(clients: Clients, dataset: Dataset, *, most: int) -> list[Trial]:
         )
         for index, places in enumerate(clients.sent.places[:count])
     ]
+
+
+def _count(clients: Clients, *, most: int, there: int) -> int:
+    """Updates that are attacked: of about so many images at most, and one at least."""
+    size = clients.exposure.images * clients.exposure.clients
+    count = max(1, min(most, there) // size)
+    if most >= SAFE_FROM > count * size and (count + 1) * size <= there:
+        count += 1  # with 96 of 100 images a verdict would say nothing
+    return count
 
 
 def _network(clients: Clients) -> nn.Module:

@@ -27,9 +27,8 @@ from fedkl.errors import ConfigError
 from fedkl.files import exclusive, make_folder, write_atomically
 from fedkl.study import Progress, silent
 
-_PATIENCE = 2.0  # estimates of time are rough
 _LEFT_FOR_ONE = 0.25  # share of the time that is left, after which an attacker begins no further lot
-_MOST_FOR_ONE = 0.5  # and after which it is ended in the middle of one
+_MOST_FOR_ONE = 0.5  # and after which it is ended in the middle of one; estimates of time are rough
 
 
 def audit(
@@ -136,7 +135,12 @@ def run_all(
         present = folder.begin(settings)
         if present.summary is None:
             start = monotonic()
-            entries = plan(exposures, pools=pools, told=lambda text: progress(0, 1, f"planning: {text}"))
+            entries = plan(
+                exposures,
+                pools=pools,
+                within=60 * settings.minutes,
+                told=lambda text: progress(0, 1, f"planning: {text}"),
+            )
             planned(entries)
             _carry_out(entries, pools, folder, present, _Clock(start, settings.minutes), progress)
         return folder.audit()
@@ -251,7 +255,7 @@ def _carry_out(
             folder.append(entry.obstacle)
             continue
         optional = worked and not (entry.attacker is None and entry.exposure.headline)
-        if optional and (not clock.left or entry.least > _PATIENCE * clock.left):
+        if optional and (not clock.left or entry.least > clock.left):
             times = f"{clock.left:.0f} s were left of {clock.minutes:g} minutes"
             reason = f"It may take {entry.seconds:.0f} s, and {times}."
             folder.append(NotRun.of(entry.name, entry.exposure, kind="no time left", reason=reason))
