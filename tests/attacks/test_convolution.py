@@ -114,7 +114,7 @@ def test_saturated_positions_are_left_out_and_filled_in():
     ],
 )
 def test_activations_against_autograd(made, function):
-    z = torch.linspace(-4, 4, 41).double().requires_grad_()
+    z = torch.linspace(-4, 4, 40).double().requires_grad_()  # not at the kink, where slopes differ by side
     h = function(z)
     (slope,) = torch.autograd.grad(h.sum(), z)
     back, found = made.undo(h.detach())
