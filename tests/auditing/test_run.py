@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Literal
@@ -228,6 +229,10 @@ def test_what_cannot_end_in_the_time_left_does_not_begin(tmp_path, monkeypatch, 
     found = audited(tmp_path / "a")
     late = {(each.attacker, each.kind) for each in found.not_run}
     assert late == {("backwards", "no time left")}
+    reasons = [each.reason for each in found.not_run if each.exposure == "gradient-of-1"]
+    assert [re.sub(r"\d+", "n", each) for each in reasons] == [
+        "It may take n s, its first images n, and n s were left of n minutes."
+    ]
     assert ("rebuilt", "linear-rows", "your-client") in by_name(found)
 
 

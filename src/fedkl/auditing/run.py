@@ -257,7 +257,8 @@ def _carry_out(
         optional = worked and not (entry.attacker is None and entry.exposure.headline)
         if optional and (not clock.left or entry.least > clock.left):
             times = f"{clock.left:.0f} s were left of {clock.minutes:g} minutes"
-            reason = f"It may take {entry.seconds:.0f} s, and {times}."
+            first = f", its first images {entry.least:.0f}" if 0 < entry.least < entry.seconds else ""
+            reason = f"It may take {entry.seconds:.0f} s{first}, and {times}."
             folder.append(NotRun.of(entry.name, entry.exposure, kind="no time left", reason=reason))
             continue
         progress(clock.used, 1, f"{entry.name}: {entry.exposure.title}")
