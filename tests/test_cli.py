@@ -15,7 +15,7 @@ import pytest
 from fedkl import cli, demo
 from fedkl.attacks import DLG, ClosedForm
 from fedkl.cli.terminal import progress_bar
-from fedkl.config import AttackConfig, TrainConfig
+from fedkl.config import AttackConfig, DataConfig, TrainConfig
 from fedkl.defenses import PUBLISHED_LOCK
 from fedkl.federated import FederatedTraining
 from fedkl.runs import RunDirectory
@@ -429,7 +429,7 @@ def test_the_demo_says_what_it_shows_and_no_verdicts_on_four_images(fedkl, tmp_p
         return AttackConfig(attack=kind, defense=PUBLISHED_LOCK, arms=arms, trials=1)
 
     tiny = {
-        "train-plain": TrainConfig(training=FederatedTraining(rounds=2)),
+        "train-plain": TrainConfig(data=DataConfig(train_images=200), training=FederatedTraining(rounds=2)),
         "attack-dlg": attack(DLG(evaluations=2), "no-norm", "lock", "masked"),
         "attack-knowing-the-lock": attack(ClosedForm(), "no-norm", "lock"),
     }
