@@ -46,6 +46,14 @@ class Attacker:
 ATTACKERS: tuple[Attacker, ...] = (
     Attacker(name="positions", type="positions", threat_model="B", replays=False, each=20),
     Attacker(
+        name="feature-inversion",
+        type="feature-inversion",
+        threat_model="D",
+        own_images=1000,
+        images=20,
+        once=1000,
+    ),
+    Attacker(
         name="linear-rows",
         type="linear-rows",
         threat_model="D",
@@ -64,14 +72,6 @@ ATTACKERS: tuple[Attacker, ...] = (
     ),
     Attacker(name="closed-form", type="closed-form", threat_model="B", images=20, each=500),
     Attacker(
-        name="feature-inversion",
-        type="feature-inversion",
-        threat_model="D",
-        own_images=1000,
-        images=20,
-        once=1000,
-    ),
-    Attacker(
         name="matching",
         type="ig",
         options={"iterations": 500},
@@ -89,7 +89,7 @@ ATTACKERS: tuple[Attacker, ...] = (
         each=8000,
     ),
 )
-"""In the order in which they are run; an attack that is not registered is left out."""
+"""In the order in which they are run, cheap and strong first; one that is not registered is left out."""
 
 
 def available() -> tuple[Attacker, ...]:
