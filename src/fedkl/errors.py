@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 _SHOWN_PROBLEMS = 50
+_PROBLEM = "  - "
 _SHOWN_CHARACTERS = 100
 
 
@@ -79,9 +80,18 @@ def gathered(summary: str, problems: Sequence[str], remedy: str) -> str:
       - 'fc.weight' is missing
     Send all tensors.
     """
-    lines = [f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
+    lines = [f"{_PROBLEM}{problem}" for problem in problems[:_SHOWN_PROBLEMS]]
     more = len(problems) - len(lines)
-    return "\n".join([summary, *lines, *([f"  - and {more} more"] if more else []), remedy])
+    return "\n".join([summary, *lines, *([f"{_PROBLEM}and {more} more"] if more else []), remedy])
+
+
+def problems_of(message: str) -> list[str]:
+    """The problems that a message of `gathered` lists; none of any other.
+
+    >>> problems_of(gathered("Cannot load.", ["'fc.weight' is missing"], "Send all tensors."))
+    ["'fc.weight' is missing"]
+    """
+    return [line.removeprefix(_PROBLEM) for line in message.splitlines() if line.startswith(_PROBLEM)]
 
 
 def shown(name: object) -> str:

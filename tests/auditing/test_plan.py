@@ -221,9 +221,7 @@ def test_estimates_are_of_later_updates(monkeypatch):
     (client, *_) = exposed(audited, batch_sizes=())
     entries = {each.name: each for each in plan.plan([Slow(**vars(client))], pools=pools)}
     assert set(audited.calls) == {8}
-    matching, learned = (
-        next(each for each in ATTACKERS if each.name == name) for name in ("matching", "learned")
-    )
+    matching, learned = attacker("matching"), attacker("learned")
     assert matching.images == 20
     assert entries["matching"].seconds == 2.0 * matching.each * 2  # two updates of eight
     assert entries["matching"].least == entries["matching"].seconds

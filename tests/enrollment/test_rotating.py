@@ -57,8 +57,8 @@ def test_with_the_function_kept_outputs_stay_and_all_secrets_are_new(kind):
     assert not torch.equal(new.key.reveal(), old.key.reveal())
     assert new.key.distribution == old.key.distribution
     for name, tensor in lock_layers(new).items():
-        # The published chain may end at zeros under ReLU. What follows is b, whatever the key.
-        if kind != "published" or name.endswith("original0"):
+        # Under ReLU the published chain may be at zeros behind its first link: what follows is b.
+        if kind != "published" or name.endswith("original0") or name.startswith("1."):
             assert not torch.allclose(tensor, lock_layers(old)[name]), name
     assert done.steps == 0
 

@@ -257,7 +257,7 @@ def _turn(entry: Planned) -> int:
 
 
 def _seconds_of_update(clients: Clients, pools: Pools) -> float:
-    size = clients.exposure.images * clients.exposure.clients
+    size = clients.exposure.images_behind
     images, labels = pools.audited.first(size)
     if len(images) < size:
         return 0.0
@@ -269,11 +269,11 @@ def _seconds_of_update(clients: Clients, pools: Pools) -> float:
 
 def _presence(clients: Clients, pools: Pools, seconds: float) -> Planned:
     exposure = clients.exposure
-    count = clients_of(exposure.images * exposure.clients)
+    count = clients_of(exposure.images_behind)
     lower = "images_per_client" if exposure.headline else "batch_sizes"
     try:
         check_enough(
-            exposure.images * exposure.clients,
+            exposure.images_behind,
             pools,
             lower=lower if clients.sent is None else None,
             clients=exposure.clients,
@@ -282,13 +282,13 @@ def _presence(clients: Clients, pools: Pools, seconds: float) -> Planned:
         obstacle = NotRun.of(PRESENCE, exposure, kind="does not apply", reason=str(error))
         return Planned(attacker=None, clients=clients, seconds=0.0, obstacle=obstacle)
     hidden = 2 if clients.hides else 1  # the control is measured too
-    looked_at = 2 * LOOKED_AT * seconds / (exposure.images * exposure.clients)
+    looked_at = 2 * LOOKED_AT * seconds / exposure.images_behind
     return Planned(attacker=None, clients=clients, seconds=hidden * (2 * count * seconds + looked_at + 5))
 
 
 def _rebuilding(attacker: Attacker, clients: Clients, pools: Pools, seconds: float) -> Planned:
     exposure = clients.exposure
-    size = exposure.images * exposure.clients
+    size = exposure.images_behind
     if size > len(pools.audited.images):
         reason = f"There are only {len(pools.audited.images)} images of clients, {size} are in an update."
         obstacle = NotRun.of(attacker.name, exposure, kind="does not apply", reason=reason)

@@ -195,7 +195,7 @@ def _trials(clients: Clients, dataset: Dataset, *, most: int) -> list[Trial]:
     """What is attacked."""
     count = _count(clients, most=most, there=len(dataset.test_images))
     if clients.sent is None:
-        return trials_of(dataset, trials=count, batch_size=clients.exposure.images * clients.exposure.clients)
+        return trials_of(dataset, trials=count, batch_size=clients.exposure.images_behind)
     return [
         Trial(
             index=index,
@@ -209,7 +209,7 @@ def _trials(clients: Clients, dataset: Dataset, *, most: int) -> list[Trial]:
 
 def _count(clients: Clients, *, most: int, there: int) -> int:
     """Updates that are attacked: of about so many images at most, and one at least."""
-    size = clients.exposure.images * clients.exposure.clients
+    size = clients.exposure.images_behind
     count = max(1, min(most, there) // size)
     if most >= SAFE_FROM > count * size and (count + 1) * size <= there:
         count += 1  # with 96 of 100 images a verdict would say nothing

@@ -135,7 +135,7 @@ def recognize(
         DataError: There are too few images for clients of this size, or no layer to look for them in.
         TrainingError: See `Clients.update`.
     """
-    size = clients.exposure.images * clients.exposure.clients
+    size = clients.exposure.images_behind
     check_enough(size, pools)
     count = clients_of(size)
 
@@ -160,7 +160,7 @@ def learn(
         pools: Of the server's own images they are given some.
         told: Called with how many were played.
     """
-    size = clients.exposure.images * clients.exposure.clients
+    size = clients.exposure.images_behind
     own, seed = pools.own.first(max(_POOL, 2 * size)), clients.seed
     played, members = _drawn(
         own, clients_of(size), size, clients.played, seed=seed, purpose="played", told=told

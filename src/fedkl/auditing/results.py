@@ -93,6 +93,11 @@ class Exposure(Record):
     clients: Annotated[Count, Field(ge=1)] = 1
     norm_mode: Literal["train", "eval"] = "train"
 
+    @property
+    def images_behind(self) -> int:
+        """Of all its clients."""
+        return self.images * self.clients
+
 
 class Settings(Record):
     """What is audited, and how.

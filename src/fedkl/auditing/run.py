@@ -134,15 +134,15 @@ def run_all(
     with exclusive(folder.path):
         present = folder.begin(settings)
         if present.summary is None:
-            start = monotonic()
+            clock = _Clock(monotonic(), settings.minutes)
             entries = plan(
                 exposures,
                 pools=pools,
-                within=60 * settings.minutes,
+                within=clock.left,
                 told=lambda text: progress(0, 1, f"planning: {text}"),
             )
             planned(entries)
-            _carry_out(entries, pools, folder, present, _Clock(start, settings.minutes), progress)
+            _carry_out(entries, pools, folder, present, clock, progress)
         return folder.audit()
 
 

@@ -35,6 +35,7 @@ class Defense:
     """
 
     plain: ClassVar[str] = ""  # its name for those who know no term of the field; empty: its type
+    unaware: ClassVar[str] = ""  # how a server errs that does not know of it; empty: no such arm
     type: str = "undefended"
 
     @property
@@ -239,19 +240,17 @@ class Defense:
         return plain_arm()
 
     def guesses(self) -> tuple[Arm, ...]:
-        """What a server that knows this defense would try, the plainest first."""
-        return (Arm(name=self.type, description=self.describe(), defense=self, control=self.control().name),)
+        """What a server that knows this defense would try, the plainest first.
 
-    def unknown(self, informed: Arm, what: str) -> Arm:
-        """A server that does not know of the defense, to be run where it is named.
-
-        Args:
-            informed: The one that does.
-            what: How it errs, in words.
+        Then, where it errs in a way of its own, what one would that does not: it is run where it is named.
         """
-        description, knowledge = f"{self.describe()}, {what}", Knowledge(defense=False)
+        control = self.control().name
+        known = Arm(name=self.type, description=self.describe(), defense=self, control=control)
+        if not self.unaware:
+            return (known,)
+        description, knowledge = f"{known.description}, {self.unaware}", Knowledge(defense=False)
         name = f"{self.type}-naive"
-        return replace(informed, name=name, description=description, knowledge=knowledge, main=False)
+        return known, replace(known, name=name, description=description, knowledge=knowledge, main=False)
 
     def baselines(self) -> tuple[tuple[Defense, str], ...]:
         """What a training with it is compared with, the closest first, and what differs, in words."""

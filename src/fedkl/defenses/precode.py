@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkl import rng
-from fedkl.defenses.base import Arm, Defense, register_defense
+from fedkl.defenses.base import Defense, register_defense
 from fedkl.defenses.server_view import ServerView
 from fedkl.errors import ConfigError
 from fedkl.keys import Key
@@ -57,6 +57,7 @@ class PRECODE(Defense):
         layer; Scheliga et al. 2022 (arXiv 2208.04767) leave the random gradients out. Reading ε is ours.
     """
 
+    unaware: ClassVar[str] = "the server draws noise too"
     type: Literal["precode"] = "precode"
     size: int = 256
     beta: float = 1e-3
@@ -102,11 +103,6 @@ class PRECODE(Defense):
                 mean, deviation = bottleneck.statistics(features[None])
                 bottleneck.noise = ((latent - mean[0]) / deviation[0]).detach()
         return model
-
-    def guesses(self) -> tuple[Arm, ...]:
-        """A server that reads the noise or leaves it out, and one that draws its own in every pass."""
-        (informed,) = super().guesses()
-        return informed, self.unknown(informed, "the server draws noise too")
 
     def describe(self) -> str:
         """How large, and β."""

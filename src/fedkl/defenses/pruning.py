@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fedkl.defenses.base import Arm, register_defense
+from fedkl.defenses.base import register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.errors import ConfigError
 from fedkl.protocol import Sending, Transform, only_kept
@@ -35,6 +35,7 @@ class Pruning(UpdateDefense):
         Entries are chosen exactly, not by a threshold from a sample.
     """
 
+    unaware: ClassVar[str] = "zeros are taken for gradients"
     type: Literal["pruning"] = "pruning"
     keep: float = 0.1
 
@@ -65,11 +66,6 @@ class Pruning(UpdateDefense):
         self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor]:
         return {name: self._pruned(tensor) for name, tensor in change.items()}
-
-    def guesses(self) -> tuple[Arm, ...]:
-        """A server that compares what was kept, and one that takes the rest for gradients of zero."""
-        (informed,) = super().guesses()
-        return informed, self.unknown(informed, "zeros are taken for gradients")
 
     def describe(self) -> str:
         """How much is kept."""

@@ -6,13 +6,13 @@ import copy
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fedkl.defenses.base import Arm, register_defense
+from fedkl.defenses.base import register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.errors import ConfigError, UpdateError, shown
 from fedkl.protocol import Rescaling, Sending, Transform
@@ -55,6 +55,7 @@ class Soteria(UpdateDefense):
         for gradient leakage", defend the last but one, and reconstruct the images without it.
     """
 
+    unaware: ClassVar[str] = "unknown to the server"
     type: Literal["soteria"] = "soteria"
     layer: str | None = None
     percentile: float = 80.0
@@ -101,11 +102,6 @@ class Soteria(UpdateDefense):
     def transform_under_noise(self, deviation: float) -> Transform:
         """Prunes columns that are no longer than the noise makes them: these say nothing, pruned or not."""
         return SeenColumns(self.layer, noise=deviation)
-
-    def guesses(self) -> tuple[Arm, ...]:
-        """A server that ignores what is pruned, and one that takes it for a gradient of zero."""
-        (informed,) = super().guesses()
-        return informed, self.unknown(informed, "unknown to the server")
 
     def describe(self) -> str:
         """Where, and how much."""

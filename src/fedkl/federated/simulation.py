@@ -14,7 +14,7 @@ from fedkl import rng
 from fedkl.aggregation import Aggregation, FederationPlan, OnSeen, RoundAggregation, RoundPlan
 from fedkl.data import Dataset, class_counts
 from fedkl.defenses import Defense
-from fedkl.errors import FedKLError, RoundLostError, TrainingError, UpdateError
+from fedkl.errors import FedKLError, RoundLostError, TrainingError, UpdateError, problems_of
 from fedkl.federated.accounting import ledger_of
 from fedkl.federated.checks import check_fedsgd, check_server_knows, check_tied, usable_device
 from fedkl.federated.client import Client, clients_of
@@ -328,7 +328,7 @@ def _refusal(
 
 def _diverged(round: int, lr: float, failed: Mapping[str, str]) -> str:
     name, reason = next(iter(failed.items()))
-    first = reason.splitlines()[1].strip(" -") if "\n" in reason else reason
+    first, *_ = problems_of(reason) or [reason]
     return (
         f"Round {round}: the training of all {len(failed)} clients diverged (learning rate {lr:g}; "
         f"{name}: {first}). Lower the learning rate."

@@ -8,6 +8,7 @@ from typing import Any
 from fedkl import wording
 from fedkl.attacking.records import Record
 from fedkl.attacking.verdict import SHOWN
+from fedkl.errors import problems_of
 from fedkl.markdown import escaped, table_lines
 from fedkl.report.figures import Tradeoff
 
@@ -16,7 +17,6 @@ Exposed = dict[str, Any]
 ROUND, ONE = "your-client", "gradient-of-1"
 """Exposures that the table leads with: what clients really send, and one step on one image."""
 
-_PROBLEM = "  - "
 _QUESTIONS = {"presence": "recognized", "identified": "identified"}
 
 _NOTES = (
@@ -52,9 +52,8 @@ def markdown(records: Sequence[Record], *, row: str) -> str:
 
 
 def _brief(reason: str) -> str:
-    """In one line; of several problems (see `fedkl.errors.gathered`) the first and how many more."""
-    lines = reason.splitlines()
-    problems = [line.removeprefix(_PROBLEM) for line in lines if line.startswith(_PROBLEM)]
+    """In one line; of several problems the first and how many more."""
+    lines, problems = reason.splitlines(), problems_of(reason)
     if not problems:
         return reason
     more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
