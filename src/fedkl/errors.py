@@ -56,6 +56,10 @@ class ConfigError(FedKLError):
     """A configuration, run directory or command-line argument is not usable."""
 
 
+class FolderError(ConfigError):
+    """A folder or file is not to be had: it holds another run, or another process has it. It is as it was."""
+
+
 class TrainingError(FedKLError):
     """A training cannot go on."""
 

@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from fedkl.errors import ConfigError
+from fedkl.errors import ConfigError, FolderError
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 """Modes of what nobody but its owner may read."""
@@ -272,15 +272,15 @@ def exclusive(path: Path, *, mode: int = 0o755, follow: bool = True) -> Iterator
         follow: Whether it may be a link to a folder.
 
     Raises:
-        ConfigError: A process is running in it, it is a link, or it cannot be made.
+        FolderError: A process is running in it, it is a link, or it cannot be made.
     """
     if not follow and path.is_symlink():
-        raise ConfigError(f"{path}: expected a folder, got a symbolic link. Give the folder itself.")
+        raise FolderError(f"{path}: expected a folder, got a symbolic link. Give the folder itself.")
     try:
         make_folder(path, mode=mode)
         folder = os.open(path, os.O_RDONLY | (0 if follow else _NO_LINK)) if fcntl else -1
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from error
+        raise FolderError(f"{path}: cannot be written ({error.strerror}).") from error
     busy = f"{path}: another process is running in this folder. Wait for it, or choose another one."
     with _locked(folder, busy):
         yield
@@ -315,7 +315,7 @@ def _locked(handle: int, busy: str) -> Iterator[None]:
     """Locks an open file or folder, and closes it in the end; a negative one stands for none.
 
     Raises:
-        ConfigError: Somebody has it; the text is `busy`.
+        FolderError: Somebody has it; the text is `busy`.
     """
     if handle < 0:
         yield
@@ -325,7 +325,7 @@ def _locked(handle: int, busy: str) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ConfigError(busy) from error
+                raise FolderError(busy) from error
         yield
     finally:
         os.close(handle)  # gives the lock back; so does the end of the process, however it ends

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import fedkl
 from fedkl import config as configs
 from fedkl.config import AttackConfig, TrainConfig
-from fedkl.errors import ConfigError, FedKLError, printable
+from fedkl.errors import ConfigError, FedKLError, FolderError, printable
 from fedkl.files import exclusive, make_folder, read_file, write_atomically
 from fedkl.formats import check_version
 from fedkl.parsing import parse_json_object
@@ -173,6 +173,7 @@ def run_cells(
 
     Raises:
         ConfigError: The folder is another table's, or one below it holds a run with other settings.
+        FolderError: Another process works in one below it; raised as that cell is asked for.
     """
     claim(out, table=table, places=[cell.place for cell in cells])
     refuse_others({out / cell.place: cell.experiment for cell in cells})
@@ -182,6 +183,8 @@ def run_cells(
             try:
                 with progress(str(cell.place)) as step:
                     result = run(cell.experiment, out=out / cell.place, progress=step)
+            except FolderError:
+                raise  # says nothing of the cell
             except passed_over as error:
                 yield cell, error
             else:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fedkl import data, experiments, report
 from fedkl.attacking.floor import candidates_of, floor
+from fedkl.attacking.grid import attack_arms
 from fedkl.attacking.observing import observe, trials_of
 from fedkl.attacking.simulating import SimulatedClients
 from fedkl.attacking.verdict import judge
@@ -28,6 +29,9 @@ from fedkl.attacks import (
 )
 from fedkl.config import AttackConfig, ModelConfig
 from fedkl.defenses import Arm, Defense, KeyLock, NoDefense, PrivateNorm, PublicNorm, arms_of, own_arms
+from fedkl.defenses.base import plain_arm
+from fedkl.defenses.dp_sgd import DPSGD
+from fedkl.defenses.soteria import Soteria
 from fedkl.errors import AttackError
 from fedkl.metrics import assignment
 from fedkl.protocol import Auxiliary, Knowledge, Procedure
@@ -82,6 +86,32 @@ def test_an_arm_that_the_attack_refuses_ends_nothing(tmp_path):
     assert "not observed: conv1.weight" in left_out["reason"]
     report.build(tmp_path / "run")
     assert "Not attacked: private-stem: does not apply" in (tmp_path / "run/report.md").read_text()
+
+
+def normed():
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(1800, 10))
+
+
+def without_linear():
+    return nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("defense", "build", "reason"),
+    [(DPSGD(), normed, "TrainingError"), (Soteria(), without_linear, "ConfigError")],
+    ids=["dp-sgd", "soteria"],
+)
+def test_a_defense_that_does_not_fit_the_network_ends_nothing(dataset, defense, build, reason):
+    found, refused = [], []
+    arms = (plain_arm(), *defense.guesses())
+    attack_arms(
+        arms, attack=Breaking(), build=lambda index: build(), dataset=dataset,
+        trials=trials_of(dataset, trials=1), seed=0,
+        on_result=found.append, on_refusal=refused.append,
+    )  # fmt: skip
+    assert {each.arm for each in found} == {"no-norm"}
+    assert {each.arm for each in refused} == {arm.name for arm in arms[1:]}
+    assert all(each.reason.startswith(reason) for each in refused)
 
 
 def test_an_attack_that_applies_to_nothing_leaves_its_folder_free(tmp_path):

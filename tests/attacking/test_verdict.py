@@ -1,10 +1,11 @@
-"""What is said of a share that is recognized, by what the same attack gets where nothing is hidden."""
+"""What is said of a share of a client's images, by what the same attack gets where nothing is hidden."""
 
 from __future__ import annotations
 
 import pytest
 
-from fedkl.attacking.verdict import Areas, judge_presence
+from fedkl.attacking.verdict import Areas, judge, judge_presence, judge_share
+from fedkl.metrics import wilson_interval
 
 
 def share(rate, low, high, n=256):
@@ -52,3 +53,23 @@ def test_otherwise_it_says_nothing(changes):
 def test_either_measure_tells():
     assert kind(share(0.0, 0.0, 0.32)) == "at the floor"  # few clients: the area tells
     assert kind(areas=Areas(0.4, 0.8, 0.93)) == "at the floor"
+
+
+@pytest.mark.parametrize("n", [20, 100])
+@pytest.mark.parametrize("hits", [0, 1, 6])
+def test_one_image_that_is_rebuilt_is_a_leak_where_a_guess_rebuilds_none(hits, n):
+    """By both rules: a guess seldom reaches 30 dB. To be nearest among 100 happens by chance."""
+    found, floor, control = (share(k / n, *wilson_interval(k, n), n=n) for k in (hits, 0, n))
+    rebuilt = judge_share(found, floor=floor, control=control, what="rebuilt").kind
+    names = ("success", "identified")
+    both = [dict.fromkeys(names, each) for each in (found, floor, control)]
+    both[0] = {"success": found, "identified": floor}
+    assert rebuilt == judge(both[0], floor=both[1], control=both[2]).kind
+    assert rebuilt == ("leaks" if hits else "at the floor" if n == 100 else "says nothing")
+    identified = judge_share(found, floor=floor, control=control, what="identified").kind
+    assert identified != "leaks" or found["low"] > floor["high"]
+
+
+def test_a_guess_that_rebuilds_some_is_what_counts():
+    some, more = (share(k / 100, *wilson_interval(k, 100), n=100) for k in (3, 6))
+    assert judge_share(more, floor=some, control=share(1, 0.96, 1), what="rebuilt").kind == "at the floor"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -132,6 +133,58 @@ def test_a_view_is_called_with_images_in_0_1():
         for _ in range(2):
             view = clients.view().eval()
             torch.testing.assert_close(view(x), network.eval()((x - 0.4) / 0.2))
+
+
+@pytest.mark.parametrize("procedure", [EPOCH, trains], ids=["epoch", "loop"])
+@pytest.mark.parametrize("weights", ["given", "of the model"])
+def test_a_server_knows_the_scale_that_a_trained_models_clients_start_at(procedure, weights):
+    """The lock starts there, whoever loads the weights; a scale that is drawn is 1 to a server."""
+    network = convnet()
+    network.load_state_dict(trained(convnet))
+    for norm in (network[1], network[4]):
+        nn.init.uniform_(norm.weight, 0.3, 2.0, generator=torch.Generator().manual_seed(0))
+    lock = KeyLock(layers="all", activation="identity")
+    for defense, known in ((lock, True), (replace(lock, start="drawn"), False)):
+        given = {"weights": network.state_dict()} if weights == "given" else {"weights": None}
+        build = convnet if weights == "given" else lambda: network
+        clients = clients_of(build, defense=defense, procedure=procedure, trained=weights == "given", **given)
+        torch.testing.assert_close(clients.network[1].weight, network[1].weight)
+        expected = network[1].weight if known else torch.ones(6)
+        torch.testing.assert_close(clients.view()[1].weight, expected, rtol=1e-3, atol=1e-3)
+        own = clients.defense.prepare(clients.network).bake()
+        same_scale = torch.allclose(own[1].weight, network[1].weight, rtol=1e-3)
+        assert same_scale == known
+
+
+class Silence(GaussianNoise):
+    """Sends no change, and of servers names none that has no images."""
+
+    def transform(self, update, *, client):
+        sent = client.received if update.kind == "weights" else {}
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in update.tensors.items()}
+        return replace(update, tensors={name: sent.get(name, tensor) for name, tensor in zeros.items()})
+
+    def imitate_transform(self, changes, *, clients, generator):
+        return {name: torch.zeros_like(tensor) for name, tensor in changes.items()}
+
+    def guesses(self):
+        (known,) = super().guesses()
+        return (replace(known, knowledge=Knowledge(auxiliary=100)),)
+
+
+@pytest.mark.parametrize("procedure", [Procedure(), trains], ids=["gradient", "loop"])
+def test_a_defense_of_unusual_guesses_is_applied(procedure):
+    clients = clients_of(defense=Silence(), procedure=procedure)
+    for found in (clients.update(*batch(), number=0), clients.played(*batch(), number=0)):
+        assert found
+        assert all(not tensor.any() for tensor in found.values())
+
+
+def test_a_control_of_a_lock_is_audited_as_itself():
+    """It changes the network: clients of it send tensors that the plain network does not have."""
+    clients = clients_of(mlp, defense=DEFENSES["public-norm"](like=KeyLock(layers=["1"])))
+    assert set(clients.update(*batch(), number=0)) == set(clients.played(*batch(), number=0))
+    assert clients.arm.defense == clients.defense
 
 
 @pytest.mark.parametrize("procedure", [EPOCH, trains])

@@ -50,10 +50,11 @@ def test_junit_has_a_case_for_each_question_and_attacker(made, result):
         "labels by span": ["error", "system-out"],  # undecided
         "identified by span": ["system-out"],
         "gauss-newton": ["skipped"],
-        "recovered 1": ["error"],  # a limit without evidence
+        "identified 1": ["error"],  # gauss-newton had no time
+        "recovered 2": ["error"],  # a limit without evidence
     }
     counts = {name: suite.attrib[name] for name in ("tests", "failures", "errors", "skipped")}
-    assert counts == {"tests": "5", "failures": "1", "errors": "2", "skipped": "1"}
+    assert counts == {"tests": "6", "failures": "1", "errors": "3", "skipped": "1"}
     assert {place for place, _ in cases} == {"fedkl.audit.real", "fedkl.audit.evidence"}
     skipped = cases["fedkl.audit.real", "gauss-newton"][0].attrib["message"]
     assert skipped == f"no time left: {EVIL[:-1]}�"
@@ -94,7 +95,7 @@ def test_sarif_has_what_its_readers_need(made, result):
     assert "Setting: upper bound" in run["results"][1]["message"]["text"]
     (invocation,) = run["invocations"]
     assert (invocation["executionSuccessful"], invocation["exitCode"]) == (True, 1)
-    assert len(invocation["toolExecutionNotifications"]) == 4  # undecided, missing, two not run
+    assert len(invocation["toolExecutionNotifications"]) == 5  # undecided, two missing, two not run
 
 
 def test_a_leak_is_a_warning_until_a_limit_says_otherwise(made):
@@ -156,7 +157,7 @@ def test_the_summary_is_short_and_escaped(made, result):
     lines = text.splitlines()
     assert lines[0] == r"## What does hospital \<A&B\> leak without a defense? (2026-11-29)"
     assert lines[2].startswith("**Of your client's images, the server recognizes 67 % \\[61–72 %\\]")
-    assert sum(line.startswith("* ") for line in lines) == len(result.reasons) == 3
+    assert sum(line.startswith("* ") for line in lines) == len(result.reasons) == 4
     assert sum(line.startswith("| ") for line in lines) == 2 + len(made.headlines())
     assert "Nothing found is not safe" in lines[-1]
     assert "gauss-newton" in lines[-1]

@@ -49,6 +49,35 @@ def test_no_more_than_of_images_that_nobody_has_is_no_leak_and_no_pass():
     assert states(audit(found), "presence_tpr=0.2") == ["passed"]
 
 
+def test_no_more_than_noise_identifies_is_no_leak_and_no_pass():
+    """Pictures of a large batch are matched to its images: noise identifies some."""
+    found = finding("identified", 41, 100, outcome="at the floor", floor=measured(43, 100))
+    (check,) = judge(audit(found), Gate.parse("identified=0.1")).checks
+    assert check.state == "undecided"
+    assert "no more than without the update, 0.430 [0.3" in check.text
+    assert states(audit(found), "identified=0.6") == ["passed"]
+
+
+@pytest.mark.parametrize(("quantity", "question"), [("recovered", "rebuilt"), ("identified", "identified")])
+def test_attackers_of_pictures_that_came_to_no_end_are_missing(quantity, question):
+    """Less time must not make a gate greener."""
+    found, gate = finding(question, 0, 300), Gate({quantity: 0.1})
+    for kind, said in (("broke", "1 broken off"), ("no time left", "1 without time")):
+        result = judge(audit(found, not_run("ig", kind=kind)), gate)
+        assert (result.exit_code, len(result.reasons)) == (3, 1)
+        assert said in result.reasons[0]
+    for other in (
+        not_run("ig", kind="does not apply"),
+        not_run("ig", kind="too large"),
+        not_run("ig", exposure="single"),
+        not_run("presence"),
+    ):
+        assert judge(audit(found, other), gate).exit_code == 0
+    assert judge(audit(finding(), not_run("ig")), Gate.parse("presence_tpr=0.8")).exit_code == 0
+    crossed = finding(question, 200, 300)
+    assert judge(audit(crossed, not_run("ig")), gate).exit_code == 1
+
+
 def test_what_an_attacker_missed_that_never_found_anything_is_said():
     found = finding("identified", 0, 96, outcome="says nothing", reason="its control was not attacked")
     (check,) = judge(audit(found), Gate.parse("identified=0.1")).checks

@@ -270,6 +270,28 @@ def test_a_client_that_cannot_train_ends_the_plan():
         planned(subject(procedure=raises))
 
 
+def normed():
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, CLASSES)
+    )
+
+
+@pytest.mark.parametrize("procedure", [GRADIENT, EPOCH, trains], ids=["gradient", "epoch", "loop"])
+def test_an_upper_bound_that_no_client_can_send_ends_nothing(procedure):
+    """Batch norm of one image has no variance."""
+    entries = planned(subject(normed, procedure=procedure))
+    assert "presence" in runs(entries, "your-client")
+    assert "presence" in runs(entries, "gradient-of-16")
+    for exposure in ("gradient-of-1", "untrained"):
+        assert not runs(entries, exposure)
+        assert "No client of this network can send that." in reason(entries, "presence", exposure)
+
+
+def test_a_client_that_cannot_train_on_its_images_is_told_so():
+    with pytest.raises(TrainingError, match="images_per_client"):
+        planned(subject(normed, procedure=GRADIENT, images_per_client=1))
+
+
 def test_what_is_looked_at_is_told():
     told = []
     audited = subject(Words, inputs=tokens)

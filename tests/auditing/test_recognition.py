@@ -337,8 +337,8 @@ def test_more_clients_can_be_asked_for_than_a_pool_has_images():
 
 
 def test_presence_reads_nothing_but_what_is_sent():
-    """The view is γ = 1, β = 0 behind a lock: another client's secrets change nothing of the test."""
-    clients = clients_like(defense=KeyLock(), build=convnet, procedure=Procedure())
+    """The view is γ = 1, β = 0 behind a drawn lock: another client's secrets change nothing of the test."""
+    clients = clients_like(defense=KeyLock(start="drawn"), build=convnet, procedure=Procedure())
     norm, public = clients.view()[1], clients.view()[4]
     assert torch.equal(norm.weight, torch.ones_like(norm.weight))
     assert torch.equal(norm.bias, torch.zeros_like(norm.bias))

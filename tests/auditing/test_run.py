@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -23,9 +24,9 @@ from fedkl.auditing.rebuilding import _arms, dataset_of
 from fedkl.auditing.recognition import Pools
 from fedkl.defenses import KeyLock
 from fedkl.defenses.pruning import Pruning
-from fedkl.errors import ConfigError, DataError, NewerFormatError, TrainingError
+from fedkl.errors import ConfigError, DataError, FolderError, NewerFormatError, TrainingError
 from fedkl.protocol import Knowledge
-from tests.auditing.subjects import Words, convnet, mlp, subject, tokens, trains
+from tests.auditing.subjects import EPOCH, Words, convnet, images, mlp, subject, tokens, trained, trains
 
 GRADIENT = Procedure()
 LONG = 5.0  # minutes; none of these audits takes that long
@@ -310,6 +311,39 @@ def test_half_a_last_line_is_dropped(tmp_path, few):
     assert found.not_run == whole.not_run
     assert found.findings == whole.findings
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def hurried(network, inputs, labels):
+    trains(network, inputs[:4], labels[:4])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"weights": trained(mlp, lambda count, seed: images(count, seed=seed + 1))},
+     {"inputs": lambda count, seed=3: images(count, seed=seed)}, {"procedure": replace(EPOCH, lr=1e-7)},
+     {"procedure": replace(EPOCH, momentum=0.9)}, {"normalization": ((0.5,), (0.2,))}],
+    ids=["weights", "images", "lr", "momentum", "normalization"],
+)  # fmt: skip
+def test_a_folder_of_other_weights_images_or_clients_is_refused(tmp_path, fields, few):
+    few()
+    audited(tmp_path / "a", minutes=1e-9)
+    with pytest.raises(FolderError, match="weights, images, labels or procedure"):
+        audited(tmp_path / "a", minutes=1e-9, fields=fields)
+
+
+def test_loops_are_told_apart_by_their_source():
+    found = {subject(procedure=each).fingerprint() for each in (trains, hurried, partial(trains))}
+    assert len(found) == 2
+
+
+def test_an_audit_from_before_fingerprints_goes_on(tmp_path, few):
+    few()
+    found = audited(tmp_path / "a", minutes=1e-9)
+    path = tmp_path / "a/audit.json"
+    settings = json.loads(path.read_text())
+    del settings["fingerprint"]
+    path.write_text(json.dumps(settings))
+    assert audited(tmp_path / "a", minutes=1e-9).findings == found.findings
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 
 from fedkl.attacking.matrix import ROWS
 from fedkl.defenses import DEFENSES
-from fedkl.errors import ConfigError, gathered
+from fedkl.errors import ConfigError, FolderError, gathered
+from fedkl.files import exclusive
 from fedkl.reproduce import DefensesTable, compared, defenses
 from fedkl.reproduce.defenses_table import markdown, points
 from tests.auditing.subjects import subject
@@ -44,6 +45,18 @@ def test_a_subject_is_audited_behind_each_and_not_trained(tmp_path):
     assert (tmp_path / "audited/noise-strong/results.jsonl").read_bytes() == audited
     assert json.loads((tmp_path / "table.json").read_text()) == records
     assert (tmp_path / "defenses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_table_is_not_written_over_with_blanks(tmp_path):
+    wanted = DefensesTable(subject=subject(), defenses=("noise-strong",), minutes=1e-9)
+    defenses(wanted, out=tmp_path, progress=no_progress)
+    first = (tmp_path / "table.md").read_text()
+    other = replace(wanted, subject=subject(images_per_client=4))
+    with pytest.raises(FolderError, match=r"something else .*: exposures"):
+        defenses(other, out=tmp_path, progress=no_progress)
+    with exclusive(tmp_path / "audited/none"), pytest.raises(FolderError, match="another process"):
+        defenses(wanted, out=tmp_path, progress=no_progress)
+    assert (tmp_path / "table.md").read_text() == first
 
 
 def test_each_is_trained_with_and_with_its_own_learning_rate(monkeypatch):

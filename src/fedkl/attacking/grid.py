@@ -19,7 +19,7 @@ from fedkl.attacking.victims import OwnData, Victims
 from fedkl.attacks import Attack, Reason, Reconstruction, RefusedError
 from fedkl.data import Dataset
 from fedkl.defenses import Arm
-from fedkl.errors import AttackError, LockError, UpdateError
+from fedkl.errors import AttackError, ConfigError, LockError, TrainingError, UpdateError
 from fedkl.metrics import Candidates, Score, score
 from fedkl.protocol import Observation, Procedure
 
@@ -257,7 +257,7 @@ def _observed(
                 networks=networks,
                 sent=sent.get(trial.index),
             )
-        except (AttackError, LockError, UpdateError) as error:
+        except (AttackError, ConfigError, LockError, TrainingError, UpdateError) as error:
             if on_refusal is None:
                 raise
             on_refusal(NotRun(arm=arm.name, trial=trial.index, kind="does not apply", reason=_said(error)))

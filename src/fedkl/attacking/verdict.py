@@ -97,15 +97,17 @@ def judge_share(
     control: Mapping[str, Any] | None,
     what: str,
 ) -> Verdict:
-    """The same rule for one share of a client's images: of those rebuilt, say.
+    """The same rule for one share of a client's images: of those rebuilt, or of those identified.
 
     Args:
         found: The share, with rate, low, high and n.
         floor: The same without the update; None: not known.
         control: The same of this attack on the same client with nothing hidden; None: not run.
-        what: What happened to an image that counts, e.g. ``"rebuilt"``.
+        what: What happened to an image that counts: ``"rebuilt"``, of which one is a leak where a guess
+            rebuilds none, or ``"identified"``.
     """
-    if floor is not None and found["low"] > floor["high"]:
+    rebuilt = what == "rebuilt" and floor is not None and _above_rare(found, floor)
+    if rebuilt or (floor is not None and found["low"] > floor["high"]):
         return Verdict("leaks", f"{wording.count(found)} images {what}")
     missing = None
     if floor is None:
@@ -161,13 +163,18 @@ def judge_presence(
 def _leak(found: Mapping[str, Any], floor: Mapping[str, Any] | None, chance: float) -> str | None:
     """What lies above the floor, in words."""
     recovered = found.get("success")
-    guessed = floor.get("success") if floor else None
-    most = guessed["high"] if guessed and wording.hits(guessed) else 0.0  # a guess seldom recovers any
-    if recovered and wording.hits(recovered) and (recovered["low"] > most or not most):
+    if recovered and _above_rare(recovered, floor.get("success") if floor else None):
         return f"{wording.count(recovered)} images recovered"
     if found["identified"]["low"] > (floor["identified"]["high"] if floor else chance):
         return f"{wording.count(found['identified'])} images identified"
     return None
+
+
+def _above_rare(found: Mapping[str, Any], floor: Mapping[str, Any] | None) -> bool:
+    """Whether more is rebuilt than a guess rebuilds, which is seldom any: then one image is more."""
+    if floor is None or not wording.hits(floor):
+        return bool(wording.hits(found))
+    return bool(found["low"] > floor["high"])
 
 
 def _missing(

@@ -81,8 +81,8 @@ class Clients:
         if subject.is_pictures:
             channels, height, width = subject.images.shape[1:]
             defense = defense.for_images((channels, height, width))
-        if not exposure.trained:
-            defense = defense.for_untrained()
+        if not exposure.trained and subject.weights is not None:
+            defense = defense.for_untrained()  # else the defense sees for itself what `model` builds
         if not isinstance(procedure, Procedure) and defense.changes_procedure:
             raise ConfigError(
                 f"{subject.name}: {defense.describe()} changes how clients train, and a function of the "
@@ -101,10 +101,14 @@ class Clients:
     def guesses(self) -> tuple[Arm, ...]:
         """Servers that know the defense and nothing of a client's secrets, the plainest first.
 
-        Not what else a defense compares itself with: servers that were granted secrets, other defenses.
+        Not what else a defense compares itself with: servers that were granted secrets, other defenses. One
+        at least, for defenses that name none or only those.
         """
+        if self.defense == plain_arm().defense:
+            return (plain_arm(),)
         found = [each for each in self.defense.guesses() if each.main and each.defense == self.defense]
-        return tuple(each for each in found if each.knowledge == Knowledge()) or (plain_arm(),)
+        usual = Arm(name=self.defense.type, description=self.defense.describe(), defense=self.defense)
+        return tuple(each for each in found if each.knowledge == Knowledge()) or (usual,)
 
     @property
     def arm(self) -> Arm:
@@ -125,7 +129,7 @@ class Clients:
         split = self.defense.prepare(self.network)
         generator = rng.generator(self.seed, "guessed")
         view = self.defense.server_view(split, self.network, granted=self.arm.knowledge, generator=generator)
-        model = Completion(view.model, split).neutral().model
+        model = Completion(view.model, split).neutral(start=self.network).model
         return model if isinstance(self.procedure, Procedure) else self.subject.classifier(model)
 
     def update(self, images: Tensor, labels: Tensor, *, number: int) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from fedkl.auditing.attackers import PRESENCE
 from fedkl.auditing.results import Audit, Cause, Finding, Question
 from fedkl.errors import ConfigError, gathered, shown
 
@@ -24,6 +25,20 @@ QUANTITIES: Mapping[str, Question] = {
 
 _MANY = 10**6  # trials that nobody runs
 _EVIDENCE: tuple[Cause, ...] = ("broke", "no time left")
+
+_FLOORS = {
+    "presence_tpr": (
+        "of images that the client does not have",
+        "the test is too rough for this limit. Give more images.",
+    ),
+    "identified": (
+        "without the update",
+        "the limit is below what chance gives. Raise it above that, or leave it out.",
+    ),
+}
+"""By quantity: what is found without a leak, in words, and what to do about a limit below it."""
+
+_PICTURES = ("recovered", "identified")
 
 _CAUSES: dict[Cause, str] = {
     "does not apply": "not applicable",
@@ -51,8 +66,8 @@ class Gate:
     Raises:
         ConfigError: A quantity is unknown, or a limit is not in [0, 1].
 
-    >>> Gate.parse("identified=0.1,presence_tpr=0.05").limits["presence_tpr"]
-    0.05
+    >>> Gate.parse("presence_tpr=0.2").limits["presence_tpr"]
+    0.2
     """
 
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -85,7 +100,7 @@ class Gate:
             try:
                 limit = float(number)
             except ValueError:
-                problem = f"{shown(part)}: expected a name and a number, e.g. identified=0.1"
+                problem = f"{shown(part)}: expected a name and a number, e.g. presence_tpr=0.2"
                 raise ConfigError(gathered(_UNUSABLE, [problem], _REMEDY)) from None
             if name in limits:
                 raise ConfigError(gathered(_UNUSABLE, [f"{name}: named twice"], _REMEDY))
@@ -94,7 +109,7 @@ class Gate:
 
 
 _UNUSABLE = "The limits are not usable."
-_REMEDY = "Give e.g. identified=0.1,presence_tpr=0.05."
+_REMEDY = "Give e.g. presence_tpr=0.2, or several as recovered=0.05,presence_tpr=0.2."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +178,8 @@ def judge(audit: Audit, gate: Gate, *, baseline: Audit | None = None) -> GateRes
 
     A limit counts as crossed where the interval's low end is above it, as kept where the high end is not;
     in between it is undecided. So it is where no more images are recognized than of those that clients do
-    not have: that is no leak, and the test too rough for the limit. Upper bounds are not looked at.
+    not have, or identified than without the update: that is no leak, and the limit too low. Upper bounds are
+    not looked at. Of pictures evidence is missing where one of their attackers broke off or had no time.
 
     Args:
         audit: What was found.
@@ -232,14 +248,12 @@ def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
         )
     for finding, interval in found:
         place = f"{quantity}, {finding.attacker} on {finding.exposure}: {interval}"
-        floor = finding.floor if quantity == "presence_tpr" else None
+        floor = finding.floor if quantity in _FLOORS else None
         if interval.low > limit and floor is not None and interval.low <= floor.high:
             state: State = "undecided"
-            alarms = Interval(floor.rate, floor.low, floor.high)
-            text = (
-                f"{place} is above the limit {limit:g}, but no more than of images that the client does not "
-                f"have, {alarms}: the test is too rough for this limit. Give more images."
-            )
+            what, remedy = _FLOORS[quantity]
+            known = Interval(floor.rate, floor.low, floor.high)
+            text = f"{place} is above the limit {limit:g}, but no more than {what}, {known}: {remedy}"
         elif interval.low > limit:
             state = "crossed"
             text = f"{place} is above the limit {limit:g}."
@@ -254,6 +268,25 @@ def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
                 f"{place} may be on either side of the limit {limit:g}; {_needed(finding, interval, limit)}."
             )
         yield Check(state=state, text=text, quantity=quantity, limit=limit, finding=finding)
+    if found and quantity in _PICTURES:
+        yield from _untried(audit, quantity, limit)
+
+
+def _untried(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
+    """Attackers of pictures that could have crossed a limit, had they come to an end."""
+    kinds = dict.fromkeys(_EVIDENCE, 0)
+    for each in audit.not_run:
+        if each.kind in kinds and each.attacker != PRESENCE and audit.exposure(each.exposure).headline:
+            kinds[each.kind] += 1
+    counts = ", ".join(f"{count} {_CAUSES[kind]}" for kind, count in kinds.items() if count)
+    if counts:
+        yield Check(
+            state="missing",
+            text=f"{quantity}: not all attackers of pictures came to an end on what clients really send "
+            f"({counts}). Give more minutes, or leave this limit out.",
+            quantity=quantity,
+            limit=limit,
+        )
 
 
 def _needed(finding: Finding, interval: Interval, limit: float) -> str:

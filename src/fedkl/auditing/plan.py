@@ -15,7 +15,7 @@ from fedkl.auditing.results import Exposure, Masking, NotRun
 from fedkl.auditing.subject import Subject
 from fedkl.defenses import Defense, NoDefense
 from fedkl.defenses.masked import MaskedUpload
-from fedkl.errors import DataError
+from fedkl.errors import DataError, FedKLError, TrainingError, printable
 from fedkl.protocol import Procedure
 
 ONE_GRADIENT = Procedure()
@@ -202,9 +202,7 @@ def plan(
     found = []
     for clients in exposures:
         told(clients.exposure.title)
-        seconds = _seconds_of_update(clients, pools)
-        found.append(_presence(clients, pools, seconds))
-        found += [_rebuilding(attacker, clients, pools, seconds) for attacker in available()]
+        found += _on(clients, pools)
     # Beside recorded updates the upper bound is a control only: of attackers that run on them.
     idle = {each.name for each in found if each.clients.sent is not None and each.obstacle is not None}
     found = [each for each in found if each.clients.sent is not None or each.name not in idle]
@@ -222,6 +220,37 @@ def plan(
             order[id(each)],
         ),
     )
+
+
+def _on(clients: Clients, pools: Pools) -> list[Planned]:
+    """Every attacker on one exposure; none on an upper bound for which no client can train.
+
+    Raises:
+        TrainingError: What clients really do cannot be done.
+    """
+    exposure, subject = clients.exposure, clients.subject
+    attackers: list[Attacker | None] = [None, *available()]
+    try:
+        seconds = _seconds_of_update(clients, pools)
+    except Exception as error:  # the user's network and loop run in here: anything may be raised
+        said = f"{type(error).__name__}: {printable(str(error))}"
+        if exposure.headline and isinstance(error, FedKLError):
+            raise
+        if exposure.headline:
+            raise TrainingError(
+                f"{subject.name}: a client cannot send {exposure.title} ({said}). Give a procedure, "
+                "images_per_client and norm_mode with which the network trains."
+            ) from error
+        reason = f"No client of this network can send that. {said}"
+        idle = [Planned(attacker=each, clients=clients, seconds=0.0) for each in attackers]
+        return [
+            replace(each, obstacle=NotRun.of(each.name, exposure, kind="does not apply", reason=reason))
+            for each in idle
+        ]
+    return [
+        _presence(clients, pools, seconds) if each is None else _rebuilding(each, clients, pools, seconds)
+        for each in attackers
+    ]
 
 
 def shortfalls(entries: Sequence[Planned]) -> list[str]:

@@ -23,7 +23,7 @@ from fedkl.auditing.clients import Clients
 from fedkl.auditing.recognition import Pools
 from fedkl.data import Dataset, DataSpec
 from fedkl.defenses import Arm, own_arms
-from fedkl.errors import AttackError, LockError, UpdateError
+from fedkl.errors import AttackError, ConfigError, LockError, TrainingError, UpdateError
 from fedkl.metrics import match, summarize
 from fedkl.protocol import Auxiliary, Knowledge, Procedure
 
@@ -116,7 +116,7 @@ def refusal(attacker: Attacker, clients: Clients, pools: Pools) -> Refusal | Non
             sent=clients.sent.updates[0] if clients.sent else None,
         )
         return attacker.attack().refusal(observation)
-    except (AttackError, LockError, UpdateError) as error:
+    except (AttackError, ConfigError, LockError, TrainingError, UpdateError) as error:
         return _no(str(error))
 
 

@@ -119,6 +119,7 @@ class Settings(Record):
         environment: Versions by name that the figures depend on, e.g. ``{"torch": "2.6.0"}``; audits of
             different ones are not compared.
         recorded: Hashes of the recorded updates and their members; none where clients are simulated.
+        fingerprint: Of weights, images, labels and procedure, see `Subject.fingerprint`; None in older files.
         exposures: What is looked at.
     """
 
@@ -137,6 +138,7 @@ class Settings(Record):
     batch_sizes: tuple[Count, ...] = ()
     environment: dict[str, Word] = {}
     recorded: tuple[Word, ...] = ()
+    fingerprint: Word | None = None
     exposures: tuple[Exposure, ...]
 
 

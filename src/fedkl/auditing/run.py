@@ -23,7 +23,7 @@ from fedkl.auditing.recognition import Pools, Recognized, recognize
 from fedkl.auditing.results import Audit, Finding, Masking, NotRun, Settings, Summary
 from fedkl.auditing.subject import Subject
 from fedkl.defenses import Defense
-from fedkl.errors import ConfigError
+from fedkl.errors import ConfigError, FolderError
 from fedkl.files import exclusive, make_folder, write_atomically
 from fedkl.study import Progress, silent
 
@@ -106,6 +106,7 @@ def settings_of(subject: Subject, exposures: Sequence[Clients], **given: Any) ->
         images=len(subject.images),
         classes=subject.classes,
         environment={"torch": torch.__version__},
+        fingerprint=subject.fingerprint(),
         exposures=tuple(each.exposure for each in exposures),
         **given,
     )
@@ -176,22 +177,22 @@ class _Folder:
         """What is there of this audit.
 
         Raises:
-            ConfigError: The folder holds another audit, or something else.
+            FolderError: The folder holds another audit, or something else.
         """
         if (self.path / "audit.json").exists():
             present = self.audit()
-            # More time is no other audit: it goes on.
-            if present.settings.model_copy(update={"minutes": settings.minutes}) != settings:
-                raise ConfigError(
-                    f"{self.path}: holds an audit of something else or with other options. Choose another "
-                    "folder, or remove this one."
+            differing = _differing(present.settings, settings)
+            if differing:
+                raise FolderError(
+                    f"{self.path}: holds an audit of something else or with other options: "
+                    f"{', '.join(differing)}. Choose another folder, or remove this one."
                 )
             if settings.minutes > present.settings.minutes:
                 self._give_time(settings, present)
             return self.audit()
         held = [each.name for each in self.path.iterdir() if not each.name.startswith(".")]
         if held:
-            raise ConfigError(f"{self.path}: expected an empty folder, it holds {held[0]!r}. Choose another.")
+            raise FolderError(f"{self.path}: expected an empty folder, it holds {held[0]!r}. Choose another.")
         write_atomically(self.path / "audit.json", settings.model_dump_json(indent=2).encode())
         return Audit(settings=settings)
 
@@ -234,6 +235,17 @@ class _Folder:
             version=2,
         )
         write_atomically(self.path / "summary.json", summary.model_dump_json(indent=2).encode())
+
+
+def _differing(present: Settings, wanted: Settings) -> list[str]:
+    """The settings in which two audits differ, in words; more time is no other audit: it goes on."""
+    known = {"minutes"} if present.fingerprint else {"minutes", "fingerprint"}
+    words = {"fedkl": "fedkl's version", "fingerprint": "weights, images, labels or procedure"}
+    return [
+        words.get(name, name)
+        for name in Settings.model_fields
+        if name not in known and getattr(present, name) != getattr(wanted, name)
+    ]
 
 
 def _carry_out(

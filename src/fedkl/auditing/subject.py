@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,6 +190,18 @@ class Subject:
         network.register_forward_hook(_scores_last)
         return network
 
+    def fingerprint(self) -> str:
+        """Tells this subject from another: SHA-256 of weights, images, labels and procedure, hexadecimal.
+
+        Of a function that trains its name and source count, not what it calls.
+        """
+        named = {"images": self.images, "labels": self.labels, **self.build().state_dict()}
+        found = hashlib.sha256(f"{self.normalization} {_told(self.procedure)}".encode())
+        for name, tensor in named.items():
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
+
     def inputs(self, images: Tensor) -> Tensor:
         """Images as the network takes them, normalized."""
         if self.normalization is None:
@@ -245,6 +259,17 @@ class Subject:
             self.build().eval()(other)
             return f"It takes images with channels={wanted}: give {given}, or load them so."
         return None
+
+
+def _told(procedure: Procedure | LocalLoop) -> str:
+    """What a client does, as text that is the same in every process."""
+    if isinstance(procedure, Procedure):
+        return repr(procedure)
+    function = inspect.unwrap(getattr(procedure, "func", procedure))
+    source = ""
+    with contextlib.suppress(OSError, TypeError):  # of no file, or no function
+        source = inspect.getsource(function)
+    return f"{getattr(function, '__qualname__', type(function).__qualname__)} {source}"
 
 
 def _image_problems(images: Tensor) -> list[str]:

@@ -38,11 +38,19 @@ class Completion:
     def _copy(self) -> Completion:
         return copy.deepcopy(self)
 
-    def neutral(self) -> Completion:
-        """γ = 1 and β = 0 where they are private; other private parameters stay as the server drew them."""
+    def neutral(self, *, start: nn.Module | None = None) -> Completion:
+        """γ = 1 and β = 0 where they are private; other private parameters stay as the server drew them.
+
+        Args:
+            start: The network that clients were given: where the server's γ and β are those of it, clients
+                start there, and the server knows them; None: it knows none.
+        """
         result = self._copy()
+        given = {} if start is None else dict(start.named_parameters())
         with torch.no_grad():
             for name in self.affine:
+                if name in given and torch.allclose(result.model.get_parameter(name), given[name], rtol=1e-3):
+                    continue
                 owner, _, tensor_name = name.rpartition(".")
                 names = norm_tensors(result.model.get_submodule(owner))
                 if names is not None:

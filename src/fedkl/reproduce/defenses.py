@@ -24,7 +24,7 @@ from fedkl.auditing import Audit, Finding, Subject, audit
 from fedkl.auditing.results import Masking
 from fedkl.config import AttackConfig, DataConfig, ModelConfig, TrainConfig
 from fedkl.defenses import DEFENSES, Defense
-from fedkl.errors import ConfigError, FedKLError
+from fedkl.errors import ConfigError, FedKLError, FolderError
 from fedkl.federated import FederatedTraining, LocalTraining
 from fedkl.files import write_atomically
 from fedkl.parsing import parse_toml
@@ -222,7 +222,8 @@ def defenses(wanted: DefensesTable, *, out: Path, progress: OpenProgress) -> lis
         One record a defense.
 
     Raises:
-        ConfigError: The folder is another table's, or one below it holds a run with other settings.
+        ConfigError: The folder is another table's, or one below it holds a run or an audit with other
+            settings; no table is written then.
         DataError: The data are not there.
     """
     trained: dict[str, list[RunDirectory | FedKLError]] = {name: [] for name in wanted.names}
@@ -264,6 +265,8 @@ def _audited(
                 seed=wanted.seed,
                 progress=step,
             )
+        except FolderError:
+            raise  # says nothing of the defense
         except FedKLError as error:
             return error
 
