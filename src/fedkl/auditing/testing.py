@@ -11,7 +11,7 @@ def assert_no_leak(audit: Audit, *, fail_above: str, baseline: Audit | None = No
 
     Args:
         audit: What `fedkl.auditing.audit` returned, or `Audit.read` read.
-        fail_above: The limits, as on the command line: ``"identified=0.1,presence_tpr=0.05"``.
+        fail_above: The limits, as on the command line: ``"presence_tpr=0.2"``.
         baseline: An earlier audit of the same; nothing may be surely worse.
 
     Raises:

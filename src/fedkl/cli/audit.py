@@ -50,7 +50,7 @@ def audit(
     seed: FirstSeedOption = 0,
     fail_above: Annotated[
         str | None,
-        typer.Option(help="Limits, e.g. identified=0.1,presence_tpr=0.05. Exit code 1 if one is crossed."),
+        typer.Option(help="Limits, e.g. recovered=0.05,presence_tpr=0.2. Exit code 1 if one is crossed."),
     ] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="Folder of an earlier audit. Exit code 1 if this one is surely worse.")
