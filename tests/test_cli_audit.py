@@ -264,6 +264,9 @@ def test_a_misfit_is_said_and_ends(fedkl, updates):
     [
         (("--members", "m.json"), "Give --recorded"),
         (("--anyway",), "Give --recorded"),
+        (("--kind", "weights"), "--kind: of recorded updates"),
+        (("--recorded", "u", "--members", "m.json", "--batch-size", "4"), "--batch-size: changes nothing"),
+        (("--recorded", "u", "--minutes", "60"), "--minutes: changes nothing"),
         (("--recorded", "u", "--defense", "keylock"), "what was recorded is as it is"),
         (("--recorded", "u", "--masking", "blind"), "what was recorded is as it is"),
         (("--recorded", "u", "--fail-above", "identified=0.1"), "without --members"),

@@ -116,6 +116,15 @@ def affine(lock):
     return [p.detach() for name in lock.layers for p in plain.get_submodule(name).parameters()]
 
 
+def test_a_store_has_no_locks_in_the_clear(fedkl, here):
+    place = ("--store", here / "store", "--client", "d")
+    words = ("key", "rotate", "--target", "mine.py:subject", "--public", "model.safetensors", *place)
+    assert enroll(fedkl, *place)[0] == 0
+    code, text = fedkl(*words, "--unencrypted")
+    assert code == 2
+    assert "always encrypted" in text
+
+
 def test_a_stores_client_is_rotated_and_no_new_client_is_made(fedkl, here):
     place = ("--store", here / "store", "--client", "d")
     words = ("key", "rotate", "--target", "mine.py:subject", "--public", "model.safetensors", *FAST, *place)

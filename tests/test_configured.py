@@ -91,6 +91,31 @@ def test_the_networks_of_an_attack_are_the_trained_one(trained):
     assert all(torch.equal(locked[name], tensor) for name, tensor in sent.items())
 
 
+@pytest.mark.filterwarnings("ignore:.*parametric layers run before the first lock")
+def test_norms_that_clients_kept_are_those_of_an_untrained_network(tmp_path):
+    """Their initialization would be taken for trained values, which a lock has to keep, or refuses."""
+    model = {"name": "vit-tiny", "initialization": "uniform"}
+    values = {
+        "type": "train",
+        "data": {"train_images": 32, "test_images": 20},
+        "model": model,
+        "defense": {"type": "keylock"},
+        "training": {"clients": 2, "rounds": 1, "local": {"batch_size": 16}},
+        "auxiliary": 10,
+    }
+    run = train(configs.parse(values, source="test"), out=tmp_path / "train")
+    sent = safetensors.torch.load_file(run.path / "global.safetensors")
+    attack = configs.parse({"type": "attack", "model": model | {"weights": str(run.path)}}, source="test")
+    network = networks_of(attack, dataset_of(attack.data))(0)
+    state = network.state_dict()
+    kept = sorted(set(state) - set(sent))
+    assert kept
+    assert all(
+        torch.equal(state[name], torch.full_like(state[name], float("weight" in name))) for name in kept
+    )
+    assert set(attack.defense.for_images((3, 32, 32)).prepare(network).public_state()) == set(sent)
+
+
 def test_a_trained_network_is_attacked_as_it_trains(trained, tmp_path):
     local = {"algorithm": "fedavg", "epochs": 1, "batch_size": 4, "momentum": 0.9, "lr": 0.01}
     config = attack_config(

@@ -19,6 +19,7 @@ from fedkl.config import AttackConfig, CheckpointConfig, DataConfig, ModelConfig
 from fedkl.configured import dataset_of
 from fedkl.defenses import KeyLock, NoDefense, PrivateLayers, PrivateNorm
 from fedkl.defenses.noise import GaussianNoise
+from fedkl.defenses.precode import PRECODE
 from fedkl.errors import ConfigError, FedKLError, KeyFileError, UpdateError
 from fedkl.export import client_of, export
 from fedkl.federated import ConstantSchedule, FederatedTraining, LocalTraining
@@ -46,6 +47,7 @@ DEFENSES = {
     "private-layers": PrivateLayers(),
     "private-norm": PrivateNorm(like=KeyLock(key_length=16)),
     "noise": GaussianNoise(deviation=1e-3),
+    "precode": PRECODE(size=16),
 }
 LOCKED = ("keylock", "all")
 
@@ -397,6 +399,16 @@ def test_the_command_prints_the_line_that_gives_the_servers_model(command, runs,
     eval(line_of(text, "model."), {"model": model, "safetensors": safetensors})
     assert accuracy(model) == pytest.approx(recorded(runs("none"))["client-0"], abs=1e-9)
     assert "no client's model" not in text
+
+
+def test_the_command_names_the_network_that_a_defense_makes(command, runs, tmp_path):
+    code, text = command(runs("precode"), "--out", tmp_path / "model.safetensors")
+    assert code == 0, text
+    assert "no client's model" not in text
+    names = {"safetensors": safetensors, "Net": network}
+    for start in ("from fedkl.", "model = ", "model.load"):
+        exec(line_of(text, start), names)
+    assert accuracy(names["model"]) == pytest.approx(recorded(runs("precode"))["client-0"], abs=0.05)
 
 
 def test_the_command_says_that_the_public_model_is_no_clients(command, runs, tmp_path):

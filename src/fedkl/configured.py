@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fedkl import data, models
 from fedkl.config import AttackConfig, DataConfig, ModelConfig, TrainConfig
-from fedkl.data import Dataset
+from fedkl.data import Dataset, Subset
 from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, DataError
 from fedkl.modelfile import read_tensors
+from fedkl.norms import norm_tensors
 from fedkl.runs import RunDirectory, is_run
 from fedkl.update import TensorSpec, check_tensors
 
@@ -44,7 +45,8 @@ def dataset_of(config: DataConfig) -> Dataset:
                 f"data.{part}_images: expected at most {len(images)}, the {part} images of {config.name}, "
                 f"got {wanted}."
             )
-        kept |= {f"{part}_images": images[:wanted], f"{part}_labels": labels[:wanted]}
+        some = Subset(images, slice(wanted)) if getattr(images, "streams", False) else images[:wanted]
+        kept |= {f"{part}_images": some, f"{part}_labels": labels[:wanted]}
     return replace(dataset, **kept)
 
 
@@ -113,6 +115,12 @@ def _load_(model: nn.Module, place: Path, config: ModelConfig, dataset: Dataset)
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+        for place_of, module in model.named_modules():
+            names = norm_tensors(module)
+            for tensor_name, start in ((names.scale, 1.0), (names.shift, 0.0)) if names else ():
+                kept = f"{place_of}.{tensor_name}".lstrip(".")
+                if kept in own and kept not in tensors:  # else its initialization would be taken for trained
+                    own[kept].fill_(start)
 
 
 def _sent_by(place: Path, model: nn.Module, config: ModelConfig, dataset: Dataset) -> dict[str, Tensor]:
@@ -127,4 +135,4 @@ def _sent_by(place: Path, model: nn.Module, config: ModelConfig, dataset: Datase
             f"model.weights: {place} trained {run.model.name}, standardize = {run.model.standardize}; "
             f"this experiment has {config.name}, {config.standardize}. Set model.name and model.standardize."
         )
-    return run.defense.for_images(dataset.spec.shape).prepare(model).public_state()
+    return prepared(run.defense, config=run, dataset=dataset).prepare(model).public_state()

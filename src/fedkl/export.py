@@ -183,7 +183,7 @@ def _facts(source: Path) -> _Facts:
         return {"whole": None, "read_by_server": True}
     config = training_of(RunDirectory.open(source))
     return {
-        "whole": not config.defense.keeps_tensors,
+        "whole": not (config.defense.keeps_tensors or config.defense.changes_network),
         "read_by_server": config.training.aggregation.server_learns != "nothing",
     }
 

@@ -149,8 +149,20 @@ def test_members_that_are_none_are_all_named(audited, tmp_path):
         assert part in str(caught.value)
     with pytest.raises(ConfigError, match="none is given"):
         audit_recorded(audited, [], out=tmp_path)
+    few = replace(audited, images_per_client=398)
     with pytest.raises(ConfigError, match="only 2 images are of no recorded client"):
-        audit_recorded(audited, [RecordedClient(update=update, members=range(398))], out=tmp_path)
+        audit_recorded(few, [RecordedClient(update=update, members=range(398))], out=tmp_path)
+
+
+def test_members_that_are_left_out_are_missed(audited, tmp_path):
+    """They would be taken for images that nobody trained on, and the leak seem smaller."""
+    update = recordings.sent(audited, [0, 1, 2, 3])
+    for sent, expected in (
+        (update, "expected 4 members, as Subject.images_per_client is, got 3"),
+        (replace(update, images=5), "expected 5 members, as the update says, got 3"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            audit_recorded(audited, [RecordedClient(update=sent, members=[0, 1, 2])], out=tmp_path)
 
 
 def test_a_finished_audit_is_read_and_another_recording_is_another_audit(audited, tmp_path, only_rows):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -14,7 +16,7 @@ import safetensors.torch
 import torch
 
 import fedkl
-from fedkl import Procedure
+from fedkl import Procedure, report
 from fedkl.attacking.verdict import Areas, judge_presence, judge_share
 from fedkl.attacks import ATTACKS, Attack, Reconstruction, register_attack
 from fedkl.auditing import Audit, attackers, recognition, run
@@ -278,6 +280,17 @@ def test_an_interrupted_audit_goes_on(tmp_path, after):
     for each in present.findings:
         title = next(e.title for e in found.settings.exposures if e.name == each.exposure)
         assert f"{each.attacker}: {title}" not in again.texts
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_pictures_and_the_report_that_shows_them_are_for_their_owner_only(tmp_path):
+    """They are somebody's images, or those of a real client."""
+    audited(tmp_path / "a")
+    page = report.build(tmp_path / "a").html
+    places = [page, *page.parent.glob("pictures/*"), *page.parent.glob("figures/*")]
+    assert len(places) > 1
+    assert {stat.S_IMODE(place.stat().st_mode) for place in places} == {0o600}
+    assert stat.S_IMODE((tmp_path / "a/pictures").stat().st_mode) == 0o700
 
 
 def test_a_finished_audit_is_only_read(tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import itertools
 import os
 import shutil
 
@@ -5,7 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fedkl.data import FolderImages, load
+from fedkl import configured
+from fedkl.attacking.observing import trials_of
+from fedkl.config import DataConfig
+from fedkl.data import FolderImages, Subset, load
 from fedkl.errors import DataError
 
 COLORS = {"bird": (200, 0, 0), "cat": (0, 200, 0), "dog": (0, 0, 200)}
@@ -26,11 +30,30 @@ def root(tmp_path):
 def test_classes_are_the_sorted_folders_of_train(root):
     dataset = load("imagefolder", root=root, size=8)
     assert repr(dataset) == "Dataset('imagefolder', train=6, test=3, shape=(3, 8, 8), classes=3)"
-    assert dataset.train_labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert dataset.test_labels.tolist() == [0, 1, 2]
+    assert dataset.train_labels.sort().values.tolist() == [0, 0, 1, 1, 2, 2]
+    assert dataset.test_labels.sort().values.tolist() == [0, 1, 2]
     assert isinstance(dataset.train_images, FolderImages)
-    assert dataset.train_images[:].amax((2, 3)).argmax(1).tolist() == [0, 0, 1, 1, 2, 2]
+    assert dataset.train_images[:].amax((2, 3)).argmax(1).tolist() == dataset.train_labels.tolist()
     assert dataset.spec.mean == (0.485, 0.456, 0.406)
+
+
+def test_the_first_images_are_of_all_classes_and_the_same_each_time(tmp_path):
+    """Attacks take the first test images, and `train_images` of a configuration the first of all."""
+    for split, name in itertools.product(("train", "val"), "ab"):
+        (tmp_path / split / name).mkdir(parents=True)
+        for number in range(60):
+            Image.new("L", (4, 4), number).save(tmp_path / split / name / f"{number:02}.png")
+    dataset, again = (load("imagefolder", root=tmp_path, size=4) for _ in range(2))
+    for part in ("train_labels", "test_labels"):
+        labels = getattr(dataset, part)
+        assert torch.equal(labels, getattr(again, part))
+        assert labels[:20].float().mean() == pytest.approx(0.5, abs=0.3)
+        assert labels.tolist().count(0) == 60
+    (trial,) = trials_of(dataset, trials=1, batch_size=20)
+    assert trial.labels.unique().tolist() == [0, 1]
+    some = configured.dataset_of(DataConfig(name="imagefolder", root=str(tmp_path), size=4, train_images=20))
+    assert isinstance(some.train_images, Subset)  # nothing is decoded before it is asked for
+    assert some.train_labels.unique().tolist() == [0, 1]
 
 
 def test_the_usual_size_is_224_and_the_folder_itself_will_do(root):
@@ -40,7 +63,7 @@ def test_the_usual_size_is_224_and_the_folder_itself_will_do(root):
 def test_test_stands_for_val_and_may_lack_classes(root):
     (root / "imagefolder" / "val").rename(root / "imagefolder" / "test")
     shutil.rmtree(root / "imagefolder" / "test" / "cat")
-    assert load("imagefolder", root=root).test_labels.tolist() == [0, 2]
+    assert load("imagefolder", root=root).test_labels.sort().values.tolist() == [0, 2]
 
 
 def test_hidden_files_are_skipped(root):
@@ -52,9 +75,10 @@ def test_hidden_files_are_skipped(root):
 def test_nothing_but_the_first_image_of_each_part_is_decoded_on_loading(root):
     (root / "imagefolder" / "train" / "dog" / "1.JPEG").write_bytes(b"")
     dataset = load("imagefolder", root=root, size=8)
-    assert dataset.train_images[:5].shape == (5, 3, 8, 8)
+    others = (dataset.train_labels != dataset.spec.classes - 1).nonzero()[:, 0]
+    assert dataset.train_images[others].shape == (4, 3, 8, 8)
     with pytest.raises(DataError, match=r"train/dog/1\.JPEG: expected a readable image"):
-        dataset.train_images[torch.tensor([5])]
+        dataset.train_images[:]
     (root / "imagefolder" / "train" / "bird" / "0.JPEG").write_bytes(b"")
     with pytest.raises(DataError, match=r"train/bird/0\.JPEG: expected a readable image"):
         load("imagefolder", root=root, size=8)
@@ -177,5 +201,6 @@ def test_color_becomes_gray_where_one_channel_is_asked_for(root):
     dataset = load("imagefolder", root=root, size=8, channels=1)
     assert dataset.spec.shape == (1, 8, 8)
     assert len(dataset.spec.mean) == len(dataset.spec.std) == 1
-    grays = dataset.train_images[torch.tensor([0, 2, 4])].mean((1, 2, 3)) * 255
+    places = torch.stack([(dataset.train_labels == label).nonzero()[0, 0] for label in range(3)])
+    grays = dataset.train_images[places].mean((1, 2, 3)) * 255
     torch.testing.assert_close(grays, 200 * torch.tensor([0.299, 0.587, 0.114]), atol=1.5, rtol=0)

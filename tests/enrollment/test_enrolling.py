@@ -217,3 +217,12 @@ def test_tokens_too():
     done = enroll(model, public=member.public_state(), images=words, labels=labels)
     part = done.lock.model, words, labels, torch.arange(100)
     assert measured(*part).accuracy > 0.5
+
+
+def test_a_lock_that_nothing_trains_is_no_puzzle():
+    lock = member_lock()
+    for parameter in lock.private_parameters().values():
+        parameter.requires_grad_(False)
+    given, labels = images("own")
+    with pytest.raises(TrainingError, match="Nothing can be fitted"):
+        fitted(lock, images=given, labels=labels, fitting=FITTING)

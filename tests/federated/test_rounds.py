@@ -8,6 +8,8 @@ from torch import nn
 
 from fedkl.data import Dataset, Dirichlet, Shards
 from fedkl.defenses import KeyLock, NoDefense, PrivateLayers, PrivateNorm
+from fedkl.defenses.client_dp import ClientDP
+from fedkl.defenses.dp_sgd import DPSGD
 from fedkl.errors import ConfigError, TrainingError
 from fedkl.federated import (
     Averaging,
@@ -134,6 +136,30 @@ class Flaky:
         images = self._images[index].clone()
         images[self.broken[index]] = float("nan")
         return images
+
+
+class Normless(nn.Sequential):
+    """A network whose images can be told apart, as DP-SGD asks."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(3 * 32 * 32, 8), nn.ReLU(), nn.Linear(8, 10))
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedsgd"])
+@pytest.mark.parametrize("defense", [ClientDP(noise_multiplier=0.1), DPSGD()], ids=lambda each: each.type)
+def test_under_a_guarantee_nobody_sees_who_diverges(dataset, defense, algorithm):
+    """Whether one image makes the training diverge is something that ε has to cover."""
+    store, broken = flaky(dataset)
+    local = {"algorithm": algorithm, "batch_size": 16}
+    run = federation(broken, defense, model=seeded(Normless), local=local)
+    store.broken[run.clients[0].samples] = True
+    before = {name: tensor.clone() for name, tensor in run.server.state.items()}
+    result = run.run_round(0)
+    assert not result.failed
+    assert result.updates == len(run.clients)
+    assert result.loss is not None
+    assert all(tensor.isfinite().all() for tensor in run.server.state.values())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in run.server.state.items())
 
 
 def flaky(dataset):

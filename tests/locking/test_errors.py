@@ -418,6 +418,25 @@ def test_open_layers_are_warned_about():
         fedkl.lock(model)
 
 
+@pytest.mark.filterwarnings("ignore:.*parametric layers run before the first lock")
+def test_frozen_norms_are_passed_over_or_warned_of():
+    """A lock of one never changes."""
+
+    def make():
+        model = nn.Sequential(
+            nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+        )
+        model[:2].requires_grad_(False)
+        return model
+
+    assert fedkl.lock(make()).layers == ("3",)
+    assert fedkl.lock(make(), layers="all").layers == ("3",)
+    with pytest.warns(UserWarning, match=r"1: γ and β are frozen .* hides nothing"):
+        fedkl.lock(make(), layers=["1"])
+    whole = make().requires_grad_(False)  # nobody trains it, so nothing is lost
+    assert fedkl.lock(whole).layers == ("1",)
+
+
 def test_warnings_point_at_the_users_line(tmp_path):
     script = tmp_path / "users.py"
     script.write_text(

@@ -11,6 +11,7 @@ import shutil
 import pytest
 
 from fedkl import report
+from fedkl.aggregation import MaskedAggregation
 from fedkl.attacks import DLG, IDLG
 from fedkl.defenses import KeyLock, PublicNorm
 from fedkl.errors import ConfigError
@@ -157,9 +158,10 @@ def test_what_the_server_knows_is_what_the_attack_uses(attack_run, attack, label
 
 
 def test_controls_without_fill_ins_are_named_as_left_out(folder, train_run):
-    text = "Left out, as they keep nothing private"
     train_run("train-control", defense=PublicNorm())
-    assert f"{text}: train-control, train-fedavg." in page(folder)
+    train_run("train-masked", defense=KeyLock(), aggregation=MaskedAggregation(mode="blind"))
+    assert "Left out, as they keep no γ, β or layer: train-control, train-fedavg." in page(folder)
+    assert "Left out, as the server cannot read their model: train-masked." in page(folder)
     assert [row[0] for row in report.build(folder).tables[2][2]] == ["train-fedkl"] * 2
 
 

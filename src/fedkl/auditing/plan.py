@@ -11,7 +11,7 @@ from fedkl.auditing.attackers import PRESENCE, Attacker, available
 from fedkl.auditing.clients import Clients, Sent
 from fedkl.auditing.rebuilding import refusal, work
 from fedkl.auditing.recognition import LOOKED_AT, Pools, check_enough, clients_of
-from fedkl.auditing.results import Exposure, Masking, NotRun
+from fedkl.auditing.results import Cause, Exposure, Masking, NotRun
 from fedkl.auditing.subject import Subject
 from fedkl.defenses import Defense, NoDefense
 from fedkl.defenses.masked import MaskedUpload
@@ -242,11 +242,7 @@ def _on(clients: Clients, pools: Pools) -> list[Planned]:
                 "images_per_client and norm_mode with which the network trains."
             ) from error
         reason = f"No client of this network can send that. {said}"
-        idle = [Planned(attacker=each, clients=clients, seconds=0.0) for each in attackers]
-        return [
-            replace(each, obstacle=NotRun.of(each.name, exposure, kind="does not apply", reason=reason))
-            for each in idle
-        ]
+        return [_idle(each, clients, kind="does not apply", reason=reason) for each in attackers]
     return [
         _presence(clients, pools, seconds) if each is None else _rebuilding(each, clients, pools, seconds)
         for each in attackers
@@ -308,8 +304,7 @@ def _presence(clients: Clients, pools: Pools, seconds: float) -> Planned:
             clients=exposure.clients,
         )
     except DataError as error:
-        obstacle = NotRun.of(PRESENCE, exposure, kind="does not apply", reason=str(error))
-        return Planned(attacker=None, clients=clients, seconds=0.0, obstacle=obstacle)
+        return _idle(None, clients, kind="does not apply", reason=str(error))
     hidden = 2 if clients.hides else 1  # the control is measured too
     looked_at = 2 * LOOKED_AT * seconds / exposure.images_behind
     return Planned(attacker=None, clients=clients, seconds=hidden * (2 * count * seconds + looked_at + 5))
@@ -320,11 +315,15 @@ def _rebuilding(attacker: Attacker, clients: Clients, pools: Pools, seconds: flo
     size = exposure.images_behind
     if size > len(pools.audited.images):
         reason = f"There are only {len(pools.audited.images)} images of clients, {size} are in an update."
-        obstacle = NotRun.of(attacker.name, exposure, kind="does not apply", reason=reason)
-        return Planned(attacker=attacker, clients=clients, seconds=0.0, obstacle=obstacle)
+        return _idle(attacker, clients, kind="does not apply", reason=reason)
     refused = refusal(attacker, clients, pools)
     if refused is None:
         whole, least = (seconds * updates for updates in work(attacker, clients, pools))
         return Planned(attacker=attacker, clients=clients, seconds=whole, least=least)
-    obstacle = NotRun.of(attacker.name, exposure, kind=refused.kind, reason=refused.reason)
-    return Planned(attacker=attacker, clients=clients, seconds=0.0, obstacle=obstacle)
+    return _idle(attacker, clients, kind=refused.kind, reason=refused.reason)
+
+
+def _idle(attacker: Attacker | None, clients: Clients, *, kind: Cause, reason: str) -> Planned:
+    """An entry that is not run, and why."""
+    entry = Planned(attacker=attacker, clients=clients, seconds=0.0)
+    return replace(entry, obstacle=NotRun.of(entry.name, clients.exposure, kind=kind, reason=reason))

@@ -103,7 +103,7 @@ def audit_recorded(
     """
     if not minutes > 0:
         raise ConfigError(f"audit_recorded: expected minutes above 0, got {minutes}.")
-    _check_members(subject, clients)
+    _check_members(subject, clients, anyway=anyway)
     updates = _updates(subject, [each.update for each in clients], anyway=anyway, progress=progress)
     pools, places = _pools(subject, [each.members for each in clients], seed=seed)
     exposures = recorded_exposures_of(subject, Sent(updates=updates, places=places), seed=seed)
@@ -159,7 +159,8 @@ def suspect(
     return Suspected(scores=scores, threshold=float(null.flatten().quantile(1 - FALSE_ALARMS)))
 
 
-def _check_members(subject: Subject, clients: Sequence[RecordedClient]) -> None:
+def _check_members(subject: Subject, clients: Sequence[RecordedClient], *, anyway: bool) -> None:
+    """An image that is left out would be taken for one that nobody trained on: attacks then seem to fail."""
     last, problems = len(subject.images) - 1, []
     for each in clients:
         name, members = each.update.source, list(each.members)
@@ -170,6 +171,11 @@ def _check_members(subject: Subject, clients: Sequence[RecordedClient]) -> None:
             problems.append(f"{name}: expected members from 0 to {last}, got {wrong[:_SHOWN]}")
         if len(set(members)) < len(members):
             problems.append(f"{name}: members are named twice")
+        said = each.update.images
+        expected = subject.images_per_client if said is None else said
+        if members and len(members) != expected and not (anyway and said is None):
+            by = "Subject.images_per_client is" if said is None else "the update says"
+            problems.append(f"{name}: expected {expected} members, as {by}, got {len(members)}")
     others = len(subject.images) - len(set(chain.from_iterable(each.members for each in clients)))
     if not problems and clients and others < subject.classes:
         problems.append(f"only {others} images are of no recorded client, from which a server could learn")

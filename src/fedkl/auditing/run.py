@@ -24,7 +24,7 @@ from fedkl.auditing.results import Audit, Finding, Masking, NotRun, Settings, Su
 from fedkl.auditing.subject import Subject
 from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, FolderError
-from fedkl.files import exclusive, make_folder, write_atomically
+from fedkl.files import PRIVATE_FILE, PRIVATE_FOLDER, exclusive, make_folder, write_atomically
 from fedkl.study import Progress, silent
 
 _LEFT_FOR_ONE = 0.25  # share of the time that is left, after which an attacker begins no further lot
@@ -217,11 +217,11 @@ class _Folder:
         write_atomically(path, whole + lines.encode())
 
     def save_pictures(self, name: str, rebuilt: Rebuilt) -> str:
-        """Keeps originals and what came out; returns their place below the folder."""
-        make_folder(self.path / "pictures")
+        """Keeps originals and what came out, for this user only; returns their place below the folder."""
+        make_folder(self.path / "pictures", mode=PRIVATE_FOLDER)
         place = f"pictures/{name}.safetensors"
         tensors = {"truth": rebuilt.truth.contiguous(), "found": rebuilt.images.contiguous()}
-        write_atomically(self.path / place, safetensors.torch.save(tensors))
+        write_atomically(self.path / place, safetensors.torch.save(tensors), mode=PRIVATE_FILE)
         return place
 
     def finish(self, seconds: float) -> None:

@@ -91,7 +91,7 @@ def audit(
     earlier = Audit.read(baseline) if baseline is not None else None
     judged = any(each is not None for each in (fail_above, baseline, junit, sarif, summary))
     changed = (defense, masking) != ("none", "none")
-    recordings.check(recorded, members=members, anyway=anyway, changed=changed, judged=judged)
+    recordings.check(recorded, members=members, changed=changed, judged=judged)
     given = None if recorded is None else recordings.Recorded(recorded, kind, anyway)
     found = targets.load(target)
     if given is not None and members is None:

@@ -14,6 +14,16 @@ from fedkl.cli.terminal import say
 from fedkl.errors import ConfigError, printable
 
 
+def given(*names: str) -> str:
+    """Which of the present command's options stand on its command line, as flags: ``--lr, --held-out``."""
+    from click import get_current_context
+    from click.core import ParameterSource
+
+    context = get_current_context()
+    here = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return ", ".join("--" + name.replace("_", "-") for name in here)
+
+
 class Command(TyperCommand):
     """A command that Ctrl-C ends with exit code 130 and a line that says how to repeat it.
 

@@ -120,6 +120,8 @@ def rotate_lock(
     from fedkl.export import public_tensors
 
     place = _place(path, store, client, passphrase_file, new=False)
+    if unencrypted and not isinstance(place, Path):
+        raise typer.BadParameter("--unencrypted: a store's locks are always encrypted. Leave it out.")
     tensors, subject = public_tensors(public), _subject(target)
     network = subject.classifier()
     how: dict[str, Any] = {"images": subject.images, "labels": subject.labels}

@@ -104,6 +104,8 @@ def _lines_of_client(out: Path, client: str, form: Form, rounds: int) -> list[st
 
 
 def _lines(done: Exported, source: Path) -> list[str]:
+    from fedkl.export import defense_of
+
     lines = [f"{done.model}: the public tensors after {done.rounds} round{'s' * (done.rounds > 1)}"]
     if not done.read_by_server:
         lines.append("The server of this training could not read them; its members have them.")
@@ -111,6 +113,15 @@ def _lines(done: Exported, source: Path) -> list[str]:
     if done.lock is not None:
         lines.append(f"{done.lock}: this client's lock, encrypted. To be kept secret; it is of this round.")
         return [*lines, "Its model, where Net() builds the network that was trained:", f"    {_locked(done)}"]
+    defense = defense_of(source)
+    if defense is not None and defense.changes_network:
+        made = f"from {type(defense).__module__} import {type(defense).__name__}"
+        use = "Use it in the network that the defense makes of the one that was trained, Net():"
+        return [
+            *lines,
+            use,
+            *(f"    {line}" for line in (made, f"model = {defense!r}.prepare(Net()).model", plain)),
+        ]
     if done.whole:
         return [*lines, "Use it in a model of the network that was trained:", f"    {plain}"]
     if done.whole is None:

@@ -10,7 +10,7 @@ import typer
 
 import fedkl
 from fedkl.cli import enrollment
-from fedkl.cli.commands import Command
+from fedkl.cli.commands import Command, given
 from fedkl.cli.terminal import console
 from fedkl.errors import ConfigError
 
@@ -138,13 +138,8 @@ _OF_A_LOCK = ("keep_function", "client", "held_out", "epochs", "lr", "seed")
 
 
 def _refuse_options_of_locks() -> None:
-    from click import get_current_context
-    from click.core import ParameterSource
-
-    context = get_current_context()
-    given = [name for name in _OF_A_LOCK if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+    flags = given(*_OF_A_LOCK)
+    if flags:
         raise typer.BadParameter(
             f"{flags}: of a lock, and this is a key file. Leave it out, or give --target and --public too."
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import typer
 
+from fedkl.cli.commands import given
 from fedkl.cli.terminal import console, progress_bar
 
 if TYPE_CHECKING:
@@ -36,19 +37,21 @@ class Recorded(NamedTuple):
         return auditing.read_recorded(self.path, kind=self.kind)
 
 
-def check(recorded: Path | None, *, members: Path | None, anyway: bool, changed: bool, judged: bool) -> None:
+def check(recorded: Path | None, *, members: Path | None, changed: bool, judged: bool) -> None:
     """Refuses flags that would do nothing.
 
     Args:
         recorded: Path of the updates; None: clients are simulated.
         members: File of whose images are whose.
-        anyway: Whether to attack what does not fit.
         changed: Whether clients are to do otherwise than they did.
         judged: Whether figures are held against something, or written down for others.
     """
+    idle = ("batch_size",) if members is not None else ("batch_size", "minutes")
     if recorded is None:
-        if members is not None or anyway:
-            raise typer.BadParameter("--members, --anyway: of recorded updates. Give --recorded.")
+        if flags := given("members", "anyway", "kind"):
+            raise typer.BadParameter(f"{flags}: of recorded updates. Give --recorded.")
+    elif flags := given(*idle):
+        raise typer.BadParameter(f"{flags}: changes nothing of these recorded updates. Leave it out.")
     elif changed:
         raise typer.BadParameter(
             "--recorded: what was recorded is as it is; neither --defense nor --masking."

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from fedkl import rng
 from fedkl.data.images import TensorImages, in_unit_range
 from fedkl.data.messages import place, told
 from fedkl.errors import DataError, gathered
@@ -73,6 +74,25 @@ def readable(root: Path) -> Iterator[None]:
             f"{place(root)}: expected a readable folder, got {told(error)}. Correct its permissions, or give "
             "another data root."
         ) from error
+
+
+def mixed(labels: Int64[Tensor, " images"]) -> Int64[Tensor, " images"]:
+    """An order of images, the same each time: as they are, but mixed where they lie class after class.
+
+    Attacks take the first images, and the first ones stand for fewer: they shall be of all classes. The very
+    first stays the first.
+
+    Args:
+        labels: Of all images, in their own order.
+
+    >>> mixed(torch.tensor([0, 1, 0])), mixed(torch.tensor([0, 0, 0, 1, 1, 1])).sort().values
+    (tensor([0, 1, 2]), tensor([0, 1, 2, 3, 4, 5]))
+    """
+    steps = labels.diff()
+    if bool((steps < 0).any()) or not bool(steps.any()):
+        return torch.arange(len(labels))
+    drawn = torch.randperm(len(labels) - 1, generator=rng.generator(0, "images class after class"))
+    return torch.cat([torch.zeros(1, dtype=torch.int64), 1 + drawn])
 
 
 def fetch_remedy(root: Path, *, name: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fedkl.data import dicom as dicom_files
-from fedkl.data.base import Dataset, DataSpec, default_root, readable
+from fedkl.data.base import Dataset, DataSpec, default_root, mixed, readable
 from fedkl.data.folder_images import FolderImages
 from fedkl.data.messages import place, told
 from fedkl.data.sources import DatasetEntry
@@ -38,8 +38,10 @@ def load_image_folder(
     """Loads images in folders by class; only names are read now, the files when a batch is asked for.
 
     Classes are numbered in the order of the sorted folder names of `train`; for ILSVRC2012 that is the usual
-    order of WordNet ids. Names that begin with a dot are skipped. Mean and standard deviation in the spec are
-    ImageNet's, as is usual for photographs, and not computed from these images; in gray those of its luma.
+    order of WordNet ids. Names that begin with a dot are skipped. Images come in an order of their own, the
+    same each time: the first ones, which attacks take and which stand for fewer, are of all classes. Mean and
+    standard deviation in the spec are ImageNet's, as is usual for photographs, and not computed from these
+    images; in gray those of its luma.
 
     Args:
         root: The data root, with the images in its folder `imagefolder`, or that folder itself.
@@ -84,12 +86,13 @@ def load_image_folder(
     mean, std = (_MEAN, _STD) if channels == 3 else (_GRAY_MEAN, _GRAY_STD)
     spec = DataSpec(name=_NAME, shape=(channels, size, size), classes=len(train), mean=mean, std=std)
     options = partial(FolderImages, size=size, channels=channels, dicom=dicom)
+    (train_files, train_labels), (test_files, test_labels) = (_mixed(part, numbers) for part in (train, test))
     return Dataset(
         spec,
-        train_images=options(_flat(train)),
-        train_labels=_labels(train, numbers),
-        test_images=options(_flat(test)),
-        test_labels=_labels(test, numbers),
+        train_images=options(train_files),
+        train_labels=train_labels,
+        test_images=options(test_files),
+        test_labels=test_labels,
     )
 
 
@@ -167,13 +170,13 @@ def _remedy(folder: Path, found: Sequence[str]) -> str:
     return text
 
 
-def _flat(files: dict[str, list[str]]) -> list[str]:
-    return [file for names in files.values() for file in names]
-
-
-def _labels(files: dict[str, list[str]], numbers: dict[str, int]) -> torch.Tensor:
+def _mixed(files: dict[str, list[str]], numbers: dict[str, int]) -> tuple[list[str], torch.Tensor]:
+    """The files of all classes, and their labels, in an order that is the same each time."""
+    every = [file for names in files.values() for file in names]
     counts = torch.tensor([len(names) for names in files.values()])
-    return torch.tensor([numbers[name] for name in files]).repeat_interleave(counts)
+    labels = torch.tensor([numbers[name] for name in files]).repeat_interleave(counts)
+    order = mixed(labels)
+    return [every[place] for place in order.tolist()], labels[order]
 
 
 ENTRY = DatasetEntry(

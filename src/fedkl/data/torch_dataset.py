@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from fedkl import rng
-from fedkl.data.base import Dataset, DataSpec
+from fedkl.data.base import Dataset, DataSpec, mixed
 from fedkl.data.images import Index, Subset, TensorImages, checked_index, in_unit_range
 from fedkl.data.squares import RefusedError, raster_of
 from fedkl.errors import DataError
@@ -35,6 +35,7 @@ def from_torch(
     """Makes of a `torch.utils.data.Dataset`, or of two, what fedkl trains with and attacks.
 
     Every item is read once, in order, checked, and kept in memory: bytes as bytes, anything else as float32.
+    Items that lie class after class are mixed then, the same way each time, since attacks take the first.
     Random augmentation is thereby drawn once, with the seed 0 of PyTorch's, NumPy's and Python's generator;
     leave it to fedkl (`--set training.local.augmentation=flip`).
 
@@ -64,10 +65,10 @@ def from_torch(
         order = torch.randperm(len(first.labels), generator=rng.generator(0, "held out for tests"))
         count = max(1, len(order) // _HELD_OUT)
         held_out, rest = order[:count].sort().values, order[count:].sort().values
-        parts = [first.part(rest), first.part(held_out)]
+        parts = [first.part(places[mixed(first.labels[places])]) for places in (rest, held_out)]
     else:
         second = _read(test, f"{name}, test", keep=keep)
-        parts = [(first.images, first.labels), (second.images, second.labels)]
+        parts = [first.all(), second.all()]
     largest = 1 + max(int(labels.max()) for _, labels in parts)
     mean, std = first.moments()
     shape = cast(tuple[int, int, int], first.images.shape[1:])
@@ -111,6 +112,12 @@ class _Read:
     labels: Tensor
     sums: Tensor
     squares: Tensor
+
+    def all(self) -> tuple[Images, Tensor]:
+        """All images, mixed where they lie class after class, with their labels."""
+        order = mixed(self.labels)
+        in_order = torch.equal(order, torch.arange(len(order)))
+        return (self.images, self.labels) if in_order else self.part(order)
 
     def part(self, indexes: Tensor) -> tuple[Images, Tensor]:
         """Some of the images, with their labels."""

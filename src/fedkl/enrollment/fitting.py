@@ -131,9 +131,14 @@ def fitted(
 
     Raises:
         DataError: There are too few images, or labels do not fit the images or the model.
-        TrainingError: The fitting diverged, or something changed a public tensor.
+        TrainingError: The fitting diverged, nothing can be fitted, or something changed a public tensor.
     """
     check_labels(lock.model, images, labels)
+    if not any(parameter.requires_grad for parameter in lock.private_parameters().values()):
+        raise TrainingError(
+            "Nothing can be fitted: all private parameters of the lock are frozen (requires_grad=False). "
+            "Lock layers that clients train."
+        )
     train, held_out = fitting.parts(len(labels))
     before = before or measured(lock.model, images, labels, held_out)
     public, begin = lock.public_state(), perf_counter()

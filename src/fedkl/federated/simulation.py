@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from statistics import fmean
 from time import perf_counter
 
@@ -165,7 +166,7 @@ class Federation:
                 failed[client.name] = str(error)
                 collected.drop(client.name)
             elif isinstance(result, ClientResult):
-                losses.append(result.loss)
+                losses += [result.loss] if isfinite(result.loss) else []  # under a guarantee nobody is told
         alone = self.training.clients > 1 and len(failed) == 1  # a single one may be at fault itself
         if failed and not losses and not alone:
             raise TrainingError(_diverged(round, lr, failed))
@@ -236,7 +237,14 @@ class Federation:
     ) -> Iterator[tuple[Client, ClientResult | UpdateError]]:
         def task(worker: Worker, client: Client) -> ClientResult | UpdateError:
             try:
-                return worker.train(client, state, round=round, lr=lr, transform=self._transformed)
+                return worker.train(
+                    client,
+                    state,
+                    round=round,
+                    lr=lr,
+                    transform=self._transformed,
+                    guaranteed=self.ledger is not None,
+                )
             except UpdateError as error:  # one client's divergence is not the federation's
                 return error
 

@@ -100,6 +100,7 @@ class Worker:
         round: int,
         lr: float,
         transform: Callable[[PublicUpdate, Sending], PublicUpdate],
+        guaranteed: bool = False,
     ) -> ClientResult:
         """One round of a client's local training; the client changes only if all of it goes well.
 
@@ -109,6 +110,8 @@ class Worker:
             round: The round's number, from 0.
             lr: Learning rate.
             transform: What the defense does to the update before it is sent.
+            guaranteed: Whether differential privacy is promised of what is sent. Then a client whose training
+                diverged sends what it sends where nothing has changed: one image may decide whether it does.
 
         Raises:
             UpdateError: The training diverged: the update, the loss or the private state is not finite.
@@ -125,6 +128,13 @@ class Worker:
                 tensors, num_samples = self.split.public_state(), client.num_samples
             else:
                 tensors, num_samples, losses = self._gradient(client, round)
+        silent = guaranteed and not _are_finite(tensors | self.split.private_state())
+        if silent:
+            unchanged = self._training.algorithm == "fedavg"
+            tensors = {
+                name: state[name].clone() if unchanged and name in state else torch.zeros_like(tensor)
+                for name, tensor in tensors.items()
+            }
         update = self.split.public_update(
             tensors,
             kind=UPDATE_KINDS[self._training.algorithm],
@@ -139,7 +149,9 @@ class Worker:
             ),
         )
         private, loss = self.split.private_state(), torch.stack(losses).mean()
-        hidden = self._training.per_example is not None  # one image may decide whether its loss is finite
+        if silent:
+            return ClientResult(update=update, loss=float(loss))
+        hidden = guaranteed or self._training.per_example is not None
         _check_finite(private if hidden else private | {"loss": loss}, client)
         moments = take_state(optimizer, named)
         client.keep(private, moments if self._training.keep_optimizer else {})
@@ -227,6 +239,10 @@ class Worker:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             yield
+
+
+def _are_finite(tensors: NamedTensors) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def _check_finite(tensors: NamedTensors, client: Client) -> None:

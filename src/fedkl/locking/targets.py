@@ -99,7 +99,18 @@ def plan(
         problems += _target_problems(model, target)
     if problems:
         raise LockError(gathered("This model cannot be locked as asked.", problems, _REMEDY))
+    frozen = [each.name for each in targets if not each.inserts and is_frozen(each.module)]
+    if frozen and any(parameter.requires_grad for parameter in model.parameters()):
+        warn(
+            f"{_listing(frozen)}: γ and β are frozen (requires_grad=False). A lock of them never changes, "
+            "and hides nothing from a server that knows the model. Unfreeze them, or lock other layers."
+        )
     return targets
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether no training changes the norm's scale: a lock of it would stay as it begins."""
+    return not getattr(norm, norms.generated_names(norm)[0]).requires_grad
 
 
 _REMEDY = (
@@ -122,7 +133,8 @@ def _choose(model: nn.Module, order: dict[str, nn.Module], layers: Layers) -> tu
             known = "'first', 'all' nor 'classifier'"
             return [], [f"layers={layers!r} is neither {known} (a single name goes in a list)"]
         candidates = affine or list(plain)[:-1]  # never the head
-        names = [name for name in candidates if name in lockable]
+        trained = [name for name in candidates if name not in affine or not is_frozen(affine[name])]
+        names = [name for name in trained or candidates if name in lockable]
         chosen = {name: order[name] for name in names[: 1 if layers == "first" else None]}
         problems = []
     else:

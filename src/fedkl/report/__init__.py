@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedkl.errors import ConfigError
-from fedkl.files import write_atomically
+from fedkl.files import PRIVATE_FILE, write_atomically
 from fedkl.report import (
     attack_tables,
     audit,
@@ -50,12 +50,13 @@ def build(path: Path) -> Built:
     Raises:
         ConfigError: There is neither, or one is damaged or cannot be written to.
     """
-    files, found = audit.files_of(path) if audit.is_audit(path) else _files_of_runs(path)
+    of_audit = audit.is_audit(path)  # whose pictures are of the user's images, or a real client's
+    files, found = audit.files_of(path) if of_audit else _files_of_runs(path)
     if (path / "figures").is_symlink():
         raise ConfigError(f"{path / 'figures'}: a symbolic link; no figure is written through it. Remove it.")
     try:
         for name, content in files.items():
-            write_atomically(path / name, content)
+            write_atomically(path / name, content, mode=PRIVATE_FILE if of_audit else 0o644)
     except OSError as error:
         raise ConfigError(
             f"{path}: the report cannot be written here ({error.strerror}). The runs are kept: make room or "

@@ -182,8 +182,13 @@ def fill_in_table(trains: Sequence[TrainRun]) -> Table:
         if run.fill_ins and "test_images" in run.summary
     }
     text = f" ({'; '.join(sorted(tested))} here)" if tested else ""
-    left_out = [run.name for run in trains if not run.fill_ins]
-    notes = [f"Left out, as they keep nothing private: {', '.join(left_out)}."] if left_out else []
+    reasons: dict[str, list[str]] = {}
+    for run in trains:
+        if not run.fill_ins:
+            unread = run.config.training.aggregation.server_learns == "nothing"
+            why = "as the server cannot read their model" if unread else "as they keep no γ, β or layer"
+            reasons.setdefault(why, []).append(run.name)
+    notes = [f"Left out, {why}: {', '.join(names)}." for why, names in reasons.items()]
     return Table(
         title="The server completes the global model itself",
         header=["Run", "Fill-in", "Norm statistics", "Accuracy", "Clients' own", "Difference"],
