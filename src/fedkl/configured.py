@@ -16,7 +16,6 @@ from fedkl.data import Dataset, Subset
 from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, DataError
 from fedkl.modelfile import read_tensors
-from fedkl.norms import norm_tensors
 from fedkl.runs import RunDirectory, is_run
 from fedkl.update import TensorSpec, check_tensors
 
@@ -51,9 +50,14 @@ def dataset_of(config: DataConfig) -> Dataset:
 
 
 def prepared(defense: Defense, *, config: TrainConfig | AttackConfig, dataset: Dataset) -> Defense:
-    """A defense that knows the images' shape and whether the experiment's networks were trained."""
-    defense = defense.for_images(dataset.spec.shape)
-    return defense if config.model.weights is not None else defense.for_untrained()
+    """A defense that knows the images' shape and whether the experiment's networks were trained.
+
+    Of a training whose clients kept norms to themselves, the run has no trained γ and β for a lock to keep.
+    """
+    defense, weights = defense.for_images(dataset.spec.shape), config.model.weights
+    if weights is None or (is_run(Path(weights)) and _training_at(Path(weights)).defense.keeps_tensors):
+        return defense.for_untrained()
+    return defense
 
 
 def networks_of(config: TrainConfig | AttackConfig, dataset: Dataset) -> Callable[[int], nn.Module]:
@@ -115,24 +119,23 @@ def _load_(model: nn.Module, place: Path, config: ModelConfig, dataset: Dataset)
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
-        for place_of, module in model.named_modules():
-            names = norm_tensors(module)
-            for tensor_name, start in ((names.scale, 1.0), (names.shift, 0.0)) if names else ():
-                kept = f"{place_of}.{tensor_name}".lstrip(".")
-                if kept in own and kept not in tensors:  # else its initialization would be taken for trained
-                    own[kept].fill_(start)
 
 
 def _sent_by(place: Path, model: nn.Module, config: ModelConfig, dataset: Dataset) -> dict[str, Tensor]:
     """What the clients of a training sent: tensors of the right names and shapes."""
-    run = RunDirectory.open(place).config
-    if not isinstance(run, TrainConfig):
-        raise ConfigError(
-            f"model.weights: {place} is no training, but '{run.type}'. Give one of fedkl train."
-        )
+    run = _training_at(place)
     if (run.model.name, run.model.standardize) != (config.name, config.standardize):
         raise ConfigError(
             f"model.weights: {place} trained {run.model.name}, standardize = {run.model.standardize}; "
             f"this experiment has {config.name}, {config.standardize}. Set model.name and model.standardize."
         )
     return prepared(run.defense, config=run, dataset=dataset).prepare(model).public_state()
+
+
+def _training_at(place: Path) -> TrainConfig:
+    run = RunDirectory.open(place).config
+    if not isinstance(run, TrainConfig):
+        raise ConfigError(
+            f"model.weights: {place} is no training, but '{run.type}'. Give one of fedkl train."
+        )
+    return run

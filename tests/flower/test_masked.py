@@ -459,6 +459,41 @@ def test_stages_belong_to_a_type_of_message(members):
     assert refused(ask(members("both"), Message(odd, **REQUEST)))
 
 
+def test_settings_come_in_one_order():
+    """That in which their digest has them."""
+    given = {"z": ConfigRecord({"b": 2, "a": 1}), "c": MetricRecord({"y": 1.0, "x": 2.0})}
+    found = records.in_order(given)
+    assert [(name, type(record), list(record)) for name, record in found.items()] == [
+        ("c", MetricRecord, ["x", "y"]),
+        ("z", ConfigRecord, ["a", "b"]),
+    ]
+    assert dict(found["z"]) == dict(given["z"])
+
+
+@pytest.mark.parametrize("mode", ["pairwise", "blind"])
+def test_an_app_gets_arrays_in_the_order_that_is_agreed_on(mode, members):
+    """Many apps go by position: exchanged arrays have one node train, the others not, and tell its update."""
+    got = []
+
+    def exchanging(message, context, call_next):
+        if records.stage_of(message.content) == "train":
+            turn = reversed if int(context.node_config["partition-id"]) == 1 else list
+            arrays = message.content.array_records.get("arrays")
+            if arrays is not None:
+                message.content["arrays"] = ArrayRecord(dict(turn(arrays.items())))
+        return call_next(message, context)
+
+    def train(message, context):
+        content = {name: list(record) for name, record in message.content.items()}
+        got.append((int(context.node_config["partition-id"]), list(content), content))
+        return trained(message, context)
+
+    run(members(mode), app=app_of(exchanging, MaskMod(), train=train))
+    assert [number for number, *_ in got].count(1) == 2
+    assert all(each[1:] == got[0][1:] for each in got)
+    assert got[0][2]["arrays"] == list(net().state_dict())
+
+
 def test_an_evaluation_sends_single_numbers_only(members, caplog):
     def leaks(message, context):
         content = RecordDict(

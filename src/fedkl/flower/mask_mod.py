@@ -151,7 +151,7 @@ class _Handling:
         if others:  # the app might take one of them for the model
             raise MaskingError(f"Refused: arrays beside the model: {', '.join(map(shown, others[:5]))}.")
         inner = copy.copy(self._message)
-        inner.content = RecordDict({base.record: arrays_of(model), **own})
+        inner.content = RecordDict({base.record: arrays_of(model), **mask_records.in_order(own)})
         reply = self._call_next(inner, self._context)
         if reply.has_error():  # its text is the app's own, and nobody has checked it
             raise MaskingError("The app itself replied with an error; see above.")

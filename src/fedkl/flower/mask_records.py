@@ -5,9 +5,10 @@ Whatever came is checked for its form only: what it means is for `fedkl.masking`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from struct import pack
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
@@ -224,6 +225,12 @@ def reveal_of(content: RecordDict) -> Reveal:
 def without_masks(content: RecordDict) -> dict[str, Record]:
     """The records of a message that are the app's own, by name."""
     return {name: record for name, record in content.items() if not name.startswith(PREFIX)}
+
+
+def in_order(records: Mapping[str, Record]) -> dict[str, Record]:
+    """Records by name, and their entries by key: an app may go by the order, which no digest binds else."""
+    kinds: dict[str, Any] = {name: type(record) for name, record in records.items()}
+    return {name: kinds[name](dict(sorted(record.items()))) for name, record in sorted(records.items())}
 
 
 def settings_of(message: Message, *, model: str) -> bytes:

@@ -116,8 +116,9 @@ class NodeMember:
         except UpdateError as error:
             raise MaskingError(str(error)) from error
         layout = base.layout(self._membership.roster.words)
+        model = {name: model[name] for name in base.specs}  # an app may go by the order, so that is bound too
         member = self._member(base, {name: model[name] for name in layout.booleans})
-        member.accept_model(base.run, {name: model[name] for name in base.specs})
+        member.accept_model(base.run, model)
         return member, model
 
     def receive_mean(self, base: Base, content: RecordDict) -> tuple[Member, NamedTensors]:
