@@ -182,6 +182,12 @@ def test_rules_are_those_that_were_asked_for(hospitals):
     assert typing.get_args(cohort.Mode) == typing.get_args(Mode)
 
 
+def test_short_words_ask_for_the_most_samples(hospitals):
+    """With 2²⁰ all clients of fewer than 384 images would count the same."""
+    with pytest.raises(AssertionError, match="Give --max-samples"):
+        hospitals.found("--bits", 32)
+
+
 def test_nobody_joins_without_comparing(founded, monkeypatch):
     answer(monkeypatch, False)
     assert "not joined. If the others read something else" in founded.refused(

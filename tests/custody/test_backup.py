@@ -31,7 +31,7 @@ from tests.custody.setting import (
 from tests.locking.leaks import encodings
 from tests.masking.cohorts import RUN, SPECS, TODAY, drawn
 
-LATER = TODAY + timedelta(days=1)
+LATER = TODAY + timedelta(days=2)  # a maker's clock may be a day ahead
 
 pytestmark = pytest.mark.usefixtures("clock")
 
@@ -323,6 +323,17 @@ def test_a_restored_member_takes_part_in_an_epoch_of_a_later_day(folder, file, t
     study.change(today=LATER)
     study.join(restored, today=LATER)
     assert Node(restored, study).upload().member == "a"
+
+
+def test_an_epoch_of_the_next_day_may_have_been_joined_before(folder, file, tmp_path):
+    """Around midnight, say, by a maker whose clock was ahead."""
+    path = member_in(folder, today=TODAY)
+    back_up(folder, file)
+    study = Study(path, today=TODAY + timedelta(days=1), mode="both")
+    restored = put_back(file, tmp_path / "new") / "a.secret"
+    study.join(restored, today=TODAY)
+    with pytest.raises(MaskingError, match=r"memory of cohort study is lost.*from 2026-12-01 \(UTC\) on"):
+        Node(restored, study).upload()
 
 
 @pytest.mark.parametrize("what", ["a new epoch", "a new cohort"])

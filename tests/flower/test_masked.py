@@ -22,7 +22,7 @@ from fedkl.flower.aggregation import PassedOn, SeenReply
 from fedkl.flower.kept_sums import opened_by
 from fedkl.flower.mask_mod import MASKS_REFUSED
 from fedkl.flower.model_records import Base, put_base
-from fedkl.flower.record_fields import PREFIX, words_of
+from fedkl.flower.record_fields import PREFIX, WORDS, words_of
 from fedkl.flower.round_files import RoundFiles
 from fedkl.masking import Call, MemberFile
 from fedkl.update import TensorSpec
@@ -583,11 +583,48 @@ def test_a_member_of_another_cohort_and_a_double_are_not_asked(members, tmp_path
     result = run(folder, nodes=4, rounds=1)
     assert "is of another cohort or epoch" in caplog.text
     assert result.evaluate_metrics_clientapp
+
     shutil.copy(folder / "client-0.secret", folder / "client-3.secret")
     shutil.copy(folder / "client-0.memory", folder / "client-3.memory")
     caplog.clear()
     run(folder, nodes=4, rounds=1)
     assert "as another does; it is not asked" in caplog.text
+
+
+class Impostor:
+    """A fourth node, without a key, that says it is client-1 once that has trained so often, and sends noise.
+
+    All that it knows is what client-1 has told the server, and what that sent.
+    """
+
+    def __init__(self, *, after):
+        self.after, self.seen, self.trained = after, {}, 0
+
+    def __call__(self, message, context, call_next):
+        stage, number = records.stage_of(message.content), int(context.node_config["partition-id"])
+        if number != 3:
+            answer = call_next(message, context)
+            if number == 1 and not answer.has_error():
+                self.seen[stage] = answer.content
+                self.trained += stage == "train"
+            return answer
+        content = RecordDict(dict(self.seen.get(stage, {}).items()))
+        if self.trained < self.after or not content:
+            return Message(Error(2, "not now"), reply_to=message)
+        if stage == "train":
+            content[WORDS] = ArrayRecord({"words": Array(words_of(content)[::-1].copy())})
+        return Message(content, reply_to=message)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_node_that_says_it_is_a_member_does_not_take_its_seat(after, members, caplog):
+    """One whose updates members have taken is the member; before any has, those that say so take turns."""
+    caplog.set_level(logging.INFO)
+    result = run(members("blind"), nodes=4, rounds=8, app=app_of(Impostor(after=after), MaskMod()))
+    assert "says that it is 'client-1', as another does" in caplog.text
+    lost = [number for number in range(1, 9) if f"Round {number}: a sum of 3 updates" not in caplog.text]
+    assert lost == [] if after else len(lost) <= 4
+    assert result.evaluate_metrics_clientapp[8]
 
 
 def test_nodes_without_the_mod_are_named(caplog):
@@ -637,6 +674,67 @@ def test_a_reply_that_is_no_upload_is_left_out(change, tmp_path, caplog):
     run(folder, nodes=4, rounds=1, app=app_of(Forged(change), MaskMod()))
     assert "refused" in caplog.text
     assert_close(delivered(folder, 0), mean_of([0, 2, 3]))
+
+
+class Flipping:
+    """Flips one bit of the words of one node's so-manieth uploads: a tag that no server can check."""
+
+    def __init__(self, *which):
+        self.which, self.count = which, 0
+
+    def __call__(self, message, context, call_next):
+        answer = call_next(message, context)
+        mine = int(context.node_config["partition-id"]) == 1
+        if mine and not answer.has_error() and records.stage_of(message.content) == "train":
+            self.count += 1
+            if self.count in self.which:
+                words = words_of(answer.content).copy()
+                words[-40] ^= 1
+                content = RecordDict(dict(answer.content.items()))
+                content[WORDS] = ArrayRecord({"words": Array(words)})
+                return Message(content, reply_to=message)
+        return answer
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("which", [1, 2, 4], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("kept", [True, False], ids=["checkpoints", "memory"])
+def test_one_broken_upload_costs_a_round_or_two_and_not_the_training(kept, which, mode, tmp_path, caplog):
+    folder = cohort(tmp_path / "members", mode=mode)
+    place = tmp_path / "rounds" if kept else None
+    result = run(folder, rounds=4, app=app_of(Flipping(which), MaskMod()), checkpoints=place)
+    good = {1, 2, 3, 4} - {which, which + 1}  # the members refuse the sum, and then go on from the one before
+    assert set(result.evaluate_metrics_clientapp) >= good
+    text = "they are given the one before" if which == 4 else "The next round begins from the model before"
+    assert text in caplog.text
+    states = [delivered(folder, number) for number in range(3)]
+    assert all(tensor.isfinite().all() for tensor in states[0].values())
+    for other in states[1:]:
+        assert_close(other, states[0], atol=0)
+    if kept:  # a new start does not fall into the same hole
+        again = run(folder, rounds=7, app=app_of(MaskMod()), checkpoints=place)
+        assert set(again.evaluate_metrics_clientapp) >= good | {6, 7}
+
+
+class Stubborn:
+    """All three members refuse the second training that they are asked for."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, message, context, call_next):
+        if records.stage_of(message.content) == "train":
+            self.count += 1
+            if 4 <= self.count <= 6:
+                return Message(Error(2, MASKS_REFUSED), reply_to=message)
+        return call_next(message, context)
+
+
+def test_who_goes_back_for_nothing_comes_forward_again(members, tmp_path, caplog):
+    folder = members("blind")
+    result = run(folder, rounds=6, app=app_of(Stubborn(), MaskMod()), checkpoints=tmp_path / "rounds")
+    assert "The next round begins from the model before" in caplog.text
+    assert set(result.evaluate_metrics_clientapp) >= {1, 5, 6}
 
 
 def altered(message):

@@ -11,10 +11,11 @@ import sys
 from datetime import timedelta
 
 import pytest
+import torch
 
 from fedkl import files, lockfile
 from fedkl.errors import ConfigError, FedKLError, KeyFileError, MaskingError, SecretError
-from fedkl.masking import MemberFile, MemberKeys, Membership, Rules, new_roster
+from fedkl.masking import Call, Contribution, MemberFile, MemberKeys, Membership, Rules, new_roster
 from fedkl.masking.canonical import canonical
 from fedkl.masking.texts import (
     MAX_COHORT,
@@ -211,6 +212,20 @@ def test_a_false_key_is_refused(file, keys, sealed):
     )
     with pytest.raises(MaskingError, match="not the one that the roster names"):
         joined(file, false)
+
+
+@pytest.mark.parametrize("what", ["the cohort's end", "its next epoch"])
+def test_an_update_that_was_kept_goes_with_what_it_was_for(what, file, sealed, keys):
+    joined(file, sealed)
+    call = Call(run=bytes(16), round=1, attempt=0, cohort=sealed.roster.members)
+    kept = file.update_file("study")
+    kept.write(call, Contribution(tensors={"w": torch.zeros(2)}, samples=3, metrics={}))
+    assert kept.path.exists()
+    if what == "the cohort's end":
+        file.end("study")
+    else:
+        joined(file, roster_of(keys, previous=sealed.roster))
+    assert not kept.path.exists()
 
 
 def test_a_cohort_that_was_left_is_not_joined_again(path, file, sealed, keys):

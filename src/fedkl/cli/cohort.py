@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.panel import Panel
 
+from fedkl.cli.commands import given
 from fedkl.cli.membership import MemberOption, PassphraseFileOption, WholeCommand, opened, tell, today
 from fedkl.cli.terminal import console
 from fedkl.errors import MaskingError
@@ -44,6 +45,11 @@ def cohort_new(
     from fedkl.masking import Rules
     from fedkl.masking.exchange import found_cohort
 
+    if bits == "32" and not given("max_samples"):
+        raise typer.BadParameter(
+            "--bits 32: weights of clients have 12 bits there, and are rounded. Give --max-samples: the "
+            "images of the member that has most, or a little more."
+        )
     rules = Rules(
         mode=mode,
         bits=32 if bits == "32" else 64,

@@ -75,6 +75,7 @@ def store_restore(
 ) -> None:
     """Puts a client from its backup into a store, encrypted with that store's passphrase: all, or nothing."""
     from fedkl.custody.backup import read_backup, restore
+    from fedkl.masking.contents import free_from
 
     backup = read_backup(file, passphrase=_backup_passphrase(confirm=False))
     day: date = today()
@@ -86,8 +87,8 @@ def store_restore(
         cohorts = ", ".join(sorted(backup.member.cohorts)) or "what it joins"
         tell(
             f"Member {backup.member.keys.name} opens sums of {cohorts}, and takes no part: what it has sent "
-            "since the backup is forgotten, and a mask could be used twice. On a later day (UTC) than "
-            f"{day}, have each cohort changed (`fedkl cohort change`), and join the new epoch."
+            f"since the backup is forgotten, and a mask could be used twice. From {free_from(day)} (UTC) on, "
+            "have each cohort changed (`fedkl cohort change`), and join the new epoch."
         )
     tell("If the old machine still runs this client, stop it there.")
 

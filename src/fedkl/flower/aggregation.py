@@ -106,9 +106,22 @@ class ReplyRound(RoundAggregation[Message, list[Message]]):
         """What a later round, or a training that is resumed, needs of this one; once there is a result."""
         return {}
 
+    @property
+    def needed(self) -> int:
+        """Replies without which there is no result."""
+        return 1
+
+    @property
+    def rejected(self) -> bool:
+        """Whether those who were asked take the model of the last round for none; once all has come."""
+        return False
+
     def requests(self, messages: Sequence[Message]) -> Sequence[Message]:
         """What is sent to the nodes in place of the strategy's messages."""
         return messages
+
+    def told(self, errors: Sequence[Message]) -> None:
+        """What came in place of replies."""
 
     def checked(self, reply: Message, *, rules: ReplyRules) -> Message:
         """A reply that fits, as it may be offered.
@@ -148,8 +161,13 @@ class ReplyAggregation(ABC):
     def goes_on(self, kept: NamedTensors) -> None:  # noqa: B027 (most keep nothing)
         """A round counts, and this is what it keeps; see `ReplyRound.kept`."""
 
-    def finish(self, grid: Grid, arrays: ArrayRecord) -> None:  # noqa: B027 (most have nothing to do)
-        """All rounds are done, and these are the global arrays."""
+    def finish(self, grid: Grid, arrays: ArrayRecord) -> bool:
+        """All rounds are done, and these are the global arrays.
+
+        Returns:
+            False where those who were told take the model for none.
+        """
+        return True
 
     @abstractmethod
     def begin(self, plan: ReplyPlan, *, record: bool = False) -> ReplyRound:
@@ -218,6 +236,7 @@ def collect(
     round = collected.plan.round
     check = partial(collected.checked, rules=rules)
     errors, sound = sorted_out(replies, check, round=round, with_arrays=True)
+    collected.told(errors)
     for reply in sound:
         try:
             collected.offer(str(reply.metadata.src_node_id), reply)
@@ -226,8 +245,9 @@ def collect(
     for node in collected.plan.nodes:  # errors for nodes that are gone are from the SuperLink itself
         if str(node) not in collected.offered:
             collected.drop(str(node))
-    if len(collected.offered) < least or not collected.enough:
-        _LOG.warning("Round %d: fewer than %d sound replies; nothing changes.", round, least)
+    count, needed = len(collected.offered), max(least, collected.needed)
+    if count < least or not collected.enough:
+        _LOG.warning("Round %d: %d sound replies of %d that it needs; nothing changes.", round, count, needed)
         return None
     try:
         return errors + collected.result()

@@ -98,6 +98,9 @@ class Guard(Strategy):
         self._specs: dict[str, TensorSpec] = {}
         self._history: History = {}
         self._raised: set[int] = set()  # rounds of this run in which the strategy did
+        self._first: SavedRound | None = None  # what the training began with
+        self._last = 0  # the last round that counts
+        self._held: tuple[SavedRound | None, ...] = (None, None)  # without files: the one before, and it
 
     def summary(self) -> None:
         """Logs the settings, after those of the strategy."""
@@ -141,7 +144,7 @@ class Guard(Strategy):
             left = max(0, num_rounds - self._done)
             evaluate = self._numbered(evaluate_fn) if evaluate_fn else None
             result = super().start(grid, arrays, left, timeout, train_config, evaluate_config, evaluate)
-            self._running.finish(grid, result.arrays or arrays)
+            self._finish(grid, result.arrays or arrays)
         if self._raised:
             _LOG.error("The strategy raised in %d of the rounds of this run; see above.", len(self._raised))
         if self._running.server_learns != "nothing":  # of a model that it cannot read it has no arrays
@@ -183,13 +186,11 @@ class Guard(Strategy):
         if self._on_seen is not None:
             self._on_seen(collected.plan, collected.what_the_server_sees())
         if passed is None:
-            return None, None
+            return self._gone_back(collected) if collected.rejected else None, None
         aggregated = self._aggregated if collected.passes_on else self._left_sealed
         saved, metrics = aggregated(collected, passed)
         if saved is not None:
-            if self._files is not None:
-                self._files.save(saved)
-            self._running.goes_on(saved.kept)
+            self._keep(saved)
         noted = self._noted(TRAIN, number, metrics)
         return None if saved is None or not collected.passes_on else arrays_of(saved.arrays), noted
 
@@ -209,6 +210,52 @@ class Guard(Strategy):
         metrics = self._attempted(lambda: self.strategy.aggregate_evaluate(number, passed), number)
         return self._noted(EVALUATE, number, metrics)
 
+    def _keep(self, saved: SavedRound) -> None:
+        """A round counts: what comes goes on from it.
+
+        Raises:
+            ConfigError: The checkpoint cannot be written.
+        """
+        if self._files is not None:
+            self._files.save(saved)
+        else:
+            self._held = (self._held[1], saved)
+        self._last = saved.round
+        self._running.goes_on(saved.kept)
+
+    def _earlier(self) -> SavedRound | None:
+        """What counted before the last round: the start, where that was the first one; None if none did."""
+        if self._last == 0:
+            return None
+        return (self._files.earlier(self._last) if self._files else self._held[0]) or self._first
+
+    def _gone_back(self, collected: ReplyRound) -> ArrayRecord | None:
+        """Goes on from the round before the last one, which nobody takes; the next time the other way round.
+
+        Raises:
+            ConfigError: The checkpoint cannot be written.
+        """
+        before = self._earlier()
+        if before is None:
+            return None
+        _LOG.error(
+            "Round %d: the members refuse the model of round %d. If their nodes' logs say that the sum was "
+            "altered, an upload in it was broken or forged. The next round begins from the model before.",
+            *(collected.plan.round, self._last),
+        )
+        put_arrays(self.strategy, before.memory)
+        self._keep(replace(before, round=collected.plan.round))
+        return arrays_of(before.arrays) if collected.passes_on else None
+
+    def _finish(self, grid: Grid, arrays: ArrayRecord) -> None:
+        if self._running.finish(grid, arrays):
+            return
+        before = self._earlier()
+        if before is not None:
+            _LOG.error("The members refuse the last model; they are given the one before.")
+            self._running.goes_on(before.kept)
+            self._running.finish(grid, arrays)
+
     def _begin(self, plan: ReplyPlan) -> ReplyRound:
         return self._running.begin(plan, record=self._on_seen is not None)
 
@@ -224,6 +271,8 @@ class Guard(Strategy):
     def _resumed(self, initial: ArrayRecord) -> tuple[ArrayRecord, NamedTensors]:
         """The arrays to start from, and what the aggregation kept; what earlier runs left is taken over."""
         self._done, self._history = 0, {}
+        first = tensors_of(initial, subject="Initial arrays", names=self._specs)
+        self._first, self._last, self._held = SavedRound(round=0, arrays=first, memory={}), 0, (None, None)
         saved = self._files.newest() if self._files else None
         if self._files is None or saved is None:
             return initial, {}
@@ -235,6 +284,7 @@ class Guard(Strategy):
             error=ConfigError,
         )
         put_arrays(self.strategy, saved.memory)
+        self._last = saved.round
         self._specs = {name: self._specs[name] for name in saved.arrays}  # the order that the memory goes by
         self._done, self._history = saved.round, self._files.history(until=saved.round)
         _LOG.info("Going on after round %d of %s.", saved.round, self._files.folder)

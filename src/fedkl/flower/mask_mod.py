@@ -12,7 +12,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from fedkl.errors import ConfigError, MaskingError, shown
 from fedkl.flower import mask_records, mod, model_records
-from fedkl.flower.mask_records import Record, Stage
+from fedkl.flower.mask_records import MASKS_REFUSED, Record, Stage
 from fedkl.flower.model_records import Base
 from fedkl.flower.node_member import NodeMember
 from fedkl.flower.records import arrays_of, fitted, only_arrays, tensors_of
@@ -22,9 +22,6 @@ from fedkl.types import NamedTensors
 _LOG = logging.getLogger("fedkl.flower")
 _NEWS = logging.getLogger("flwr.fedkl")  # among Flower's own lines, in its format
 _ERROR_CODE = 2  # as LockMod
-
-MASKS_REFUSED = "fedkl: this member refused the message; the reason is in its node's log."
-"""All that a server ever learns: neither whether it was refused or failed, nor why."""
 
 
 class MaskMod:

@@ -38,6 +38,9 @@ _STAGE, _CALL, _LIST, _WHO, _UPLOAD, _REVEAL = (
 )
 Record = ArrayRecord | MetricRecord | ConfigRecord
 
+MASKS_REFUSED = "fedkl: this member refused the message; the reason is in its node's log."
+"""All that a server ever learns: neither whether it was refused or failed, nor why."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Who:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -20,7 +20,7 @@ from fedkl.flower.aggregation import ReplyAggregation, ReplyPlan, ReplyRound, Tr
 from fedkl.flower.calls import Calls
 from fedkl.flower.kept_sums import Kept
 from fedkl.flower.mask_records import Who
-from fedkl.flower.masked_round import Asked, MaskedReplies, addressed
+from fedkl.flower.masked_round import Asked, MaskedReplies, addressed, is_refusal
 from fedkl.flower.model_records import Base
 from fedkl.flower.records import only_arrays
 from fedkl.flower.replies import refused, specs_of
@@ -93,6 +93,9 @@ class MaskedTraining(ReplyAggregation):
     def __init__(self, options: Masked, plan: TrainingPlan) -> None:
         self._options, self._plan = options, plan
         self._who: dict[int, Who] = {}
+        self._proven: set[int] = set()  # nodes whose uploads were in sums that members have taken
+        self._names: Mapping[int, str] = {}  # members by node, of the last round
+        self._listed: set[int] = set()  # nodes whose uploads are in the last sum
         self._rules: Rules | None = None
         self._roster = b""  # the last one that was asked
         self._last = sum_of(plan.kept)
@@ -122,7 +125,7 @@ class MaskedTraining(ReplyAggregation):
         if asked is None:
             return _Nobody(plan)
         self._adopt(asked.who.rules)
-        self._roster = asked.who.roster
+        self._roster, self._names = asked.who.roster, asked.names
         return MaskedReplies(
             plan,
             asked=asked,
@@ -141,22 +144,28 @@ class MaskedTraining(ReplyAggregation):
         return [addressed(message, base, "evaluate") for message in messages]
 
     def goes_on(self, kept: NamedTensors) -> None:
-        """Takes a sum for the last one."""
-        self._last = sum_of(kept)
+        """Takes a sum for the last one; one after it shows that members have taken that."""
+        total, before = sum_of(kept), self._last
+        newer = total is not None and (before is None or total.call.round > before.call.round)
+        self._proven |= self._listed if newer else set()
+        listed = total.listed if newer and total is not None else {}
+        self._listed = {node for node, name in self._names.items() if name in listed}
+        self._last = total
 
-    def finish(self, grid: Grid, arrays: ArrayRecord) -> None:
+    def finish(self, grid: Grid, arrays: ArrayRecord) -> bool:
         """Has every node write the model down; nothing before there is one."""
         if self._last is None:
-            return
+            return True
         base = self._base(arrays)
         message = Message(RecordDict({"arrays": arrays}), dst_node_id=0, message_type="train")
         nodes = set(grid.get_node_ids())
         messages = [addressed(message, base, "deliver", node=node) for node in sorted(nodes)]
-        replies = grid.send_and_receive(messages, timeout=self._plan.timeout)
+        replies = list(grid.send_and_receive(messages, timeout=self._plan.timeout))
         done = {reply.metadata.src_node_id for reply in replies if not reply.has_error()}
         _LOG.info("%d of %d nodes have written the trained model down.", len(done), len(nodes))
         for node in sorted(nodes - done):
             _LOG.warning("Node %d has not written the trained model down; its log may say why.", node)
+        return bool(done) or not any(map(is_refusal, replies))
 
     def _base(self, arrays: ArrayRecord) -> Base:
         specs = specs_of(arrays)
@@ -191,10 +200,14 @@ class MaskedTraining(ReplyAggregation):
             self._who.clear()
             return None
         names: dict[int, str] = {}
+        usable = {node: who for node, who in known.items() if (who.roster, who.members, who.rules) == usual}
+        seats = self._seats(usable, plan.round)
         for node, who in known.items():
-            if (who.roster, who.members, who.rules) != usual:
-                problem = f"is of another cohort or epoch ({shown(who.cohort)}, {who.epoch}) than most"
-            elif who.member in names.values():
+            if node not in usable:
+                problem = (
+                    f"is of another cohort or epoch ({shown(who.cohort)}, {who.epoch}) than the training"
+                )
+            elif seats[who.member] != node:
                 problem = f"says that it is {shown(who.member)}, as another does"
             else:
                 names[node] = who.member
@@ -202,6 +215,19 @@ class MaskedTraining(ReplyAggregation):
             _LOG.warning("Round %d: node %d %s; it is not asked.", plan.round, node, problem)
             self._who.pop(node)
         return Asked(who=next(who for node, who in known.items() if node in names), names=names)
+
+    def _seats(self, who: Mapping[int, Who], round: int) -> dict[str, int]:
+        """The node that is asked for each member: a node can say that it is any.
+
+        One whose updates members have taken, if there is one; else those that say so take turns. A false one
+        costs its rounds, as members refuse sums with what it sends.
+        """
+        claims: dict[str, list[int]] = {}
+        for node in sorted(who):
+            claims.setdefault(who[node].member, []).append(node)
+        for name, nodes in claims.items():
+            claims[name] = [node for node in nodes if node in self._proven] or nodes
+        return {name: nodes[round % len(nodes)] for name, nodes in claims.items()}
 
     def _learn_who(self, plan: ReplyPlan, grid: Grid) -> None:
         messages = []

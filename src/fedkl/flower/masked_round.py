@@ -69,6 +69,11 @@ def addressed(message: Message, base: Base, stage: Stage, *, node: int | None = 
     return own
 
 
+def is_refusal(reply: Message) -> bool:
+    """Whether a member has refused, or failed; not: a node that cannot be reached."""
+    return reply.has_error() and reply.error.reason == mask_records.MASKS_REFUSED
+
+
 def model_record(content: RecordDict) -> str:
     """Name of the record that holds the model.
 
@@ -111,15 +116,31 @@ class MaskedReplies(ReplyRound):
         self._weight, self._record = "num-examples", "arrays"
         self._total: SealedSum | None = None
         self._seen: list[Seen] | None = [] if record else None
+        self._refusing: set[int] = set()  # nodes
 
     def _attempted(self, call: Call) -> MaskedSum:
         layout = self._base.layout(self._asked.who.words)
         return MaskedSum(call, layout=layout, mode=self._rules.mode, minimum=self._rules.minimum)
 
     @property
+    def needed(self) -> int:
+        """Uploads without which no sum is opened."""
+        return self._attempt.needed
+
+    @property
     def enough(self) -> bool:
         """Whether a sum of what was offered would be opened."""
-        return len(self._attempt.offered) >= self._attempt.needed
+        return len(self._attempt.offered) >= self.needed
+
+    @property
+    def rejected(self) -> bool:
+        """Whether as many refuse as a sum needs, and nobody uploads: a tag that fits nothing, say."""
+        return not self.offered and len(self._refusing) >= self.needed
+
+    def told(self, errors: Sequence[Message]) -> None:
+        """Counts the members that refuse; a node that cannot be reached says nothing of the model."""
+        refusing = {each.metadata.src_node_id for each in errors if is_refusal(each)}
+        self._refusing = refusing & set(self._asked.names)
 
     @property
     def passes_on(self) -> bool:

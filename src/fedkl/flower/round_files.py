@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,14 @@ class RoundFiles:
             return saved
         if failures:
             raise failures[0]
+        return None
+
+    def earlier(self, round: int) -> SavedRound | None:
+        """The newest sound checkpoint of a round before this one; None if there is none."""
+        for number in self._rounds():
+            with suppress(FedKLError):
+                if number < round:
+                    return _read(self.folder / _name(number), number)
         return None
 
     def save_history(self, history: History) -> None:

@@ -28,7 +28,7 @@ from fedkl.masking.schedule import Secret
 CARD_DAYS = 365
 """After so many days a card is refused; one that claims more as well."""
 
-_CLOCK_DAYS = 1  # the maker's clock may be ahead by so many
+CLOCK_DAYS = 1  # the maker's clock may be ahead by so many
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9_-])?")
 _SUITE = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
@@ -226,7 +226,7 @@ def date_problem(expires: date, *, today: date, days: int) -> str | None:
     """
     if expires < today:
         return f"expired on {expires}"
-    if (expires - today).days > days + _CLOCK_DAYS:
+    if (expires - today).days > days + CLOCK_DAYS:
         claim = f"claims to be good until {expires}, longer than the {days} days that are allowed"
         return f"{claim}, or the clock of this machine is behind"
     return None

@@ -17,7 +17,7 @@ from fedkl import lockfile
 from fedkl.errors import KeyFileError, MaskingError, shown
 from fedkl.files import read_file
 from fedkl.formats import check_version
-from fedkl.masking.cards import MemberKeys
+from fedkl.masking.cards import CLOCK_DAYS, MemberKeys
 from fedkl.masking.roster import ROSTER_DAYS, Membership, Roster
 from fedkl.masking.schedule import Secret
 from fedkl.masking.texts import roster_of_values, roster_values
@@ -139,7 +139,15 @@ class Content:
     def may_have_forgotten(self, roster: Roster) -> bool:
         """Whether a roster may have been joined and used before the file was restored, unknown to it."""
         made = roster.expires - timedelta(days=ROSTER_DAYS)
-        return self.restored is not None and made <= self.restored
+        return self.restored is not None and made < free_from(self.restored)
+
+
+def free_from(restored: date) -> date:
+    """The first date of rosters that a member surely has not joined before it was restored.
+
+    Their maker's clock may be ahead.
+    """
+    return restored + timedelta(days=1 + CLOCK_DAYS)
 
 
 def check_secret_file(path: Path) -> None:

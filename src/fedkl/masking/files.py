@@ -190,6 +190,8 @@ class MemberFile:
         lost = self._content.may_have_forgotten(roster)  # then a memory is counted that is not there
         cohorts[roster.name] = Joined(membership=membership, saved=int(lost))
         self._change(roster.name, cohorts, past=past)
+        if before is not None:
+            self.update_file(roster.name).remove()  # it was for the epoch before
         return membership
 
     def check(self, sealed: SealedRoster, *, today: date) -> None:
@@ -218,7 +220,7 @@ class MemberFile:
         return sealed.opened(self.keys)
 
     def end(self, cohort: str) -> None:
-        """Destroys this member's copy of a cohort's key, and what it remembers of it.
+        """Destroys this member's copy of a cohort's key, what it remembers of it, and its last update.
 
         Args:
             cohort: The cohort's name.
@@ -228,9 +230,10 @@ class MemberFile:
             KeyFileError: The file cannot be written; nothing is then changed.
         """
         self._check_open()
-        gone = self.membership(cohort).roster.digest.hex()
+        gone, update = self.membership(cohort).roster.digest.hex(), self.update_file(cohort)
         rest = {name: joined for name, joined in self._content.cohorts.items() if name != cohort}
         self._change(cohort, rest, past=[gone])
+        update.remove()
 
     def memory(self, cohort: str | None = None) -> Memory:
         """What the member remembers of a cohort's present roster; its `keep` writes before it returns.

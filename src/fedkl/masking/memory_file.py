@@ -17,7 +17,7 @@ from typing import Any
 from fedkl import lockfile
 from fedkl.errors import KeyFileError, MaskingError
 from fedkl.formats import check_version
-from fedkl.masking.contents import SUFFIX, count_of, digest_of
+from fedkl.masking.contents import SUFFIX, count_of, digest_of, free_from
 from fedkl.masking.memory import Memory
 from fedkl.masking.schedule import Secret
 
@@ -150,7 +150,7 @@ class MemoryFile:
             "Put the newest file back, or have the cohort changed with `fedkl cohort change`"
             if self._restored is None
             else f"The member was restored on {self._restored}: have the cohort changed with `fedkl cohort "
-            "change` on a later day (UTC)"
+            f"change` from {free_from(self._restored)} (UTC) on"
         )
         return MaskingError(
             f"{self.path}: the memory of cohort {cohort} is lost: the file {problem}. Without it a mask "
