@@ -163,6 +163,8 @@ def test_members_that_are_left_out_are_missed(audited, tmp_path):
     ):
         with pytest.raises(ConfigError, match=expected):
             audit_recorded(audited, [RecordedClient(update=sent, members=[0, 1, 2])], out=tmp_path)
+    few = RecordedClient(update=update, members=[0, 1, 2])
+    assert finding(audit_recorded(audited, [few], out=tmp_path, anyway=True)).found.n == 3
 
 
 def test_a_finished_audit_is_read_and_another_recording_is_another_audit(audited, tmp_path, only_rows):

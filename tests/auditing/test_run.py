@@ -344,19 +344,41 @@ def test_a_folder_of_other_weights_images_or_clients_is_refused(tmp_path, fields
         audited(tmp_path / "a", minutes=1e-9, fields=fields)
 
 
-def test_loops_are_told_apart_by_their_source():
-    found = {subject(procedure=each).fingerprint() for each in (trains, hurried, partial(trains))}
-    assert len(found) == 2
+class Loop:
+    def __init__(self, lr):
+        self.lr = lr
+
+    def __call__(self, network, inputs, labels):
+        trains(network, inputs, labels)
 
 
-def test_an_audit_from_before_fingerprints_goes_on(tmp_path, few):
+def closure(lr):
+    def loop(network, inputs, labels):
+        trains(network, inputs, lr * labels)
+
+    return loop
+
+
+def test_loops_are_told_apart_by_their_source_and_settings():
+    loops = [trains, hurried, partial(hurried, lr=0.1), partial(hurried, lr=0.2), Loop(1), Loop(2)]
+    loops += [closure(1), closure(2)]
+    prints = [subject(procedure=each).fingerprint() for each in loops]
+    assert len(set(prints)) == len(loops)
+    again = [trains, hurried, partial(hurried, lr=0.1), partial(hurried, lr=0.2), Loop(1), Loop(2)]
+    assert prints[:6] == [subject(procedure=each).fingerprint() for each in again]
+
+
+def test_an_audit_from_before_fingerprints_is_read_and_takes_no_other(tmp_path, few):
+    """Nobody knows whose weights it is of, and its verdicts were too kind."""
     few()
     found = audited(tmp_path / "a", minutes=1e-9)
     path = tmp_path / "a/audit.json"
     settings = json.loads(path.read_text())
     del settings["fingerprint"]
     path.write_text(json.dumps(settings))
-    assert audited(tmp_path / "a", minutes=1e-9).findings == found.findings
+    assert Audit.read(tmp_path / "a").findings == found.findings
+    with pytest.raises(FolderError, match="an older fedkl did not write down which"):
+        audited(tmp_path / "a", minutes=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -239,12 +239,13 @@ class _Folder:
 
 def _differing(present: Settings, wanted: Settings) -> list[str]:
     """The settings in which two audits differ, in words; more time is no other audit: it goes on."""
-    known = {"minutes"} if present.fingerprint else {"minutes", "fingerprint"}
-    words = {"fedkl": "fedkl's version", "fingerprint": "weights, images, labels or procedure"}
+    what = "weights, images, labels or procedure"
+    unknown = "" if present.fingerprint else " (an older fedkl did not write down which)"
+    words = {"fedkl": "fedkl's version", "fingerprint": what + unknown}
     return [
         words.get(name, name)
         for name in Settings.model_fields
-        if name not in known and getattr(present, name) != getattr(wanted, name)
+        if name != "minutes" and getattr(present, name) != getattr(wanted, name)
     ]
 
 

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ LocalLoop = Callable[[nn.Module, Tensor, Tensor], object]
 """A training loop of one's own: trains a model, in place, on images and labels."""
 
 _MAX_WEIGHTS = 2**32  # bytes of a file
+_ADDRESS = " at 0x"  # in a repr that differs from process to process
 _LEAST_IMAGES = 40
 
 
@@ -193,7 +195,7 @@ class Subject:
     def fingerprint(self) -> str:
         """Tells this subject from another: SHA-256 of weights, images, labels and procedure, hexadecimal.
 
-        Of a function that trains its name and source count, not what it calls.
+        Of a function that trains its source and settings count, as far as they tell; not what it calls.
         """
         named = {"images": self.images, "labels": self.labels, **self.build().state_dict()}
         found = hashlib.sha256(f"{self.normalization} {_told(self.procedure)}".encode())
@@ -265,11 +267,20 @@ def _told(procedure: Procedure | LocalLoop) -> str:
     """What a client does, as text that is the same in every process."""
     if isinstance(procedure, Procedure):
         return repr(procedure)
-    function = inspect.unwrap(getattr(procedure, "func", procedure))
+    function: Any = procedure
+    settings: list[object] = []
+    while isinstance(function, partial):
+        settings += [function.args, sorted(function.keywords.items())]
+        function = function.func
+    function = inspect.unwrap(function)
+    settings += [getattr(function, "__defaults__", None), sorted(getattr(function, "__dict__", {}).items())]
+    settings += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    code = function if inspect.isroutine(function) else type(function)
     source = ""
-    with contextlib.suppress(OSError, TypeError):  # of no file, or no function
-        source = inspect.getsource(function)
-    return f"{getattr(function, '__qualname__', type(function).__qualname__)} {source}"
+    with contextlib.suppress(OSError, TypeError):  # it is of no file
+        source = inspect.getsource(code)
+    texts = [text for each in settings if _ADDRESS not in (text := repr(each))]
+    return f"{code.__qualname__} {texts} {source}"
 
 
 def _image_problems(images: Tensor) -> list[str]:

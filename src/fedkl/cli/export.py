@@ -115,6 +115,7 @@ def _lines(done: Exported, source: Path) -> list[str]:
         return [*lines, "Its model, where Net() builds the network that was trained:", f"    {_locked(done)}"]
     defense = defense_of(source)
     if defense is not None and defense.changes_network:
+        defense = next(part for part in getattr(defense, "parts", (defense,)) if part.changes_network)
         made = f"from {type(defense).__module__} import {type(defense).__name__}"
         use = "Use it in the network that the defense makes of the one that was trained, Net():"
         return [

@@ -140,6 +140,7 @@ class ReplyAggregation(ABC):
     """
 
     server_learns: ServerLearns
+    may_reject: ClassVar[bool] = False  # whether clients check the model that they get
 
     def for_training(self, plan: TrainingPlan) -> ReplyAggregation:
         """What aggregates the rounds of one training: itself, if nothing is kept from round to round.

@@ -144,7 +144,8 @@ class Guard(Strategy):
             left = max(0, num_rounds - self._done)
             evaluate = self._numbered(evaluate_fn) if evaluate_fn else None
             result = super().start(grid, arrays, left, timeout, train_config, evaluate_config, evaluate)
-            self._finish(grid, result.arrays or arrays)
+            result.arrays = self._finish(grid, result.arrays or arrays) or result.arrays
+            self._first, self._held = None, (None, None)
         if self._raised:
             _LOG.error("The strategy raised in %d of the rounds of this run; see above.", len(self._raised))
         if self._running.server_learns != "nothing":  # of a model that it cannot read it has no arrays
@@ -186,7 +187,8 @@ class Guard(Strategy):
         if self._on_seen is not None:
             self._on_seen(collected.plan, collected.what_the_server_sees())
         if passed is None:
-            return self._gone_back(collected) if collected.rejected else None, None
+            before = self._gone_back(number) if collected.rejected else None
+            return (arrays_of(before.arrays) if before and collected.passes_on else None), None
         aggregated = self._aggregated if collected.passes_on else self._left_sealed
         saved, metrics = aggregated(collected, passed)
         if saved is not None:
@@ -218,7 +220,7 @@ class Guard(Strategy):
         """
         if self._files is not None:
             self._files.save(saved)
-        else:
+        elif self._running.may_reject:
             self._held = (self._held[1], saved)
         self._last = saved.round
         self._running.goes_on(saved.kept)
@@ -229,7 +231,7 @@ class Guard(Strategy):
             return None
         return (self._files.earlier(self._last) if self._files else self._held[0]) or self._first
 
-    def _gone_back(self, collected: ReplyRound) -> ArrayRecord | None:
+    def _gone_back(self, round: int) -> SavedRound | None:
         """Goes on from the round before the last one, which nobody takes; the next time the other way round.
 
         Raises:
@@ -239,22 +241,24 @@ class Guard(Strategy):
         if before is None:
             return None
         _LOG.error(
-            "Round %d: the members refuse the model of round %d. If their nodes' logs say that the sum was "
-            "altered, an upload in it was broken or forged. The next round begins from the model before.",
-            *(collected.plan.round, self._last),
+            "Round %d: most members refuse the model of round %d. If their nodes' logs say that the sum was "
+            "altered, an upload in it was broken or forged. It goes on from the model before; outside blind "
+            "mode all who were in the sum have to come back for that.",
+            *(round, self._last),
         )
         put_arrays(self.strategy, before.memory)
-        self._keep(replace(before, round=collected.plan.round))
-        return arrays_of(before.arrays) if collected.passes_on else None
+        saved = replace(before, round=round)
+        self._keep(saved)
+        return saved
 
-    def _finish(self, grid: Grid, arrays: ArrayRecord) -> None:
+    def _finish(self, grid: Grid, arrays: ArrayRecord) -> ArrayRecord | None:
+        """Ends the training; the arrays in place of those that are given, if members have refused these."""
         if self._running.finish(grid, arrays):
-            return
-        before = self._earlier()
+            return None
+        before = self._gone_back(self._last)
         if before is not None:
-            _LOG.error("The members refuse the last model; they are given the one before.")
-            self._running.goes_on(before.kept)
-            self._running.finish(grid, arrays)
+            self._running.finish(grid, arrays_of(before.arrays))
+        return None if before is None else arrays_of(before.arrays)
 
     def _begin(self, plan: ReplyPlan) -> ReplyRound:
         return self._running.begin(plan, record=self._on_seen is not None)
@@ -272,7 +276,8 @@ class Guard(Strategy):
         """The arrays to start from, and what the aggregation kept; what earlier runs left is taken over."""
         self._done, self._history = 0, {}
         first = tensors_of(initial, subject="Initial arrays", names=self._specs)
-        self._first, self._last, self._held = SavedRound(round=0, arrays=first, memory={}), 0, (None, None)
+        self._last = 0
+        self._first = SavedRound(round=0, arrays=first, memory={}) if self._aggregation.may_reject else None
         saved = self._files.newest() if self._files else None
         if self._files is None or saved is None:
             return initial, {}

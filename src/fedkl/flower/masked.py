@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import flwr.serverapp.strategy as flower
 from flwr.app import ArrayRecord, Message, RecordDict
@@ -55,6 +55,7 @@ class Masked(ReplyAggregation):
         metrics: Names of a training's metrics that are averaged, inside the sum; of others nothing is sent.
     """
 
+    may_reject: ClassVar[bool] = True
     metrics: tuple[str, ...] = ()
 
     @property
@@ -90,11 +91,13 @@ class MaskedTraining(ReplyAggregation):
         ConfigError: What was kept is damaged.
     """
 
+    may_reject: ClassVar[bool] = True
+
     def __init__(self, options: Masked, plan: TrainingPlan) -> None:
         self._options, self._plan = options, plan
         self._who: dict[int, Who] = {}
         self._proven: set[int] = set()  # nodes whose uploads were in sums that members have taken
-        self._names: Mapping[int, str] = {}  # members by node, of the last round
+        self._names: dict[int, Mapping[int, str]] = {}  # members by node, of the last calls by their round
         self._listed: set[int] = set()  # nodes whose uploads are in the last sum
         self._rules: Rules | None = None
         self._roster = b""  # the last one that was asked
@@ -125,11 +128,15 @@ class MaskedTraining(ReplyAggregation):
         if asked is None:
             return _Nobody(plan)
         self._adopt(asked.who.rules)
-        self._roster, self._names = asked.who.roster, asked.names
+        self._roster = asked.who.roster
+        call = Call(run=self._calls.run, round=self._calls.next(), attempt=0, cohort=asked.cohort)
+        last = 0 if self._last is None else self._last.call.round
+        self._names = {round: names for round, names in self._names.items() if round >= last}
+        self._names[call.round] = asked.names
         return MaskedReplies(
             plan,
             asked=asked,
-            call=Call(run=self._calls.run, round=self._calls.next(), attempt=0, cohort=asked.cohort),
+            call=call,
             base=self._base(plan.arrays),
             ask=lambda messages: grid.send_and_receive(messages, timeout=self._plan.timeout),
             record=record,
@@ -148,8 +155,8 @@ class MaskedTraining(ReplyAggregation):
         total, before = sum_of(kept), self._last
         newer = total is not None and (before is None or total.call.round > before.call.round)
         self._proven |= self._listed if newer else set()
-        listed = total.listed if newer and total is not None else {}
-        self._listed = {node for node, name in self._names.items() if name in listed}
+        names = {} if total is None else self._names.get(total.call.round, {})
+        self._listed = {node for node, name in names.items() if total is not None and name in total.listed}
         self._last = total
 
     def finish(self, grid: Grid, arrays: ArrayRecord) -> bool:
@@ -165,7 +172,7 @@ class MaskedTraining(ReplyAggregation):
         _LOG.info("%d of %d nodes have written the trained model down.", len(done), len(nodes))
         for node in sorted(nodes - done):
             _LOG.warning("Node %d has not written the trained model down; its log may say why.", node)
-        return bool(done) or not any(map(is_refusal, replies))
+        return len(done) >= sum(map(is_refusal, replies))
 
     def _base(self, arrays: ArrayRecord) -> Base:
         specs = specs_of(arrays)

@@ -134,8 +134,12 @@ class MaskedReplies(ReplyRound):
 
     @property
     def rejected(self) -> bool:
-        """Whether as many refuse as a sum needs, and nobody uploads: a tag that fits nothing, say."""
-        return not self.offered and len(self._refusing) >= self.needed
+        """Whether there is no sum because most refuse: one before it with a tag that fits nothing, say.
+
+        Where the server may change the model, members check no sum: they refuse for other reasons.
+        """
+        most = 2 * len(self._refusing) > len(self._asked.names)
+        return not self._rules.server_model and not self.enough and most
 
     def told(self, errors: Sequence[Message]) -> None:
         """Counts the members that refuse; a node that cannot be reached says nothing of the model."""
