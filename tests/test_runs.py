@@ -268,6 +268,7 @@ def test_the_environment_names_no_place(tmp_path):
     assert set(json.loads(text)) == {
         "version",
         "fedkl",
+        "folders",
         "python",
         "torch",
         "system",

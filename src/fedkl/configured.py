@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedkl.runs import RunDirectory, is_run
 from fedkl.update import TensorSpec, check_tensors
 
 _MAX_WEIGHTS = 2**32  # bytes of a file
+_DECODED = 2**30  # bytes of images of a folder that are decoded once, and not for each epoch
 
 
 def dataset_of(config: DataConfig) -> Dataset:
@@ -44,7 +46,8 @@ def dataset_of(config: DataConfig) -> Dataset:
                 f"data.{part}_images: expected at most {len(images)}, the {part} images of {config.name}, "
                 f"got {wanted}."
             )
-        some = Subset(images, slice(wanted)) if getattr(images, "streams", False) else images[:wanted]
+        large = getattr(images, "streams", False) and 4 * wanted * prod(images.shape[1:]) > _DECODED
+        some = Subset(images, slice(wanted)) if large else images[:wanted]
         kept |= {f"{part}_images": some, f"{part}_labels": labels[:wanted]}
     return replace(dataset, **kept)
 

@@ -34,6 +34,7 @@ from fedkl.types import NamedTensors
 from fedkl.validation import problems_of
 
 _VERSION = 1
+_FOLDERS = "mixed"  # how images of folders are ordered
 _MAX_JSON = 2**28  # bytes of a JSON file, and of
 _MAX_TENSORS = 2**32  # a file of tensors
 _OURS = (
@@ -85,6 +86,8 @@ class RunDirectory:
                         "--set training.norm_statistics=kept."
                     )
                 raise ConfigError(f"{path}: this folder holds a run with another configuration. {remedy}")
+            if begun and config.data.name == "imagefolder":
+                run._refuse_other_order()
             if present is None and path.is_dir() and any(path.iterdir()):
                 raise ConfigError(f"{path}: the folder is not empty and holds no run. Choose another --out.")
             write_atomically(path / "config.toml", data)
@@ -235,6 +238,15 @@ class RunDirectory:
             found = parse_json_object(self._bytes("environment.json") or b"{}")
             check_version(found.get("version"), source=self.path, reads=_VERSION)
 
+    def _refuse_other_order(self) -> None:
+        """Images of folders came class after class once: clients would get others, and figures be mixed."""
+        found = parse_json_object(self._bytes("environment.json") or b"{}")
+        if found.get("folders") != _FOLDERS and not (self.path / "summary.json").exists():
+            raise ConfigError(
+                f"{self.path}: this run began when images of folders came class after class; now they are "
+                "mixed. Begin again in another folder, or go on with the fedkl that it began with."
+            )
+
     def _refuse_links(self) -> None:
         """A link would lead what is written, and what is removed, out of the folder."""
         for name in _OURS:
@@ -298,6 +310,7 @@ def _environment(version: str) -> dict[str, Any]:
     return {
         "version": _VERSION,
         "fedkl": version,
+        "folders": _FOLDERS,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}",

@@ -72,7 +72,9 @@ def small():
 def observed(images):
     """What the server sees of one small real image, with the victim and the truth."""
 
-    def observation(defense=None, *, model=None, index=0, dataset=images, batch_size=1, **knowledge):
+    def observation(
+        defense=None, *, model=None, index=0, dataset=images, batch_size=1, local=None, **knowledge
+    ):
         torch.manual_seed(index)
         model = model or Small()
         defense = defense or NoDefense()
@@ -81,7 +83,7 @@ def observed(images):
         arm = Arm(
             name="seen", description="", defense=defense, knowledge=Knowledge(labels=False, **knowledge)
         )
-        seen = observe(victim, arm=arm, model=model, trial=trial, classes=10)
+        seen = observe(victim, arm=arm, model=model, trial=trial, classes=10, local=local)
         return seen, victim, trial
 
     return observation

@@ -19,6 +19,7 @@ from fedkl.metrics import psnr
 
 SIGMOID = KeyLock(layers="all", key_distribution="uniform", activation="sigmoid", initialization="published")
 SHARED = replace(SIGMOID, share_statistics=True)
+WEIGHTS = Procedure(algorithm="fedavg", steps=1, lr=1.0)
 
 
 def true_statistics(victim, images):
@@ -33,7 +34,7 @@ def true_statistics(victim, images):
 @pytest.mark.parametrize("momentum", [0.1, 0.5, None])
 def test_the_batchs_statistics_follow_from_the_running_ones(observed, small, momentum):
     model = small(between=lambda: nn.BatchNorm2d(8, momentum=momentum))
-    seen, victim, trial = observed(NoDefense(), model=model, batch_size=2)
+    seen, victim, trial = observed(NoDefense(), model=model, batch_size=2, local=WEIGHTS)
     true = true_statistics(victim, trial.images)
     assert seen.statistics.keys() == true.keys()
     assert len(true) == 1
@@ -79,8 +80,15 @@ def test_there_are_none_where_they_are_private_do_not_change_or_mix(observed):
 
 
 def test_a_plain_networks_statistics_are_public(observed, small):
-    seen, _, _ = observed(NoDefense(), model=small(between=lambda: nn.BatchNorm2d(8)))
+    seen, _, _ = observed(NoDefense(), model=small(between=lambda: nn.BatchNorm2d(8)), local=WEIGHTS)
     assert list(seen.statistics) == ["3"]
+
+
+def test_a_gradient_has_no_statistics_beside_it_unless_a_lock_shares_them(observed, small):
+    """A server of gradients would otherwise be given what no client sends."""
+    model = small(between=lambda: nn.BatchNorm2d(8))
+    assert not observed(NoDefense(), model=model)[0].statistics.keys()
+    assert observed(SHARED)[0].statistics.keys()
 
 
 def test_statistics_of_no_norm_are_refused(observed):
@@ -124,7 +132,7 @@ def test_impossible_statistics_are_refused(observed, statistics, said):
 
 
 def test_statistics_of_a_norm_without_scale_and_shift_are_used(observed, small):
-    seen, _, _ = observed(model=small(between=lambda: nn.BatchNorm2d(8, affine=False)))
+    seen, _, _ = observed(model=small(between=lambda: nn.BatchNorm2d(8, affine=False)), local=WEIGHTS)
     chain = read_chain(seen.model, image_shape=seen.image_shape, train_mode=True)
     assert seen.statistics.keys() == {"3"}
     assert [block.norm.name for block in chain.blocks if block.norm] == ["3"]

@@ -287,7 +287,7 @@ def drawn(shift=2.0, *, clients=8, count=2000, size=10):
 
 def test_one_percent_of_what_was_kept_back_reaches_the_threshold():
     null, scores, members = drawn()
-    found = _figures(null, scores, members)
+    found = _figures(null, scores, members, ~members)
     threshold = null.flatten().sort().values[-320]  # the 320th of 32,000
     assert found.share.rate == pytest.approx(float((scores[members] >= threshold).float().mean()), abs=0.02)
     assert found.false_alarms.rate == pytest.approx(
@@ -299,7 +299,7 @@ def test_one_percent_of_what_was_kept_back_reaches_the_threshold():
 
 def test_figures_are_those_of_slow_counts():
     null, scores, members = drawn()
-    found = _figures(null, scores, members)
+    found = _figures(null, scores, members, ~members)
     areas, swapped = [], []
     for client in range(8):
         own, before = members[client], members[client - 1] & ~members[client]
@@ -317,14 +317,14 @@ def test_intervals_are_by_client():
     """A client is recognized as a whole, or not at all: that are 8 trials, not 80."""
     null, scores, members = drawn(shift=0.0)
     scores = torch.where(members & (torch.arange(8) % 2 == 0)[:, None], 9.0, scores)
-    found = _figures(null, scores, members)
+    found = _figures(null, scores, members, ~members)
     assert found.share.low < 0.25 < 0.75 < found.share.high
 
 
 def test_equal_scores_are_no_leak():
     null, scores, members = (torch.ones(3, 50), torch.ones(3, 40), torch.zeros(3, 40, dtype=torch.bool))
     members[[0, 1, 2], [0, 1, 2]] = True
-    found = _figures(null, scores, members)
+    found = _figures(null, scores, members, ~members)
     assert (found.share.rate, found.false_alarms.rate, found.auc, found.swapped_auc) == (1, 1, 0.5, 0.5)
 
 
@@ -353,3 +353,21 @@ def test_an_epoch_differs_from_a_gradient():
     x, y = images(200)[:SIZE], labels(200)[:SIZE]
     gradient = local_update(clients.network, x, y, train_mode=True, local=Procedure())
     assert not torch.allclose(clients.update(x, y, number=0)["1.weight"], gradient["1.weight"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("clients", "members", "images", "shift"), [(1, 300, 700, 0.5), (6, 40, 240, 0.45)])
+def test_more_than_chance_is_no_all_clear_however_few_clients_there_are(clients, members, images, shift):
+    """By client there is no interval of one, and of six hardly any. By image there is."""
+    generator = torch.Generator().manual_seed(0)
+    surely = []
+    for shifted in (shift, 0.0):
+        for _ in range(20):
+            scores = torch.randn(clients, images, generator=generator)
+            mine = torch.zeros(clients, images, dtype=torch.bool)
+            mine[:, :members] = True
+            scores += shifted * mine
+            found = _figures(torch.randn(6000, generator=generator), scores, mine, ~mine)
+            surely.append(found.auc_surely > 0.5)
+            assert found.auc_low < found.auc < found.auc_high
+    assert sum(surely[:20]) >= 18
+    assert sum(surely[20:]) <= 1

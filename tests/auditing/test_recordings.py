@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedkl import auditing
+from fedkl import auditing, data
 from fedkl.auditing import (
     RecordedClient,
     RecordedUpdate,
@@ -101,7 +101,7 @@ def test_what_is_found_is_in_the_updates_and_not_in_the_members(tmp_path, only_r
 def test_one_recording_is_told_by_image_and_says_so(audited, tmp_path, only_rows):
     seen = finding(audit_recorded(audited, recordings.clients(audited, 1), out=tmp_path))
     assert (seen.found.n, seen.figures["clients"]) == (4, 1.0)
-    assert (seen.figures["auc_low"], seen.figures["auc_high"]) == (0.0, 1.0)
+    assert 0.4 < seen.figures["auc_low"] < seen.figures["auc"] <= seen.figures["auc_high"] <= 1
     assert "swapped_auc" not in seen.figures
     assert seen.reason.endswith("one client, so the intervals are by image and say nothing of others")
     assert seen.found.high - seen.found.low < 0.9  # of four images, not of one client
@@ -231,3 +231,33 @@ def test_a_members_file(tmp_path):
     path = tmp_path / "members.json"
     path.write_text('{"b": [3], "a": [0, 2]}')
     assert read_members(path, clients=["a", "b"]) == {"a": [0, 2], "b": [3]}
+
+
+def test_an_image_of_a_clients_class_is_not_therefore_its_own(tmp_path, only_rows):
+    """An update tells which classes a client has; images of them that nobody trained on are no members."""
+    dataset = data.load("mnist-sample", size=16, channels=1)
+    given = {"images": dataset.train_images[1000:2000].clone(), "labels": dataset.train_labels[1000:2000]}
+    skewed = recordings.subject(**given, images_per_client=6, procedure=recordings.loop)
+    places = [(skewed.labels == label).nonzero()[:, 0].tolist() for label in (0, 1, 3, 6)]
+    sent = [recordings.sent(skewed, each[:6]) for each in places]
+    true, placebo = (
+        [RecordedClient(update=u, members=each[part]) for u, each in zip(sent, places, strict=True)]
+        for part in (slice(6), slice(6, 12))
+    )
+    found = finding(audit_recorded(skewed, true, out=tmp_path / "true"))
+    nothing = finding(audit_recorded(skewed, placebo, out=tmp_path / "placebo"))
+    assert found.figures["auc"] > 0.8
+    assert nothing.outcome != "leaks"
+    assert nothing.figures["auc"] < 0.62  # by all classes together it is .70
+    assert nothing.found.rate < 0.3
+
+
+def test_too_few_images_of_a_clients_classes_are_said(audited, tmp_path, only_rows):
+    places = (audited.labels == 1).nonzero()[:, 0].tolist()
+    skewed = replace(audited, images_per_client=len(places) - 5, procedure=recordings.loop)
+    mine = places[: len(places) - 5]
+    client = RecordedClient(update=recordings.sent(skewed, mine), members=mine)
+    made = audit_recorded(skewed, [client], out=tmp_path)
+    assert "images of the classes of a client are not its own" in " ".join(
+        each.reason for each in made.not_run
+    )

@@ -37,7 +37,7 @@ def test_classes_are_the_sorted_folders_of_train(root):
     assert dataset.spec.mean == (0.485, 0.456, 0.406)
 
 
-def test_the_first_images_are_of_all_classes_and_the_same_each_time(tmp_path):
+def test_the_first_images_are_of_all_classes_and_the_same_each_time(tmp_path, monkeypatch):
     """Attacks take the first test images, and `train_images` of a configuration the first of all."""
     for split, name in itertools.product(("train", "val"), "ab"):
         (tmp_path / split / name).mkdir(parents=True)
@@ -51,8 +51,9 @@ def test_the_first_images_are_of_all_classes_and_the_same_each_time(tmp_path):
         assert labels.tolist().count(0) == 60
     (trial,) = trials_of(dataset, trials=1, batch_size=20)
     assert trial.labels.unique().tolist() == [0, 1]
+    monkeypatch.setattr(configured, "_DECODED", 100)
     some = configured.dataset_of(DataConfig(name="imagefolder", root=str(tmp_path), size=4, train_images=20))
-    assert isinstance(some.train_images, Subset)  # nothing is decoded before it is asked for
+    assert isinstance(some.train_images, Subset)  # of so many nothing is decoded before it is asked for
     assert some.train_labels.unique().tolist() == [0, 1]
 
 

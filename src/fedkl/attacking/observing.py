@@ -128,7 +128,9 @@ def observe(
             for member, (one, x, y) in enumerate(shares)
         ]
     )
-    known = plain and (bool(buffers) or not arm.defense.changes_updates)  # statistics are sent, too
+    # A gradient has no statistics beside it.
+    sends = local.algorithm == "fedavg" or arm.defense.shares_statistics
+    known = plain and sends and (bool(buffers) or not arm.defense.changes_updates)
     channels, height, width = trial.images.shape[1:]
     view = _completed(victim, arm, model, auxiliary, generator)
     # What generates γ and β only matters where it is looked at or trains along: otherwise their values do.

@@ -43,6 +43,8 @@ def of_pictures(
         if control is None and (simplest := _simplest(entry, question, earlier)) is not None:
             control = simplest.found
         outcome, reason = _verdict(share, floor, control, what=question)
+        if outcome == "at the floor" and rebuilt.updates == 1 and share.n > 1:
+            outcome, reason = "says nothing", f"{share.n} images of one update, as good as one trial"
         found.append(
             Finding(
                 question=question,

@@ -220,6 +220,7 @@ class PresenceTest:
         kept_back: tuple[Tensor, Tensor],
         images: Tensor,
         labels: Tensor,
+        by_class: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """How much speaks for each image that the server kept back, and for each candidate.
 
@@ -232,11 +233,17 @@ class PresenceTest:
             kept_back: Images and labels.
             images: The candidates.
             labels: Theirs.
+            by_class: Whether the mean 0 is of each class by itself: an update tells which classes a client
+                has, and an image of one of these is not therefore its own.
 
         Returns:
             Shapes ``(updates, images kept back)`` and ``(updates, images)``.
         """
         null, found = self._scores(updates, *kept_back), self._scores(updates, images, labels)
+        for label in set(kept_back[1].tolist()) if by_class else ():
+            mine, same = kept_back[1] == label, labels == label
+            center = null[:, mine].mean(1, keepdim=True)
+            null[:, mine], found[:, same] = null[:, mine] - center, found[:, same] - center
         mean, std = null.mean(1, keepdim=True), null.std(1, keepdim=True).clamp_min(_TINY)
         return ((null - mean) / std) @ self.weights, ((found - mean) / std) @ self.weights
 

@@ -41,6 +41,7 @@ class Rebuilt:
     Attributes:
         found: Shares ``success`` (recovered) and ``identified``, of the best of its guesses; see
             `fedkl.attacking.results.shares`.
+        updates: How many were attacked.
         floor: The same of a guess from the labels alone.
         control: The same of the attacker where nothing is hidden; None where nothing is hidden anyway.
         psnr: Median, in dB.
@@ -50,6 +51,7 @@ class Rebuilt:
     """
 
     found: dict[str, Any]
+    updates: int
     floor: dict[str, Any]
     control: dict[str, Any] | None
     psnr: float | None
@@ -268,6 +270,7 @@ def _figures(
     scores = [score.to_dict() for each in results for score in each.scores]
     return Rebuilt(
         found=rates[best.name],
+        updates=len(results),
         floor=shares(guessed),
         control=rates.get(best.control or ""),
         psnr=summarize([score["psnr"] for score in scores]).median,

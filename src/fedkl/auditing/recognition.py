@@ -30,6 +30,8 @@ MEMBERS = 240
 _FEWEST, _MOST = 6, 100  # clients
 _POOL = 240  # images that are looked at under each update, of each kind, at least
 _KEPT_BACK = 6000  # scores that set the threshold, over all updates
+_LIKE = 10  # images of a recorded client's classes that are not its own
+_SURELY = 3.29  # standard deviations, 99.9 %
 _LEARNED_FROM = 2000  # images whose layers' inputs are looked at, once
 
 LOOKED_AT = _LEARNED_FROM + 3 * _POOL
@@ -145,9 +147,23 @@ def recognize(
     test, _ = learn(clients, pools=pools, told=steps)
     audited, seen, present = _audited(clients, pools, count, size, told=lambda n: steps(count + n))
     kept_back = pools.kept_back.first(max(_POOL, _KEPT_BACK // len(seen)))
-    null, found = test.both(seen, kept_back=kept_back, images=audited.images, labels=audited.labels)
+    real = clients.sent is not None  # whose classes may be few: an image of one of them is like its members
+    null, found = test.both(
+        seen, kept_back=kept_back, images=audited.images, labels=audited.labels, by_class=real
+    )
     progress(1.0)
-    return _figures(null, found, present)
+    rest = ~present
+    if real:
+        rest = rest & _of_its_classes(present, audited.labels, audited.labels)
+        few = int(rest.sum(1).min())
+        if few < _LIKE:
+            raise DataError(
+                f"Presence: only {few} images of the classes of a client are not its own, expected at least "
+                f"{_LIKE}, to tell its own from. Give the subject more of these classes."
+            )
+        like = null[_of_its_classes(present, audited.labels, kept_back.labels)]
+        null = like if len(like) >= 1 / FALSE_ALARMS else null
+    return _figures(null, found, present, rest)
 
 
 def learn(
@@ -232,26 +248,55 @@ def _drawn(
     return updates, members
 
 
-def _figures(null: Tensor, scores: Tensor, members: Tensor) -> Recognized:
+def _figures(null: Tensor, scores: Tensor, members: Tensor, rest: Tensor) -> Recognized:
+    """The figures of a test.
+
+    Args:
+        null: Scores of images that no client has, of which few are false alarms.
+        scores: Of the candidates; shape ``(clients, images)``.
+        members: Which of them each client has; the same shape, bool.
+        rest: Which others they are told from.
+    """
     threshold = float(null.flatten().quantile(1 - FALSE_ALARMS))
-    others = members.roll(1, 0) & ~members
-    areas = [_area(each[m], each[~m]) for each, m in zip(scores, members, strict=True)]
+    others = members.roll(1, 0) & rest
+    areas = [_area(each[m], each[o]) for each, m, o in zip(scores, members, rest, strict=True)]
     swapped = [
-        _area(each[o], each[~m & ~o]) for each, m, o in zip(scores, members, others, strict=True) if o.any()
+        _area(each[o], each[r & ~o]) for each, r, o in zip(scores, rest, others, strict=True) if o.any()
     ]
-    low, high = mean_interval(areas) or (0.0, 1.0)
+    area = sum(areas) / len(areas)
+    pairs = [(int(m.sum()), int(o.sum())) for m, o in zip(members, rest, strict=True)]
+    chance = math.sqrt(sum((m + o + 1) / (12 * m * o) for m, o in pairs)) / len(areas)
+    low, high = mean_interval(areas) or _interval_of_one(areas[0], *pairs[0])
     surely, _ = mean_interval(areas, confidence=0.999) or (0.0, 1.0)
     return Recognized(
         share=_reached(scores, members, threshold),
-        false_alarms=_reached(scores, ~members, threshold),
+        false_alarms=_reached(scores, rest, threshold),
         swapped=_reached(scores, others, threshold) if others.any() else None,
-        auc=sum(areas) / len(areas),
+        auc=area,
         auc_low=max(0.0, low),
         auc_high=min(1.0, high),
-        auc_surely=max(0.0, surely),
+        auc_surely=max(0.0, surely, area - _SURELY * chance),
         swapped_auc=sum(swapped) / len(swapped) if swapped else None,
         clients=len(scores),
     )
+
+
+def _of_its_classes(members: Tensor, labels: Tensor, others: Tensor) -> Tensor:
+    """Which of some images are of a class that a client has; shape ``(clients, others)``, bool."""
+    return torch.stack([torch.isin(others, labels[mine]) for mine in members])
+
+
+def _interval_of_one(area: float, members: int, others: int) -> tuple[float, float]:
+    """By image, for one client; around an area with one more member at chance, or 1 would have none.
+
+    Source:
+        Hanley and McNeil, "The meaning and use of the area under a ROC curve", 1982.
+    """
+    center = (members * area + 0.5) / (members + 1)
+    both, twice = center / (2 - center), 2 * center**2 / (1 + center)
+    variance = center * (1 - center) + (members - 1) * (both - center**2) + (others - 1) * (twice - center**2)
+    half = 1.96 * math.sqrt(max(0.0, variance) / (members * others))
+    return min(area, center - half), max(area, center + half)
 
 
 def _reached(scores: Tensor, chosen: Tensor, threshold: float) -> Rate:

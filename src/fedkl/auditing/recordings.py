@@ -152,10 +152,9 @@ def suspect(
     clients = recorded_exposures_of(subject, Sent(updates=found, places=()), seed=seed)[0]
     progress(0, 1, "presence")
     test, played = learn(clients, pools=pools)
-    candidates = {"images": subject.images, "labels": subject.labels}
-    few = {name: tensor[:1] for name, tensor in candidates.items()}
-    null, _ = test.both(played, kept_back=pools.kept_back, **few)
-    _, scores = test.both(found, kept_back=pools.kept_back, **candidates)
+    images, labels = subject.images, subject.labels
+    null, _ = test.both(played, kept_back=pools.kept_back, images=images[:1], labels=labels[:1])
+    _, scores = test.both(found, kept_back=pools.kept_back, images=images, labels=labels)
     return Suspected(scores=scores, threshold=float(null.flatten().quantile(1 - FALSE_ALARMS)))
 
 
@@ -176,8 +175,8 @@ def _check_members(subject: Subject, clients: Sequence[RecordedClient], *, anywa
         if 0 < len(members) < expected and not anyway:
             by = "Subject.images_per_client is" if said is None else "the update says"
             problems.append(
-                f"{name}: expected {expected} members, as {by}, got {len(members)}; `--anyway`, or anyway=True, "
-                "goes on"
+                f"{name}: expected {expected} members, as {by}, got {len(members)}; `--anyway` or "
+                "anyway=True goes on"
             )
     others = len(subject.images) - len(set(chain.from_iterable(each.members for each in clients)))
     if not problems and clients and others < subject.classes:

@@ -112,7 +112,9 @@ def plainly(finding: Finding) -> str:
     """The same for who reads no intervals, e.g. "… about 67 of 100 of a client's images (61 to 72) …"."""
     found = finding.found
     rate, low, high = (round(100 * each) for each in (found.rate, found.low, found.high))
-    share = f"about {rate} of 100 of a client's images ({low} to {high})"
+    hits = round(found.rate * found.n)
+    about = f"about {rate} of 100" if rate or not hits else f"{hits} of {found.n}"
+    share = f"{about} of a client's images ({low} to {high})"
     said = _PLAINLY[finding.question].format(share=share)
     if finding.question == "presence" and finding.floor is not None:
         said += f" Of images that the client does not have: {round(100 * finding.floor.rate)} of 100."

@@ -59,6 +59,11 @@ class Defense:
         return type(self).procedure is not Defense.procedure
 
     @property
+    def shares_statistics(self) -> bool:
+        """Whether norms' running statistics are sent with a gradient, too; with weights they always are."""
+        return False
+
+    @property
     def looks_at_images(self) -> bool:
         """Whether `transform` looks at the client's network or images, and not at the update only.
 

@@ -98,6 +98,11 @@ class Combined(Defense):
         return self._preparing.changes_network
 
     @property
+    def shares_statistics(self) -> bool:
+        """Whether a part does."""
+        return any(part.shares_statistics for part in self.parts)
+
+    @property
     def looks_at_images(self) -> bool:
         """Whether a part does."""
         return any(part.looks_at_images for part in self.parts)

@@ -58,6 +58,11 @@ class KeyLock(Defense):
     key_length: int = 1024
     key_distribution: KeyDistribution = "normal"
 
+    @property
+    def shares_statistics(self) -> bool:
+        """Whether it was asked to."""
+        return self.share_statistics
+
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Lock:
         """Locks a copy of the model.
 
@@ -210,6 +215,11 @@ class PublicNorm(Defense):
     type: Literal["public-norm"] = "public-norm"
     like: KeyLock = field(default_factory=KeyLock)
 
+    @property
+    def shares_statistics(self) -> bool:
+        """Whether it was asked to."""
+        return self.like.share_statistics
+
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
         """Locks and bakes a copy of the model; norm statistics are private as in `like`."""
         plain = self.like.prepare(model, key=key).bake()
@@ -251,6 +261,11 @@ class PrivateNorm(Defense):
 
     type: Literal["private-norm"] = "private-norm"
     like: KeyLock = field(default_factory=KeyLock)
+
+    @property
+    def shares_statistics(self) -> bool:
+        """Whether it was asked to."""
+        return self.like.share_statistics
 
     def prepare(self, model: nn.Module, *, key: Key | None = None) -> Split:
         """Gives a copy of the model the norms of the key-lock and withholds their γ and β."""

@@ -184,7 +184,9 @@ def _place(audit: Audit, finding: Finding) -> str:
 def _whose(audit: Audit, shown: Gallery) -> str:
     """Whose pictures they are, by which attacker, and what came of all its images."""
     exposure = audit.exposure(shown.finding.exposure)
-    left = "an image of a client, right what the server computed from that client's update"
+    count = exposure.clients
+    seen = "that client's update" if count == 1 else f"the sum of {count} clients' updates"
+    left = f"an image of a client, right what the server computed from {seen}"
     if not exposure.headline:
         alone = exposure.images == exposure.clients == 1
         sent = "sent alone" if alone else f"sent in {exposure.title}"
