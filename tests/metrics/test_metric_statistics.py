@@ -148,10 +148,27 @@ def test_trials_of_a_group_count_for_less_the_more_groups_differ():
     assert metrics.success_rate(hits, threshold=1.0, groups=pairs) == alone
     apart = metrics.success_rate(hits, threshold=1.0, groups=halves)
     assert (apart.rate, apart.n) == (0.5, 8)
-    assert (apart.low, apart.high) == metrics.wilson_interval(1, 2)
+    low, high = metrics.wilson_interval(1, 2)
+    assert apart.low < low < high < apart.high  # two groups tell little of their scatter
     # Shares of 1, 1, 0 and 0 scatter as those of four trials at most.
     scattered = metrics.success_rate([1.0] * 4 + [0.0] * 4, threshold=1.0, groups=pairs)
-    assert (scattered.low, scattered.high) == metrics.wilson_interval(2, 4)
+    low, high = metrics.wilson_interval(2, 4)
+    assert apart.low < scattered.low < low < high < scattered.high < apart.high
+
+
+@pytest.mark.parametrize(("groups", "size"), [(3, 300), (6, 40), (6, 100), (15, 16)])
+def test_intervals_of_few_groups_hold_the_truth(groups, size):
+    """Shares that differ from group to group around .3; 95 % are asked for."""
+    draws = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):
+        shares = draws.beta(2.5, 5.8, groups)  # mean .3, standard deviation .15
+        hits = (draws.random((groups, size)) < shares[:, None]).ravel().astype(float)
+        found = metrics.success_rate(
+            hits.tolist(), threshold=1.0, groups=np.repeat(np.arange(groups), size).tolist()
+        )
+        inside += found.low <= 2.5 / 8.3 <= found.high
+    assert inside / 400 > 0.91  # .93 to .96; with the normal quantile .80 to .90
 
 
 def test_without_a_difference_there_are_as_many_trials_as_groups():

@@ -179,11 +179,12 @@ def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> tupl
     return _wilson(successes / n, float(n), confidence=confidence)
 
 
-def _wilson(share: float, n: float, *, confidence: float) -> tuple[float, float]:
-    """For a number of trials that need not be whole."""
-    from scipy.special import ndtri
+def _wilson(share: float, n: float, *, confidence: float, groups: int | None = None) -> tuple[float, float]:
+    """For a number of trials that need not be whole; of so many groups, if it is known from their scatter."""
+    from scipy.special import ndtri, stdtrit
 
-    z = float(ndtri((1 + confidence) / 2))
+    upper = (1 + confidence) / 2
+    z = float(ndtri(upper) if groups is None else stdtrit(groups - 1, upper))
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     # At the ends the formula gives exactly 0 or 1; rounding must not push the rate out of its interval.
@@ -208,7 +209,8 @@ def success_rate(
         threshold: A value of at least this is a success, in the unit of the values.
         confidence: Confidence of the interval, in (0, 1).
         groups: What each trial belongs to, where trials of one group are not independent (of one client):
-            the interval is then that of so few trials as would scatter as the groups do.
+            the interval is then that of so few trials as would scatter as the groups do, and where these
+            scatter more than trials, with Student's t in place of the normal quantile.
 
     Returns:
         (rate, low, high, n), n being the number of all trials.
@@ -233,7 +235,9 @@ def success_rate(
     successes = sum(hits)
     low, high = wilson_interval(successes, n, confidence=confidence)
     if groups is not None:
-        low, high = _wilson(successes / n, _effective_number(hits, groups), confidence=confidence)
+        number, count = _effective_number(hits, groups), len(set(groups))
+        scatter = count if count > 1 and 0 < successes < n and number < n else None
+        low, high = _wilson(successes / n, number, confidence=confidence, groups=scatter)
     return Rate(successes / n, low, high, n)
 
 
