@@ -798,6 +798,8 @@ def test_a_last_sum_that_is_refused_is_not_what_the_server_keeps(tmp_path):
     result = run(folder, rounds=3, app=app_of(Flipping(3), MaskMod()), checkpoints=place)
     assert_close(delivered(folder), state(result))
     assert_close(delivered(folder), RoundFiles(place).newest().arrays)
+    blind = run(cohort(tmp_path / "blind"), rounds=3, app=app_of(Flipping(3), MaskMod()))
+    assert not blind.arrays
 
 
 def altered(message):

@@ -256,9 +256,11 @@ class Guard(Strategy):
         if self._running.finish(grid, arrays):
             return None
         before = self._gone_back(self._last)
-        if before is not None:
-            self._running.finish(grid, arrays_of(before.arrays))
-        return None if before is None else arrays_of(before.arrays)
+        if before is None:
+            return None
+        earlier = arrays_of(before.arrays)
+        self._running.finish(grid, earlier)
+        return earlier if self._running.server_learns != "nothing" else None
 
     def _begin(self, plan: ReplyPlan) -> ReplyRound:
         return self._running.begin(plan, record=self._on_seen is not None)
@@ -275,9 +277,10 @@ class Guard(Strategy):
     def _resumed(self, initial: ArrayRecord) -> tuple[ArrayRecord, NamedTensors]:
         """The arrays to start from, and what the aggregation kept; what earlier runs left is taken over."""
         self._done, self._history = 0, {}
-        first = tensors_of(initial, subject="Initial arrays", names=self._specs)
         self._last = 0
-        self._first = SavedRound(round=0, arrays=first, memory={}) if self._aggregation.may_reject else None
+        if self._aggregation.may_reject:
+            first = tensors_of(initial, subject="Initial arrays", names=self._specs)
+            self._first = SavedRound(round=0, arrays=first, memory={})
         saved = self._files.newest() if self._files else None
         if self._files is None or saved is None:
             return initial, {}
