@@ -268,11 +268,15 @@ def warn_about_open_layers(
         private: Modules that are not sent.
     """
     kept = {id(part) for module in private for part in module.modules()}
+    whole = not any(
+        each.requires_grad for module in order.values() for each in module.parameters(recurse=False)
+    )
     before = []
     for name, module in order.items():
         if module is targets[0].module or targets[0].before:
             break
-        if id(module) not in kept and any(True for _ in module.parameters(recurse=False)):
+        own = module.parameters(recurse=False)  # frozen ones have no gradient, unless nothing is trained yet
+        if id(module) not in kept and any(each.requires_grad or whole for each in own):
             before.append(name or "the model itself")
     # The one layer that feeds the first lock is what the lock is there for.
     if len(before) > 1:
