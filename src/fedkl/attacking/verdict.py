@@ -106,8 +106,8 @@ def judge_share(
         what: What happened to an image that counts: ``"rebuilt"``, of which one is a leak where a guess
             rebuilds none, or ``"identified"``.
     """
-    rebuilt = what == "rebuilt" and floor is not None and _above_rare(found, floor)
-    if rebuilt or (floor is not None and found["low"] > floor["high"]):
+    above = _above_rare if what == "rebuilt" else _above
+    if floor is not None and above(found, floor):
         return Verdict("leaks", f"{wording.count(found)} images {what}")
     missing = None
     if floor is None:
@@ -142,7 +142,7 @@ def judge_presence(
         control: The same of this attack on the same client with nothing hidden; None: not run.
         areas: Of both; None where there is no control.
     """
-    if found["low"] > floor["high"]:
+    if _above(found, floor):
         return Verdict("leaks", f"{wording.count(found)} images recognized")
     if control is None or areas is None:
         return Verdict("says nothing", "its control was not attacked")
@@ -174,6 +174,11 @@ def _above_rare(found: Mapping[str, Any], floor: Mapping[str, Any] | None) -> bo
     """Whether more is rebuilt than a guess rebuilds, which is seldom any: then one image is more."""
     if floor is None or not wording.hits(floor):
         return bool(wording.hits(found))
+    return _above(found, floor)
+
+
+def _above(found: Mapping[str, Any], floor: Mapping[str, Any]) -> bool:
+    """Whether more is found than without the update, by both intervals."""
     return bool(found["low"] > floor["high"])
 
 

@@ -58,6 +58,8 @@ class Guard(Strategy):
     * If the strategy raises, or its average is not finite or not of the model, the round is given up: the
       global arrays and the strategy's own stay as they were. The log says what was raised, and where. What
       Flower raises to end a run (a privacy budget is spent) goes through, and so does what is no `Exception`.
+    * If most clients refuse the model of the last round, as members do with a masked sum that was altered, it
+      goes on from the round before, with the strategy's own arrays of then; next time the other way round.
     * Averages keep each tensor's own dtype (Flower's leave a BatchNorm's count of batches as float64).
     * With `checkpoints`, every aggregated round is written to disk; `start` with the same folder goes on
       after the last one, with the strategy's own arrays (e.g. FedAdam's moments) restored.
