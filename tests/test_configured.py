@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import safetensors.torch
 import torch
 
 from fedkl import config as configs
-from fedkl import experiment_flags
+from fedkl import experiment_flags, training
 from fedkl.attacking.run import attack
 from fedkl.configured import dataset_of, networks_of, prepared
 from fedkl.errors import ConfigError
+from fedkl.federated.fill_in import server_fill_ins
 from fedkl.runs import RunDirectory
 from fedkl.training import train
 from tests.data import dicom_files
@@ -92,8 +94,10 @@ def test_the_networks_of_an_attack_are_the_trained_one(trained):
 
 
 @pytest.mark.filterwarnings("ignore:.*parametric layers run before the first lock")
-def test_a_locked_run_is_no_trained_network_whose_norms_a_lock_has_to_keep(tmp_path):
+def test_a_locked_run_is_no_trained_network_whose_norms_a_lock_has_to_keep(tmp_path, monkeypatch):
     """The initialization of what clients kept would be taken for trained values, and refused."""
+    # The server's own model is not what is tested, and its refit takes 200 steps of a transformer.
+    monkeypatch.setattr(training, "server_fill_ins", partial(server_fill_ins, refit_steps=1))
     model = {"name": "vit-tiny", "initialization": "uniform"}
     values = {
         "type": "train",

@@ -38,7 +38,7 @@ class Surface(ABC):
     allowed: ClassVar[tuple[type[Exception], ...]] = (FedKLError,)
     precious: ClassVar[tuple[str, ...]] = ()
     confined: ClassVar[bool] = False
-    quick: ClassVar[int] = 200
+    quick: ClassVar[int] = 120
     target: ClassVar[str]
 
     @abstractmethod

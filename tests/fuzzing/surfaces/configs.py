@@ -24,7 +24,7 @@ class Configs(Surface):
 
     name = "configs"
     form = "toml"
-    quick = 500
+    quick = 250
     target = "fedkl.config.load"
 
     def seeds(self) -> list[bytes]:

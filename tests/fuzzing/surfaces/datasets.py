@@ -49,7 +49,7 @@ class Datasets(ArchiveSurface):
     """`data.load`, after which all images are read, and `data.fetch` from a package."""
 
     name = "datasets"
-    quick = 250
+    quick = 150
     target = "fedkl.data.load"
 
     def setting(self) -> AbstractContextManager[object]:

@@ -45,7 +45,7 @@ class Flags(Surface):
 
     name = "flags"
     form = "text"
-    quick = 500
+    quick = 250
     target = "fedkl.experiment_flags.from_flags"
 
     def seeds(self) -> list[bytes]:
