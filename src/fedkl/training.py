@@ -149,7 +149,8 @@ def _rounds(
         checkpoints.save(federation, round=0)  # keys are born here: no later attempt may draw others
     first, total = first or 0, config.training.rounds
     records = _finished_rounds(directory, first)
-    _open_ledger(directory, federation, first)
+    if (ledger := federation.ledger) is not None:
+        LedgerFile(directory.path / "ledger.jsonl", delta=ledger.options.delta).keep(ledger, rounds=first)
     partition = {"event": "partition", "class_counts": federation.class_counts.tolist()}
     directory.restart_from([partition, *records])
     earlier = records[-1]["elapsed"] if records else 0.0
@@ -181,15 +182,6 @@ def _evaluated(federation: Federation) -> dict[str, Any]:
         "accuracy": fmean(accuracies.values()),
         "local_accuracy": fmean(local_accuracies.values()) if local_accuracies else None,
     }
-
-
-def _open_ledger(directory: RunDirectory, federation: Federation, first: int) -> None:
-    """Goes on with what earlier processes counted: rounds that are repeated were sent, and count twice."""
-    ledger = federation.ledger
-    if ledger is not None:
-        file = LedgerFile(directory.path / "ledger.jsonl", delta=ledger.options.delta)
-        ledger.restore(file.entries(rounds=first))
-        ledger.on_charge = file.append
 
 
 def _finished_rounds(directory: RunDirectory, first: int) -> list[dict[str, Any]]:

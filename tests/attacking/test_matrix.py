@@ -221,3 +221,14 @@ def test_options_of_trainings_need_trainings(tmp_path):
 def test_batches_on_the_command_line(tmp_path):
     result = CliRunner().invoke(app, ["reproduce", "adaptive", "--out", str(tmp_path), "--batches", "one"])
     assert result.exit_code == 2
+
+
+def test_what_a_rungs_run_noted_counts_where_it_is_higher():
+    """Of batches it has noise, too, which the rung that knows the labels alone has not."""
+    rungs = [record("learned", 35) | {"floor": record("floor", 30)}, control("learned", 100)]
+    noted = row_of(markdown([*rungs, record("floor", 5)], refused=[]))
+    assert noted.endswith("| 30 of 100 | at the floor |")
+    assert row_of(markdown(rungs, refused=[])) == noted
+    assert row_of(markdown([*rungs, record("floor", 40)], refused=[])).endswith(
+        "| 40 of 100 | at the floor |"
+    )

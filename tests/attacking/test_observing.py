@@ -12,7 +12,7 @@ from fedkl import PublicUpdate, data, models
 from fedkl.attacking import SimulatedClients, attack_arms, full_gradient, grid, observe, trials_of
 from fedkl.attacks import DLG, Auxiliary, Knowledge, PriorOnly, Procedure
 from fedkl.attacks.matching.objectives import GradientMatching
-from fedkl.defenses import Arm, KeyLock, arms_of
+from fedkl.defenses import Arm, KeyLock, NoDefense, arms_of
 from fedkl.defenses.base import plain_arm
 from fedkl.errors import AttackError, DataError
 
@@ -247,6 +247,25 @@ def test_eval_mode_uses_the_running_statistics(dataset):
     arms = arms_of(KeyLock(share_statistics=True))
     for name in ("public-norm", "lock-known-both"):
         assert loss_at_the_truth(arms[name], dataset, train_mode=False)[0] < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("local", "known"),
+    [
+        (Procedure(algorithm="fedavg", steps=1, lr=0.1), True),
+        (Procedure(algorithm="fedavg", steps=1, batch_size=4, lr=0.1), False),
+        (Procedure(algorithm="fedavg", steps=1, lr=0.1, precision="bfloat16"), False),
+    ],
+    ids=["all images", "four of them", "half precision"],
+)
+def test_statistics_are_those_of_the_images_that_were_in_the_step(dataset, local, known):
+    """Of eight images of which four were, the server gets none that nobody sent."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 5), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * 28 * 28, 10))
+    (trial,) = trials_of(dataset, trials=1, batch_size=8)
+    seen = observe(
+        NoDefense().prepare(model), arm=plain_arm(), model=model, trial=trial, classes=10, local=local
+    )
+    assert bool(seen.statistics) == known
 
 
 def test_a_public_transform_is_applied_by_the_attacker_too(dataset):

@@ -130,6 +130,9 @@ def test_a_trial_that_breaks_breaks_alone_and_is_not_repeated(tmp_path, breaking
     (broken,) = not_run(run)
     assert (broken["kind"], sorted([*done, broken["trial"]])) == ("broke", [0, 1, 2])
     assert broken["reason"].endswith("singular")
+    (arm,) = run.summary["arms"]
+    figures = (arm["success"]["n"], arm["identified"]["n"], arm["figures"]["psnr"]["failures"], arm["broke"])
+    assert figures == (3, 3, 1, 1)  # it counts as not recovered
     (tmp_path / "run/summary.json").unlink()
     again = experiments.run(config, out=tmp_path / "run")
     assert [record["trial"] for record in again.results() if record["event"] == "trial"] == done

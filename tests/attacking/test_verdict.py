@@ -73,3 +73,37 @@ def test_one_image_that_is_rebuilt_is_a_leak_where_a_guess_rebuilds_none(hits, n
 def test_a_guess_that_rebuilds_some_is_what_counts():
     some, more = (share(k / 100, *wilson_interval(k, 100), n=100) for k in (3, 6))
     assert judge_share(more, floor=some, control=share(1, 0.96, 1), what="rebuilt").kind == "at the floor"
+
+
+def both(hits, n, **about):
+    figure = share(hits / n, *wilson_interval(hits, n), n=n)
+    return {"success": share(0.0, *wilson_interval(0, n), n=n), "identified": figure} | about
+
+
+def said(found, floor, control):
+    """By both rules, which agree."""
+    one = judge(found, floor=floor, control=control).kind
+    names = [each["identified"] for each in (found, floor, control)]
+    assert judge_share(names[0], floor=names[1], control=names[2], what="identified").kind == one
+    return one
+
+
+@pytest.mark.parametrize(("hits", "kind"), [(2, "says nothing"), (3, "says nothing"), (4, "at the floor")])
+def test_an_attack_that_works_half_the_time_finds_a_control_of_two(hits, kind):
+    assert said(both(1, 100), both(1, 100), both(hits, hits)) == kind
+
+
+@pytest.mark.parametrize(("found", "floor"), [(9, 1), (14, 4), (20, 8)])
+def test_more_than_the_floor_but_not_surely_is_not_at_it(found, floor):
+    assert said(both(found, 100), both(floor, 100), both(100, 100)) == "says nothing"
+    assert said(both(floor + 2, 100), both(floor, 100), both(100, 100)) == "at the floor"
+
+
+def test_what_an_attack_broke_on_says_nothing():
+    assert judge(both(0, 100, broke=35), floor=both(0, 100), control=both(100, 100)).kind == "says nothing"
+
+
+def test_a_hundred_images_of_one_update_are_one_trial():
+    found, floor, control = both(40, 100), both(40, 100), both(100, 100)
+    assert judge(found | {"updates": 1}, floor=floor, control=control).kind == "says nothing"
+    assert judge(found | {"updates": 2}, floor=floor, control=control).kind == "at the floor"

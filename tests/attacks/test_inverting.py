@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedkl import lock, models
-from fedkl.attacks import InvertingGradients
+from fedkl.attacks import DLG, GRNN, IDLG, AdaptiveMatching, InvertingGradients
 from fedkl.attacks.matching.inverting import median_filtered
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import psnr, score
+from fedkl.protocol import Procedure
 
 QUICK = InvertingGradients(iterations=20, weighting="sqrt")
 
@@ -181,3 +184,14 @@ def test_labels_must_come_from_somewhere(observe_plain):
 def test_unusable_settings_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         InvertingGradients(**changes)
+
+
+@pytest.mark.parametrize("attack", [QUICK, DLG(), IDLG(), GRNN(), AdaptiveMatching()], ids=lambda a: a.type)
+def test_what_cannot_be_matched_is_refused_before_the_work(observe_plain, attack):
+    """An audit plans no minutes for it, and a table has a reason in place of a failure."""
+    observation, _, _ = observe_plain()
+    assert attack.refusal(observation) is None
+    theirs = replace(observation, local=Procedure(algorithm="fedavg", optimizer="adam", steps=2))
+    refused = attack.refusal(theirs)
+    assert refused is not None
+    assert (refused.kind, "whose update can be differentiated" in refused.reason) == ("does not apply", True)

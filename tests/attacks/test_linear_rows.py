@@ -17,6 +17,7 @@ from fedkl.defenses.clipping import Clipping
 from fedkl.defenses.combined import Combined
 from fedkl.defenses.local_dp import LocalDpMod
 from fedkl.defenses.noise import GaussianNoise
+from fedkl.defenses.percentile import Percentile
 from fedkl.defenses.pruning import Pruning
 from fedkl.defenses.sparse_vector import SparseVector
 from fedkl.errors import AttackError
@@ -202,3 +203,17 @@ def test_what_was_sent_with_noise_is_not_taken_for_exact(images):
         seen, _ = seen_of(images, perceptron(), defense=defense)
         with pytest.raises(AttackError, match="got a transformed update"):
             reconstructed(seen)
+
+
+@pytest.mark.parametrize(
+    "local", [Procedure(), Procedure(algorithm="fedavg", lr=0.1)], ids=["gradient", "weights"]
+)
+def test_nvflares_percentile_filter_leaves_small_entries_as_they_are(images, local):
+    """What is neither dropped nor cut off is read; where all was cut off, nothing is taken for it."""
+    seen, trial = seen_of(images, perceptron(), defense=Percentile(gamma=10.0), local=local)
+    (found,), (truth,) = reconstructed(seen).images, trial.images
+    kept = found != 0
+    assert int(kept.sum()) > 0.9 * int((truth > 0).sum())
+    torch.testing.assert_close(found[kept], truth[kept], atol=1e-4, rtol=0)
+    cut, _ = seen_of(images, perceptron(), defense=Percentile(gamma=1e-12), local=local)
+    assert not reconstructed(cut).images.isfinite().any()

@@ -166,3 +166,26 @@ def test_refusals(images):
     for message, observation in cases.items():
         with pytest.raises(AttackError, match=message):
             Positions().reconstruct(observation, generator=TORCH())
+
+
+class OtherPositions(nn.Module):
+    """Positions as CLIP has them, or of each row and column, beside an attention and a classifier."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.project, self.where = nn.Linear(48, 32), nn.Parameter(0.1 * torch.randn(shape))
+        self.block = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True, norm_first=True)
+        self.answer = nn.Linear(32, 17)
+
+    def forward(self, x):
+        tokens = self.project(F.unfold(x, 4, stride=4).transpose(1, 2))
+        places = self.where.flatten(0, -2)
+        extra = torch.zeros(len(x), len(places) - 16, 32)
+        return self.answer(self.block(torch.cat([extra, tokens], 1) + places).mean(1))
+
+
+@pytest.mark.parametrize("shape", [(17, 32), (1, 4, 4, 32), (4, 4, 32)])
+def test_positions_have_other_shapes(images, shape):
+    torch.manual_seed(0)
+    seen, trial = seen_of(images, OtherPositions(*shape))
+    assert quality(Positions().reconstruct(seen, generator=TORCH()), trial) > 40

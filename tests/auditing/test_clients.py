@@ -13,13 +13,14 @@ from fedkl import Procedure, rng
 from fedkl.attacking.updates import local_update
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.results import Exposure
-from fedkl.defenses import DEFENSES, KeyLock, NoDefense
+from fedkl.defenses import DEFENSES, PUBLISHED_LOCK, KeyLock, NoDefense
 from fedkl.defenses.combined import Combined
 from fedkl.defenses.dp_sgd import DPSGD
 from fedkl.defenses.masked import MaskedUpload
 from fedkl.defenses.noise import GaussianNoise
 from fedkl.defenses.pruning import Pruning
 from fedkl.errors import ConfigError, TrainingError
+from fedkl.locking import is_private
 from fedkl.protocol import Knowledge
 from tests.auditing.subjects import (
     CLASSES,
@@ -346,9 +347,9 @@ def test_masks_cover_what_is_sent(procedure):
     assert (clients.hides, clients.open().hides) == (True, False)
     assert sent.keys() == opened.keys()
     lr = 1.0 if procedure is trains else procedure.lr
-    for name, received in trained(convnet).items():
-        if name in sent:  # (before - after) / lr, of an `after` that is random numbers
-            one, other, plain = (received - lr * each[name] for each in (sent, again, opened))
+    for name in trained(convnet):
+        if name in sent:  # (before - after) / lr, of an `after` that is random numbers away
+            one, other, plain = (lr * each[name] for each in (sent, again, opened))
             assert max(one.abs().max(), other.abs().max()) <= 0.0101
             assert not torch.allclose(one, other, atol=1e-4)
             assert not torch.allclose(one, plain, atol=1e-4)
@@ -423,3 +424,19 @@ def test_parts_that_change_no_training_are_taken_with_a_function_that_trains():
     assert all(tensor.isfinite().all() for tensor in clients.update(*batch(), number=0).values())
     with pytest.raises(ConfigError, match="changes how clients train"):
         clients_of(mlp, defense=Combined(parts=(DPSGD(), GaussianNoise())), **looped)
+
+
+@pytest.mark.parametrize("procedure", [EPOCH, trains], ids=["epoch", "loop"])
+@pytest.mark.parametrize("defense", [KeyLock(), PUBLISHED_LOCK], ids=["default", "published"])
+def test_the_control_of_a_lock_is_its_own_network(defense, procedure):
+    """With the norms that it makes, known to the server: they, and no secret, may be what stops an attack."""
+    clients = clients_of(mlp, defense=defense, procedure=procedure, trained=False)
+    opened = clients.open()
+    assert (clients.hides, opened.hides, opened.defense) == (True, False, NoDefense())
+    own, theirs = (len([*each.network.parameters()]) for each in (clients, opened))
+    assert theirs == own + 2  # γ and β
+    assert len(opened.update(*batch(), number=0)) == theirs
+    assert len(clients.update(*batch(), number=0)) == own
+    assert not is_private(opened.network)
+    masked = clients_of(mlp, defense=MaskedUpload(), procedure=procedure)
+    assert masked.open().network is masked.network

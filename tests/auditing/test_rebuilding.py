@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
+import torch
 
 from fedkl import Procedure
 from fedkl.attacking.verdict import SAFE_FROM
+from fedkl.attacks import ATTACKS, Attack, Reconstruction, register_attack
+from fedkl.auditing.attackers import Attacker
 from fedkl.auditing.clients import Clients
-from fedkl.auditing.plan import exposures_of
-from fedkl.auditing.rebuilding import _trials, dataset_of
+from fedkl.auditing.findings import of_pictures
+from fedkl.auditing.plan import Planned, exposures_of
+from fedkl.auditing.rebuilding import _trials, dataset_of, rebuild
 from fedkl.auditing.recognition import Pools
 from fedkl.defenses import NoDefense
+from fedkl.metrics import success_rate
 from tests.auditing.subjects import images, labels, subject
 
 
@@ -45,3 +51,56 @@ def attacked(size, *, most, pictures):
 def test_batches_are_rounded_up_where_that_lets_a_verdict_say_something(size, most, pictures, expected):
     assert SAFE_FROM == 100
     assert attacked(size, most=most, pictures=pictures) == expected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breaking(Attack):
+    """Finds noise, but breaks where a label is 0."""
+
+    type: Literal["test-breaking"] = "test-breaking"
+
+    def _run(self, observations, generators, on_evaluation):
+        if any(int(o.labels[0]) == 0 for o in observations):
+            raise torch.linalg.LinAlgError("singular")
+        return [
+            Reconstruction(
+                images=torch.rand(o.batch_size, *o.image_shape, generator=generator),
+                labels=o.labels, scaling="clip", loss=1.0, evaluations=1, start=0,
+            )
+            for o, generator in zip(observations, generators, strict=True)
+        ]  # fmt: skip
+
+
+def test_what_an_attack_broke_on_is_not_left_out():
+    """All of its images count, and a figure with broken ones says nothing of what was not found."""
+    register_attack(Breaking)
+    try:
+        whole = subject(procedure=Procedure(), images_per_client=1)
+        (clients, *_) = exposures_of(whole, defense=NoDefense(), masking="none", batch_sizes=(), seed=0)
+        pools = Pools.of(whole.images, whole.labels, seed=0)
+        attacker = Attacker(name="breaking", type="test-breaking", threat_model="C", images=40)
+        rebuilt = rebuild(attacker, clients, pools=pools, enough=lambda: False)
+    finally:
+        ATTACKS.forget("test-breaking")
+    labels = dataset_of(clients, pools).test_labels[:40].tolist()
+    assert 0 < rebuilt.broke == labels.count(0)
+    assert rebuilt.updates == 40 - rebuilt.broke
+    assert rebuilt.found["identified"]["n"] == rebuilt.found["success"]["n"] == 40
+    resists = replace(
+        rebuilt,
+        found={name: share(0, 100) for name in ("success", "identified")},
+        floor={name: share(0, 100) for name in ("success", "identified")},
+        control={name: share(100, 100) for name in ("success", "identified")},
+    )
+    entry = Planned(attacker=attacker, clients=clients, seconds=1.0)
+
+    def outcomes(rebuilt):
+        about = {"pools": pools, "earlier": [], "pictures": "pictures/a.safetensors", "seconds": 1.0}
+        return {finding.outcome for finding in of_pictures(entry, rebuilt, **about)}
+
+    assert outcomes(replace(resists, broke=0)) == {"at the floor"}
+    assert outcomes(resists) == {"says nothing"}
+
+
+def share(hits, n):
+    return success_rate([float(number < hits) for number in range(n)], threshold=1.0)._asdict()

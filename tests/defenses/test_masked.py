@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -73,3 +75,21 @@ def test_an_attack_that_reads_its_control_reads_nothing_behind_masks(tmp_path):
     arms = {arm["name"]: arm for arm in directory.summary["arms"]}
     assert arms["no-norm"]["identified"]["rate"] == 1
     assert arms["masked"]["identified"]["rate"] < 1  # one of two is hit by chance now and then
+
+
+@pytest.mark.parametrize("kind", ["gradient", "weights"])
+def test_played_members_send_what_real_ones_do(kind):
+    """A change that is random numbers: else an attacker learns of uploads that nobody sends."""
+    received = {"w": torch.full((200, 300), 5.0), "n": torch.tensor(3)}
+    real = update(6.0)
+    real = replace(real, schema=PublicSchema(kind=kind, specs=SPECS))
+    sent = MaskedUpload().transform(real, client=Sending(received=received)).tensors["w"]
+    change = sent - received["w"] if kind == "weights" else sent
+    played = MaskedUpload().imitate_transform(
+        {"w": torch.ones(1, 200, 300)},
+        clients=[Sending(received=received)],
+        generator=torch.Generator().manual_seed(0),
+    )["w"]
+    for each in (change, played):
+        assert float(each.abs().max()) <= 0.01001
+        assert abs(float(each.std()) - 0.01 / 3**0.5) < 1e-4

@@ -20,7 +20,7 @@ from fedkl.auditing.clients import Clients
 from fedkl.auditing.plan import exposures_of
 from fedkl.defenses import DEFENSES, NoDefense, own_arms, plain_arm
 from fedkl.defenses.client_dp import ClientDP
-from fedkl.defenses.clipping import Clipping
+from fedkl.defenses.clipping import Clipped, Clipping
 from fedkl.defenses.dp_sgd import DPSGD
 from fedkl.errors import ConfigError, TrainingError, UpdateError
 from fedkl.federated import FederatedTraining, Federation
@@ -88,6 +88,16 @@ def test_a_clipped_change_is_as_long_as_it_may_be(images):
     for name, tensor in plain.gradient.items():
         torch.testing.assert_close(clipped.gradient[name], (factor * tensor).float())
         torch.testing.assert_close(loose.gradient[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_bound_holds_in_half_precision(dtype):
+    """It is what the noise is for: what is longer gives away more than the ledger counts."""
+    for seed in range(20):
+        draws = torch.Generator().manual_seed(seed)
+        change = {name: torch.randn(size, generator=draws).to(dtype) for name, size in (("a", 999), ("b", 7))}
+        sent = Clipped(max_norm=1.0)(change, change)
+        assert 0.98 < float(norm({name: tensor.double() for name, tensor in sent.items()})) <= 1 + 1e-6
 
 
 def test_clipped_weights_are_as_far_from_those_received_as_they_may_be(images):

@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.clientapp import ClientApp
 
 from fedkl.defenses import KeyLock, NoDefense
+from fedkl.defenses.masked import MaskedUpload
 from fedkl.defenses.noise import GaussianNoise
 from fedkl.errors import ConfigError, LockError, SecretError
 from fedkl.flower import LockMod, TransformMod, current_client, public_arrays
@@ -450,6 +451,8 @@ def test_a_lock_whose_transform_would_be_left_out_is_refused():
 
     with pytest.raises(ConfigError, match="transform would not be applied"):
         LockMod(net, defense=Noisy())
+    with pytest.raises(ConfigError, match="cannot be trained with"):  # a plain average of words is noise
+        TransformMod(MaskedUpload())
 
 
 def test_no_text_of_a_defense_reaches_the_server():

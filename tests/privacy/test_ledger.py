@@ -265,3 +265,24 @@ def test_a_delta_at_which_nothing_can_be_computed_is_refused():
     cost = GaussianCost(noise_multiplier=0.5, sampling_rate=0.5, releases=10, protects="one image")
     with pytest.raises(ConfigError, match=r"privacy\.delta: no finite ε"):
         Ledger({"client-0": cost}, options=PrivacyOptions(delta=1e-40))
+
+
+def test_a_training_in_python_does_not_go_on_without_what_it_spent(images, tmp_path):
+    """Checkpoints hold no ledger: the budget would be spent again."""
+    fields = {"defense": ClientDP(noise_multiplier=2.0), "rounds": 4, "privacy": PrivacyOptions()}
+
+    def kept(rounds):
+        new = federation(images, **fields)
+        LedgerFile(tmp_path / "ledger.jsonl", delta=1e-5).keep(new.ledger, rounds=rounds)
+        return new
+
+    first = kept(0)
+    for _ in zip(range(2), first.run(), strict=False):
+        pass
+    with pytest.raises(ConfigError, match="the ledger does not know what round 0 spent"):
+        list(federation(images, **fields).run(start=2))
+    again = kept(2)
+    assert again.ledger.spent == first.ledger.spent
+    list(again.run(start=2))
+    cost = next(iter(again.ledger.costs.values()))
+    assert again.ledger.spent == dict.fromkeys(again.ledger.spent, of(4, cost=cost))

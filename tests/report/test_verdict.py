@@ -138,8 +138,8 @@ def test_missing_control(tmp_path, attack_run):
 
 
 def test_few_images_do_not_clear_a_defense_in_the_table_nor_in_the_text(tmp_path, attack_run):
-    attack_run({"public-norm": [40.0], "lock": [6.0]}, floor=FLOOR)
-    said = "undecided: too few images, 1 of 100"
+    attack_run({"public-norm": [40.0] * 4, "lock": [6.0] * 4}, floor=FLOOR)
+    said = "undecided: too few images, 4 of 100"
     assert verdicts(tmp_path)["DLG against lock"].verdict == said
     assert said in text(tmp_path)
     assert "resists" not in text(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ from fedkl.attacking.matrix import ROWS
 from fedkl.defenses import DEFENSES
 from fedkl.errors import ConfigError, FolderError, gathered
 from fedkl.files import exclusive
+from fedkl.protocol import Procedure
 from fedkl.reproduce import DefensesTable, compared, defenses
 from fedkl.reproduce.defenses_table import markdown, points
 from tests.auditing.subjects import subject
@@ -149,3 +151,30 @@ def test_a_reason_of_many_problems_is_one_line():
 def test_wrong_use_is_named(changes):
     with pytest.raises(ConfigError, match="reproduce defenses"):
         replace(DefensesTable(), **changes)
+
+
+def test_somebodys_own_subject_keeps_its_learning_rate(tmp_path, monkeypatch):
+    """A row's own is that of its training, and here nothing is trained."""
+    rates = []
+
+    def audited(subject, **options):
+        rates.append(subject.procedure.lr)
+        raise ConfigError("not run")
+
+    module = importlib.import_module("fedkl.reproduce.defenses")  # a function of that name hides it
+    monkeypatch.setattr(module, "audit", audited)
+    own = subject(procedure=Procedure(algorithm="fedavg", lr=0.001))
+    defenses(DefensesTable(subject=own, defenses=("precode",)), out=tmp_path, progress=no_progress)
+    assert rates == [0.001, 0.001]
+
+
+def test_a_floor_beside_more_that_is_undecided_says_so():
+    figures = {"low": 0.02, "high": 0.11, "n": 100, "floor": 0.02, "auc": None}
+    share = {"attacker": "linear-rows", "outcome": "at the floor", "rate": 0.05, **figures}
+    for undecided, cell in (([], "at the floor"), (["matching"], "at the floor (matching: undecided)")):
+        exposed = {"title": "a client", "presence": None, "identified": share | {"undecided": undecided}}
+        record = {
+            "name": "none", "title": "none", "accuracy": None, "spread": None, "epsilon": None,
+            "exposed": {"your-client": exposed}, "reasons": [],
+        }  # fmt: skip
+        assert f"| {cell} |" in markdown([record], row="mine")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
+from torch import Tensor
 
 from fedkl import rng
 from fedkl.attacking.observing import Trial
 from fedkl.attacking.victims import own_order
 from fedkl.attacks.learned.prior_only import class_means
 from fedkl.data import Dataset
-from fedkl.metrics import Candidates, Score, score
+from fedkl.metrics import Candidates, Scaling, Score, score
 
 OWN_IMAGES = 1000
 """Images of the server's own behind the guess from the labels alone, where an arm grants it none."""
@@ -26,28 +27,49 @@ def candidates_of(dataset: Dataset, trials: Sequence[Trial]) -> Candidates:
 
 
 def floor(
-    dataset: Dataset, trials: Sequence[Trial], *, seed: int, auxiliary: int = 0
-) -> Iterator[tuple[Trial, list[Score]]]:
+    dataset: Dataset,
+    trials: Sequence[Trial],
+    *,
+    seed: int,
+    auxiliary: int = 0,
+    scalings: Collection[Scaling] = frozenset[Scaling]({"clip"}),
+) -> list[tuple[Trial, list[Score]]]:
     """What a server scores that looks at no update: the mean of its own images of each label, or noise.
 
     Reconstructions of a batch are matched to its images, and among many one that looks a little like an image
-    is found by chance: of a batch of 100, noise "identifies" two of five. Of batches the better one counts.
+    is found by chance: of a batch of 100, noise "identifies" two of five, and more than half where images
+    are matched by their correlation. Of batches that guess counts that identifies the most in all trials.
 
     Args:
         dataset: Its training images are the server's own, its test images the candidates.
         trials: Whose labels are guessed from; the server is taken to know them.
         seed: Of which images the server has.
         auxiliary: How many; `OWN_IMAGES` if 0.
+        scalings: The rules by which the attacks were scored that are held against it.
     """
     candidates = candidates_of(dataset, trials)
     own = own_order(dataset, seed=seed)[: auxiliary or OWN_IMAGES]
     images, labels = dataset.train_images[own], dataset.train_labels[own]
-    for trial in trials:
-        guesses = [class_means(trial.labels, images=images, labels=labels)]
-        if len(trial.images) > 1:
-            guesses += [torch.rand(guesses[0].shape, generator=rng.generator(seed, "noise", trial.index))]
-        scored = [
-            score(guess, trial.images, candidates=candidates, candidate_index=trial.places, scaling="clip")
-            for guess in guesses
-        ]
-        yield trial, max(scored, key=lambda scores: sum(each.identified for each in scores))
+
+    def means(trial: Trial) -> Tensor:
+        return class_means(trial.labels, images=images, labels=labels)
+
+    def noise(trial: Trial) -> Tensor:
+        return torch.rand(trial.images.shape, generator=rng.generator(seed, "noise", trial.index))
+
+    def scores(guess: Callable[[Trial], Tensor], trial: Trial, scaling: Scaling) -> list[Score]:
+        places = trial.places
+        return score(
+            guess(trial), trial.images, candidates=candidates, candidate_index=places, scaling=scaling
+        )
+
+    # One image is not matched: noise is chance, and the scale decides nothing.
+    batches = any(len(trial.images) > 1 for trial in trials)
+    rules: list[Scaling] = sorted(scalings) if batches else ["clip"]
+    scored = [
+        [scores(guess, trial, rule) for trial in trials]
+        for rule in rules
+        for guess in ((means, noise) if batches else (means,))
+    ]
+    best = max(scored, key=lambda found: sum(each.identified for batch in found for each in batch))
+    return list(zip(trials, best, strict=True))

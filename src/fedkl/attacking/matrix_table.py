@@ -27,8 +27,8 @@ _NOTES = (
     f"attack's does, and one of them found at least {CONTROL_SHARE:.0%} of its control's images, with at "
     f"least {SAFE_FROM} images each. That is a claim about these attacks, not of safety. Undecided: "
     "neither.",
-    "The floor looks at the label only: the mean of the auxiliary images of its class. In a batch the "
-    "matching with the truth lifts identification, there too.",
+    "The floor looks at the label only: the mean of the auxiliary images of its class, or in a batch noise, "
+    "if that finds more. In a batch the matching with the truth lifts identification, there too.",
     "Not a rung: matching with γ and β known, the ceiling of the matching rungs.",
 )
 
@@ -62,7 +62,7 @@ class Judgment:
         arrangement: What is private.
         worst: The record of the rung that read most.
         compared: The same attack on the control; None if it was not run.
-        floor: The floor's record; None if it was not run.
+        floor: The floor's figures, the highest that were noted; None if there are none.
         verdict: See the notes below the table.
     """
 
@@ -99,12 +99,13 @@ def _judged(place: tuple[Any, ...], records: Sequence[Record]) -> Judgment | Non
     controls = {r["rung"]: r for r in here if r["arrangement"] == own[0]["control"]}
     worst = max(rungs, key=lambda r: (_rate(r), _middle(r["ssim"])))
     floor = next((r for r in own if r["rung"] == FLOOR), None)
+    noted = [r["floor"] for r in rungs if r.get("floor")]
     return Judgment(
         **dict(zip(_CELL, cell, strict=True)),
         arrangement=arrangement,
         worst=worst,
         compared=controls.get(worst["rung"]),
-        floor=floor,
+        floor=max([floor, *noted], key=_rate) if noted else floor,
         verdict=verdict(rungs, controls=controls, floor=floor),
     )
 
@@ -128,10 +129,15 @@ def verdict(rungs: Sequence[Record], *, controls: Mapping[str, Record], floor: R
     Args:
         rungs: All that were run against the arrangement.
         controls: The same attacks' records on their control, by rung.
-        floor: The floor's record, if it was run; else what the runs noted themselves.
+        floor: The floor's record, if it was run. What a rung's run noted itself counts where it is higher:
+            of batches that has a guess more.
     """
     found = {
-        judge(rung, floor=floor or rung.get("floor"), control=controls.get(rung["rung"])).kind
+        judge(
+            rung,
+            floor=max(floor, rung.get("floor"), key=_rate),
+            control=controls.get(rung["rung"]),
+        ).kind
         for rung in rungs
     }
     order: tuple[Kind, ...] = ("leaks", "at the floor")
@@ -167,7 +173,7 @@ def name_of(record: Record) -> str:
 
 
 def _rate(record: Record | None) -> float:
-    return 0.0 if record is None else float(record["identified"]["rate"])
+    return -1.0 if record is None else float(record["identified"]["rate"])
 
 
 def _middle(figure: Mapping[str, float] | None) -> float:

@@ -114,7 +114,7 @@ def observe(
     cohort = (victim, *others)
     shares = zip(cohort, trial.images.chunk(len(cohort)), trial.labels.chunk(len(cohort)), strict=True)
     steps = local.step_count(len(trial.images) // len(cohort))
-    plain = train_mode and steps == 1 and not others and local.augmentation == "none" and sent is None
+    plain = _is_plain(local, len(trial.images)) and train_mode and not others and sent is None
     buffers: dict[str, Tensor] = {}
     gradient = sent or mean_of(
         [
@@ -159,6 +159,12 @@ def observe(
     if networks:
         found = replace(found, model=networks.shared(found.model, of=model, defense=arm.defense))
     return found
+
+
+def _is_plain(local: Procedure, images: int) -> bool:
+    """Whether a client computes one step on all of its images as they are, in full precision."""
+    whole = local.step_count(images) == 1 and len(local.batches(images)[0]) == images
+    return whole and local.augmentation == "none" and local.precision == "float32"
 
 
 @cache

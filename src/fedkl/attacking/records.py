@@ -14,7 +14,14 @@ from pydantic import Field, TypeAdapter
 
 from fedkl import wording
 from fedkl.attacking.reconstructions import load_reconstruction
-from fedkl.attacking.results import SSIM_SUCCESS, SUCCESS_DB, arm_figures, attack_summary
+from fedkl.attacking.results import (
+    SSIM_SUCCESS,
+    SUCCESS_DB,
+    arm_figures,
+    attack_summary,
+    broken,
+    shares,
+)
 from fedkl.attacks import DLG, IDLG
 from fedkl.config import AttackConfig
 from fedkl.errors import ConfigError
@@ -68,17 +75,22 @@ def records_of(
     if not isinstance(config, AttackConfig) or summary is None:
         raise ConfigError(f"{run.path}: not a finished attack. Run the table again.")
     trials = [record for record in run.results() if record["event"] == "trial"]
+    guesses = [record for record in run.results() if record["event"] == "floor"]
     if alone:
         if not all("labels" in trial for trial in trials):
             raise ConfigError(f"{run.path}: of an older version, without labels. Use another folder.")
-        trials = [_alone(trial) for trial in trials]
+        trials, guesses = [_alone(trial) for trial in trials], [_alone(guess) for guess in guesses]
         if not any(trial["scores"] for trial in trials):
             raise ConfigError(f"{run.path}: every image shares its label with another. Attack more images.")
     return [
         dict(given)
         | _setting(config)
-        | _figures(config, arm, trials, distances.get(arm["name"], {}))
-        | {"paper": _paper(arm["name"], printed), "seconds": summary["seconds"]}
+        | _figures(config, arm, trials, distances.get(arm["name"], {}), summary.get("not_run", []))
+        | {
+            "floor": shares(guesses) if guesses else None,
+            "paper": _paper(arm["name"], printed),
+            "seconds": summary["seconds"],
+        }
         for arm in summary["arms"]
     ]
 
@@ -107,13 +119,15 @@ def _figures(
     arm: Record,
     trials: Sequence[Record],
     distances: Mapping[str, Sequence[float | None]],
+    left_out: Sequence[Record],
 ) -> Record:
     own = [trial for trial in trials if trial["arm"] == arm["name"]]
     scores = [s for trial in own for s in trial["scores"]]
     if not scores:
         raise ConfigError(f"{arm['name']}: results.jsonl holds no image of this arm. Run the table again.")
-    found = arm_figures(own, updates_per_client=config.updates_per_client)
-    kept = ("scaling", "candidates", "success", "ssim_success", "identified", "label_correct")
+    broke = broken(left_out, arm["name"]) * config.batch_size
+    found = arm_figures(own, updates_per_client=config.updates_per_client, broke=broke)
+    kept = ("scaling", "candidates", "success", "ssim_success", "identified", "broke", "label_correct")
     return {
         "arm": arm["name"],
         **{name: arm[name] for name in ("description", "knows")},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -32,8 +32,10 @@ VERSION = 2
 """Of what an attack leaves in results.jsonl and summary.json; runs of version 1 have no floor."""
 
 
-def arm_summary(arm: Arm, records: list[dict[str, Any]], *, updates_per_client: int = 1) -> dict[str, Any]:
-    """What an arm is, and its figures over all its images."""
+def arm_summary(
+    arm: Arm, records: list[dict[str, Any]], *, updates_per_client: int = 1, broke: int = 0
+) -> dict[str, Any]:
+    """What an arm is, and its figures over all its images; see `arm_figures`."""
     about = {
         "name": arm.name,
         "description": arm.description,
@@ -41,25 +43,32 @@ def arm_summary(arm: Arm, records: list[dict[str, Any]], *, updates_per_client: 
         "open": arm.open,
         "control": arm.control,
     }
-    return about | arm_figures(records, updates_per_client=updates_per_client)
+    return about | arm_figures(records, updates_per_client=updates_per_client, broke=broke)
 
 
-def arm_figures(records: list[dict[str, Any]], *, updates_per_client: int = 1) -> dict[str, Any]:
+def arm_figures(
+    records: list[dict[str, Any]], *, updates_per_client: int = 1, broke: int = 0
+) -> dict[str, Any]:
     """Figures over all images of some trials: failures count as images that were not recovered.
 
     Where clients send several updates, intervals of shares are by client: its images share its secrets.
+
+    Args:
+        records: Of the trials.
+        updates_per_client: So many trials in a row are of one client.
+        broke: Images of further trials, on which the attack broke.
     """
     scores = [score for record in records for score in record["scores"]]
     clients = None
     if updates_per_client > 1:
         clients = [record["trial"] // updates_per_client for record in records for _ in record["scores"]]
-    rate = partial(success_rate, groups=clients)
+    rate = partial(success_rate, groups=_and_broken(clients, broke))
 
     def values(name: str) -> list[float | None]:
-        return [score[name] for score in scores]
+        return [score[name] for score in scores] + [None] * broke
 
     def flags(name: str) -> list[float | None]:
-        return [None if score[name] is None else float(score[name]) for score in scores]
+        return [None if value is None else float(value) for value in values(name)]
 
     figures: dict[str, Any] = {
         name: summarize(values(name)).to_dict()
@@ -71,7 +80,7 @@ def arm_figures(records: list[dict[str, Any]], *, updates_per_client: int = 1) -
         "scaling": records[0]["scaling"],
         "candidates": scores[0]["candidates"],
         "figures": figures,
-        **shares(records, groups=clients),
+        **shares(records, groups=clients, broke=broke),
         "ssim_success": similar._asdict(),
         "label_correct": found._asdict(),
         "evaluations": summarize([float(r["evaluations"]) for r in records]).to_dict(),
@@ -79,20 +88,36 @@ def arm_figures(records: list[dict[str, Any]], *, updates_per_client: int = 1) -
     }
 
 
-def shares(records: Sequence[Mapping[str, Any]], *, groups: Sequence[int] | None = None) -> dict[str, Any]:
+def shares(
+    records: Sequence[Mapping[str, Any]], *, groups: Sequence[int] | None = None, broke: int = 0
+) -> dict[str, Any]:
     """Which shares of the images were recovered and identified, with intervals: what a verdict rests on.
 
     Args:
         records: Of trials, or of the floor.
         groups: Which images belong together, for the intervals; None: each is alone.
+        broke: Images of further trials, on which the attack broke: neither recovered nor identified.
     """
     scores = [score for record in records for score in record["scores"]]
-    rate = partial(success_rate, groups=groups)
-    identified = [float(score["identified"]) for score in scores]
+    rate = partial(success_rate, groups=_and_broken(groups, broke))
+    recovered = [score["psnr"] for score in scores] + [None] * broke
+    identified = [float(score["identified"]) for score in scores] + [None] * broke
     return {
-        "success": rate([score["psnr"] for score in scores], threshold=SUCCESS_DB)._asdict(),
+        "success": rate(recovered, threshold=SUCCESS_DB)._asdict(),
         "identified": rate(identified, threshold=1.0)._asdict(),
+        "broke": broke,
+        "updates": len(records),
     }
+
+
+def _and_broken(groups: Sequence[int] | None, broke: int) -> list[Hashable] | None:
+    """Of which client a broken trial was is not looked up: each is a group."""
+    return None if groups is None else [*groups, *(f"broke {number}" for number in range(broke))]
+
+
+def broken(left_out: Iterable[Mapping[str, Any]], arm: str) -> int:
+    """Trials of an arm on which an attack broke, of what `not_run` or results.jsonl tell."""
+    return sum(each.get("trials", 1) for each in left_out if (each["arm"], each["kind"]) == (arm, "broke"))
 
 
 def not_run(left_out: Sequence[NotRun]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -16,13 +16,14 @@ from fedkl.attacking.floor import floor
 from fedkl.attacking.grid import NotRun, TrialResult, attack_arms
 from fedkl.attacking.observing import Trial, trials_of
 from fedkl.attacking.reconstructions import save_reconstruction
-from fedkl.attacking.results import VERSION, arm_summary, not_run, shares
+from fedkl.attacking.results import VERSION, arm_summary, broken, not_run, shares
 from fedkl.attacking.views import chosen_arms
 from fedkl.config import AttackConfig
 from fedkl.configured import dataset_of, networks_of, prepared
 from fedkl.data import Dataset
 from fedkl.defenses import Arm
 from fedkl.errors import AttackError, ConfigError
+from fedkl.metrics import Scaling
 from fedkl.runs import RunDirectory
 from fedkl.study import Progress, begun, silent
 
@@ -71,7 +72,8 @@ def _attack(config: AttackConfig, directory: RunDirectory, dataset: Dataset, pro
         on_evaluation=kept.show,
     )
     kept.close()
-    guesses = _floor_records(config, directory, dataset, trials)
+    scalings = {record["scaling"] for record in kept.records}
+    guesses = _floor_records(config, directory, dataset, trials, scalings)
     directory.finish(_attack_summary(config, arms, kept.records, kept.left_out, guesses))
 
 
@@ -151,11 +153,16 @@ class _Kept:
 
 
 def _floor_records(
-    config: AttackConfig, directory: RunDirectory, dataset: Dataset, trials: Sequence[Trial]
+    config: AttackConfig,
+    directory: RunDirectory,
+    dataset: Dataset,
+    trials: Sequence[Trial],
+    scalings: Collection[Scaling],
 ) -> list[dict[str, Any]]:
     """What a server scores on the same images that looks at no update; kept with the results."""
     found = []
-    for trial, scores in floor(dataset, trials, seed=config.seed, auxiliary=config.auxiliary):
+    known = floor(dataset, trials, seed=config.seed, auxiliary=config.auxiliary, scalings=scalings)
+    for trial, scores in known:
         record = {
             "event": "floor",
             "trial": trial.index,
@@ -222,7 +229,7 @@ def _attack_summary(
     guesses: list[dict[str, Any]],
 ) -> dict[str, Any]:
     together = config.updates_per_client
-    attacked = {record["arm"] for record in records}
+    attacked, left = {record["arm"] for record in records}, not_run(left_out)
     return {
         "type": "attack",
         "version": VERSION,
@@ -235,11 +242,16 @@ def _attack_summary(
         "local_steps": config.local.step_count(config.batch_size // config.cohort),
         "initialization": config.model.initialization,
         "arms": [
-            arm_summary(arm, [r for r in records if r["arm"] == arm.name], updates_per_client=together)
+            arm_summary(
+                arm,
+                [r for r in records if r["arm"] == arm.name],
+                updates_per_client=together,
+                broke=broken(left, arm.name) * config.batch_size,
+            )
             for arm in arms
             if arm.name in attacked
         ],
         "floor": shares(guesses),
-        "not_run": not_run(left_out),
+        "not_run": left,
         "seconds": max(record["elapsed"] for record in records),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,9 @@ Kind = Literal["leaks", "at the floor", "says nothing", "control"]
 
 CONTROL_SHARE = 0.9
 """Share of the control's images that an attack must recover or identify before its failure says anything."""
+
+CONTROL_LOW = 0.5
+"""Lower end of that share's interval, at least: an attack that works half the time finds both of two."""
 
 SAFE_FROM = 100
 """Images below which no figures are said to be at the floor."""
@@ -90,6 +94,11 @@ def judge(
     return Verdict("at the floor", "resists this attack")
 
 
+def broke_on(images: int, n: int) -> str:
+    """Why an attack that broke halfway says nothing of what it did not find."""
+    return f"the attack broke on {images} of {n} images"
+
+
 def judge_share(
     found: Mapping[str, Any],
     *,
@@ -114,10 +123,12 @@ def judge_share(
         missing = "what is found without the update is not known"
     elif control is None:
         missing = "its control was not attacked"
-    elif float(control["rate"]) < CONTROL_SHARE:
-        missing = f"the attack finds only {wording.count(control)} of its control"
+    elif not _enough(control):
+        missing = _too_weak(control)
     elif min(found["n"], floor["n"]) < SAFE_FROM:
         missing = f"too few images, {min(found['n'], floor['n'])} of {SAFE_FROM}"
+    elif _perhaps_above(found, floor):
+        missing = PERHAPS
     if missing is not None:
         return Verdict("says nothing", missing)
     return Verdict("at the floor", "resists this attack")
@@ -182,6 +193,30 @@ def _above(found: Mapping[str, Any], floor: Mapping[str, Any]) -> bool:
     return bool(found["low"] > floor["high"])
 
 
+PERHAPS = "more than without the update, but not surely"
+
+
+def _perhaps_above(found: Mapping[str, Any], floor: Mapping[str, Any]) -> bool:
+    """Whether the interval of the difference lies above 0: too little for a leak, too much for "no more".
+
+    Source:
+        Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10.
+    """
+    spread = math.hypot(found["rate"] - found["low"], floor["high"] - floor["rate"])
+    return bool(found["rate"] - floor["rate"] > spread)
+
+
+def _enough(control: Mapping[str, Any]) -> bool:
+    """Whether so much of a control is found that an attack's failure elsewhere says something."""
+    return float(control["rate"]) >= CONTROL_SHARE and float(control["low"]) >= CONTROL_LOW
+
+
+def _too_weak(control: Mapping[str, Any]) -> str:
+    if float(control["rate"]) >= CONTROL_SHARE:
+        return f"too few of its control were attacked, {control['n']}"
+    return f"the attack finds only {wording.count(control)} of its control"
+
+
 def _missing(
     found: Mapping[str, Any], floor: Mapping[str, Any] | None, control: Mapping[str, Any] | None
 ) -> str | None:
@@ -191,10 +226,17 @@ def _missing(
     if control is None:
         return "its control was not attacked"
     if not succeeds(control):
-        return f"the attack finds only {wording.count(_best(control))} of its control"
-    images = min(found["identified"]["n"], floor["identified"]["n"])
+        return _too_weak(_best(control))
+    n = found["identified"]["n"]
+    if found.get("broke"):
+        return broke_on(found["broke"], n)
+    images = min(n, floor["identified"]["n"])
     if images < SAFE_FROM:
         return f"too few images, {images} of {SAFE_FROM}"
+    if found.get("updates") == 1:
+        return f"{n} images of one update, as good as one trial"
+    if any(_perhaps_above(found[name], floor[name]) for name in ("identified", "success") if found.get(name)):
+        return PERHAPS
     return None
 
 
@@ -204,7 +246,7 @@ def succeeds(found: Mapping[str, Any]) -> bool:
     Some attacks find an image without its contrast, or one that is only like it: they identify what they do
     not recover.
     """
-    return float(_best(found)["rate"]) >= CONTROL_SHARE
+    return _enough(_best(found))
 
 
 def _best(found: Mapping[str, Any]) -> Mapping[str, Any]:

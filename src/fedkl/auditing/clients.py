@@ -19,7 +19,7 @@ from fedkl.auditing.subject import LocalLoop, Subject
 from fedkl.defenses import Arm, Defense, plain_arm
 from fedkl.defenses.completion import Completion
 from fedkl.errors import ConfigError, FedKLError, TrainingError, printable
-from fedkl.locking import Split
+from fedkl.locking import Split, make_public
 from fedkl.protocol import Knowledge, Procedure, Sending
 
 _LOOP_LR = 1.0  # weights of a function that trains are compared as they are
@@ -121,8 +121,16 @@ class Clients:
         return bool(self.defense.guesses())
 
     def open(self) -> Clients:
-        """The same clients with nothing hidden: an attacker that fails on them says nothing."""
-        return replace(self, defense=plain_arm().defense)
+        """The same clients with nothing hidden: an attacker that fails on them says nothing.
+
+        Of a lock that is its own network, with the norms that it made, and their γ and β are known.
+        """
+        plain, control = plain_arm().defense, self.defense.control().defense
+        if control == plain:
+            return replace(self, defense=plain)
+        network = control.prepare(self.network).bake()
+        make_public(network)
+        return replace(self, defense=plain, network=network)
 
     def view(self) -> nn.Module:
         """The network as a server can call it, with γ = 1 and β = 0 where it does not know them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from fedkl.attacking.verdict import Areas, judge_presence, judge_share
+from fedkl.attacking.verdict import Areas, broke_on, judge_presence, judge_share
 from fedkl.auditing.plan import CONTROL, Planned
 from fedkl.auditing.rebuilding import Rebuilt, knew
 from fedkl.auditing.recognition import Pools, Recognized
@@ -45,6 +45,8 @@ def of_pictures(
         outcome, reason = _verdict(share, floor, control, what=question)
         if outcome == "at the floor" and rebuilt.updates == 1 and share.n > 1:
             outcome, reason = "says nothing", f"{share.n} images of one update, as good as one trial"
+        if outcome == "at the floor" and rebuilt.broke:
+            outcome, reason = "says nothing", broke_on(rebuilt.broke, share.n)
         found.append(
             Finding(
                 question=question,

@@ -15,7 +15,7 @@ from fedkl import rng
 from fedkl.attacking import Trial, TrialResult, attack_arms, observe, trials_of
 from fedkl.attacking.floor import floor
 from fedkl.attacking.grid import NotRun
-from fedkl.attacking.results import shares
+from fedkl.attacking.results import broken, shares
 from fedkl.attacking.verdict import SAFE_FROM
 from fedkl.attacks import Refusal
 from fedkl.auditing.attackers import Attacker
@@ -42,6 +42,7 @@ class Rebuilt:
         found: Shares ``success`` (recovered) and ``identified``, of the best of its guesses; see
             `fedkl.attacking.results.shares`.
         updates: How many were attacked.
+        broke: Images of others on which the attack broke; they count as not found.
         floor: The same of a guess from the labels alone.
         control: The same of the attacker where nothing is hidden; None where nothing is hidden anyway.
         psnr: Median, in dB.
@@ -52,6 +53,7 @@ class Rebuilt:
 
     found: dict[str, Any]
     updates: int
+    broke: int
     floor: dict[str, Any]
     control: dict[str, Any] | None
     psnr: float | None
@@ -190,7 +192,7 @@ def rebuild(
                 break
     if not any(each.arm == arm.name for each in found for arm in arms if arm.control or len(arms) == 1):
         return refused[0] if refused else None
-    return _figures(arms, found, trials, dataset, clients.seed, attacker)
+    return _figures(arms, found, refused, trials, dataset, clients.seed, attacker)
 
 
 def _trials(clients: Clients, dataset: Dataset, *, most: int) -> list[Trial]:
@@ -251,26 +253,35 @@ def knew(attacker: Attacker, clients: Clients, pools: Pools) -> str:
 def _figures(
     arms: Sequence[Arm],
     found: Sequence[TrialResult],
+    refused: Sequence[NotRun],
     trials: Sequence[Trial],
     dataset: Dataset,
     seed: int,
     attacker: Attacker,
 ) -> Rebuilt:
     by_arm = {arm.name: [each for each in found if each.arm == arm.name] for arm in arms}
+    broke = {
+        arm.name: broken([each.to_dict() for each in refused], arm.name) * len(trials[0].images)
+        for arm in arms
+    }
     rates = {
-        name: shares([each.to_dict() for each in results]) for name, results in by_arm.items() if results
+        name: shares([each.to_dict() for each in results], broke=broke[name])
+        for name, results in by_arm.items()
+        if results
     }
     guesses = [arm for arm in arms if arm.name in rates and (arm.control or len(arms) == 1)]
     # Of several guesses the best counts, which is to the attacker's advantage.
     best = max(guesses, key=lambda arm: tuple(rates[arm.name][n]["rate"] for n in ("success", "identified")))
     results = by_arm[best.name]
     attacked = [trials[each.trial] for each in results]
-    known = floor(dataset, attacked, seed=seed, auxiliary=attacker.own_images)
+    scalings = {each.reconstruction.scaling for each in results}
+    known = floor(dataset, attacked, seed=seed, auxiliary=attacker.own_images, scalings=scalings)
     guessed = [{"scores": [score.to_dict() for score in scores]} for _, scores in known]
     scores = [score.to_dict() for each in results for score in each.scores]
     return Rebuilt(
         found=rates[best.name],
         updates=len(results),
+        broke=broke[best.name],
         floor=shares(guessed),
         control=rates.get(best.control or ""),
         psnr=summarize([score["psnr"] for score in scores]).median,

@@ -68,7 +68,7 @@ class MaskedUpload(Defense):
         )
 
     def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
-        """The update as a member of a new cohort uploads it, its words taken for numbers."""
+        """The update as a member of a new cohort uploads it: its change is its words, taken for numbers."""
         members = _memberships(self.mode)
         layout = Layout(specs=update.schema.specs, words=members[0].roster.words)
         booleans = {name: update.tensors[name] for name in layout.booleans}
@@ -79,6 +79,8 @@ class MaskedUpload(Defense):
         contribution = Contribution(tensors=update.tensors, samples=min(update.num_samples, MAX_SAMPLES))
         seen = SeenUpload(clients=(member.name,), upload=member.upload(call, contribution), layout=layout)
         numbers = {name: _SIZE * tensor for name, tensor in seen.as_numbers().items()}
+        if update.kind == "weights":
+            numbers = {name: client.received[name] + tensor for name, tensor in numbers.items()}
         return replace(update, tensors={**update.tensors, **numbers})
 
     def imitate_transform(

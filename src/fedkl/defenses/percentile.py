@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -14,8 +13,33 @@ from torch import Tensor
 from fedkl.defenses.base import register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.errors import ConfigError
-from fedkl.protocol import Sending, Transform, only_kept
+from fedkl.protocol import Kept, Sending, Transform
 from fedkl.types import NamedTensors
+
+_ROUNDING = 1e-4
+"""Of floating point: an entry so near to the bound may be one that was clipped."""
+
+
+@dataclass(frozen=True)
+class KeptAndClipped(Kept):
+    """The `Transform` of a client whose entries are clipped, too: smaller ones are exact.
+
+    Attributes:
+        most: The magnitude at which an entry was clipped, in the unit of the change.
+    """
+
+    most: float
+
+    def __call__(self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The change, with what was not kept at 0; a single number is not filtered."""
+        return {
+            name: tensor.clamp(-self.most, self.most) if tensor.dim() else change[name]
+            for name, tensor in super().__call__(change, observed).items()
+        }
+
+    def exact(self, observed: Tensor) -> Tensor:
+        """Those that were kept, and are surely below the bound in floating point."""
+        return super().exact(observed) & (observed.abs() < (1 - _ROUNDING) * self.most)
 
 
 @register_defense
@@ -73,7 +97,7 @@ class Percentile(UpdateDefense):
     @property
     def public_transform(self) -> Transform:
         """Only what was kept, clipped."""
-        return partial(_kept_and_clipped, most=self.steps * self.gamma)
+        return KeptAndClipped(self.steps * self.gamma)
 
     def transform_under_noise(self, deviation: float) -> Transform:
         """Filters its own change: which entries were kept, noise hides."""
@@ -82,15 +106,6 @@ class Percentile(UpdateDefense):
     def describe(self) -> str:
         """Its numbers."""
         return f"{self.type} ({self.percentile:g} % dropped, γ = {self.gamma:g}, steps {self.steps})"
-
-
-def _kept_and_clipped(
-    change: Mapping[str, Tensor], observed: Mapping[str, Tensor], *, most: float
-) -> dict[str, Tensor]:
-    return {
-        name: tensor.clamp(-most, most) if tensor.dim() else change[name]
-        for name, tensor in only_kept(change, observed).items()
-    }
 
 
 def _percentile(values: Tensor, percent: float) -> Tensor:

@@ -130,8 +130,11 @@ class Federation:
 
         Raises:
             TrainingError: The training of all clients of a round diverged.
-            ConfigError: The privacy budget does not suffice for one round.
+            ConfigError: The privacy budget does not suffice for one round, or the ledger does not know what
+                rounds before `start` spent.
         """
+        if self.ledger is not None:
+            self.ledger.check_behind(start)
         for round in range(start, self.training.rounds):
             if round > 0 and not self._affords(round):
                 return

@@ -37,7 +37,7 @@ class TransformMod:
 
     Raises:
         ConfigError: It keeps tensors private, which takes a `LockMod`; changes the network or how clients
-            train, which the app itself must do; or changes nothing that is sent.
+            train, which the app itself must do; changes nothing that is sent; or is for attacks only.
         SecretError: The network is one client's own, made by `bake()`.
     """
 
@@ -48,6 +48,7 @@ class TransformMod:
         network: nn.Module | None = None,
         sample: Callable[[int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
+        defense.check_training()
         if problem := _problem(defense):
             raise ConfigError(
                 f"TransformMod: expected a defense that changes updates and nothing else, got "

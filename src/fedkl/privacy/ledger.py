@@ -75,6 +75,7 @@ class Ledger:
         self.costs = dict(costs)
         self.on_charge: Callable[[LedgerEntry], None] | None = None
         self._rounds = Counter[str]()
+        self._begun = set[int]()
         if not all(
             math.isfinite(epsilon(c, rounds=1, delta=options.delta)) for c in set(self.costs.values())
         ):
@@ -109,6 +110,7 @@ class Ledger:
                 "(privacy.budget), add noise, or train for fewer rounds."
             )
         self._rounds.update(clients)
+        self._begun.add(round)
         entry = LedgerEntry(round=round, epsilon={client: self._epsilon(client) for client in clients})
         if self.on_charge is not None:
             self.on_charge(entry)
@@ -116,7 +118,22 @@ class Ledger:
 
     def restore(self, entries: Iterable[LedgerEntry]) -> None:
         """Takes over what an earlier process counted."""
-        self._rounds = Counter(client for entry in entries for client in entry.epsilon)
+        kept = list(entries)
+        self._rounds = Counter(client for entry in kept for client in entry.epsilon)
+        self._begun = {entry.round for entry in kept}
+
+    def check_behind(self, first: int) -> None:
+        """Checks that all rounds before round `first` were counted.
+
+        Raises:
+            ConfigError: One is missing: what it spent would be spent twice.
+        """
+        missing = set(range(first)) - self._begun
+        if missing:
+            raise ConfigError(
+                f"Round {first}: the ledger does not know what round {min(missing)} spent. Before a training "
+                "goes on, LedgerFile(path, delta=…).keep(federation.ledger, rounds=…), as from its start."
+            )
 
     def _epsilon(self, client: str, *, more: int = 0) -> float:
         rounds = self._rounds[client] + more

@@ -12,7 +12,7 @@ from fedkl.errors import ConfigError
 from fedkl.files import read_file, write_atomically
 from fedkl.formats import check_version
 from fedkl.parsing import parse_json_object
-from fedkl.privacy.ledger import LedgerEntry
+from fedkl.privacy.ledger import Ledger, LedgerEntry
 
 _VERSION = 1
 _MAX_BYTES = 2**28
@@ -29,6 +29,21 @@ class LedgerFile:
     def __init__(self, path: Path, *, delta: float) -> None:
         self._path = path
         self._delta = delta
+
+    def keep(self, ledger: Ledger, *, rounds: int = 0) -> None:
+        """Takes what earlier processes counted into a ledger, and writes down what it counts from now on.
+
+        Rounds that are repeated were sent, and count twice.
+
+        Args:
+            ledger: Of the training that begins or goes on.
+            rounds: So many are behind it.
+
+        Raises:
+            ConfigError: See `entries`.
+        """
+        ledger.restore(self.entries(rounds=rounds))
+        ledger.on_charge = self.append
 
     def append(self, entry: LedgerEntry) -> None:
         """Appends a round, on disk when this returns.

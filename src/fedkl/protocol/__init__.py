@@ -13,7 +13,7 @@
 Nothing here knows an attack or a defense.
 """
 
-from fedkl.protocol.kept import only_kept
+from fedkl.protocol.kept import Kept, only_kept
 from fedkl.protocol.observation import Auxiliary, Knowledge, Observation
 from fedkl.protocol.per_example import PerExample
 from fedkl.protocol.procedure import Procedure, trained_parameters
@@ -22,6 +22,7 @@ from fedkl.protocol.transforms import Rescaling, Transform
 
 __all__ = [
     "Auxiliary",
+    "Kept",
     "Knowledge",
     "Observation",
     "PerExample",

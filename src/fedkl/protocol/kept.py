@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 
-def only_kept(change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Kept:
     """The `Transform` of a client that sends some entries exactly as they are, and 0 for all others.
 
-    What was not kept says nothing, and is not compared. Attacks that read single entries know by this very
-    function that those which are not 0 are exact; a defense that changes them too has one of its own.
+    What was not kept says nothing, and is not compared. Attacks that read single entries ask which of those
+    that were sent are `exact`; a defense that changes all of them has a transform of its own.
     """
-    return {name: tensor * (observed[name] != 0) for name, tensor in change.items()}
+
+    def __call__(self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The change, with what was not kept at 0."""
+        return {name: tensor * (observed[name] != 0) for name, tensor in change.items()}
+
+    def exact(self, observed: Tensor) -> Tensor:
+        """Which entries of a tensor of the observed change are as the client computed them: booleans."""
+        return observed != 0
+
+
+only_kept = Kept()

@@ -251,7 +251,8 @@ def _audited(
     wanted: DefensesTable, name: str, subject: Subject, *, out: Path, progress: OpenProgress
 ) -> Audit | FedKLError:
     each = compared()[name]
-    if each.lr is not None and isinstance(subject.procedure, Procedure):
+    own = wanted.subject is not None  # whose learning rate is the owner's, as nothing is trained here
+    if each.lr is not None and not own and isinstance(subject.procedure, Procedure):
         subject = replace(subject, procedure=replace(subject.procedure, lr=each.lr))
     place = Path("audited", name)
     with progress(str(place)) as step:
@@ -303,10 +304,11 @@ def _exposed(found: Audit) -> dict[str, Exposed]:
         presence = [each for each in here if each.question == "presence"]
         pictures = [each for each in here if each.question == "identified"]
         worst = max(pictures, key=_severity, default=None)
+        undecided = [each for each in pictures if each.outcome == "says nothing"]
         exposed[exposure.name] = {
             "title": exposure.title,
             "presence": _share(presence[0]) if presence else None,
-            "identified": _share(worst) if worst else None,
+            "identified": _share(worst) | {"undecided": _better(undecided, worst)} if worst else None,
         }
     return exposed
 
@@ -314,6 +316,11 @@ def _exposed(found: Audit) -> dict[str, Exposed]:
 def _severity(each: Finding) -> tuple[bool, bool, float]:
     """Leaks first, then what says something, then the larger share."""
     return each.outcome == "leaks", each.outcome == "at the floor", each.found.rate
+
+
+def _better(undecided: Sequence[Finding], worst: Finding) -> list[str]:
+    """Attackers that found more than the one that something can be said of, and nothing can of them."""
+    return [each.attacker for each in undecided if each.found.rate > worst.found.rate]
 
 
 def _share(each: Finding) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _QUESTIONS = {"presence": "recognized", "identified": "identified"}
 _NOTES = (
     "Recognized: of a client's images, at a threshold that 1 % of other images reach. Identified: by the "
     "attacker that did best, among 100 candidates. [95 % interval]. *at the floor*: no more than without the "
-    "update. *undecided*: the attackers fail where nothing is hidden, too, or did not apply.",
+    "update. *undecided*: the attackers fail where nothing is hidden, too, or found more, but not surely.",
     "Attackers know the defense and no secret. Accuracy: of the clients, ± standard deviation over seeds. "
     "ε: of the whole training, for the client that spent most, at the ledger's δ.",
 )
@@ -91,7 +91,8 @@ def _cell(share: Mapping[str, Any] | None, *, by: bool = False) -> str:
     if share["outcome"] == "says nothing":
         return SHOWN["says nothing"]
     if share["outcome"] == "at the floor":
-        return "at the floor"
+        others = share.get("undecided")
+        return "at the floor" + (f" ({', '.join(others)}: {SHOWN['says nothing']})" if others else "")
     low, high = 100 * share["low"], 100 * share["high"]
     return f"{100 * share['rate']:.0f} % [{low:.0f}–{high:.0f}]" + (f" {share['attacker']}" if by else "")
 

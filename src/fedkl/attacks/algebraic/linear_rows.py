@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -14,7 +15,8 @@ from fedkl.attacks.algebraic.sgd import check_sgd
 from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.parallel import Progress
 from fedkl.errors import AttackError
-from fedkl.protocol import Observation, only_kept
+from fedkl.protocol import Kept, Observation
+from fedkl.protocol.differentiable import change_of
 
 _AGREE, _UNSURE = 1e-5, 1e-4  # relative: rows of one image agree to 2e-7, of several to 2e-4 at best
 _CERTAIN = 10.0  # times float32's errors
@@ -31,8 +33,8 @@ class LinearRows(Attack):
     are not found, and are NaN. It needs no labels and no learning rate, and accepts a gradient, or weights
     after steps of SGD: each image's x is the same in all steps, where the layer is the first.
 
-    Of a pruned update of one image, each input is read off the row with the largest δ that was kept.
-    Inputs that were kept in no row are the small ones, and are taken for 0.
+    Of a pruned update of one image, each input is read off the row with the largest δ that was kept, and not
+    clipped. Inputs that were kept in no row are the small ones, and are taken for 0.
 
     Behind convolutions the inputs are features: `FeatureInversion`, with images of the server's own, takes
     them to images. `Reconstruction.loss` is the share of the layer's gradient that they do not explain.
@@ -53,7 +55,7 @@ class LinearRows(Attack):
         return False
 
     def _check(self, observation: Observation) -> None:
-        pruned = observation.transform is only_kept
+        pruned = isinstance(observation.transform, Kept)
         check_sgd(replace(observation, transform=None) if pruned else observation, attack="LinearRows")
         if observation.batch_size > 1 and observation.classes == 2:
             raise AttackError(
@@ -75,8 +77,7 @@ class LinearRows(Attack):
         on_evaluation: Progress,
     ) -> list[Reconstruction]:
         layer = first_linear(observations[0], attack="LinearRows")
-        read = _kept_inputs if observations[0].transform is only_kept else _inputs
-        inputs = [read(observation, layer) for observation in observations]
+        inputs = [_read(observation, layer) for observation in observations]
         losses = [
             unexplained(layer.gradient(observation), rows)
             for observation, rows in zip(observations, inputs, strict=True)
@@ -84,6 +85,13 @@ class LinearRows(Attack):
         return reconstructions(
             observations, inputs, losses=losses, layer=layer, evaluations=0, on_evaluation=on_evaluation
         )
+
+
+def _read(observation: Observation, layer: FirstLinear) -> Float[Tensor, "found inputs"]:
+    transform = observation.transform
+    if isinstance(transform, Kept):
+        return _kept_inputs(observation, layer, transform.exact)
+    return _inputs(observation, layer)
 
 
 def _inputs(observation: Observation, layer: FirstLinear) -> Float[Tensor, "found inputs"]:
@@ -101,11 +109,15 @@ def _inputs(observation: Observation, layer: FirstLinear) -> Float[Tensor, "foun
     )
 
 
-def _kept_inputs(observation: Observation, layer: FirstLinear) -> Float[Tensor, "found inputs"]:
+def _kept_inputs(
+    observation: Observation, layer: FirstLinear, exact: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "found inputs"]:
     """Of one image; none where no row has its δ."""
     gradient = layer.gradient(observation)
     weight, bias = gradient[:, :-1], gradient[:, -1:]
-    kept, driven = (observation.gradient[f"{layer.name}.{part}"].cpu() != 0 for part in ("weight", "bias"))
+    names = [f"{layer.name}.{part}" for part in ("weight", "bias")]
+    sent = change_of({name: observation.gradient[name].cpu() for name in names}, procedure=observation.local)
+    kept, driven = (exact(sent[name]) for name in names)
     seen = kept & driven[:, None]
     best = (seen * bias.abs()).argmax(0, keepdim=True)
     inputs = torch.where(seen, weight / bias, 0).gather(0, best)

@@ -13,6 +13,7 @@ is smoothest: least squared differences between neighboring pixels, across the p
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -30,6 +31,7 @@ from fedkl.errors import AttackError
 from fedkl.protocol import Observation
 from fedkl.types import Labels
 
+_CLASS_TOKENS = 8  # at most, and registers and the like
 _CERTAIN = 10.0  # times float32's errors: what a direction must have to be taken from the equations
 _RIDGE = 1e-3  # pull to middle gray, relative to neighbors' pull: it makes the smoothest image unique
 _STEPS = 500
@@ -104,9 +106,10 @@ def _layers(observation: Observation) -> tuple[PixelLayer, str]:
         patches, weight = len(layer.pixels), f"{layer.name}.weight"
         if patches == 1 or weight not in observation.gradient:
             continue
-        for name in sorted(_embeddings(observation.model) & observation.gradient.keys()):
-            *_, tokens, features = parameters[name].shape
-            if tokens >= patches and features == len(parameters[weight]):
+        for name, most in _embeddings(observation.model, patches).items():
+            tokens, features = parameters[name].flatten(0, -2).shape
+            sent = name in observation.gradient
+            if sent and patches <= tokens <= most and features == len(parameters[weight]):
                 return layer, name
     raise AttackError(
         "Positions: expected a vision transformer (patches of the image side by side through a linear layer "
@@ -115,10 +118,19 @@ def _layers(observation: Observation) -> tuple[PixelLayer, str]:
     )
 
 
-def _embeddings(model: nn.Module) -> set[str]:
-    """Parameters that may be positions: shape ``(1, tokens, features)``, or the table of an embedding."""
+def _embeddings(model: nn.Module, patches: int) -> dict[str, float]:
+    """Parameters that may be positions, the likelier first, and how many tokens each has at most.
+
+    Those of shape ``(1, tokens, features)`` and the tables of embeddings; then those of any other shape that
+    are no layer's weight. They may be an attention's, so they have about as many tokens as there are patches.
+    """
     tables = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    return tables | {name for name, p in model.named_parameters() if p.dim() == 3 and len(p) == 1}
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.dim() > 1}
+    usual = sorted(name for name, s in shapes.items() if name in tables or (len(s) == 3 and s[0] == 1))
+    layers = {f"{name}.weight" for name, _ in model.named_modules()}
+    free = sorted(shapes.keys() - usual - layers)
+    others = dict.fromkeys(free, float(patches + _CLASS_TOKENS))
+    return dict.fromkeys(usual, math.inf) | others
 
 
 def _image(observation: Observation, layer: PixelLayer, positions: str) -> Float[Tensor, " values"]:

@@ -10,7 +10,7 @@ import torch
 
 from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.matching.lbfgs import Stopping, minimize
-from fedkl.attacks.matching.objectives import GradientMatching, Weighting
+from fedkl.attacks.matching.objectives import GradientMatching, Weighting, check_matchable
 from fedkl.attacks.matching.restarts import best_of_restarts
 from fedkl.attacks.parallel import Progress
 from fedkl.attacks.priors import outside_box, weighted
@@ -60,6 +60,10 @@ class DLG(Attack):
     def most_evaluations(self) -> int:
         """Of each start; it may stop earlier."""
         return self.evaluations
+
+    def _check(self, observation: Observation) -> None:
+        check_matchable(observation)
+        self._labels([observation])
 
     def _labels(self, observations: list[Observation]) -> list[Labels] | None:
         """Labels that are not optimized, per observation; None to optimize them."""

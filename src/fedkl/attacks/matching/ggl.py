@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.generators.files import ImageGenerator, generator_for
 from fedkl.attacks.labels import known_labels
-from fedkl.attacks.matching.objectives import GradientMatching, Weighting
+from fedkl.attacks.matching.objectives import GradientMatching, Weighting, check_matchable
 from fedkl.errors import AttackError
 from fedkl.protocol import Observation
 from fedkl.types import Labels
@@ -86,6 +86,7 @@ class GGL(Attack):
         return self.generations * self.population if self.optimizer == "cma" else self.iterations
 
     def _check(self, observation: Observation) -> None:
+        check_matchable(observation)
         if observation.batch_size != 1:
             raise AttackError(
                 f"GGL searches for one image behind a gradient, got a batch of {observation.batch_size}. "
@@ -97,6 +98,7 @@ class GGL(Attack):
                 "Leave out the arms that regress, or use another attack."
             )
         self._prior(observation)
+        known_labels([observation])
 
     def _prior(self, observation: Observation) -> ImageGenerator:
         shape, classes = observation.image_shape, observation.classes

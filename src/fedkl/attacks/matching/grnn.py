@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedkl.attacks.base import Attack, Reconstruction, register_attack
-from fedkl.attacks.matching.objectives import GradientMatching, Weighting
+from fedkl.attacks.matching.objectives import GradientMatching, Weighting, check_matchable
 from fedkl.attacks.matching.restarts import Incumbents, best_of_restarts
 from fedkl.attacks.parallel import Progress
 from fedkl.attacks.priors import squared_variation, weighted
@@ -76,6 +76,7 @@ class GRNN(Attack):
         return self.iterations
 
     def _check(self, observation: Observation) -> None:
+        check_matchable(observation)
         _sides(observation.image_shape)
 
     def _run(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.labels import known_labels
-from fedkl.attacks.matching.objectives import GradientMatching, Weighting
+from fedkl.attacks.matching.objectives import GradientMatching, Weighting, check_matchable
 from fedkl.attacks.matching.restarts import Incumbents, best_of_restarts
 from fedkl.attacks.parallel import Progress
 from fedkl.attacks.priors import Prior, total_variation, weighted
@@ -78,6 +78,10 @@ class InvertingGradients(Attack):
     def most_evaluations(self) -> int:
         """Of each start."""
         return self.iterations
+
+    def _check(self, observation: Observation) -> None:
+        check_matchable(observation)
+        known_labels([observation])
 
     def _run(
         self,

@@ -32,6 +32,11 @@ _EXPONENT: dict[Weighting, float] = {"none": 0.0, "sqrt": 0.5, "full": 1.0}
 _NOISE = 1e-10
 
 
+def check_matchable(observation: Observation) -> None:
+    """Raises AttackError where an update cannot be differentiated; see `check_differentiable`."""
+    check_differentiable(observation.local, attack="Gradient matching")
+
+
 class GradientMatching:
     """The distance between gradients, for many observations of one kind at once.
 
@@ -68,7 +73,7 @@ class GradientMatching:
         dtype: torch.dtype = torch.float64,
     ) -> None:
         first = observations[0]
-        check_differentiable(first.local, attack="Gradient matching")
+        check_matchable(first)
         self._first = first
         self._trained = first.trained
         self._batches = first.local.batches(first.batch_size)
