@@ -91,6 +91,8 @@ def said(found, floor, control):
 @pytest.mark.parametrize(("hits", "kind"), [(2, "says nothing"), (3, "says nothing"), (4, "at the floor")])
 def test_an_attack_that_works_half_the_time_finds_a_control_of_two(hits, kind):
     assert said(both(1, 100), both(1, 100), both(hits, hits)) == kind
+    control = judge(both(hits, hits), floor=both(0, hits), control=None, open=True)
+    assert control.reason == "attack succeeds"  # on all that it was given
 
 
 @pytest.mark.parametrize(("found", "floor"), [(9, 1), (14, 4), (20, 8)])

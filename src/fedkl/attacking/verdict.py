@@ -84,7 +84,7 @@ def judge(
         open: Whether nothing was hidden here either.
     """
     if open:
-        return Verdict("control", f"attack {'succeeds' if succeeds(found) else 'too weak'}")
+        return Verdict("control", f"attack {'succeeds' if _succeeds(_best(found)) else 'too weak'}")
     leak = _leak(found, floor, chance)
     if leak is not None:
         return Verdict("leaks", leak)
@@ -123,8 +123,8 @@ def judge_share(
         missing = "what is found without the update is not known"
     elif control is None:
         missing = "its control was not attacked"
-    elif not _enough(control):
-        missing = _too_weak(control)
+    elif (weakness := _weakness(control)) is not None:
+        missing = weakness
     elif min(found["n"], floor["n"]) < SAFE_FROM:
         missing = f"too few images, {min(found['n'], floor['n'])} of {SAFE_FROM}"
     elif _perhaps_above(found, floor):
@@ -206,15 +206,17 @@ def _perhaps_above(found: Mapping[str, Any], floor: Mapping[str, Any]) -> bool:
     return bool(found["rate"] - floor["rate"] > spread)
 
 
-def _enough(control: Mapping[str, Any]) -> bool:
-    """Whether so much of a control is found that an attack's failure elsewhere says something."""
-    return float(control["rate"]) >= CONTROL_SHARE and float(control["low"]) >= CONTROL_LOW
+def _succeeds(share: Mapping[str, Any]) -> bool:
+    return float(share["rate"]) >= CONTROL_SHARE
 
 
-def _too_weak(control: Mapping[str, Any]) -> str:
-    if float(control["rate"]) >= CONTROL_SHARE:
+def _weakness(control: Mapping[str, Any]) -> str | None:
+    """Why an attack that finds so much of its control says nothing elsewhere; None if it does."""
+    if not _succeeds(control):
+        return f"the attack finds only {wording.count(control)} of its control"
+    if float(control["low"]) < CONTROL_LOW:
         return f"too few of its control were attacked, {control['n']}"
-    return f"the attack finds only {wording.count(control)} of its control"
+    return None
 
 
 def _missing(
@@ -225,8 +227,8 @@ def _missing(
         return "what the labels alone give away is not known"
     if control is None:
         return "its control was not attacked"
-    if not succeeds(control):
-        return _too_weak(_best(control))
+    if (weakness := _weakness(_best(control))) is not None:
+        return weakness
     n = found["identified"]["n"]
     if found.get("broke"):
         return broke_on(found["broke"], n)
@@ -240,16 +242,12 @@ def _missing(
     return None
 
 
-def succeeds(found: Mapping[str, Any]) -> bool:
-    """Whether an attack recovers or identifies enough of the images for it to serve as a control.
+def _best(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """By which a control is judged.
 
     Some attacks find an image without its contrast, or one that is only like it: they identify what they do
     not recover.
     """
-    return _enough(_best(found))
-
-
-def _best(found: Mapping[str, Any]) -> Mapping[str, Any]:
     shares = [found[name] for name in ("success", "identified") if found.get(name)]
     best: Mapping[str, Any] = max(shares, key=lambda share: float(share["rate"]))
     return best
