@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fedkl import wording
@@ -77,7 +77,7 @@ def judge(
 
     Args:
         found: Its figures: the shares ``identified`` and, if measured, ``success`` (recovered), each with
-            rate, low, high and n.
+            rate, low, high and n; and of how many images it ``broke``, and how many ``updates`` it attacked.
         floor: The same of the guess from the labels alone, on the same images; None: not known.
         control: The same of this attack on the same client with nothing hidden; None: not run.
         chance: Share that random pictures identify at most; it takes the floor's place in runs without one.
@@ -88,15 +88,14 @@ def judge(
     leak = _leak(found, floor, chance)
     if leak is not None:
         return Verdict("leaks", leak)
-    missing = _missing(found, floor, control)
-    if missing is not None:
+    missing = "what the labels alone give away is not known"
+    if floor is not None:
+        names = [name for name in ("identified", "success") if found.get(name) and floor.get(name)]
+        pairs = [(found[name], floor[name]) for name in names]
+        missing = _missing(found, pairs, control=None if control is None else _best(control))
+    if missing:
         return Verdict("says nothing", missing)
     return Verdict("at the floor", "resists this attack")
-
-
-def broke_on(images: int, n: int) -> str:
-    """Why an attack that broke halfway says nothing of what it did not find."""
-    return f"the attack broke on {images} of {n} images"
 
 
 def judge_share(
@@ -109,7 +108,7 @@ def judge_share(
     """The same rule for one share of a client's images: of those rebuilt, or of those identified.
 
     Args:
-        found: The share, with rate, low, high and n.
+        found: The share, with rate, low, high and n; ``broke`` and ``updates`` as in `judge`.
         floor: The same without the update; None: not known.
         control: The same of this attack on the same client with nothing hidden; None: not run.
         what: What happened to an image that counts: ``"rebuilt"``, of which one is a leak where a guess
@@ -118,18 +117,10 @@ def judge_share(
     above = _above_rare if what == "rebuilt" else _above
     if floor is not None and above(found, floor):
         return Verdict("leaks", f"{wording.count(found)} images {what}")
-    missing = None
-    if floor is None:
-        missing = "what is found without the update is not known"
-    elif control is None:
-        missing = "its control was not attacked"
-    elif (weakness := _weakness(control)) is not None:
-        missing = weakness
-    elif min(found["n"], floor["n"]) < SAFE_FROM:
-        missing = f"too few images, {min(found['n'], floor['n'])} of {SAFE_FROM}"
-    elif _perhaps_above(found, floor):
-        missing = PERHAPS
-    if missing is not None:
+    missing = "what is found without the update is not known"
+    if floor is not None:
+        missing = _missing(found, [(found, floor)], control=control)
+    if missing:
         return Verdict("says nothing", missing)
     return Verdict("at the floor", "resists this attack")
 
@@ -193,9 +184,6 @@ def _above(found: Mapping[str, Any], floor: Mapping[str, Any]) -> bool:
     return bool(found["low"] > floor["high"])
 
 
-PERHAPS = "more than without the update, but not surely"
-
-
 def _perhaps_above(found: Mapping[str, Any], floor: Mapping[str, Any]) -> bool:
     """Whether the interval of the difference lies above 0: too little for a leak, too much for "no more".
 
@@ -210,36 +198,36 @@ def _succeeds(share: Mapping[str, Any]) -> bool:
     return float(share["rate"]) >= CONTROL_SHARE
 
 
-def _weakness(control: Mapping[str, Any]) -> str | None:
-    """Why an attack that finds so much of its control says nothing elsewhere; None if it does."""
+def _missing(
+    about: Mapping[str, Any],
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    *,
+    control: Mapping[str, Any] | None,
+) -> str:
+    """What it would take to say that there is no leak; empty if nothing.
+
+    Args:
+        about: Of how many images the attack broke, and how many updates it attacked.
+        pairs: Shares, each with its floor.
+        control: The share by which the control is judged.
+    """
+    if control is None:
+        return "its control was not attacked"
     if not _succeeds(control):
         return f"the attack finds only {wording.count(control)} of its control"
     if float(control["low"]) < CONTROL_LOW:
         return f"too few of its control were attacked, {control['n']}"
-    return None
-
-
-def _missing(
-    found: Mapping[str, Any], floor: Mapping[str, Any] | None, control: Mapping[str, Any] | None
-) -> str | None:
-    """What it would take to say that there is no leak."""
-    if floor is None:
-        return "what the labels alone give away is not known"
-    if control is None:
-        return "its control was not attacked"
-    if (weakness := _weakness(_best(control))) is not None:
-        return weakness
-    n = found["identified"]["n"]
-    if found.get("broke"):
-        return broke_on(found["broke"], n)
-    images = min(n, floor["identified"]["n"])
+    n = pairs[0][0]["n"]
+    if about.get("broke"):
+        return f"the attack broke on {about['broke']} of {n} images"
+    images = min(each["n"] for pair in pairs for each in pair)
     if images < SAFE_FROM:
         return f"too few images, {images} of {SAFE_FROM}"
-    if found.get("updates") == 1:
+    if about.get("updates") == 1:
         return f"{n} images of one update, as good as one trial"
-    if any(_perhaps_above(found[name], floor[name]) for name in ("identified", "success") if found.get(name)):
-        return PERHAPS
-    return None
+    if any(_perhaps_above(*pair) for pair in pairs):
+        return "more than without the update, but not surely"
+    return ""
 
 
 def _best(found: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from fedkl.attacking.verdict import Areas, broke_on, judge_presence, judge_share
+from fedkl.attacking.verdict import Areas, judge_presence, judge_share
 from fedkl.auditing.plan import CONTROL, Planned
 from fedkl.auditing.rebuilding import Rebuilt, knew
 from fedkl.auditing.recognition import Pools, Recognized
@@ -42,11 +42,7 @@ def of_pictures(
         control = Measured(**rebuilt.control[name]) if rebuilt.control else None
         if control is None and (simplest := _simplest(entry, question, earlier)) is not None:
             control = simplest.found
-        outcome, reason = _verdict(share, floor, control, what=question)
-        if outcome == "at the floor" and rebuilt.updates == 1 and share.n > 1:
-            outcome, reason = "says nothing", f"{share.n} images of one update, as good as one trial"
-        if outcome == "at the floor" and rebuilt.broke:
-            outcome, reason = "says nothing", broke_on(rebuilt.broke, share.n)
+        outcome, reason = _verdict(share, floor, control, what=question, of=rebuilt)
         found.append(
             Finding(
                 question=question,
@@ -147,9 +143,11 @@ def _simplest(entry: Planned, question: Question, earlier: Sequence[Finding]) ->
     )
 
 
-def _verdict(share: Measured, floor: Measured, control: Measured | None, *, what: str) -> tuple[Outcome, str]:
+def _verdict(
+    share: Measured, floor: Measured, control: Measured | None, *, what: str, of: Rebuilt
+) -> tuple[Outcome, str]:
     kind, reason = judge_share(
-        share.model_dump(),
+        share.model_dump() | {"broke": of.broke, "updates": of.updates},
         floor=floor.model_dump(),
         control=None if control is None else control.model_dump(),
         what=what,
