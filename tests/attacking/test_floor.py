@@ -30,19 +30,16 @@ def test_noise_that_is_matched_by_correlation_is_not_above_it():
     trials = trials_of(dataset, trials=1, batch_size=size)
     about = {"candidates": candidates_of(dataset, trials), "candidate_index": trials[0].places}
     noise = torch.rand(trials[0].images.shape, generator=torch.Generator().manual_seed(1))
-    by_rule = {}
-    for rule in ("clip", "prior"):
-        ((_, scores),) = floor(dataset, trials, seed=0, scalings={rule})
-        by_rule[rule] = sum(each.identified for each in scores)
+    ((_, scores),) = floor(dataset, trials, seed=0, scalings={"prior"})
     found = sum(each.identified for each in score(noise, trials[0].images, **about, scaling="prior"))
-    assert min(found, by_rule["prior"]) > 1.05 * by_rule["clip"]
-    assert abs(by_rule["prior"] - found) < 0.25 * found
+    assert found > 0.4 * size
+    assert abs(sum(each.identified for each in scores) - found) < 0.15 * found
 
 
 def test_the_better_guess_is_better_in_all_trials_and_not_in_each():
     """One that changed from trial to trial would know which of them is better in it: the truth."""
     dataset = data.load("mnist-sample")
-    trials = trials_of(dataset, trials=12, batch_size=8)
+    trials = trials_of(dataset, trials=6, batch_size=8)
     own = own_order(dataset, seed=0)[:OWN_IMAGES]
     images, labels = dataset.train_images[own], dataset.train_labels[own]
 
