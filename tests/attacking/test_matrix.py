@@ -162,6 +162,11 @@ def test_only_images_with_a_label_of_their_own_count(tmp_path):
     assert 0 < len(alone) < 4 * len(trials)
     assert (record["n"], record["identified"]["n"]) == (len(alone), len(alone))
     assert record["identified"]["rate"] == pytest.approx(sum(alone) / len(alone))
+    assert (record["updates"], record["broke"], record["floor"]["identified"]["n"]) == (
+        len(trials),
+        0,
+        len(alone),
+    )
     del trials[0]["labels"]
     path.write_text("".join(json.dumps(trial) + "\n" for trial in trials))
     with pytest.raises(ConfigError, match="older version"):

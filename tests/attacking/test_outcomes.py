@@ -18,12 +18,10 @@ from fedkl.attacking.simulating import SimulatedClients
 from fedkl.attacking.verdict import judge
 from fedkl.attacks import (
     ATTACKS,
-    Attack,
     ClosedForm,
     MeanMap,
     Observation,
     PriorOnly,
-    Reconstruction,
     Wiener,
     register_attack,
 )
@@ -36,29 +34,12 @@ from fedkl.errors import AttackError
 from fedkl.metrics import assignment
 from fedkl.protocol import Auxiliary, Knowledge, Procedure
 from fedkl.runs import RunDirectory
+from tests.attacking.breaking import Breaking
 
 
 @pytest.fixture(scope="module")
 def dataset():
     return data.load("mnist-sample")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Breaking(Attack):
-    """Finds the true-sized zeros, but breaks on one of the batches."""
-
-    type: Literal["test-breaking"] = "test-breaking"
-
-    def _run(self, observations, generators, on_evaluation):
-        if any(int(o.labels[0]) == 2 for o in observations):  # the second image of the sample is a 2
-            raise torch.linalg.LinAlgError("singular")
-        return [
-            Reconstruction(
-                images=torch.zeros(o.batch_size, *o.image_shape),
-                labels=o.labels, scaling="clip", loss=1.0, evaluations=1, start=0,
-            )
-            for o in observations
-        ]  # fmt: skip
 
 
 @pytest.fixture

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import pytest
-import torch
 
 from fedkl import Procedure
 from fedkl.attacking.verdict import SAFE_FROM
-from fedkl.attacks import ATTACKS, Attack, Reconstruction, register_attack
+from fedkl.attacks import ATTACKS, register_attack
 from fedkl.auditing.attackers import Attacker
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.findings import of_pictures
@@ -19,6 +17,7 @@ from fedkl.auditing.rebuilding import _trials, dataset_of, rebuild
 from fedkl.auditing.recognition import Pools
 from fedkl.defenses import NoDefense
 from fedkl.metrics import success_rate
+from tests.attacking.breaking import Breaking
 from tests.auditing.subjects import images, labels, subject
 
 
@@ -53,24 +52,6 @@ def test_batches_are_rounded_up_where_that_lets_a_verdict_say_something(size, mo
     assert attacked(size, most=most, pictures=pictures) == expected
 
 
-@dataclass(frozen=True, kw_only=True)
-class Breaking(Attack):
-    """Finds noise, but breaks where a label is 0."""
-
-    type: Literal["test-breaking"] = "test-breaking"
-
-    def _run(self, observations, generators, on_evaluation):
-        if any(int(o.labels[0]) == 0 for o in observations):
-            raise torch.linalg.LinAlgError("singular")
-        return [
-            Reconstruction(
-                images=torch.rand(o.batch_size, *o.image_shape, generator=generator),
-                labels=o.labels, scaling="clip", loss=1.0, evaluations=1, start=0,
-            )
-            for o, generator in zip(observations, generators, strict=True)
-        ]  # fmt: skip
-
-
 def test_what_an_attack_broke_on_is_not_left_out():
     """All of its images count, and a figure with broken ones says nothing of what was not found."""
     register_attack(Breaking)
@@ -83,12 +64,12 @@ def test_what_an_attack_broke_on_is_not_left_out():
     finally:
         ATTACKS.forget("test-breaking")
     labels = dataset_of(clients, pools).test_labels[:40].tolist()
-    assert 0 < rebuilt.broke == labels.count(0)
-    assert rebuilt.updates == 40 - rebuilt.broke
+    assert 0 < rebuilt.found["broke"] == labels.count(2)
+    assert rebuilt.found["updates"] == 40 - rebuilt.found["broke"]
     assert rebuilt.found["identified"]["n"] == rebuilt.found["success"]["n"] == 40
     resists = replace(
         rebuilt,
-        found={name: share(0, 100) for name in ("success", "identified")},
+        found=rebuilt.found | {name: share(0, 100) for name in ("success", "identified")},
         floor={name: share(0, 100) for name in ("success", "identified")},
         control={name: share(100, 100) for name in ("success", "identified")},
     )
@@ -98,7 +79,7 @@ def test_what_an_attack_broke_on_is_not_left_out():
         about = {"pools": pools, "earlier": [], "pictures": "pictures/a.safetensors", "seconds": 1.0}
         return {finding.outcome for finding in of_pictures(entry, rebuilt, **about)}
 
-    assert outcomes(replace(resists, broke=0)) == {"at the floor"}
+    assert outcomes(replace(resists, found=resists.found | {"broke": 0})) == {"at the floor"}
     assert outcomes(resists) == {"says nothing"}
 
 

@@ -99,13 +99,12 @@ def _judged(place: tuple[Any, ...], records: Sequence[Record]) -> Judgment | Non
     controls = {r["rung"]: r for r in here if r["arrangement"] == own[0]["control"]}
     worst = max(rungs, key=lambda r: (_rate(r), _middle(r["ssim"])))
     floor = next((r for r in own if r["rung"] == FLOOR), None)
-    noted = [r["floor"] for r in rungs if r.get("floor")]
     return Judgment(
         **dict(zip(_CELL, cell, strict=True)),
         arrangement=arrangement,
         worst=worst,
         compared=controls.get(worst["rung"]),
-        floor=max([floor, *noted], key=_rate) if noted else floor,
+        floor=max([floor, *(rung.get("floor") for rung in rungs)], key=_rate),
         verdict=verdict(rungs, controls=controls, floor=floor),
     )
 

@@ -74,23 +74,20 @@ def records_of(
     summary = attack_summary(run) if isinstance(config, AttackConfig) else None
     if not isinstance(config, AttackConfig) or summary is None:
         raise ConfigError(f"{run.path}: not a finished attack. Run the table again.")
-    trials = [record for record in run.results() if record["event"] == "trial"]
-    guesses = [record for record in run.results() if record["event"] == "floor"]
+    results = list(run.results())
+    trials, guesses = ([r for r in results if r["event"] == event] for event in ("trial", "floor"))
     if alone:
         if not all("labels" in trial for trial in trials):
             raise ConfigError(f"{run.path}: of an older version, without labels. Use another folder.")
         trials, guesses = [_alone(trial) for trial in trials], [_alone(guess) for guess in guesses]
         if not any(trial["scores"] for trial in trials):
             raise ConfigError(f"{run.path}: every image shares its label with another. Attack more images.")
+    floor = shares(guesses) if guesses else None
     return [
         dict(given)
         | _setting(config)
         | _figures(config, arm, trials, distances.get(arm["name"], {}), summary.get("not_run", []))
-        | {
-            "floor": shares(guesses) if guesses else None,
-            "paper": _paper(arm["name"], printed),
-            "seconds": summary["seconds"],
-        }
+        | {"floor": floor, "paper": _paper(arm["name"], printed), "seconds": summary["seconds"]}
         for arm in summary["arms"]
     ]
 
@@ -127,7 +124,8 @@ def _figures(
         raise ConfigError(f"{arm['name']}: results.jsonl holds no image of this arm. Run the table again.")
     broke = broken(left_out, arm["name"]) * config.batch_size
     found = arm_figures(own, updates_per_client=config.updates_per_client, broke=broke)
-    kept = ("scaling", "candidates", "success", "ssim_success", "identified", "broke", "label_correct")
+    about = ("scaling", "candidates", "broke", "updates")
+    kept = (*about, "success", "ssim_success", "identified", "label_correct")
     return {
         "arm": arm["name"],
         **{name: arm[name] for name in ("description", "knows")},

@@ -116,8 +116,8 @@ def _and_broken(groups: Sequence[int] | None, broke: int) -> list[Hashable] | No
 
 
 def broken(left_out: Iterable[Mapping[str, Any]], arm: str) -> int:
-    """Trials of an arm on which an attack broke, of what `not_run` or results.jsonl tell."""
-    return sum(each.get("trials", 1) for each in left_out if (each["arm"], each["kind"]) == (arm, "broke"))
+    """Trials of an arm on which an attack broke, by what `not_run` tells."""
+    return sum(each["trials"] for each in left_out if (each["arm"], each["kind"]) == (arm, "broke"))
 
 
 def not_run(left_out: Sequence[NotRun]) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from fedkl.attacking.verdict import Areas, judge_presence, judge_share
 from fedkl.auditing.plan import CONTROL, Planned
@@ -42,7 +42,7 @@ def of_pictures(
         control = Measured(**rebuilt.control[name]) if rebuilt.control else None
         if control is None and (simplest := _simplest(entry, question, earlier)) is not None:
             control = simplest.found
-        outcome, reason = _verdict(share, floor, control, what=question, of=rebuilt)
+        outcome, reason = _verdict(share, floor, control, what=question, of=rebuilt.found)
         found.append(
             Finding(
                 question=question,
@@ -144,10 +144,10 @@ def _simplest(entry: Planned, question: Question, earlier: Sequence[Finding]) ->
 
 
 def _verdict(
-    share: Measured, floor: Measured, control: Measured | None, *, what: str, of: Rebuilt
+    share: Measured, floor: Measured, control: Measured | None, *, what: str, of: Mapping[str, Any]
 ) -> tuple[Outcome, str]:
     kind, reason = judge_share(
-        share.model_dump() | {"broke": of.broke, "updates": of.updates},
+        share.model_dump() | {name: of[name] for name in ("broke", "updates")},
         floor=floor.model_dump(),
         control=None if control is None else control.model_dump(),
         what=what,

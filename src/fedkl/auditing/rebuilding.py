@@ -15,7 +15,7 @@ from fedkl import rng
 from fedkl.attacking import Trial, TrialResult, attack_arms, observe, trials_of
 from fedkl.attacking.floor import floor
 from fedkl.attacking.grid import NotRun
-from fedkl.attacking.results import broken, shares
+from fedkl.attacking.results import broken, not_run, shares
 from fedkl.attacking.verdict import SAFE_FROM
 from fedkl.attacks import Refusal
 from fedkl.auditing.attackers import Attacker
@@ -39,10 +39,9 @@ class Rebuilt:
     """What one attacker made of some trials.
 
     Attributes:
-        found: Shares ``success`` (recovered) and ``identified``, of the best of its guesses; see
+        found: Shares ``success`` (recovered) and ``identified``, of the best of its guesses, how many
+            ``updates`` were attacked, and on how many images it ``broke``; see
             `fedkl.attacking.results.shares`.
-        updates: How many were attacked.
-        broke: Images of others on which the attack broke; they count as not found.
         floor: The same of a guess from the labels alone.
         control: The same of the attacker where nothing is hidden; None where nothing is hidden anyway.
         psnr: Median, in dB.
@@ -52,8 +51,6 @@ class Rebuilt:
     """
 
     found: dict[str, Any]
-    updates: int
-    broke: int
     floor: dict[str, Any]
     control: dict[str, Any] | None
     psnr: float | None
@@ -260,12 +257,9 @@ def _figures(
     attacker: Attacker,
 ) -> Rebuilt:
     by_arm = {arm.name: [each for each in found if each.arm == arm.name] for arm in arms}
-    broke = {
-        arm.name: broken([each.to_dict() for each in refused], arm.name) * len(trials[0].images)
-        for arm in arms
-    }
+    left_out, size = not_run(refused), len(trials[0].images)
     rates = {
-        name: shares([each.to_dict() for each in results], broke=broke[name])
+        name: shares([each.to_dict() for each in results], broke=broken(left_out, name) * size)
         for name, results in by_arm.items()
         if results
     }
@@ -280,8 +274,6 @@ def _figures(
     scores = [score.to_dict() for each in results for score in each.scores]
     return Rebuilt(
         found=rates[best.name],
-        updates=len(results),
-        broke=broke[best.name],
         floor=shares(guessed),
         control=rates.get(best.control or ""),
         psnr=summarize([score["psnr"] for score in scores]).median,
