@@ -11,6 +11,7 @@ with a frozen dataclass under `register_attack`: in one of the folders below, or
     priors.py smoothness.py gaussian.py  what an attacker knows about images
     labels.py    label inference
     parallel.py  problems shared out among threads
+    memory.py    how much there is
 """
 
 from fedkl.attacks.algebraic.closed_form import ClosedForm

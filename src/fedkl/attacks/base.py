@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from fedkl.attacks.parallel import Progress, available_memory, shared_out
+from fedkl.attacks.memory import available_memory
+from fedkl.attacks.parallel import Progress, shared_out
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import Scaling, as_pictures
 from fedkl.protocol import Observation

@@ -1,0 +1,54 @@
+"""How much memory there is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process can still take: of the machine, or of a control group of its if that is less.
+
+    Args:
+        root: Where `/proc` and `/sys` are.
+    """
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**62
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return max(min([free, *_left_in_groups(root)]), 0)
+
+
+_GROUP_FILES = (  # limit, use, and the name of a cache in memory.stat: version 2, version 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """What the limits of this process's control groups, and of those around them, leave."""
+    for folder in _groups(root):
+        for limit, used, cache in _GROUP_FILES:
+            # Without a limit, version 2 says "max", and version 1 a number that is larger than any memory.
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                numbers = [int((folder / name).read_text(encoding="ascii")) for name in (limit, used)]
+                lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+                given_up = int(dict(line.split() for line in lines)[cache])  # when memory is needed
+                yield numbers[0] - numbers[1] + given_up
+
+
+def _groups(root: Path) -> list[Path]:
+    """Folders of the control groups; in a container the own one may be where the root's would be."""
+    mount = root / "sys/fs/cgroup"
+    folders = [mount, mount / "memory"]
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            parts = [part for part in path.split("/") if part]
+            if ".." in parts or not (controllers == "" or "memory" in controllers.split(",")):
+                continue
+            base = mount / "memory" if controllers else mount
+            folders += [base.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1)]
+    return folders
