@@ -1,10 +1,15 @@
-"""How much memory there is."""
+"""How much memory there is, and that no more is done at once than fits into it."""
 
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-from fedkl.attacks.memory import available_memory
+from fedkl.attacks.matching.objectives import GradientMatching
+from fedkl.attacks.memory import at_once, available_memory, kept_for_backward, size_of
+from fedkl.attacks.parallel import shared_out
+from fedkl.protocol import Procedure
 
 GIB = 2**30
 UNLIMITED = 9223372036854771712  # as version 1 says it
@@ -52,3 +57,87 @@ def test_the_memory_that_is_left(tmp_path, groups, own, expected):
 def test_the_memory_that_is_left_of_a_machine_without_such_files(tmp_path):
     assert available_memory(tmp_path) > 0
     assert 0 <= available_memory() < 2**50
+
+
+@pytest.fixture
+def eight(monkeypatch):
+    """A machine with 8 GiB left."""
+    monkeypatch.setattr("fedkl.attacks.memory.available_memory", lambda: 8 * GIB)
+
+
+@pytest.mark.parametrize(("each", "most"), [(GIB, 4), (3 * GIB, 1), (100 * GIB, 1), (GIB // 2, 8)])
+def test_half_of_what_is_left_is_taken(eight, each, most):
+    assert at_once(each) == most
+
+
+def test_nothing_fits_as_often_as_one_likes(eight):
+    assert at_once(0) == 4 * GIB
+
+
+def test_threads_share_what_is_left(eight):
+    found = shared_out(
+        lambda share, progress: [at_once(GIB)] * len(share), range(2), workers=2, progress=None
+    )
+    assert (found, at_once(GIB)) == ([2, 2], 4)
+
+
+def test_what_a_network_keeps_for_the_way_back():
+    """Of a row: its 10 numbers, and the 20 behind the ReLU, which it and the next layer keep once."""
+    network = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
+    eight, four = (kept_for_backward(network, torch.zeros(rows, 10)) for rows in (8, 4))
+    assert eight - four == 4 * 4 * (10 + 20)
+    assert four >= 4 * 4 * (10 + 20) + size_of([network[2].weight])
+
+
+def test_it_is_counted_where_no_weight_is_trained_too():
+    network = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5)).requires_grad_(False)
+    with torch.no_grad():
+        eight, four = (kept_for_backward(network, torch.zeros(rows, 10)) for rows in (8, 4))
+    assert eight - four >= 4 * 4 * 20
+
+
+def test_counting_draws_nothing():
+    network = nn.Sequential(nn.Linear(10, 20), nn.Dropout())
+    before = torch.get_rng_state()
+    kept_for_backward(network, torch.zeros(4, 10))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_gradients_are_matched_as_many_at_once_as_fit(observe_plain, monkeypatch, most):
+    """And the values are those of all at once."""
+    observations = [observe_plain(first=place)[0] for place in range(5)]
+    labels = [observation.labels for observation in observations]
+    matching = GradientMatching(observations, labels=labels)
+    points = matching.starts([torch.Generator().manual_seed(place) for place in range(5)])
+    expected = matching(points, torch.arange(5))
+
+    asked, sizes = [], []
+
+    class Noting(GradientMatching):
+        def _evaluated(self, points, index):
+            sizes.append(len(index))
+            return super()._evaluated(points, index)
+
+    monkeypatch.setattr(
+        "fedkl.attacks.matching.objectives.at_once", lambda each: (asked.append(each), most)[1]
+    )
+    found = Noting(observations, labels=labels)(points, torch.arange(5))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert (sum(sizes), max(sizes)) == (5, most)
+    own = size_of(dict(observations[0].model.named_parameters()).values())
+    assert asked[0] > 2 * 2 * own  # weights and what was observed, in double precision
+
+
+def test_more_images_and_more_steps_take_more(observe_plain, monkeypatch):
+    asked = []
+    monkeypatch.setattr("fedkl.attacks.matching.objectives.at_once", lambda each: (asked.append(each), 9)[1])
+    for size, epochs in ((1, 1), (4, 1), (4, 3)):
+        local = Procedure(algorithm="fedavg", batch_size=2, epochs=epochs, lr=0.1)
+        observation, _, _ = observe_plain(batch_size=size, local=local)
+        matching = GradientMatching([observation], labels=[observation.labels])
+        matching(matching.starts([torch.Generator()]), torch.tensor([0]))
+    one, four, thrice = asked
+    assert one < four
+    assert four < thrice < 3 * four

@@ -9,11 +9,12 @@ import pytest
 from fedkl import Procedure
 from fedkl.attacking.verdict import SAFE_FROM
 from fedkl.attacks import ATTACKS, register_attack
+from fedkl.attacks.memory import size_of
 from fedkl.auditing.attackers import Attacker
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.findings import of_pictures
 from fedkl.auditing.plan import Planned, exposures_of
-from fedkl.auditing.rebuilding import _trials, dataset_of, rebuild
+from fedkl.auditing.rebuilding import _lots, _trials, dataset_of, rebuild
 from fedkl.auditing.recognition import Pools
 from fedkl.defenses import NoDefense
 from fedkl.metrics import success_rate
@@ -85,3 +86,29 @@ def test_what_an_attack_broke_on_is_not_left_out():
 
 def share(hits, n):
     return success_rate([float(number < hits) for number in range(n)], threshold=1.0)._asdict()
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "ends"),
+    [
+        (20, 100, [2, 4, 8, 16, 20]),
+        (20, 5, [2, 4, 8, 13, 18, 20]),
+        (3, 1, [1, 2, 3]),
+        (2, 100, [2]),
+        (1, 100, [1]),
+    ],
+)
+def test_lots_grow_as_far_as_the_memory_lets_them(count, most, ends):
+    assert list(_lots(count, most=most)) == ends
+
+
+@pytest.mark.parametrize(("divisible", "expected"), [(True, 100), (False, 30)])
+def test_an_attacker_of_all_at_once_gets_as_many_as_fit(monkeypatch, divisible, expected):
+    asked = []
+    monkeypatch.setattr("fedkl.auditing.rebuilding.at_once", lambda each: (asked.append(each), 30)[1])
+    whole = replace(subject(), images=images(1000), labels=labels(1000), images_per_client=1)
+    (clients, *_) = exposures_of(whole, defense=NoDefense(), masking="none", batch_sizes=(), seed=0)
+    pools = Pools.of(whole.images, whole.labels, seed=0)
+    trials = _trials(clients, dataset_of(clients, pools), most=100, divisible=divisible)
+    assert len(trials) == expected
+    assert asked == ([] if divisible else [4 * size_of(clients.network.parameters())])

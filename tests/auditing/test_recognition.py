@@ -371,3 +371,14 @@ def test_more_than_chance_is_no_all_clear_however_few_clients_there_are(clients,
             assert found.auc_low < found.auc < found.auc_high
     assert sum(surely[:20]) >= 18
     assert sum(surely[20:]) <= 1
+
+
+@pytest.mark.parametrize(("most", "clients"), [(1, 6), (8, 8), (1000, clients_of(SIZE))])
+def test_as_many_updates_as_fit_into_the_memory_and_six_at_least(monkeypatch, most, clients):
+    asked = []
+    monkeypatch.setattr("fedkl.auditing.recognition.at_once", lambda each: (asked.append(each), most)[1])
+    found = recognize(clients_like(), pools=pools_of(subject()))
+    assert (found.clients, found.share.n) == (clients, SIZE * clients)
+    sent = sum(parameter.nbytes for parameter in mlp().parameters())
+    assert len(asked) == 2  # played ones and audited ones
+    assert all(each >= 4 * sent for each in asked)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedkl.auditing.rows import Layer, layers_of, rows_of
+from fedkl.auditing.rows import Layer, layers_of, looked_at, rows_of
 from tests.auditing.subjects import CLASSES, Words, convnet, images, labels, mlp, tokens
 
 COUNT = 7
@@ -242,3 +242,35 @@ def test_the_network_is_left_as_it_was_by_who_stops_halfway():
     next(chunks)
     chunks.close()
     assert same(before, state_of(network))
+
+
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_as_many_images_at_once_as_fit_into_the_memory(monkeypatch, most):
+    """Rows are the same; nothing is drawn to see how many fit."""
+    model = convnet()
+    layers = layers_of(model, dict(model.named_parameters()))
+    x, y = images(COUNT), labels(COUNT)
+    (whole,) = rows_of(model, x, y, layers=layers)
+    asked = []
+    monkeypatch.setattr("fedkl.auditing.rows.at_once", lambda each: (asked.append(each), most)[1])
+    before = torch.get_rng_state()
+    chunks = list(rows_of(model, x, y, layers=layers))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert max(len(next(iter(chunk.values())).inputs) for chunk in chunks) == min(most, COUNT)
+    for name, rows in whole.items():
+        torch.testing.assert_close(torch.cat([chunk[name].inputs for chunk in chunks]), rows.inputs)
+        torch.testing.assert_close(torch.cat([chunk[name].outputs for chunk in chunks]), rows.outputs)
+    one = sum(rows.inputs[:1].nbytes + rows.outputs[:1].nbytes for rows in whole.values())
+    assert asked[0] > 2 * one
+
+
+def test_what_is_looked_at_of_an_update():
+    """Norms, grouped convolutions and layers that are too wide are not."""
+    model = Odd()
+    update = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
+    update["table.bias"] = torch.zeros(8)
+    del update["uncalled.bias"]
+    found = looked_at(model, update)
+    expected = {"uncalled.weight", "table.weight", "table.bias", "auxiliary.weight", "auxiliary.bias"}
+    assert set(found) == expected | {"fc.weight", "fc.bias"}
+    assert all(found[name] is update[name] for name in found)

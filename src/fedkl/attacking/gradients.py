@@ -8,12 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedkl.attacks.memory import at_once, kept_for_backward, size_of
 from fedkl.keys import Uniform, secure_uniform
 from fedkl.protocol import Procedure, trained_parameters
 from fedkl.protocol.differentiable import plain_attention
 from fedkl.protocol.private_gradient import is_untraceable, private_gradient
 from fedkl.protocol.procedure import loss_of
 from fedkl.types import Inputs, Labels
+
+_MOST_KEPT = (
+    2000  # bytes on the way there and back for a byte of an image, at most: who keeps less is not asked
+)
+_COPIES = 3  # at once, of what is kept and of what is sent
 
 
 def gradients(
@@ -65,8 +71,22 @@ def _gradients_at_once(
     gradient = torch.func.grad(loss)
     wanted = {name: parameters[name] for name in names}
     with plain_attention():
-        found = torch.vmap(gradient, in_dims=(None, 0, 0), randomness="different")(wanted, images, labels)
+        found = torch.vmap(
+            gradient,
+            in_dims=(None, 0, 0),
+            randomness="different",
+            chunk_size=_fitting(model, images, sent=size_of(wanted.values())),
+        )(wanted, images, labels)
     return dict(found)
+
+
+def _fitting(model: nn.Module, images: Tensor, *, sent: int) -> int | None:
+    """How many batches at once, of which each sends so many bytes; None: all."""
+    count = len(images)
+    if count == 1 or at_once(_MOST_KEPT * images[0].nbytes + _COPIES * sent) >= count:
+        return None
+    most = at_once(_COPIES * (kept_for_backward(model, images[0]) + sent))
+    return most if most < count else None
 
 
 def step_gradient(

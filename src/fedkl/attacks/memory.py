@@ -1,11 +1,54 @@
-"""How much memory there is."""
+"""How much memory there is, and how much of a work fits into it at once."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+_TAKEN = 2  # one part in so many of what is left
+_thread = threading.local()
+
+
+def shared_by(workers: int) -> None:
+    """Tells this thread's `at_once` that so many threads take what is left."""
+    _thread.workers = workers
+
+
+def at_once(each: int) -> int:
+    """How many computations of so many bytes each fit into half of the memory that is left; 1 at least."""
+    return max(1, available_memory() // (_TAKEN * getattr(_thread, "workers", 1)) // max(1, each))
+
+
+def kept_for_backward(model: nn.Module, inputs: Tensor) -> int:
+    """Bytes that a network keeps of inputs on their way forward, to find the way back; weights included."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = inputs.detach().clone().requires_grad_(inputs.is_floating_point())
+    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),  # what a network draws is not to depend on this
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        output = model(inputs)  # lives until all is counted: memory that is free is given out again
+    del output
+    return sum(kept.values())
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def available_memory(root: Path = Path("/")) -> int:

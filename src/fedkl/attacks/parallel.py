@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from fedkl.attacks.memory import shared_by
+
 Progress = Callable[[int, int], None]
 """Called with (evaluations so far, problems still running)."""
 
@@ -41,7 +43,7 @@ def shared_out(
     board = _Board(progress or _ignore, [len(share) for share in shares])
     before = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        with ThreadPoolExecutor(workers, initializer=_one_of, initargs=(workers,)) as executor:
             futures = [executor.submit(run, share, board.of(worker)) for worker, share in enumerate(shares)]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -57,6 +59,11 @@ def shared_out(
     for worker, share in enumerate(found):
         results |= {worker + workers * place: result for place, result in enumerate(share)}
     return [results[place] for place in range(len(problems))]
+
+
+def _one_of(workers: int) -> None:
+    torch.set_num_threads(1)
+    shared_by(workers)
 
 
 class _Stopped(Exception):  # noqa: N818 - no error: the way out of a share whose results nobody wants

@@ -18,6 +18,7 @@ from fedkl.attacking.grid import NotRun
 from fedkl.attacking.results import broken, not_run, shares
 from fedkl.attacking.verdict import SAFE_FROM
 from fedkl.attacks import Refusal
+from fedkl.attacks.memory import at_once, size_of
 from fedkl.auditing.attackers import Attacker
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.recognition import Pools
@@ -32,6 +33,8 @@ SHOWN = 8
 
 FIRST_LOT = 2
 """Trials attacked before the clock is looked at; each later lot is twice as large."""
+
+_COPIES = 4  # of an update: what is observed, in an attack's precision, and what the defense made of it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,7 +127,7 @@ def refusal(attacker: Attacker, clients: Clients, pools: Pools) -> Refusal | Non
 def work(attacker: Attacker, clients: Clients, pools: Pools) -> tuple[int, int]:
     """Updates of such a client that an attacker computes, about: in all, and before it looks at the clock."""
     count = _count(clients, most=attacker.images, there=len(pools.audited.images))
-    first = next(_lots(count)) if attacker.attack().divisible else count
+    first = next(_lots(count, most=count)) if attacker.attack().divisible else count
     guesses = len(_arms(attacker, clients, dataset_of(clients, pools)))
     whole, least = (guesses * (attacker.once + attacker.each * updates) for updates in (count, first))
     return whole, least
@@ -160,13 +163,13 @@ def rebuild(
             raise _OverError
 
     dataset, network = dataset_of(clients, pools), _network(clients)
-    trials, arms = _trials(clients, dataset, most=attacker.images), _arms(attacker, clients, dataset)
+    attack, arms, done = attacker.attack(), _arms(attacker, clients, dataset), 0
+    trials = _trials(clients, dataset, most=attacker.images, divisible=attack.divisible)
     count = len(trials)
     found: list[TrialResult] = []
     refused: list[NotRun] = []
-    attack, done = attacker.attack(), 0
     with suppress(_OverError):
-        for last in _lots(count) if attack.divisible else [count]:
+        for last in _lots(count, most=_fitting(network)) if attack.divisible else [count]:
             attack_arms(
                 arms,
                 attack=attack,
@@ -192,9 +195,11 @@ def rebuild(
     return _figures(arms, found, refused, trials, dataset, clients.seed, attacker)
 
 
-def _trials(clients: Clients, dataset: Dataset, *, most: int) -> list[Trial]:
-    """What is attacked."""
+def _trials(clients: Clients, dataset: Dataset, *, most: int, divisible: bool = True) -> list[Trial]:
+    """What is attacked; where all are attacked at once, as many as the memory suffices for."""
     count = _count(clients, most=most, there=len(dataset.test_images))
+    if not divisible:
+        count = min(count, _fitting(clients.network))
     if clients.sent is None:
         return trials_of(dataset, trials=count, batch_size=clients.exposure.images_behind)
     return [
@@ -222,13 +227,18 @@ def _network(clients: Clients) -> nn.Module:
     return clients.network if isinstance(clients.procedure, Procedure) else clients.view()
 
 
-def _lots(count: int) -> Iterator[int]:
-    """Ends of lots that grow."""
-    last = FIRST_LOT
+def _lots(count: int, *, most: int) -> Iterator[int]:
+    """Ends of lots that grow, up to `most` each."""
+    last = min(FIRST_LOT, most)
     while last < count:
         yield last
-        last *= 2
+        last += min(last, most)
     yield count
+
+
+def _fitting(network: nn.Module) -> int:
+    """So many updates of it may be attacked at once, as far as they themselves take memory."""
+    return at_once(_COPIES * size_of(network.parameters()))
 
 
 def _arms(attacker: Attacker, clients: Clients, dataset: Dataset) -> list[Arm]:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkl import rng
+from fedkl.attacks.memory import at_once, size_of
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.presence import LayerScores, PresenceTest
+from fedkl.auditing.rows import looked_at
 from fedkl.errors import DataError
 from fedkl.metrics import mean_interval, success_rate
 from fedkl.metrics.statistics import Rate
@@ -31,6 +33,7 @@ _FEWEST, _MOST = 6, 100  # clients
 _POOL = 240  # images that are looked at under each update, of each kind, at least
 _KEPT_BACK = 6000  # scores that set the threshold, over all updates
 _LIKE = 10  # images of a recorded client's classes that are not its own
+_COPIES = 4  # of what is looked at of an update: itself, whitened, its row space, and as a row
 _SURELY = 3.29  # standard deviations, 99.9 %
 _LEARNED_FROM = 2000  # images whose layers' inputs are looked at, once
 
@@ -144,8 +147,8 @@ def recognize(
     def steps(done: int) -> None:
         progress(0.7 * done / (2 * count))
 
-    test, _ = learn(clients, pools=pools, told=steps)
-    audited, seen, present = _audited(clients, pools, count, size, told=lambda n: steps(count + n))
+    test = learn(clients, pools=pools, told=steps)[0]  # the played updates are not kept
+    audited, seen, present = _audited(clients, pools, told=lambda n: steps(count + n))
     kept_back = pools.kept_back.first(max(_POOL, _KEPT_BACK // len(seen)))
     real = clients.sent is not None  # whose classes may be few: an image of one of them is like its members
     null, found = test.both(
@@ -177,25 +180,23 @@ def learn(
         told: Called with how many were played.
     """
     size = clients.exposure.images_behind
-    own, seed = pools.own.first(max(_POOL, 2 * size)), clients.seed
-    played, members = _drawn(
-        own, clients_of(size), size, clients.played, seed=seed, purpose="played", told=told
-    )
+    own, view = pools.own.first(max(_POOL, 2 * size)), clients.view()
+    played, members = _drawn(own, clients, clients.played, view=view, purpose="played", told=told)
     images, labels = pools.own.first(_LEARNED_FROM)
-    scores = LayerScores(clients.view(), played[0], images=images, labels=labels)
+    scores = LayerScores(view, played[0], images=images, labels=labels)
     test = PresenceTest(scores, played=played, members=members, images=own.images, labels=own.labels)
     return test, played
 
 
 def _audited(
-    clients: Clients, pools: Pools, count: int, size: int, *, told: Callable[[int], None]
+    clients: Clients, pools: Pools, *, told: Callable[[int], None]
 ) -> tuple[Pool, Sequence[Mapping[str, Tensor]], Tensor]:
     """The candidates, real updates, and which of the candidates are in each."""
     if clients.sent is not None:
         return pools.audited, clients.sent.updates, clients.sent.members(len(pools.audited.images))
-    audited = pools.audited.first(max(_POOL, 2 * size))
+    audited = pools.audited.first(max(_POOL, 2 * clients.exposure.images_behind))
     seen, present = _drawn(
-        audited, count, size, clients.update, seed=clients.seed, purpose="audited", told=told
+        audited, clients, clients.update, view=clients.view(), purpose="audited", told=told
     )
     return audited, seen, present
 
@@ -229,23 +230,34 @@ def check_enough(
 
 def _drawn(
     pool: Pool,
-    count: int,
-    size: int,
+    clients: Clients,
     update: Callable[..., dict[str, Tensor]],
     *,
-    seed: int,
+    view: nn.Module,
     purpose: str,
     told: Callable[[int], None],
 ) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """Updates of clients with images of a pool, and which each trained on; shape ``(clients, images)``."""
-    updates, members = [], torch.zeros(count, len(pool.images), dtype=torch.bool)
-    for number in range(count):
-        generator = rng.generator(seed, "presence", purpose, number)
+    """What is looked at of updates of clients with images of a pool, and which each trained on.
+
+    As many as `clients_of` says; fewer, but not fewer than six, where the memory does not suffice.
+
+    Returns:
+        Updates, and a bool of shape ``(clients, images)``.
+    """
+    size = clients.exposure.images_behind
+    count = clients_of(size)
+    updates: list[dict[str, Tensor]] = []
+    members = torch.zeros(count, len(pool.images), dtype=torch.bool)
+    while len(updates) < count:
+        number = len(updates)
+        generator = rng.generator(clients.seed, "presence", purpose, number)
         places = torch.randperm(len(pool.images), generator=generator)[:size]
         members[number, places] = True
-        updates.append(update(*pool.of(places), number=number))
+        updates.append(looked_at(view, update(*pool.of(places), number=number)))
+        if number == 0:
+            count = min(count, max(_FEWEST, at_once(_COPIES * size_of(updates[0].values()))))
         told(number + 1)
-    return updates, members
+    return updates, members[:count]
 
 
 def _figures(null: Tensor, scores: Tensor, members: Tensor, rest: Tensor) -> Recognized:

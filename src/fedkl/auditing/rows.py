@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedkl.attacks.memory import at_once, kept_for_backward, size_of
 from fedkl.protocol.procedure import loss_of
 
 _WIDEST = 4096  # inputs of a layer, whose second moments are inverted
+_COPIES = 3  # of an image's rows, and of its largest gradient, at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,11 @@ class Layer:
     bias: bool
     inputs: int
     outputs: int
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of its part of an update."""
+        return (f"{self.name}.weight", f"{self.name}.bias") if self.bias else (f"{self.name}.weight",)
 
     def matrix(self, update: Mapping[str, Tensor]) -> Tensor:
         """The layer's part of an update; shape ``(outputs, inputs)``."""
@@ -72,6 +79,11 @@ class Rows:
     outputs: Tensor = field(repr=False)
 
 
+def looked_at(model: nn.Module, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `layers_of` reads of an update."""
+    return {name: update[name] for layer in layers_of(model, update) for name in layer.tensors}
+
+
 def rows_of(
     model: nn.Module, images: Tensor, labels: Tensor, *, layers: list[Layer], chunk: int = 64
 ) -> Iterator[dict[str, Rows]]:
@@ -83,16 +95,27 @@ def rows_of(
         labels: Shape ``(images,)``.
         layers: Of `layers_of`. Not in the result is one that the model does not call, that nothing before or
             in it is trained of, or that is not called with the images first.
-        chunk: Images at once.
+        chunk: Images at once, at most; fewer where the memory does not suffice.
     """
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
+        if len(images) > 1:
+            chunk = min(chunk, at_once(_bytes_of_one(model, images[:1], labels[:1], layers)))
         for part in torch.split(torch.arange(len(images)), chunk):
             yield _rows(model, images[part], labels[part], layers)
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def _bytes_of_one(model: nn.Module, images: Tensor, labels: Tensor, layers: list[Layer]) -> int:
+    """Of an image, about: what the network keeps, its rows, and what is made of them."""
+    with torch.random.fork_rng(devices=[]):  # what the network draws is not to depend on this
+        rows = _rows(model, images, labels, layers)
+    each = sum(size_of((found.inputs, found.outputs)) for found in rows.values())
+    largest = max((4 * layer.inputs * layer.outputs for layer in layers), default=0)
+    return kept_for_backward(model, images) + _COPIES * (each + largest)
 
 
 def _rows(model: nn.Module, images: Tensor, labels: Tensor, layers: list[Layer]) -> dict[str, Rows]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
 from fedkl.attacks.matching.stacks import Stacks
+from fedkl.attacks.memory import at_once, kept_for_backward
 from fedkl.attacks.priors import Prior
 from fedkl.protocol import Observation, Rescaling
 from fedkl.protocol.differentiable import (
@@ -30,6 +32,7 @@ _Tensors = dict[str, Tensor]
 _EXPONENT: dict[Weighting, float] = {"none": 0.0, "sqrt": 0.5, "full": 1.0}
 # Gradients below this fraction of the whole (e.g. of a bias before a norm) are float32 rounding noise.
 _NOISE = 1e-10
+_WAYS, _COPIES = 4, 4  # of what a step keeps, and of a problem's tensors, at once
 
 
 def check_matchable(observation: Observation) -> None:
@@ -114,6 +117,18 @@ class GradientMatching:
                 parameter.data = parameters.first(name)
         return parameters, Stacks(buffers, dtype=self.dtype)
 
+    @cached_property
+    def _most(self) -> int:
+        """Problems at once."""
+        return at_once(self._bytes())
+
+    def _bytes(self) -> int:
+        """Of one problem at a time, about: the way forward and back, and back through both, of every step."""
+        passes = sum(map(len, self._batches)) / self.shape[0]
+        kept = kept_for_backward(self._model, torch.zeros(self.shape, dtype=self.dtype, device=self.device))
+        held = sum(each.bytes_of_one for each in (self._known, self._buffers, self._observed))
+        return int(_WAYS * passes * kept) + _COPIES * held
+
     @property
     def device(self) -> torch.device:
         """Where points must be."""
@@ -142,6 +157,17 @@ class GradientMatching:
 
     def __call__(self, points: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Values and gradients at points, for the problems of these indexes; a problem may come twice."""
+        parts = [
+            self._evaluated(some, numbers)
+            for some, numbers in zip(
+                torch.split(points, self._most), torch.split(index, self._most), strict=True
+            )
+        ]
+        values, gradients = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(gradients)
+
+    def _evaluated(self, points: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Of so many as fit into the memory at once."""
         known, buffers, observed = (held.at(index) for held in (self._known, self._buffers, self._observed))
         weights, aside = (
             {name: tensor[index] for name, tensor in tensors.items()}

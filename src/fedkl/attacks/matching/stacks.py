@@ -56,6 +56,11 @@ class Stacks(Mapping[str, Tensor]):
         """What is held."""
         return sum(values.nbytes for values in self._values.values())
 
+    @property
+    def bytes_of_one(self) -> int:
+        """What one problem's tensors take."""
+        return sum(values[0].nbytes for values in self._values.values())
+
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
