@@ -207,6 +207,37 @@ def test_both_ways_to_what_a_subspace_captures_agree(count, places):
     assert (spans._projectors is not None) == (count > 1), "the case does not take the way that it is for"
 
 
+@pytest.mark.parametrize("most", [8, 9, 10, 100])
+def test_a_wide_layer_takes_the_way_that_fits_into_the_memory(monkeypatch, most):
+    """Nine projectors of 12 × 12, and room for one more; moments a few at once."""
+    generator = torch.Generator().manual_seed(0)
+    bases = [torch.linalg.qr(torch.randn(12, 8, generator=generator)).Q for _ in range(9)]
+    inputs = torch.randn(25, 40, 12, generator=generator)
+    expected = _Spans(bases).captured(inputs)
+    monkeypatch.setattr("fedkl.auditing.presence._MOMENTS", 11)
+    asked = []
+    monkeypatch.setattr("fedkl.auditing.presence.at_once", lambda each: (asked.append(each), most)[1])
+    spans = _Spans(bases)
+    torch.testing.assert_close(spans.captured(inputs), expected, atol=1e-4, rtol=1e-4)
+    assert (spans._projectors is not None) == (most > 9)
+    assert asked == [4 * 144] + [2 * 4 * 144] * (most > 9)
+
+
+def test_updates_are_taken_apart_once_for_all_lots_of_candidates(monkeypatch):
+    observed, (x, y) = updates(network()), pool()
+    members = torch.zeros(2, 40, dtype=torch.bool)
+    members[0, :6] = members[1, 6:12] = True
+    test = PresenceTest(
+        scores_of(network(), observed[0]), played=observed, members=members, images=x[:40], labels=y[:40]
+    )
+    taken, real = [], LayerScores._of
+    monkeypatch.setattr(
+        LayerScores, "_of", lambda self, layer, sent: (taken.append(layer.name), real(self, layer, sent))[1]
+    )
+    test.both(observed, kept_back=(x[40:80], y[40:80]), images=x[80:], labels=y[80:])
+    assert sorted(taken) == ["1", "3"]
+
+
 def test_a_network_without_layers_to_look_in_is_refused():
     class Bare(nn.Module):
         def __init__(self):
@@ -254,7 +285,9 @@ def fitted_test(**given):
     answers = iter(given["answers"])
     nothing = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
     scores = LayerScores(network(), updates(network(), 1)[0], images=pool()[0], labels=pool()[1])
-    scores.__class__ = type("Given", (LayerScores,), {"__call__": lambda self, *args: next(answers)})
+    scores.__class__ = type(
+        "Given", (LayerScores,), {"under": lambda self, updates: lambda *candidates: next(answers)}
+    )
     return PresenceTest(
         scores, played=[{}, {}], members=given["members"], images=nothing[0], labels=nothing[1]
     )

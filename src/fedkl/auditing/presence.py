@@ -23,18 +23,20 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from fedkl.attacks.memory import at_once
 from fedkl.auditing.rows import Layer, layers_of, rows_of
 from fedkl.errors import DataError
 
 _RIDGE = 1e-3  # of the mean eigenvalue
 _RANK = 1e-4  # singular values below this share of the largest are rounding
-_MOMENTS = 640  # inputs of a layer up to which second moments of single images fit into memory
+_MOMENTS = 640  # inputs of a layer up to which second moments always fit into memory
 _PLACES = 64  # of an image, from which moments are taken: neighbors are alike
 _PENALTY = 1.0  # of squared weights, for standardized scores
 _FARTHEST = 10.0  # standard deviations from images that were not trained on; beyond, a score says no more
@@ -108,8 +110,17 @@ class LayerScores:
             Shape ``(updates, images, scores)``; span is between 0 and 1, ratio between −1 and 1, match in the
             update's unit.
         """
-        found = []
+        return self.under(updates)(images, labels)
+
+    def under(self, updates: Sequence[Mapping[str, Tensor]]) -> Callable[[Tensor, Tensor], Tensor]:
+        """The same for several lots of candidates: what is computed of the updates serves all of them."""
         observed = {layer.name: self._of(layer, updates) for layer in self.layers}
+        return partial(self._scored, observed)
+
+    def _scored(
+        self, observed: Mapping[str, tuple[_Spans, Tensor, Tensor]], images: Tensor, labels: Tensor
+    ) -> Tensor:
+        found = []
         for chunk in rows_of(self._model, images, labels, layers=self.layers):
             scores, products, squares = [], torch.tensor(0.0), torch.tensor(0.0)
             for layer in self.layers:
@@ -162,12 +173,20 @@ class _Spans:
             Shape ``(updates, images)``.
         """
         places, width = inputs.shape[1:]
-        if width > _MOMENTS or places * self._rank < (places + len(self._bases)) * width:
+        if places * self._rank < (places + len(self._bases)) * width or not self._fit(width):
             return torch.stack([(inputs @ basis).square().sum((1, 2)) for basis in self._bases])
         # The same by way of the images' second moments, which serve all updates.
         if self._projectors is None:
             self._projectors = torch.stack([basis @ basis.T for basis in self._bases]).flatten(1)
-        return self._projectors @ (inputs.mT @ inputs).flatten(1).T
+        most = len(inputs) if width <= _MOMENTS else at_once(2 * 4 * width**2)
+        parts = inputs.split(most)  # type: ignore[no-untyped-call]
+        return torch.cat([self._projectors @ (part.mT @ part).flatten(1).T for part in parts], 1)
+
+    def _fit(self, width: int) -> bool:
+        """Whether there is memory for all projectors, with as much again for what else is done."""
+        if width <= _MOMENTS or self._projectors is not None:
+            return True
+        return at_once(4 * width**2) > len(self._bases)
 
 
 def _second_moment(rows: Tensor) -> Tensor:
@@ -239,7 +258,8 @@ class PresenceTest:
         Returns:
             Shapes ``(updates, images kept back)`` and ``(updates, images)``.
         """
-        null, found = self._scores(updates, *kept_back), self._scores(updates, images, labels)
+        scores = self._scores.under(updates)
+        null, found = scores(*kept_back), scores(images, labels)
         for label in set(kept_back[1].tolist()) if by_class else ():
             mine, same = kept_back[1] == label, labels == label
             center = null[:, mine].mean(1, keepdim=True)

@@ -32,7 +32,7 @@ _Tensors = dict[str, Tensor]
 _EXPONENT: dict[Weighting, float] = {"none": 0.0, "sqrt": 0.5, "full": 1.0}
 # Gradients below this fraction of the whole (e.g. of a bias before a norm) are float32 rounding noise.
 _NOISE = 1e-10
-_WAYS, _COPIES = 4, 4  # of what a step keeps, and of a problem's tensors, at once
+_WAYS, _COPIES = 8, 4  # of what a step keeps, and of a problem's tensors, at once
 
 
 def check_matchable(observation: Observation) -> None:
