@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -103,6 +106,56 @@ def test_counting_draws_nothing():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_what_was_counted_is_freed():
+    """A hook that gives back what a ReLU keeps of its own output would hold it for ever."""
+    seen = []
+
+    class Noting(nn.ReLU):
+        def forward(self, x):
+            found = super().forward(x)
+            seen.append(weakref.ref(found.untyped_storage()))
+            return found
+
+    kept_for_backward(nn.Sequential(nn.Linear(10, 20), Noting(), nn.Linear(20, 5)), torch.zeros(4, 10))
+    gc.collect()
+    assert [each() for each in seen] == [None]
+
+
+def test_a_view_counts_by_itself():
+    """As of weights that lie in one stack with those of other problems."""
+    whole, alone = nn.Linear(10, 20), nn.Linear(10, 20)
+    whole.weight.data = torch.zeros(50, 20, 10)[7]
+    assert kept_for_backward(whole, torch.zeros(4, 10)) == kept_for_backward(alone, torch.zeros(4, 10))
+
+
+class Raising(nn.Module):
+    def forward(self, x):
+        raise KeyError("batch of one")
+
+
+class InPlace(nn.Module):
+    def forward(self, x):
+        return x.sub_(1).sin()
+
+
+def test_a_network_that_cannot_be_asked_takes_what_it_takes():
+    assert kept_for_backward(Raising(), torch.zeros(4, 10)) == 0
+
+
+def test_inputs_stay_as_they_are():
+    inputs = torch.zeros(4, 10)
+    assert kept_for_backward(InPlace(), inputs) >= inputs.nbytes
+    assert inputs.eq(0).all()
+    assert not inputs.requires_grad
+
+
+def test_of_an_accelerator_its_own_memory_counts(monkeypatch):
+    monkeypatch.setattr("fedkl.attacks.memory.available_memory", lambda: 8 * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * GIB, 100 * GIB))
+    assert at_once(GIB // 4, device=torch.device("cuda")) == 4
+    assert at_once(GIB // 4) == 16
+
+
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_gradients_are_matched_as_many_at_once_as_fit(observe_plain, monkeypatch, most):
     """And the values are those of all at once."""
@@ -120,7 +173,7 @@ def test_gradients_are_matched_as_many_at_once_as_fit(observe_plain, monkeypatch
             return super()._evaluated(points, index)
 
     monkeypatch.setattr(
-        "fedkl.attacks.matching.objectives.at_once", lambda each: (asked.append(each), most)[1]
+        "fedkl.attacks.matching.objectives.at_once", lambda each, device: (asked.append(each), most)[1]
     )
     found = Noting(observations, labels=labels)(points, torch.arange(5))
     for one, other in zip(found, expected, strict=True):
@@ -132,7 +185,9 @@ def test_gradients_are_matched_as_many_at_once_as_fit(observe_plain, monkeypatch
 
 def test_more_images_and_more_steps_take_more(observe_plain, monkeypatch):
     asked = []
-    monkeypatch.setattr("fedkl.attacks.matching.objectives.at_once", lambda each: (asked.append(each), 9)[1])
+    monkeypatch.setattr(
+        "fedkl.attacks.matching.objectives.at_once", lambda each, device: (asked.append(each), 9)[1]
+    )
     for size, epochs in ((1, 1), (4, 1), (4, 3)):
         local = Procedure(algorithm="fedavg", batch_size=2, epochs=epochs, lr=0.1)
         observation, _, _ = observe_plain(batch_size=size, local=local)
@@ -140,4 +195,17 @@ def test_more_images_and_more_steps_take_more(observe_plain, monkeypatch):
         matching(matching.starts([torch.Generator()]), torch.tensor([0]))
     one, four, thrice = asked
     assert one < four
-    assert four < thrice < 3 * four
+    assert 2.5 * four < thrice <= 3 * four
+
+
+def test_what_a_problem_takes_does_not_depend_on_the_others(observe_plain, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "fedkl.attacks.matching.objectives.at_once", lambda each, device: (asked.append(each), 9)[1]
+    )
+    observations = [observe_plain(first=place)[0] for place in range(5)]  # each of a network of its own
+    for count in (1, 5):
+        some = observations[:count]
+        matching = GradientMatching(some, labels=[observation.labels for observation in some])
+        matching(matching.starts([torch.Generator()] * count), torch.arange(count))
+    assert asked[0] == asked[1]

@@ -16,7 +16,7 @@ from fedkl.auditing.findings import of_pictures
 from fedkl.auditing.plan import Planned, exposures_of
 from fedkl.auditing.rebuilding import _lots, _trials, dataset_of, rebuild
 from fedkl.auditing.recognition import Pools
-from fedkl.defenses import NoDefense
+from fedkl.defenses import NoDefense, plain_arm
 from fedkl.metrics import success_rate
 from tests.attacking.breaking import Breaking
 from tests.auditing.subjects import images, labels, subject
@@ -102,13 +102,13 @@ def test_lots_grow_as_far_as_the_memory_lets_them(count, most, ends):
     assert list(_lots(count, most=most)) == ends
 
 
-@pytest.mark.parametrize(("divisible", "expected"), [(True, 100), (False, 30)])
-def test_an_attacker_of_all_at_once_gets_as_many_as_fit(monkeypatch, divisible, expected):
+@pytest.mark.parametrize(("arms", "expected"), [(0, 100), (1, 30), (3, 30)])
+def test_an_attacker_of_all_at_once_gets_as_many_as_fit(monkeypatch, arms, expected):
     asked = []
     monkeypatch.setattr("fedkl.auditing.rebuilding.at_once", lambda each: (asked.append(each), 30)[1])
     whole = replace(subject(), images=images(1000), labels=labels(1000), images_per_client=1)
     (clients, *_) = exposures_of(whole, defense=NoDefense(), masking="none", batch_sizes=(), seed=0)
     pools = Pools.of(whole.images, whole.labels, seed=0)
-    trials = _trials(clients, dataset_of(clients, pools), most=100, divisible=divisible)
+    trials = _trials(clients, dataset_of(clients, pools), most=100, together=arms * [plain_arm()])
     assert len(trials) == expected
-    assert asked == ([] if divisible else [4 * size_of(clients.network.parameters())])
+    assert asked == [5 * arms * size_of(clients.network.parameters())][: min(arms, 1)]

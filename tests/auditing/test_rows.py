@@ -48,7 +48,7 @@ class Odd(nn.Module):
 
 
 class Noting(nn.Module):
-    """Raises at its second call."""
+    """Raises from its second call on."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ class Noting(nn.Module):
 
     def forward(self, x):
         self.calls += 1
-        if self.calls == 2:
+        if self.calls >= 2:
             raise RuntimeError("no more")
         return self.fc(x.flatten(1))
 
@@ -246,22 +246,59 @@ def test_the_network_is_left_as_it_was_by_who_stops_halfway():
 
 @pytest.mark.parametrize("most", [1, 3, 100])
 def test_as_many_images_at_once_as_fit_into_the_memory(monkeypatch, most):
-    """Rows are the same; nothing is drawn to see how many fit."""
     model = convnet()
     layers = layers_of(model, dict(model.named_parameters()))
     x, y = images(COUNT), labels(COUNT)
     (whole,) = rows_of(model, x, y, layers=layers)
     asked = []
     monkeypatch.setattr("fedkl.auditing.rows.at_once", lambda each: (asked.append(each), most)[1])
-    before = torch.get_rng_state()
     chunks = list(rows_of(model, x, y, layers=layers))
-    assert torch.equal(torch.get_rng_state(), before)
     assert max(len(next(iter(chunk.values())).inputs) for chunk in chunks) == min(most, COUNT)
     for name, rows in whole.items():
         torch.testing.assert_close(torch.cat([chunk[name].inputs for chunk in chunks]), rows.inputs)
         torch.testing.assert_close(torch.cat([chunk[name].outputs for chunk in chunks]), rows.outputs)
     one = sum(rows.inputs[:1].nbytes + rows.outputs[:1].nbytes for rows in whole.values())
     assert asked[0] > 2 * one
+
+
+class Odder(nn.Module):
+    """Draws in eval mode, works in place, and takes batches of its own size only."""
+
+    def __init__(self, least=1):
+        super().__init__()
+        self.fc = nn.Linear(64, CLASSES)
+        self.least = least
+
+    def forward(self, x):
+        if len(x) < self.least:
+            raise ValueError("too few")
+        return self.fc(F.dropout(x.sub_(0.5).flatten(1), training=True))
+
+
+@pytest.mark.parametrize("least", [1, 2, 5], ids=["any", "not one", "not two"])
+def test_asking_how_many_fit_changes_nothing(monkeypatch, least):
+    model, x, y = Odder(least), images(COUNT), labels(COUNT)
+    before, layers = x.clone(), layers_of(model, dict(model.named_parameters()))
+    found = []
+    for asked in (2, 100):
+        monkeypatch.setattr("fedkl.auditing.rows._ASKED", asked)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            found += rows_of(model, x, y, layers=layers)
+    assert torch.equal(x, before)
+    asked, unasked = (each["fc"].inputs for each in found)
+    assert torch.equal(asked, unasked)
+
+
+def test_no_more_images_at_once_than_are_of_use(monkeypatch):
+    model = convnet()
+    layers = layers_of(model, dict(model.named_parameters()))
+    asked = []
+    monkeypatch.setattr("fedkl.auditing.rows.at_once", lambda each: (asked.append(each), 100)[1])
+    list(rows_of(model, images(COUNT), labels(COUNT), layers=layers))
+    monkeypatch.setattr("fedkl.auditing.rows._ENOUGH", 3 * asked[0] + 1)
+    chunks = list(rows_of(model, images(COUNT), labels(COUNT), layers=layers))
+    assert [len(next(iter(chunk.values())).inputs) for chunk in chunks] == [3, 3, 1]
 
 
 def test_what_is_looked_at_of_an_update():

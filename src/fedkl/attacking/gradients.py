@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -82,10 +83,10 @@ def _gradients_at_once(
 
 def _fitting(model: nn.Module, images: Tensor, *, sent: int) -> int | None:
     """How many batches at once, of which each sends so many bytes; None: all."""
-    count = len(images)
-    if count == 1 or at_once(_MOST_KEPT * images[0].nbytes + _COPIES * sent) >= count:
+    count, fit = len(images), partial(at_once, device=images.device)
+    if count <= 1 or fit(_MOST_KEPT * images[0].nbytes + _COPIES * sent) >= count:
         return None
-    most = at_once(_COPIES * (kept_for_backward(model, images[0]) + sent))
+    most = fit(_COPIES * (kept_for_backward(model, images[0]) + sent))
     return most if most < count else None
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+_CPU = torch.device("cpu")
 _TAKEN = 2  # one part in so many of what is left
 _thread = threading.local()
+_one_asks = threading.Lock()  # who asks puts PyTorch's generator back to where it was
 
 
 def shared_by(workers: int) -> None:
@@ -20,30 +22,40 @@ def shared_by(workers: int) -> None:
     _thread.workers = workers
 
 
-def at_once(each: int) -> int:
+def at_once(each: int, *, device: torch.device = _CPU) -> int:
     """How many computations of so many bytes each fit into half of the memory that is left; 1 at least."""
-    return max(1, available_memory() // (_TAKEN * getattr(_thread, "workers", 1)) // max(1, each))
+    left = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return max(1, left // (_TAKEN * getattr(_thread, "workers", 1)) // max(1, each))
 
 
 def kept_for_backward(model: nn.Module, inputs: Tensor) -> int:
-    """Bytes that a network keeps of inputs on their way forward, to find the way back; weights included."""
+    """Bytes that a network keeps of inputs on their way forward, to find the way back; weights included.
+
+    0 of a network that cannot be asked: it takes what it takes.
+    """
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        if tensor.layout == torch.strided:
+            size = min(
+                tensor.nbytes, tensor.untyped_storage().nbytes()
+            )  # of a view its own, of an expansion's
+            kept[tensor.data_ptr()] = max(size, kept.get(tensor.data_ptr(), 0))
+        return tensor.detach()  # the tensor itself would never be freed
 
-    inputs = inputs.detach().clone().requires_grad_(inputs.is_floating_point())
     devices = [inputs.device] if inputs.device.type == "cuda" else []
     with (
+        contextlib.suppress(Exception),  # a user's network may raise anything
+        _one_asks,
         torch.random.fork_rng(devices=devices),  # what a network draws is not to depend on this
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
-        output = model(inputs)  # lives until all is counted: memory that is free is given out again
-    del output
-    return sum(kept.values())
+        asked = inputs.detach().clone().requires_grad_(inputs.is_floating_point())
+        output = model(asked.clone())  # lives until all is counted: memory that is free is given out again
+        del output
+        return sum(kept.values())
+    return 0
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

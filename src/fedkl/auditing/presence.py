@@ -177,16 +177,18 @@ class _Spans:
             return torch.stack([(inputs @ basis).square().sum((1, 2)) for basis in self._bases])
         # The same by way of the images' second moments, which serve all updates.
         if self._projectors is None:
-            self._projectors = torch.stack([basis @ basis.T for basis in self._bases]).flatten(1)
+            self._projectors = inputs.new_empty(len(self._bases), width**2)
+            for place, basis in enumerate(self._bases):
+                self._projectors[place] = (basis @ basis.T).flatten()
         most = len(inputs) if width <= _MOMENTS else at_once(2 * 4 * width**2)
         parts = inputs.split(most)  # type: ignore[no-untyped-call]
         return torch.cat([self._projectors @ (part.mT @ part).flatten(1).T for part in parts], 1)
 
     def _fit(self, width: int) -> bool:
-        """Whether there is memory for all projectors, with as much again for what else is done."""
+        """Whether there is memory for all projectors, with three times as much for what else is done."""
         if width <= _MOMENTS or self._projectors is not None:
             return True
-        return at_once(4 * width**2) > len(self._bases)
+        return at_once(4 * width**2) > 2 * len(self._bases)
 
 
 def _second_moment(rows: Tensor) -> Tensor:

@@ -164,12 +164,13 @@ def rebuild(
 
     dataset, network = dataset_of(clients, pools), _network(clients)
     attack, arms, done = attacker.attack(), _arms(attacker, clients, dataset), 0
-    trials = _trials(clients, dataset, most=attacker.images, divisible=attack.divisible)
+    together = () if attack.divisible else arms
+    trials = _trials(clients, dataset, most=attacker.images, together=together)
     count = len(trials)
     found: list[TrialResult] = []
     refused: list[NotRun] = []
     with suppress(_OverError):
-        for last in _lots(count, most=_fitting(network)) if attack.divisible else [count]:
+        for last in _lots(count, most=_fitting(clients, arms)) if attack.divisible else [count]:
             attack_arms(
                 arms,
                 attack=attack,
@@ -195,11 +196,11 @@ def rebuild(
     return _figures(arms, found, refused, trials, dataset, clients.seed, attacker)
 
 
-def _trials(clients: Clients, dataset: Dataset, *, most: int, divisible: bool = True) -> list[Trial]:
-    """What is attacked; where all are attacked at once, as many as the memory suffices for."""
+def _trials(clients: Clients, dataset: Dataset, *, most: int, together: Sequence[Arm] = ()) -> list[Trial]:
+    """What is attacked; where all updates behind these arms are attacked at once, as many as fit."""
     count = _count(clients, most=most, there=len(dataset.test_images))
-    if not divisible:
-        count = min(count, _fitting(clients.network))
+    if together:
+        count = min(count, _fitting(clients, together))
     if clients.sent is None:
         return trials_of(dataset, trials=count, batch_size=clients.exposure.images_behind)
     return [
@@ -236,9 +237,10 @@ def _lots(count: int, *, most: int) -> Iterator[int]:
     yield count
 
 
-def _fitting(network: nn.Module) -> int:
-    """So many updates of it may be attacked at once, as far as they themselves take memory."""
-    return at_once(_COPIES * size_of(network.parameters()))
+def _fitting(clients: Clients, arms: Sequence[Arm]) -> int:
+    """So many updates may be attacked at once, as far as they and the clients' networks take memory."""
+    held = _COPIES + clients.exposure.clients
+    return at_once(held * len(arms) * size_of(clients.network.parameters()))
 
 
 def _arms(attacker: Attacker, clients: Clients, dataset: Dataset) -> list[Arm]:

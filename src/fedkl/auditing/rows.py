@@ -8,6 +8,7 @@ input that is always 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,8 @@ from fedkl.protocol.procedure import loss_of
 
 _WIDEST = 4096  # inputs of a layer, whose second moments are inverted
 _COPIES = 3  # of an image's rows, and of its largest gradient, at once
+_ASKED = 2  # images: some networks do not take one
+_ENOUGH = 4 * 2**30  # bytes: a chunk of more is no faster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +103,9 @@ def rows_of(
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        if len(images) > 1:
-            chunk = min(chunk, at_once(_bytes_of_one(model, images[:1], labels[:1], layers)))
+        if len(images) > _ASKED:
+            each = _bytes_of_one(model, images[:_ASKED].clone(), labels[:_ASKED], layers)
+            chunk = min(chunk, at_once(each), max(1, _ENOUGH // max(1, each)))
         for part in torch.split(torch.arange(len(images)), chunk):
             yield _rows(model, images[part], labels[part], layers)
     finally:
@@ -110,12 +114,13 @@ def rows_of(
 
 
 def _bytes_of_one(model: nn.Module, images: Tensor, labels: Tensor, layers: list[Layer]) -> int:
-    """Of an image, about: what the network keeps, its rows, and what is made of them."""
-    with torch.random.fork_rng(devices=[]):  # what the network draws is not to depend on this
+    """Of one of some images, about: what the network keeps, its rows, and what is made of them."""
+    each = 0
+    with suppress(Exception), torch.random.fork_rng(devices=[]):  # what it draws is not to depend on this
         rows = _rows(model, images, labels, layers)
-    each = sum(size_of((found.inputs, found.outputs)) for found in rows.values())
+        each = sum(size_of((found.inputs, found.outputs)) for found in rows.values())
     largest = max((4 * layer.inputs * layer.outputs for layer in layers), default=0)
-    return kept_for_backward(model, images) + _COPIES * (each + largest)
+    return (kept_for_backward(model, images) + _COPIES * each) // len(images) + _COPIES * largest
 
 
 def _rows(model: nn.Module, images: Tensor, labels: Tensor, layers: list[Layer]) -> dict[str, Rows]:

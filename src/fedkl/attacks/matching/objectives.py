@@ -120,14 +120,15 @@ class GradientMatching:
     @cached_property
     def _most(self) -> int:
         """Problems at once."""
-        return at_once(self._bytes())
+        return at_once(self._bytes(), device=self.device)
 
     def _bytes(self) -> int:
         """Of one problem at a time, about: the way forward and back, and back through both, of every step."""
-        passes = sum(map(len, self._batches)) / self.shape[0]
+        epochs = sum(map(len, self._batches)) / self.shape[0]
         kept = kept_for_backward(self._model, torch.zeros(self.shape, dtype=self.dtype, device=self.device))
         held = sum(each.bytes_of_one for each in (self._known, self._buffers, self._observed))
-        return int(_WAYS * passes * kept) + _COPIES * held
+        clipped = 0 if self._first.local.per_example is None else self.shape[0]  # a gradient for every image
+        return int(_WAYS * epochs * kept) + _COPIES * (len(self._batches) + clipped) * held
 
     @property
     def device(self) -> torch.device:
