@@ -37,9 +37,7 @@ def kept_for_backward(model: nn.Module, inputs: Tensor) -> int:
 
     def note(tensor: Tensor) -> Tensor:
         if tensor.layout == torch.strided:
-            size = min(
-                tensor.nbytes, tensor.untyped_storage().nbytes()
-            )  # of a view its own, of an expansion's
+            size = min(tensor.nbytes, tensor.untyped_storage().nbytes())  # of a view; of what is expanded
             kept[tensor.data_ptr()] = max(size, kept.get(tensor.data_ptr(), 0))
         return tensor.detach()  # the tensor itself would never be freed
 
