@@ -17,9 +17,7 @@ from fedkl.protocol.private_gradient import is_untraceable, private_gradient
 from fedkl.protocol.procedure import loss_of
 from fedkl.types import Inputs, Labels
 
-_MOST_KEPT = (
-    2000  # bytes on the way there and back for a byte of an image, at most: who keeps less is not asked
-)
+_MOST_KEPT = 10_000  # bytes that a network keeps for a byte of an image, and copies, at most
 _COPIES = 3  # at once, of what is kept and of what is sent
 
 
