@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from fedkl.data import Dataset, Shards, load
@@ -119,15 +120,13 @@ def of_clients(dataset: Dataset, *, seeds: int) -> Iterator[dict[str, Any]]:
 
 def noise_for(target: float, training: FederatedTraining, *, delta: float) -> float:
     """The noise over the clip with which a trusted server spends ε = `target`."""
-    low, high = 0.5, 50.0
     rate = training.cohort_size / training.clients
-    for _ in range(12):
-        middle = math.sqrt(low * high)
-        cost = GaussianCost(noise_multiplier=middle, sampling_rate=rate, releases=1, protects="a client")
-        low, high = (
-            (middle, high) if epsilon(cost, rounds=training.rounds, delta=delta) > target else (low, middle)
-        )
-    return high
+
+    def too_much(noise: float) -> float:
+        cost = GaussianCost(noise_multiplier=noise, sampling_rate=rate, releases=1, protects="a client")
+        return epsilon(cost, rounds=training.rounds, delta=delta) - target
+
+    return float(brentq(too_much, 0.5, 50.0, xtol=1e-3))
 
 
 def main() -> None:

@@ -307,7 +307,7 @@ def test_what_is_looked_at_of_an_update():
     update = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
     update["table.bias"] = torch.zeros(8)
     del update["uncalled.bias"]
-    found = looked_at(model, update)
+    found = looked_at(layers_of(model, update), update)
     expected = {"uncalled.weight", "table.weight", "table.bias", "auxiliary.weight", "auxiliary.bias"}
     assert set(found) == expected | {"fc.weight", "fc.bias"}
     assert all(found[name] is update[name] for name in found)

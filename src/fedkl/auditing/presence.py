@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkl.attacks.memory import at_once
-from fedkl.auditing.rows import Layer, layers_of, rows_of
+from fedkl.auditing.rows import Layer, layers_of, looked_at, rows_of
 from fedkl.errors import DataError
 
 _RIDGE = 1e-3  # of the mean eigenvalue
@@ -233,6 +233,10 @@ class PresenceTest:
         # that were not trained on all have the same span, others are 1e10 deviations away, and no fit ends.
         standard = standard.clamp(-_FARTHEST, _FARTHEST)
         self.weights = _fitted(standard.flatten(0, 1), members.flatten())
+
+    def looked_at(self, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What it needs of an update."""
+        return looked_at(self._scores.layers, update)
 
     def both(
         self,

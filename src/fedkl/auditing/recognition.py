@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedkl import rng
 from fedkl.attacks.memory import at_once, size_of
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.presence import LayerScores, PresenceTest
-from fedkl.auditing.rows import looked_at
+from fedkl.auditing.rows import layers_of, looked_at
 from fedkl.errors import DataError
 from fedkl.metrics import mean_interval, success_rate
 from fedkl.metrics.statistics import Rate
@@ -36,6 +36,9 @@ _LIKE = 10  # images of a recorded client's classes that are not its own
 _COPIES = 4  # of what is looked at of an update: itself, whitened, its row space, and as a row
 _SURELY = 3.29  # standard deviations, 99.9 %
 _LEARNED_FROM = 2000  # images whose layers' inputs are looked at, once
+
+_Read = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""What is kept of an update."""
 
 LOOKED_AT = _LEARNED_FROM + 3 * _POOL
 """Images that go through the network at least, forward and back, for a verdict."""
@@ -148,7 +151,7 @@ def recognize(
         progress(0.7 * done / (2 * count))
 
     test = learn(clients, pools=pools, told=steps)[0]  # the played updates are not kept
-    audited, seen, present = _audited(clients, pools, told=lambda n: steps(count + n))
+    audited, seen, present = _audited(clients, pools, test.looked_at, told=lambda n: steps(count + n))
     kept_back = pools.kept_back.first(max(_POOL, _KEPT_BACK // len(seen)))
     real = clients.sent is not None  # whose classes may be few: an image of one of them is like its members
     null, found = test.both(
@@ -181,7 +184,11 @@ def learn(
     """
     size = clients.exposure.images_behind
     own, view = pools.own.first(max(_POOL, 2 * size)), clients.view()
-    played, members = _drawn(own, clients, clients.played, view=view, purpose="played", told=told)
+
+    def read(update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return looked_at(layers_of(view, update), update)
+
+    played, members = _drawn(own, clients, clients.played, read, purpose="played", told=told)
     images, labels = pools.own.first(_LEARNED_FROM)
     scores = LayerScores(view, played[0], images=images, labels=labels)
     test = PresenceTest(scores, played=played, members=members, images=own.images, labels=own.labels)
@@ -189,15 +196,13 @@ def learn(
 
 
 def _audited(
-    clients: Clients, pools: Pools, *, told: Callable[[int], None]
+    clients: Clients, pools: Pools, read: _Read, *, told: Callable[[int], None]
 ) -> tuple[Pool, Sequence[Mapping[str, Tensor]], Tensor]:
     """The candidates, real updates, and which of the candidates are in each."""
     if clients.sent is not None:
         return pools.audited, clients.sent.updates, clients.sent.members(len(pools.audited.images))
     audited = pools.audited.first(max(_POOL, 2 * clients.exposure.images_behind))
-    seen, present = _drawn(
-        audited, clients, clients.update, view=clients.view(), purpose="audited", told=told
-    )
+    seen, present = _drawn(audited, clients, clients.update, read, purpose="audited", told=told)
     return audited, seen, present
 
 
@@ -232,8 +237,8 @@ def _drawn(
     pool: Pool,
     clients: Clients,
     update: Callable[..., dict[str, Tensor]],
+    read: _Read,
     *,
-    view: nn.Module,
     purpose: str,
     told: Callable[[int], None],
 ) -> tuple[list[dict[str, Tensor]], Tensor]:
@@ -253,7 +258,7 @@ def _drawn(
         generator = rng.generator(clients.seed, "presence", purpose, number)
         places = torch.randperm(len(pool.images), generator=generator)[:size]
         members[number, places] = True
-        updates.append(looked_at(view, update(*pool.of(places), number=number)))
+        updates.append(read(update(*pool.of(places), number=number)))
         if number == 0:
             count = min(count, max(_FEWEST, at_once(_COPIES * size_of(updates[0].values()))))
         told(number + 1)

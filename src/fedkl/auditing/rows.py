@@ -7,7 +7,7 @@ input that is always 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -82,9 +82,9 @@ class Rows:
     outputs: Tensor = field(repr=False)
 
 
-def looked_at(model: nn.Module, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `layers_of` reads of an update."""
-    return {name: update[name] for layer in layers_of(model, update) for name in layer.tensors}
+def looked_at(layers: Iterable[Layer], update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What some layers read of an update."""
+    return {name: update[name] for layer in layers for name in layer.tensors}
 
 
 def rows_of(

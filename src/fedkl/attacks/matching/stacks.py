@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedkl.attacks.memory import size_of
+
 
 class Stacks(Mapping[str, Tensor]):
     """By name one tensor for every problem, stacked along the first dimension.
@@ -54,12 +56,12 @@ class Stacks(Mapping[str, Tensor]):
     @property
     def bytes(self) -> int:
         """What is held."""
-        return sum(values.nbytes for values in self._values.values())
+        return size_of(self._values.values())
 
     @property
     def bytes_of_one(self) -> int:
         """What one problem's tensors take."""
-        return sum(values[0].nbytes for values in self._values.values())
+        return size_of(values[0] for values in self._values.values())
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
