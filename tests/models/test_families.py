@@ -12,7 +12,7 @@ from torch import nn
 
 from fedkl.errors import ConfigError
 from fedkl.models import VGG, ResNet, ViT, build_model
-from fedkl.models.resnet_cifar import Subsample
+from fedkl.models.resnet_cifar import CifarResNet, Subsample
 from fedkl.models.vit import Block
 
 
@@ -104,6 +104,28 @@ def test_only_blocks_that_change_their_shape_have_a_shortcut():
         assert len(shortcuts) == 9
         assert changing == {"layer2.0.downsample", "layer3.0.downsample"}
         assert all(type(shortcuts[n]) is kind for n in changing)
+
+
+def test_group_norms_give_an_image_the_same_whatever_the_others_are():
+    model = build("resnet20-groupnorm").train()
+    images = torch.rand(3, 3, 32, 32)
+    torch.testing.assert_close(model(images)[:1], model(images[:1]))
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    assert [norm.num_channels // norm.num_groups for norm in norms] == [16] * 19
+    assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def test_a_norm_of_groups_starts_from_the_weights_of_a_batchs():
+    grouped, batched = build("resnet20-groupnorm").state_dict(), build("resnet20").state_dict()
+    assert set(grouped) == {name for name in batched if not re.search(r"running|tracked", name)}
+    assert all(torch.equal(grouped[name], batched[name]) for name in grouped)
+
+
+def test_projections_have_the_networks_norm():
+    model = CifarResNet(channels=3, classes=10, shortcut="projection", norm="group")
+    kinds = {type(module) for module in model.modules() if module.__class__.__name__.endswith("Norm2d")}
+    assert kinds == set()
+    assert isinstance(model.layer2[0].downsample[1], nn.GroupNorm)
 
 
 # --- initial weights ---

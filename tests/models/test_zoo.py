@@ -20,6 +20,7 @@ from fedkl.models import MODELS, VGG, build_model
 PARAMETERS = {
     "lenet": (10, 15_826),
     "resnet20": (10, 269_722),
+    "resnet20-groupnorm": (10, 269_722),
     "resnet20-projection": (10, 272_474),
     "resnet32": (10, 464_154),
     "resnet32-projection": (10, 466_906),
@@ -119,7 +120,7 @@ def for_locking(name):
 def expected_widths(model, layers):
     """Channels of the norms that a lock generates, written down without asking the lock."""
     modules = list(model.modules())
-    norms = [m.weight.numel() for m in modules if isinstance(m, nn.BatchNorm2d | nn.LayerNorm)]
+    norms = [m.weight.numel() for m in modules if isinstance(m, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm)]
     plain = [m.weight.shape[0] for m in modules if isinstance(m, nn.Conv2d | nn.Linear)]
     widths = norms or plain[:-1]
     return widths[:1] if layers == "first" else widths

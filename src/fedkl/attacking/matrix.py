@@ -19,6 +19,7 @@ from fedkl.attacking.run import attack
 from fedkl.config import AttackConfig
 from fedkl.defenses import KeyLock
 from fedkl.errors import AttackError, ConfigError
+from fedkl.models import ModelInitialization
 from fedkl.runs import RunDirectory
 from fedkl.study import OpenProgress, check_names, run_cells, write_table
 
@@ -29,9 +30,19 @@ ROWS: Mapping[str, tuple[str, str]] = {
     "lenet/mnist": ("lenet", "mnist"),
     "lenet/cifar10": ("lenet", "cifar10"),
     "resnet20/cifar10": ("resnet20", "cifar10"),
+    "resnet20-groupnorm/cifar10": ("resnet20-groupnorm", "cifar10"),
     "resnet18/cifar10": ("resnet18", "cifar10"),
 }
 """Networks and data by a row's name."""
+
+
+def start_of(network: str) -> ModelInitialization:
+    """The initial weights that a row's network is trained from.
+
+    From PyTorch's own the sigmoid LeNet hardly trains at all within few rounds.
+    """
+    return "uniform" if network == "lenet" else "default"
+
 
 _CLASSES = 10  # of the data of every row
 _TEST_IMAGES = 10_000  # likewise

@@ -48,6 +48,11 @@ MODELS: dict[str, ModelEntry] = {
         size=32,
         build=lambda c, k: CifarResNet(channels=c, classes=k),
     ),
+    "resnet20-groupnorm": ModelEntry(
+        info="resnet20 with GroupNorm, which DP-SGD trains",
+        size=32,
+        build=lambda c, k: CifarResNet(channels=c, classes=k, norm="group"),
+    ),
     "resnet20-projection": ModelEntry(
         info="resnet20 with 1×1 projections and PyTorch's initialization (locked arm of Table 1)",
         size=32,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from jaxtyping import Float
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkl.models.initialization import kaiming_normal_
-from fedkl.models.residual import Features, ResidualNet, Shortcut, projection
+from fedkl.models.residual import Features, Norm, ResidualNet, projection
 
 
 class Subsample(nn.Module):
@@ -35,7 +36,12 @@ class Subsample(nn.Module):
         return F.pad(x[:, :, :: self._stride, :: self._stride], (0, 0, 0, 0, *self._channels))
 
 
-_SHORTCUTS: dict[str, Shortcut] = {"subsample": Subsample, "projection": projection}
+def group_norm(channels: int) -> nn.Module:
+    """A norm of each image by itself, over groups of 16 channels: a setting of Wu & He 2018, table 3."""
+    return nn.GroupNorm(channels // 16, channels)
+
+
+_NORMS: dict[str, Norm] = {"batch": nn.BatchNorm2d, "group": group_norm}
 
 
 class CifarResNet(ResidualNet):
@@ -50,6 +56,8 @@ class CifarResNet(ResidualNet):
         blocks: Blocks of each stage: (3, 3, 3) is ResNet-20, (5, 5, 5) ResNet-32.
         shortcut: ``"subsample"``, option A; or ``"projection"``, option B, which the locked networks of
             arXiv 2305.04095 have: 2,752 parameters more.
+        norm: ``"batch"``, as in the source; or ``"group"``, which knows no other image of the batch, as
+            DP-SGD demands.
         kaiming: N(0, 2 / fan-in) for convolutions and the linear layer, as in the source; False: PyTorch's
             own, as in the locked networks of arXiv 2305.04095.
 
@@ -70,15 +78,18 @@ class CifarResNet(ResidualNet):
         classes: int,
         blocks: Sequence[int] = (3, 3, 3),
         shortcut: Literal["subsample", "projection"] = "subsample",
+        norm: Literal["batch", "group"] = "batch",
         kaiming: bool = True,
     ) -> None:
+        build_norm = _NORMS[norm]
         super().__init__(
             stem=nn.Conv2d(channels, 16, 3, 1, 1, bias=False),
             pool=nn.Identity(),
             widths=(16, 32, 64),
             blocks=blocks,
-            shortcut=_SHORTCUTS[shortcut],
+            shortcut=Subsample if shortcut == "subsample" else partial(projection, norm=build_norm),
             classes=classes,
+            norm=build_norm,
         )
         if kaiming:
             kaiming_normal_(self, mode="fan_in", kinds=(nn.Conv2d, nn.Linear))

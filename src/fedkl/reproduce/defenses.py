@@ -12,13 +12,13 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from fedkl import configured, experiments
 from fedkl.aggregation import MaskedAggregation, PlainAggregation
-from fedkl.attacking.matrix import ROWS
+from fedkl.attacking.matrix import ROWS, start_of
 from fedkl.attacking.records import Record
 from fedkl.auditing import Audit, Finding, Subject, audit
 from fedkl.auditing.results import Masking
@@ -38,8 +38,7 @@ NAME = "defenses"
 PLAIN = "none"
 _FIGURE = "defenses.png"
 _AXIS = "Images recognized or identified (%)"
-_SIGMOID = "lenet"  # hardly trains from PyTorch's own start
-_LR = {_SIGMOID: 0.03}  # of 0.1 the plain network learns as well, a locked one not at all
+_LR = {"lenet": 0.03}  # of 0.1 the plain network learns as well, a locked one not at all
 _USUAL_LR = 0.05
 _AUDITED = 4000  # test images, which no training has seen
 
@@ -160,8 +159,7 @@ class DefensesTable:
 
     def _model(self, weights: str | None = None) -> ModelConfig:
         name = ROWS[self.row][0]
-        start: Literal["uniform", "default"] = "uniform" if name == _SIGMOID else "default"
-        return ModelConfig(name=name, initialization=start, standardize=True, weights=weights)
+        return ModelConfig(name=name, initialization=start_of(name), standardize=True, weights=weights)
 
     def _procedure(self, like: Any, wanted: Compared) -> Any:
         """What clients do: an epoch of SGD with momentum."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any
 
 from fedkl import experiments, wording
 from fedkl.attacking.arrangements import ARRANGEMENTS, CONTROL
-from fedkl.attacking.matrix import ROWS, Matrix, adaptive
+from fedkl.attacking.matrix import ROWS, Matrix, adaptive, start_of
 from fedkl.attacking.matrix_table import Judgment, judgments, name_of
 from fedkl.attacking.records import Record
 from fedkl.attacking.verdict import SHOWN
@@ -92,7 +92,7 @@ class Frontier:
                 train_images=self.images,
                 test_images=self.test_images,
             ),
-            model=ModelConfig(name=model, initialization=_INITIALIZATION[model], standardize=True),
+            model=ModelConfig(name=model, initialization=start_of(model), standardize=True),
             defense=NoDefense() if name == CONTROL else ARRANGEMENTS[name],
             training=FederatedTraining(
                 clients=self.clients,
@@ -101,14 +101,6 @@ class Frontier:
                 local=LocalTraining(optimizer="adam", lr=0.003),
             ),
         )
-
-
-# From PyTorch's own start the sigmoid LeNet hardly trains at all within so few rounds.
-_INITIALIZATION: Mapping[str, Literal["default", "uniform"]] = {
-    "lenet": "uniform",
-    "resnet20": "default",
-    "resnet18": "default",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
