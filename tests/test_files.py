@@ -48,7 +48,7 @@ def test_other_folders_are_never_writable_for_others(tmp_path, umask):
 
 def test_new_names_are_on_disk_in_every_folder_above(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(files, "_sync_folder", lambda folder: synced.append(folder))
+    monkeypatch.setattr(files, "sync_folder", lambda folder: synced.append(folder))
     files.write_atomically(tmp_path / "a" / "b" / "file", b"x")
     assert synced == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
 

@@ -45,7 +45,7 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     make_folder(path.parent, mode=_folder_mode(mode))
     with _part(path, data, mode) as part:
         part.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def create_once(path: Path, data: bytes, *, mode: int) -> bool:
@@ -67,7 +67,7 @@ def create_once(path: Path, data: bytes, *, mode: int) -> bool:
             if error.errno not in _WITHOUT_LINKS:
                 raise
             return _created(path, data, mode)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return True
 
 
@@ -198,7 +198,7 @@ def make_folder(path: Path, *, mode: int = 0o755) -> None:
     for folder in reversed(missing):
         with contextlib.suppress(FileExistsError):  # another process was faster, or it is a broken link
             folder.mkdir(mode=mode)
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
@@ -209,9 +209,9 @@ def rename_new(folder: Path, name: Path) -> None:
     Raises:
         OSError: Something is there, or it cannot be renamed; nothing was changed.
     """
-    _sync_folder(folder)
+    sync_folder(folder)
     folder.rename(name)
-    _sync_folder(name.parent)
+    sync_folder(name.parent)
 
 
 def read_file(path: Path, *, limit: int | None = None, follow: bool = True) -> bytes:
@@ -251,7 +251,7 @@ def open_to_others(path: Path, *, permissions: int) -> bool:
     return os.name == "posix" and bool(stat.S_IMODE(path.stat().st_mode) & permissions)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the new name itself survive a power failure, where the system can."""
     if not hasattr(os, "O_DIRECTORY"):
         return

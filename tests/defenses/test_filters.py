@@ -208,6 +208,14 @@ def test_parts_change_an_update_in_their_order():
         assert own["w"].tolist() == ([4.0, 0.0, 0.0] if expected[1] == 0 else [4.0, -0.5, 1.25])
 
 
+def test_a_combination_among_the_parts_stands_for_its_parts():
+    """What its server knows depends on what comes after each of them."""
+    noise = GaussianNoise()
+    assert Combined(parts=(Combined(parts=(Pruning(), Adding())), noise)) == Combined(
+        parts=(Pruning(), Adding(), noise)
+    )
+
+
 def test_parts_say_what_a_combination_is():
     noise, locked = Combined(parts=(Pruning(), GaussianNoise())), Combined(parts=(KeyLock(), GaussianNoise()))
     assert (noise.keeps_tensors, noise.changes_updates) == (False, True)

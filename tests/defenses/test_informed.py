@@ -109,6 +109,12 @@ def test_noise_on_what_was_filtered_does_not_hide_the_filter(filtering, noise, t
     assert bool(slopes.isfinite().all())
 
 
+def normless():
+    torch.manual_seed(0)
+    body = nn.Conv2d(3, 4, 5, stride=4), nn.Sigmoid(), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(196, 10))
+
+
 def normed():
     torch.manual_seed(0)
     body = nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.Sigmoid(), nn.Flatten()
@@ -134,6 +140,29 @@ def test_played_clients_clip_running_statistics_along(clipped_with_statistics):
     for name, tensor in seen.gradient.items():
         for each in played[name]:
             torch.testing.assert_close(each, tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parts", "most"),
+    [
+        ((Pruning(keep=0.5), Clipping(max_norm=0.05)), 1e-4),
+        ((Clipping(max_norm=0.05), Pruning(keep=0.5)), 1e-4),
+        ((GaussianNoise(deviation=0.01), Clipping(max_norm=0.05)), 0.9),
+        ((DPSGD(clip=1.0, noise_multiplier=0.06), Clipping(max_norm=0.05)), 0.9),
+    ],
+    ids=["pruned before", "pruned after", "noise before", "noise of each step before"],
+)
+def test_a_factor_that_the_server_cannot_compute_is_left_open(parts, most):
+    """At the true images only the noise is left; with the factor of images without it, more than all."""
+    noisy = most > 0.1
+    defense, local = Combined(parts=parts), Procedure(algorithm="fedavg", steps=1, lr=0.1)
+    (trial,) = trials_of(data.load("mnist-sample"), trials=1, batch_size=4)
+    arm = own_arms(defense)["combined"]
+    model = normless() if noisy else normed()
+    seen = observe(defense.prepare(model), arm=arm, model=model, trial=trial, classes=10, local=local)
+    matching = GradientMatching([seen], labels=[trial.labels])
+    value, _ = matching(trial.images.double().flatten()[None], torch.zeros(1, dtype=torch.long))
+    assert float(value) < most
 
 
 def test_matching_finds_the_factor_where_statistics_are_clipped_along(clipped_with_statistics):

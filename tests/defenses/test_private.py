@@ -22,7 +22,7 @@ from fedkl.defenses import DEFENSES, NoDefense, own_arms, plain_arm
 from fedkl.defenses.client_dp import ClientDP
 from fedkl.defenses.clipping import Clipped, Clipping
 from fedkl.defenses.dp_sgd import DPSGD
-from fedkl.errors import ConfigError, TrainingError, UpdateError
+from fedkl.errors import ConfigError, TrainingError
 from fedkl.federated import FederatedTraining, Federation
 from fedkl.federated.options import LocalTraining
 from fedkl.keys import imitated_uniform
@@ -377,6 +377,25 @@ def test_a_network_that_cannot_be_traced_is_refused_with_a_reason(images):
         )
 
 
+def test_a_network_that_assigns_a_buffer_is_refused_and_is_as_it_was(images):
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(3072, 10)
+            self.body.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, images):
+            self.body.mean = 0.9 * self.body.mean + 0.1 * images.mean()
+            return self.body(images.flatten(1))
+
+    model, how = Remembers(), DPSGD().procedure(Procedure())
+    x, y = images.test_images[:2], images.test_labels[:2]
+    with pytest.raises(TrainingError, match=r"assigns 'body\.mean'\. Write to no buffer"):
+        step_gradient(model, x, y, train_mode=True, local=how, samples=2)
+    assert torch.equal(model.body.mean, torch.zeros(()))
+    assert model(x).shape == (2, 10)
+
+
 def test_a_function_that_trains_cannot_be_changed(images):
     def loop(network, inputs, labels):
         raise AssertionError("not called")
@@ -439,6 +458,6 @@ def test_client_dp_sends_nothing_exactly():
     update = PublicUpdate(
         schema=PublicSchema(kind="weights", specs=specs), tensors=tensors, num_samples=1, round=0
     )
-    with pytest.raises(UpdateError, match=r"(?s)'hist' is torch.int64") as refused:
+    with pytest.raises(ConfigError, match=r"(?s)'hist' is torch.int64") as refused:
         ClientDP().transform(update, client=Sending(received=tensors))
     assert "num_batches_tracked" not in str(refused.value)

@@ -14,7 +14,7 @@ from fedkl.attacking.observing import trials_of
 from fedkl.attacks import DLG, LinearRows
 from fedkl.attacks.algebraic.structure import read_structure
 from fedkl.defenses.soteria import Soteria
-from fedkl.errors import ConfigError, UpdateError
+from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining, Federation, LocalTraining
 from fedkl.locking import Split
 from fedkl.protocol import Sending
@@ -105,7 +105,7 @@ def test_what_it_cannot_do_is_refused():
     update = Split(network).public_update(
         full_gradient(network, IMAGES, LABELS), kind="gradient", num_samples=4, round=0
     )
-    with pytest.raises(UpdateError, match="network and images at hand"):
+    with pytest.raises(ConfigError, match="network and images at hand"):
         Soteria().transform(update, client=Sending(received=network.state_dict()))
     with pytest.raises(ConfigError, match="There are: 4, 6"):
         Soteria(layer="fc").transform(

@@ -94,29 +94,46 @@ def test_training_sends_what_it_changed(images, defense):
     assert all(tensor.isfinite().all() for tensor in changed.values())
 
 
-@pytest.mark.parametrize("defense", ROWS, ids=lambda defense: defense.type)
-def test_flower_sends_what_it_changed(defense):
-    flwr = pytest.importorskip("flwr.clientapp")
+def answered(model, mod, *, defense):
+    """What an app sends that trained a model, behind a mod."""
+    import flwr.clientapp as flwr
     from flwr.app import ArrayRecord, Context, Message, RecordDict
 
-    from fedkl.flower import TransformMod, in_process, public_arrays
-
-    model = net()
+    from fedkl.flower import in_process, public_arrays
 
     def train(message, context):
         return Message(RecordDict({"arrays": ArrayRecord(model.state_dict())}), reply_to=message)
 
-    app = flwr.ClientApp(mods=[TransformMod(defense)])
+    app = flwr.ClientApp(mods=[mod])
     app.train()(train)
     sent = RecordDict({"arrays": public_arrays(net(), defense=defense)})
     with in_process._identity():
         message = Message(sent, dst_node_id=7, message_type="train")
         message.metadata.__dict__["_message_id"] = "1"
         answer = app(message=message, context=Context(1, 7, {}, RecordDict(), {}))
-    arrays = answer.content["arrays"].to_torch_state_dict()
+    return sent["arrays"].to_torch_state_dict(), answer.content["arrays"].to_torch_state_dict()
+
+
+@pytest.mark.parametrize("defense", ROWS, ids=lambda defense: defense.type)
+def test_flower_sends_what_it_changed(defense):
+    pytest.importorskip("flwr")
+    from fedkl.flower import TransformMod
+
+    model = net()
+    _, arrays = answered(model, TransformMod(defense), defense=defense)
     for name, tensor in model.state_dict().items():
         assert arrays[name].shape == tensor.shape
         assert not torch.equal(arrays[name], tensor)
+
+
+def test_flower_sends_frozen_parameters_as_they_came():
+    pytest.importorskip("flwr")
+    from fedkl.flower import TransformMod
+
+    model, noise = net(), GaussianNoise(deviation=0.01)
+    model[0].requires_grad_(False)
+    came, arrays = answered(model, TransformMod(noise, network=model), defense=noise)
+    assert [name for name in came if torch.equal(arrays[name], came[name])] == ["0.weight", "0.bias"]
 
 
 @pytest.mark.parametrize("defense", ROWS, ids=lambda defense: defense.type)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
 
 from fedkl.data import Dataset, Dirichlet, Shards
 from fedkl.defenses import KeyLock, NoDefense, PrivateLayers, PrivateNorm
+from fedkl.defenses.changing import UpdateDefense
 from fedkl.defenses.client_dp import ClientDP
+from fedkl.defenses.combined import Combined
 from fedkl.defenses.dp_sgd import DPSGD
+from fedkl.defenses.noise import GaussianNoise
+from fedkl.defenses.pruning import Pruning
 from fedkl.errors import ConfigError, TrainingError
 from fedkl.federated import (
     Averaging,
@@ -160,6 +167,69 @@ def test_under_a_guarantee_nobody_sees_who_diverges(dataset, defense, algorithm)
     assert result.loss is not None
     assert all(tensor.isfinite().all() for tensor in run.server.state.values())
     assert any(not torch.equal(tensor, before[name]) for name, tensor in run.server.state.items())
+
+
+def test_counts_of_batches_do_not_say_who_diverged(dataset):
+    """They are not noisy, and would be one exact bit."""
+    store, broken = flaky(dataset)
+    run = small(broken, ClientDP(noise_multiplier=0.1), local={"batch_size": 16})
+    store.broken[run.clients[0].samples] = True
+    shown = []
+    run.run_round(0, on_seen=lambda plan, seen: shown.extend(seen))
+    sent = [each.update.tensors["body.1.num_batches_tracked"].item() for each in shown]
+    assert sent == [-(-client.num_samples // 16) for client in run.clients]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looking(UpdateDefense):
+    """Sends what it is given, and lets one see that."""
+
+    type: Literal["test-at-hand"] = "test-at-hand"
+    seen: list = field(default_factory=list)
+
+    @property
+    def looks_at_images(self):
+        return True
+
+    def changed(self, change, *, draws, client):
+        self.seen.append((change, client.sample(99)))
+        return change
+
+
+def test_a_defense_looks_at_the_images_that_the_gradient_is_of(dataset):
+    looking, model = Looking(), seeded(Normless)
+    run = federation(dataset, looking, model=model, clients=1, local={"algorithm": "fedsgd", "batch_size": 4})
+    run.run_round(0)
+    ((gradient, (images, labels)),) = looking.seen
+    assert len(images) == 4
+    expected = torch.autograd.grad(
+        nn.functional.cross_entropy(model(images), labels), list(model.parameters())
+    )
+    torch.testing.assert_close(list(gradient.values()), list(expected))
+
+
+@pytest.mark.parametrize(
+    "defense", [GaussianNoise(deviation=0.1), ClientDP(), Pruning(keep=0.9)], ids=lambda each: each.type
+)
+def test_frozen_parameters_are_left_alone(dataset, defense):
+    """Noise on what nobody trains destroys a pretrained network, and hides nothing."""
+    model = seeded(Normless)
+    model[1].requires_grad_(False)
+    before = model[1].weight.clone()
+    run = federation(dataset, defense, model=model)
+    list(run.run())
+    assert torch.equal(run.server.state["1.weight"], before)
+    assert not torch.equal(run.server.state["3.weight"], model[3].weight)
+
+
+def test_what_noise_cannot_cover_is_refused_before_anything_is_spent(dataset):
+    model = seeded(Normless)
+    model[1].register_buffer("position_ids", torch.arange(8))
+    for defense in (ClientDP(), Combined(parts=(Pruning(), ClientDP()))):
+        with pytest.raises(ConfigError, match=r"'1\.position_ids' is torch\.int64(.|\n)*persistent=False"):
+            federation(dataset, defense, model=model)
+    model[1].register_buffer("position_ids", torch.arange(8), persistent=False)
+    assert [result.updates for result in federation(dataset, ClientDP(), model=model).run()] == [3, 3]
 
 
 def flaky(dataset):

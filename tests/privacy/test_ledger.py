@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -17,7 +19,15 @@ from fedkl.defenses.keylock import KeyLock
 from fedkl.errors import ConfigError, FedKLError
 from fedkl.federated import FederatedTraining, Federation
 from fedkl.federated.options import LocalTraining
-from fedkl.privacy import GaussianCost, Ledger, LedgerEntry, LedgerFile, PrivacyOptions, epsilon
+from fedkl.privacy import (
+    GaussianCost,
+    Ledger,
+    LedgerEntry,
+    LedgerFile,
+    PrivacyOptions,
+    epsilon,
+    ledgerfile,
+)
 
 COST = GaussianCost(noise_multiplier=2.0, protects="one image")
 
@@ -128,13 +138,80 @@ def test_a_budget_needs_a_guarantee(images, defense):
 
 def test_entries_come_back(tmp_path):
     file = LedgerFile(tmp_path / "ledger.jsonl", delta=1e-5)
-    entries = [LedgerEntry(round=0, epsilon={"a": 0.5}), LedgerEntry(round=1, epsilon={"a": 0.75, "b": 0.5})]
+    entries = [
+        LedgerEntry(round=0, epsilon={"a": of(1)}),
+        LedgerEntry(round=1, epsilon={"a": of(2), "b": of(1)}),
+    ]
     for entry in entries:
         file.append(entry)
     assert file.entries(rounds=2) == entries
     ledger = Ledger({"a": COST, "b": COST}, options=PrivacyOptions())
     ledger.restore(file.entries(rounds=2))
     assert ledger.spent == {"a": of(2), "b": of(1)}
+
+
+@pytest.mark.parametrize(
+    ("costs", "problem"),
+    [
+        (
+            {"a": replace(COST, noise_multiplier=8.0), "b": COST},
+            "'a': .* 2 rounds, which cost 0.634",
+        ),
+        ({"client-0": COST, "b": COST}, "'a', who is not among them"),
+    ],
+    ids=["other noise", "other names"],
+)
+def test_what_was_spent_is_not_reckoned_anew(tmp_path, costs, problem):
+    path = tmp_path / "ledger.jsonl"
+    first = Ledger({"a": COST, "b": COST}, options=PrivacyOptions())
+    LedgerFile(path, delta=1e-5).keep(first)
+    first.charge(0, ["a", "b"])
+    first.charge(1, ["a"])
+    later = Ledger(costs, options=PrivacyOptions(budget=4.0))
+    with pytest.raises(ConfigError, match=problem):
+        LedgerFile(path, delta=1e-5).keep(later, rounds=2)
+    assert set(later.spent.values()) == {0.0}
+    assert later.on_charge is None
+    again = Ledger(first.costs, options=PrivacyOptions())
+    LedgerFile(path, delta=1e-5).keep(again, rounds=2)
+    assert again.spent == first.spent
+
+
+def test_a_file_of_another_delta_is_refused(tmp_path):
+    """Its lines would say a smaller δ than their ε is of."""
+    ledger = Ledger({"a": COST}, options=PrivacyOptions())
+    with pytest.raises(ConfigError, match=r"expected a ledger of δ = 1e-09, got one of 1e-05"):
+        LedgerFile(tmp_path / "ledger.jsonl", delta=1e-9).keep(ledger)
+    assert ledger.on_charge is None
+
+
+def test_a_line_that_could_not_be_written_is_taken_back(tmp_path, monkeypatch):
+    """Else the same process would continue it with the next, and no one could read either."""
+    path = tmp_path / "ledger.jsonl"
+    file = LedgerFile(path, delta=1e-5)
+    file.append(LedgerEntry(round=0, epsilon={"a": of(1)}))
+    before = path.read_bytes()
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(ConfigError, match="No space left"):
+            file.append(LedgerEntry(round=1, epsilon={"a": of(2)}))
+    assert path.read_bytes() == before
+    file.append(LedgerEntry(round=1, epsilon={"a": of(2)}))
+    assert [entry.round for entry in file.entries(rounds=2)] == [0, 1]
+
+
+def test_a_new_ledger_survives_a_power_failure(tmp_path, monkeypatch):
+    """A missing file says that nothing was spent."""
+    synced = []
+    monkeypatch.setattr(ledgerfile, "sync_folder", synced.append)
+    file = LedgerFile(tmp_path / "ledger.jsonl", delta=1e-5)
+    for round in range(2):
+        file.append(LedgerEntry(round=round, epsilon={"a": 0.5}))
+    assert synced == [tmp_path]
 
 
 def test_half_a_line_is_a_round_that_was_not_begun(tmp_path):

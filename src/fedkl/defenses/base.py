@@ -16,7 +16,7 @@ from fedkl.locking import Split
 from fedkl.privacy import GaussianCost
 from fedkl.protocol import Knowledge, Procedure, Sending, Transform
 from fedkl.registration import Kinds
-from fedkl.update import PublicUpdate
+from fedkl.update import PublicSchema, PublicUpdate
 
 AnyProcedure = TypeVar("AnyProcedure", bound=Procedure)
 
@@ -115,6 +115,16 @@ class Defense:
             samples: How many images it has.
         """
         return None
+
+    def check_sent(self, schema: PublicSchema) -> None:
+        """Refuses a network whose updates `transform` cannot change as it says, before anything is spent.
+
+        Args:
+            schema: Of the updates.
+
+        Raises:
+            ConfigError: It is one.
+        """
 
     def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
         """What the client does to an update before it is sent.

@@ -46,9 +46,9 @@ class UpdateDefense(Defense):
     """Base of defenses that change what is sent, and keep no tensor private.
 
     What they change is a gradient or, where weights are sent, the weights after minus before training: all
-    tensors of floating-point numbers, norms' running statistics included. Counts of batches are sent as they
-    are. `public_transform` says what an informed attacker makes of it; by default nothing, as is right for
-    noise of mean 0 that is alike everywhere.
+    tensors of floating-point numbers, norms' running statistics and other buffers included. Counts of batches
+    are sent as they are, frozen parameters as they came. `public_transform` says what an informed attacker
+    makes of it; by default nothing, as is right for noise of mean 0 that is alike everywhere.
     """
 
     @abstractmethod
@@ -63,7 +63,11 @@ class UpdateDefense(Defense):
 
     def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
         """Changes an update, with random numbers from the operating system."""
-        floating = {name: t for name, t in update.tensors.items() if t.is_floating_point()}
+        floating = {
+            name: tensor
+            for name, tensor in update.tensors.items()
+            if tensor.is_floating_point() and name not in client.frozen
+        }
         draws = Draws(secure_uniform)
         if update.kind == "gradient":
             sent = self.changed(floating, draws=draws, client=client)
@@ -75,7 +79,8 @@ class UpdateDefense(Defense):
             for name in sent:
                 if name.endswith("running_var"):  # else noise makes a norm divide by a root of less than 0
                     sent[name] = sent[name].clamp_min(0)
-        return replace(update, tensors={**update.tensors, **sent})
+        as_they_came = {name: client.received[name] for name in client.frozen if name in update.tensors}
+        return replace(update, tensors={**update.tensors, **as_they_came, **sent})
 
     def imitate_transform(
         self, changes: Mapping[str, Tensor], *, clients: Sequence[Sending], generator: torch.Generator

@@ -9,11 +9,11 @@ from typing import Literal
 from fedkl.defenses.base import register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.defenses.clipping import Clipped
-from fedkl.errors import ConfigError, UpdateError, gathered
+from fedkl.errors import ConfigError, gathered
 from fedkl.privacy import GaussianCost
 from fedkl.protocol import Procedure, Sending, Transform
 from fedkl.types import NamedTensors
-from fedkl.update import PublicUpdate
+from fedkl.update import PublicSchema, PublicUpdate
 
 _COUNT = "num_batches_tracked"
 
@@ -58,25 +58,34 @@ class ClientDP(UpdateDefense):
         """In every entry."""
         return self.noise_multiplier * self.clip
 
+    def check_sent(self, schema: PublicSchema) -> None:
+        """Refuses what would be sent without noise.
+
+        Raises:
+            ConfigError: There are other numbers than floating-point ones and counts of batches.
+        """
+        exact = [
+            f"'{name}' is {spec.dtype}"
+            for name, spec in schema.specs.items()
+            if not spec.dtype.is_floating_point and not name.endswith(_COUNT)
+        ]
+        if exact:
+            raise ConfigError(
+                gathered(
+                    "ClientDP: expected floating-point numbers, which noise can cover, got others.",
+                    exact,
+                    "Constants need not be sent: register_buffer(…, persistent=False). Make what changes "
+                    "floating-point buffers.",
+                )
+            )
+
     def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
         """Clips and adds noise, where nothing else would be sent as it is.
 
         Raises:
-            UpdateError: It holds other numbers than floating-point ones and counts of batches.
+            ConfigError: See `check_sent`.
         """
-        exact = [
-            name
-            for name, tensor in update.tensors.items()
-            if not tensor.is_floating_point() and not name.endswith(_COUNT)
-        ]
-        if exact:
-            raise UpdateError(
-                gathered(
-                    "ClientDP: expected floating-point numbers, which noise can cover, got others.",
-                    [f"'{name}' is {update.tensors[name].dtype}" for name in exact],
-                    "Make them floating-point buffers, or keep them out of what is sent.",
-                )
-            )
+        self.check_sent(update.schema)
         return super().transform(update, client=client)
 
     def changed(self, change: NamedTensors, *, draws: Draws, client: Sending) -> NamedTensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Annotated, Literal
@@ -26,32 +26,8 @@ from fedkl.errors import ConfigError
 from fedkl.keys import Key
 from fedkl.locking import Split
 from fedkl.privacy import GaussianCost
-from fedkl.protocol import Knowledge, Procedure, Rescaling, Sending, Transform
-from fedkl.update import PublicUpdate
-
-
-@dataclass(frozen=True)
-class InTurn:
-    """A `Transform` that does several, each with the change that was observed in the end.
-
-    Attributes:
-        transforms: The first first.
-    """
-
-    transforms: tuple[Transform, ...]
-
-    def __call__(self, change: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The change, after all of them."""
-        return reduce(lambda found, transform: transform(found, observed), self.transforms, change)
-
-
-class Rescalings(InTurn, Rescaling):
-    """The same of such as multiply by a factor: together they do, too."""
-
-    def altered(self, model: nn.Module) -> Collection[str]:
-        """What any of them alters."""
-        of = [transform.altered(model) for transform in self.transforms if isinstance(transform, Rescaling)]
-        return frozenset().union(*of)
+from fedkl.protocol import Knowledge, Procedure, Sending, Transform, in_turn
+from fedkl.update import PublicSchema, PublicUpdate
 
 
 @register_defense
@@ -67,13 +43,15 @@ class Combined(Defense):
     at images; training comes before all that is done to updates.
 
     Attributes:
-        parts: The defenses, the first first. At most one may keep tensors or change the network.
+        parts: The defenses, the first first. At most one may keep tensors or change the network. A
+            combination among them stands for its parts.
     """
 
     type: Literal["combined"] = "combined"
     parts: tuple[Annotated[Defense, DEFENSES], ...] = (Pruning(), GaussianNoise())
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(_flat(self.parts)))
         preparing = [part.type for part in self.parts if _prepares(part)]
         if not self.parts or len(preparing) > 1:
             got = f"{', '.join(preparing)} that all do" if preparing else "none"
@@ -142,6 +120,11 @@ class Combined(Defense):
         """How a client trains with all parts."""
         return reduce(lambda found, part: part.procedure(found), self.parts, procedure)
 
+    def check_sent(self, schema: PublicSchema) -> None:
+        """Refuses where a part does."""
+        for part in self.parts:
+            part.check_sent(schema)
+
     def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
         """Every part in turn."""
         return reduce(
@@ -164,9 +147,8 @@ class Combined(Defense):
             noise = math.hypot(*(later.noise_deviation for later in changing[place + 1 :]))
             known.append(part.transform_under_noise(noise) if noise else part.public_transform)
         transforms = tuple(transform for transform in known if transform is not None)
-        if all(isinstance(transform, Rescaling) for transform in transforms):
-            return Rescalings(transforms) if transforms else None
-        return InTurn(transforms)
+        noisy = any(part.noise_deviation for part in changing[:-1])
+        return in_turn(transforms, after_noise=noisy) if transforms else None
 
     def imitate_transform(
         self, changes: Mapping[str, Tensor], *, clients: Sequence[Sending], generator: torch.Generator
@@ -252,10 +234,15 @@ class Combined(Defense):
         return f"{self.type} ({', then '.join(part.describe() for part in self.parts)})"
 
 
+def _flat(parts: Sequence[Defense]) -> Iterator[Defense]:
+    for part in parts:
+        yield from part.parts if isinstance(part, Combined) else (part,)
+
+
 def _prepares(part: Defense) -> bool:
     return part.keeps_tensors or part.changes_network
 
 
 def _seen_by(part: Defense, client: Sending) -> Sending:
     """What a part has at hand: no more than it says that it looks at."""
-    return client if part.looks_at_images else Sending(received=client.received)
+    return client if part.looks_at_images else replace(client, network=None, sample=None)

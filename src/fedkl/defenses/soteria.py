@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedkl.defenses.base import register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
-from fedkl.errors import ConfigError, UpdateError, shown
+from fedkl.errors import ConfigError, shown
 from fedkl.protocol import Rescaling, Sending, Transform
 from fedkl.protocol.differentiable import plain_attention
 from fedkl.types import NamedTensors
@@ -75,11 +75,11 @@ class Soteria(UpdateDefense):
         """Sets the pruned columns to zero.
 
         Raises:
-            ConfigError: The network has no such layer, or its weight is not in the change.
-            UpdateError: The network or the images are not at hand, or the layer is not called with rows.
+            ConfigError: The network has no such layer, never calls it, or its weight is not in the change;
+                or the network or the images are not at hand.
         """
         if client.network is None or client.sample is None:
-            raise UpdateError(
+            raise ConfigError(
                 "Soteria: expected the client's network and images at hand, which say what is pruned, got "
                 "neither. In Flower, give them to the mod: TransformMod(defense, network=…, sample=…)."
             )
@@ -171,7 +171,7 @@ def _inputs_of(network: nn.Module, layer: str, *, received: Mapping[str, Tensor]
         caught.clear()
         torch.func.functional_call(probe, tensors, (images,))
         if not caught:
-            raise UpdateError(f"Soteria: the network never calls {shown(layer)}. Choose another layer.")
+            raise ConfigError(f"Soteria: the network never calls {shown(layer)}. Choose another layer.")
         return caught[0]
 
     return features

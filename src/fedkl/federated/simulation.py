@@ -93,6 +93,7 @@ class Federation:
             execution=execution,
         )
         check_fedsgd(self.split, training)
+        defense.check_sent(self.split.schema(UPDATE_KINDS[training.local.algorithm]))
         self.ledger = ledger_of(self.clients, defense=defense, training=training, model=self.split.model)
         check_tied(self.split, training)
         self.server = Server(

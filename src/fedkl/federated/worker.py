@@ -85,6 +85,7 @@ class Worker:
         self._seed = seed
         self._draws = draws
         self._recalibrates = recalibrates and bool(private_norms(split))
+        self._frozen = frozenset(split.public_parameters()) - frozenset(split.trained_parameters())
         self._trainer = LocalTrainer(
             split.model,
             procedure=training,
@@ -122,19 +123,19 @@ class Worker:
         put_state(optimizer, named, client.optimizer_state)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        sample = partial(self._data.first, client.samples)
         with self._model_randomness(client, round):
             if self._training.algorithm == "fedavg":
                 losses = self._trainer.train(self._batches(client, round), samples=client.num_samples)
                 tensors, num_samples = self.split.public_state(), client.num_samples
             else:
-                tensors, num_samples, losses = self._gradient(client, round)
+                images, labels = next(self._batches(client, round))
+                tensors, num_samples, losses = self._gradient(client, images, labels)
+                sample = partial(_first, images, labels)
         silent = guaranteed and not _are_finite(tensors | self.split.private_state())
         if silent:
-            unchanged = self._training.algorithm == "fedavg"
-            tensors = {
-                name: state[name].clone() if unchanged and name in state else torch.zeros_like(tensor)
-                for name, tensor in tensors.items()
-            }
+            unchanged = state if self._training.algorithm == "fedavg" else {}
+            tensors = {name: _unchanged(tensor, unchanged.get(name)) for name, tensor in tensors.items()}
         update = self.split.public_update(
             tensors,
             kind=UPDATE_KINDS[self._training.algorithm],
@@ -144,9 +145,7 @@ class Worker:
         )
         update = transform(
             update,
-            Sending(
-                received=state, network=self.split.model, sample=partial(self._data.first, client.samples)
-            ),
+            Sending(received=state, network=self.split.model, sample=sample, frozen=self._frozen),
         )
         private, loss = self.split.private_state(), torch.stack(losses).mean()
         if silent:
@@ -174,9 +173,10 @@ class Worker:
             recalibrate_norms_(self.split, Subset(self._data.images, client.samples))
             client.keep_statistics(self.split.private_state())
 
-    def _gradient(self, client: Client, round: int) -> tuple[dict[str, Tensor], int, list[Tensor]]:
+    def _gradient(
+        self, client: Client, images: Tensor, labels: Tensor
+    ) -> tuple[dict[str, Tensor], int, list[Tensor]]:
         """The public gradient of one batch; private parameters step here, public ones on the server."""
-        images, labels = next(self._batches(client, round))
         if self._training.per_example is not None:
             loss = self._trainer.private_backward(images, labels, samples=client.num_samples)
             gradient = {
@@ -239,6 +239,17 @@ class Worker:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             yield
+
+
+def _first(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    return images[:count], labels[:count]
+
+
+def _unchanged(tensor: Tensor, received: Tensor | None) -> Tensor:
+    """What is sent where nothing has changed; counts of batches say how many there were in any case."""
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.zeros_like(tensor) if received is None else received.clone()
 
 
 def _are_finite(tensors: NamedTensors) -> bool:

@@ -31,7 +31,8 @@ class TransformMod:
 
     Args:
         defense: What is done to updates.
-        network: The client's, as the app trains it, for defenses that look at it. Only read.
+        network: The client's, as the app trains it, for defenses that look at it. Only read. Parameters that
+            are frozen in it are sent as they came.
         sample: Gives so many of the client's images at most, and their labels, as the network is called with
             them; for defenses that look at images.
 
@@ -61,6 +62,8 @@ class TransformMod:
             )
         self._defense = defense
         self._network, self._sample = network, sample
+        named = [] if network is None else network.named_parameters()
+        self._frozen = frozenset(name for name, parameter in named if not parameter.requires_grad)
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Handles a message; called by Flower."""
@@ -88,7 +91,8 @@ class TransformMod:
         specs = {n: TensorSpec(shape=tuple(t.shape), dtype=trained[n].dtype) for n, t in came.items()}
         schema = PublicSchema(kind="weights", specs=specs, private=frozenset())
         update = PublicUpdate(schema=schema, tensors=trained, num_samples=1, round=0)
-        at_hand = Sending(received=came, network=self._network, sample=self._sample)
+        frozen = self._frozen.intersection(came)
+        at_hand = Sending(received=came, network=self._network, sample=self._sample, frozen=frozen)
         changed = self._defense.transform(update, client=at_hand)
         if changed.schema is not schema:
             raise UpdateError("TransformMod: the defense gave an update of another kind.")

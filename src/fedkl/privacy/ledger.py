@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from fedkl.errors import ConfigError
+from fedkl.errors import ConfigError, gathered, shown
 from fedkl.privacy.accounting import GaussianCost, check_installed, epsilon
+
+_REL_TOL = 0.01  # another version of the accountant may reckon a little differently
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +119,37 @@ class Ledger:
         return entry
 
     def restore(self, entries: Iterable[LedgerEntry]) -> None:
-        """Takes over what an earlier process counted."""
+        """Takes over what an earlier process counted.
+
+        Raises:
+            ConfigError: It counted clients that are not among these, or their rounds cost something else:
+                what was spent would be reckoned anew. Nothing is taken over.
+        """
         kept = list(entries)
-        self._rounds = Counter(client for entry in kept for client in entry.epsilon)
+        rounds = Counter(client for entry in kept for client in entry.epsilon)
+        last = {client: spent for entry in kept for client, spent in entry.epsilon.items()}
+        problems = [
+            problem for client in last if (problem := self._differs(client, rounds[client], last[client]))
+        ]
+        if problems:
+            raise ConfigError(
+                gathered(
+                    "The ledger of another training: expected what these clients have spent, got",
+                    problems,
+                    "Go on with the clients, the noise and the batches of before, or begin another training.",
+                )
+            )
+        self._rounds = rounds
         self._begun = {entry.round for entry in kept}
+
+    def _differs(self, client: str, rounds: int, spent: float) -> str:
+        """What is wrong with ε as it was counted; empty: nothing."""
+        if client not in self.costs:
+            return f"{shown(client)}, who is not among them"
+        expected = epsilon(self.costs[client], rounds=rounds, delta=self.options.delta)
+        if math.isclose(spent, expected, rel_tol=_REL_TOL):
+            return ""
+        return f"{shown(client)}: ε = {spent:.4g} after {rounds} rounds, which cost {expected:.4g} here"
 
     def check_behind(self, first: int) -> None:
         """Checks that all rounds before round `first` were counted.

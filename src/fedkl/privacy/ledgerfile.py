@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkl.errors import ConfigError
-from fedkl.files import read_file, write_atomically
+from fedkl.files import read_file, sync_folder, write_atomically
 from fedkl.formats import check_version
 from fedkl.parsing import parse_json_object
 from fedkl.privacy.ledger import Ledger, LedgerEntry
@@ -40,8 +40,13 @@ class LedgerFile:
             rounds: So many are behind it.
 
         Raises:
-            ConfigError: See `entries`.
+            ConfigError: See `entries` and `Ledger.restore`; or the ledger's δ is another one.
         """
+        if ledger.options.delta != self._delta:
+            raise ConfigError(
+                f"{self._path}: expected a ledger of δ = {self._delta}, got one of {ledger.options.delta}. "
+                "Give both the same."
+            )
         ledger.restore(self.entries(rounds=rounds))
         ledger.on_charge = self.append
 
@@ -59,10 +64,19 @@ class LedgerFile:
         }
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         try:
-            with os.fdopen(os.open(self._path, flags, 0o644), "ab") as file:
-                file.write((json.dumps(record, allow_nan=False) + "\n").encode())
-                file.flush()
-                os.fsync(file.fileno())
+            is_new = not self._path.exists()
+            with os.fdopen(os.open(self._path, flags, 0o644), "ab", buffering=0) as file:
+                before = os.fstat(file.fileno()).st_size
+                line = (json.dumps(record, allow_nan=False) + "\n").encode()
+                try:
+                    while line:
+                        line = line[file.write(line) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(before)  # the next line must not continue half of this one
+                    raise
+            if is_new:
+                sync_folder(self._path.parent)
         except OSError as error:
             raise ConfigError(f"{self._path}: cannot be written ({error.strerror}).") from error
 

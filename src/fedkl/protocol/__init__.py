@@ -18,10 +18,11 @@ from fedkl.protocol.observation import Auxiliary, Knowledge, Observation
 from fedkl.protocol.per_example import PerExample
 from fedkl.protocol.procedure import Procedure, trained_parameters
 from fedkl.protocol.sending import Sending
-from fedkl.protocol.transforms import Rescaling, Transform
+from fedkl.protocol.transforms import InTurn, Rescaling, Transform, in_turn, rescales
 
 __all__ = [
     "Auxiliary",
+    "InTurn",
     "Kept",
     "Knowledge",
     "Observation",
@@ -30,6 +31,8 @@ __all__ = [
     "Rescaling",
     "Sending",
     "Transform",
+    "in_turn",
     "only_kept",
+    "rescales",
     "trained_parameters",
 ]

@@ -5,13 +5,13 @@ Not imported by `fedkl.protocol` itself: it takes noise from `fedkl.keys`, which
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from fedkl.errors import TrainingError, gathered
+from fedkl.errors import TrainingError, gathered, shown
 from fedkl.keys import Uniform, normal
 from fedkl.norms import mixes_images
 from fedkl.protocol.per_example import PerExample, clipped_sum
@@ -61,16 +61,17 @@ def private_gradient(
         gradient, value = grad_and_value(of)(parameters, x, y)
         return gradient, value
 
+    buffers = dict(model.named_buffers())
     try:
         total, losses = clipped_sum(one, images, labels, clip=how.clip, like=parameters)
     except RuntimeError as error:
         if not is_untraceable(error):
             raise
-        raise TrainingError(
-            "Clipping image by image: expected a model that torch.func.vmap can call one image at a time, "
-            f"got one that it cannot ({type(error).__name__}). Write to no buffer on the way forward, let "
-            "nothing depend on values, or use a defense that clips whole updates."
-        ) from error
+        raise TrainingError(_untraceable(f"one that it cannot ({type(error).__name__})")) from error
+    assigned = [name for name, buffer in model.named_buffers() if buffer is not buffers[name]]
+    if assigned:
+        _put_back(model, buffers)
+        raise TrainingError(_untraceable(f"one that assigns {', '.join(map(shown, assigned))}"))
     deviation = how.noise_multiplier * how.clip
     if deviation:
         total = {
@@ -78,6 +79,20 @@ def private_gradient(
             for name, tensor in total.items()
         }
     return {name: tensor / expected for name, tensor in total.items()}, losses / max(1, len(images))
+
+
+def _untraceable(got: str) -> str:
+    return (
+        "Clipping image by image: expected a model that torch.func.vmap can call one image at a time, got "
+        f"{got}. Write to no buffer on the way forward, let nothing depend on values, or use a defense that "
+        "clips whole updates."
+    )
+
+
+def _put_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    for name, buffer in buffers.items():
+        place, _, own = name.rpartition(".")
+        setattr(model.get_submodule(place), own, buffer)
 
 
 def check_separate(model: nn.Module) -> None:

@@ -18,11 +18,13 @@ class Sending:
             they came. None where it is not at hand, as in a Flower mod.
         sample: Gives so many of the images that it trained on, or all of them, and their labels, as the
             network is called with them. None where they are not at hand.
+        frozen: Names of public parameters that training leaves alone. A defense sends them as they came.
     """
 
     received: Mapping[str, Tensor] = field(repr=False)
     network: nn.Module | None = field(default=None, repr=False)
     sample: Callable[[int], tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
+    frozen: frozenset[str] = frozenset()
 
     @classmethod
     def of(

@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 from fedkl.attacks.matching.stacks import Stacks
 from fedkl.attacks.memory import at_once, kept_for_backward
 from fedkl.attacks.priors import Prior
-from fedkl.protocol import Observation, Rescaling
+from fedkl.protocol import InTurn, Observation, rescales
 from fedkl.protocol.differentiable import (
     change_of,
     check_differentiable,
@@ -249,10 +249,17 @@ class GradientMatching:
 
     @property
     def _open_factor(self) -> bool:
-        """Whether a factor depends on running statistics, which are sent with weights, and not matched."""
-        sent = self._first.train_mode and self._first.local.algorithm == "fedavg"
-        buffers = any(tensor.is_floating_point() for tensor in self._first.model.buffers())
-        return sent and buffers and isinstance(self._first.transform, Rescaling)
+        """Whether a factor depends on more than what is matched.
+
+        That is on running statistics, which are sent with weights; or on noise, which was there before it.
+        """
+        seen = self._first
+        if not rescales(seen.transform):
+            return False
+        sent = seen.train_mode and seen.local.algorithm == "fedavg"
+        statistics = sent and any(tensor.is_floating_point() for tensor in seen.model.buffers())
+        noisy = seen.local.per_example is not None and seen.local.per_example.noise_multiplier > 0
+        return statistics or noisy or (isinstance(seen.transform, InTurn) and seen.transform.after_noise)
 
     def _clipped(
         self,
