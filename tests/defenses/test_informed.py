@@ -148,7 +148,7 @@ def test_played_clients_clip_running_statistics_along(clipped_with_statistics):
         ((Pruning(keep=0.5), Clipping(max_norm=0.05)), 1e-4),
         ((Clipping(max_norm=0.05), Pruning(keep=0.5)), 1e-4),
         ((GaussianNoise(deviation=0.01), Clipping(max_norm=0.05)), 0.9),
-        ((DPSGD(clip=1.0, noise_multiplier=0.06), Clipping(max_norm=0.05)), 0.9),
+        ((DPSGD(clip=1.0, noise_multiplier=0.06), Clipping(max_norm=0.005)), 0.9),
     ],
     ids=["pruned before", "pruned after", "noise before", "noise of each step before"],
 )
