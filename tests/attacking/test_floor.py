@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fedkl import data, rng
@@ -9,7 +11,7 @@ from fedkl.attacking.floor import OWN_IMAGES, candidates_of, floor
 from fedkl.attacking.observing import trials_of
 from fedkl.attacking.victims import own_order
 from fedkl.attacks.learned.prior_only import class_means
-from fedkl.metrics import score
+from fedkl.metrics import SUCCESS_DB, score
 
 
 def test_noise_in_place_of_a_large_batch_is_not_above_it():
@@ -59,3 +61,17 @@ def test_the_better_guess_is_better_in_all_trials_and_not_in_each():
     ]
     total = sum(each.identified for _, scores in floor(dataset, trials, seed=0) for each in scores)
     assert total == max(map(sum, hits)) < sum(map(max, *hits))
+
+
+def test_images_that_are_alike_are_recovered_without_the_update():
+    """Flat images are near their labels' mean; noise identifies more of a batch, and recovers none."""
+    whole, draws = data.load("mnist-sample"), torch.Generator().manual_seed(0)
+    flat = {
+        name: 0.5 + 0.005 * torch.randn(getattr(whole, name).shape, generator=draws)
+        for name in ("train_images", "test_images")
+    }
+    dataset = replace(whole, **flat)
+    found = floor(dataset, trials_of(dataset, trials=6, batch_size=16), seed=0)
+    scores = [score for _, each in found for score in each]
+    assert all(score.psnr >= SUCCESS_DB for score in scores)
+    assert sum(score.identified for score in scores) > 1

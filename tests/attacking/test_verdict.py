@@ -19,7 +19,7 @@ CHANCE = Areas(0.46, 0.54, 0.93)
 
 
 def kind(found=NOTHING, floor=FLOOR, control=CONTROL, areas=CHANCE):
-    return judge_presence(found, floor=floor, control=control, areas=areas).kind
+    return judge_presence(found, at_threshold=found, floor=floor, control=control, areas=areas).kind
 
 
 def test_a_control_that_leaks_is_enough():
@@ -48,6 +48,22 @@ def test_more_than_the_floor_leaks_whatever_the_control():
 )
 def test_otherwise_it_says_nothing(changes):
     assert kind(**changes) == "says nothing"
+
+
+def test_a_leak_is_held_against_the_floor_at_one_threshold():
+    """Where the threshold truly is moves both."""
+    wide, narrow = share(0.2, 0.03, 0.4), share(0.2, 0.15, 0.25)
+    verdict = judge_presence(wide, at_threshold=narrow, floor=FLOOR, control=CONTROL, areas=CHANCE)
+    assert verdict.kind == "leaks"
+
+
+def test_more_recognized_than_the_floor_but_not_surely_is_not_at_it():
+    few = share(0.063, 0.038, 0.101, n=240)
+    verdict = judge_presence(
+        few, at_threshold=few, floor=share(0.015, 0.005, 0.043), control=CONTROL, areas=CHANCE
+    )
+    assert verdict.kind == "says nothing"
+    assert "but not surely" in verdict.reason
 
 
 def test_either_measure_tells():
@@ -108,4 +124,6 @@ def test_what_an_attack_broke_on_says_nothing():
 def test_a_hundred_images_of_one_update_are_one_trial():
     found, floor, control = both(40, 100), both(40, 100), both(100, 100)
     assert judge(found | {"updates": 1}, floor=floor, control=control).kind == "says nothing"
-    assert judge(found | {"updates": 2}, floor=floor, control=control).kind == "at the floor"
+    assert judge(found | {"updates": 6}, floor=floor, control=control).kind == "at the floor"
+    verdict = judge(found | {"updates": 5}, floor=floor, control=control)
+    assert (verdict.kind, verdict.reason) == ("says nothing", "100 images of 5 updates only")

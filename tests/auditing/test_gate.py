@@ -59,6 +59,33 @@ def test_no_more_than_noise_identifies_is_no_leak_and_no_pass():
 
 
 @pytest.mark.parametrize(("quantity", "question"), [("recovered", "rebuilt"), ("identified", "identified")])
+def test_images_on_which_an_attack_broke_keep_no_limit(quantity, question):
+    """None of 300 is rebuilt, and of 299 nobody knows."""
+    found = finding(question, 0, 300, figures={"broke": 299.0})
+    (check,) = judge(audit(found), Gate({quantity: 0.1})).checks
+    assert check.state == "missing"
+    assert "the attack broke on 299 of 300 images" in check.text
+    crossed = finding(question, 200, 300, figures={"broke": 100.0})
+    assert states(audit(crossed), f"{quantity}=0.1") == ["crossed"]
+
+
+def test_identified_among_few_is_not_what_the_limit_is_of():
+    found = finding("identified", 0, 300, figures={"candidates": 16.0})
+    (check,) = judge(audit(found), Gate.parse("identified=0.1")).checks
+    assert (check.state, "told from 16 images" in check.text) == ("missing", True)
+    assert states(audit(finding("identified", 0, 300, figures={"candidates": 100.0})), "identified=0.1") == [
+        "passed"
+    ]
+
+
+def test_images_that_a_guess_rebuilds_cross_no_limit():
+    found = finding("rebuilt", 290, 300, outcome="at the floor", floor=measured(290, 300))
+    (check,) = judge(audit(found), Gate.parse("recovered=0.1")).checks
+    assert check.state == "undecided"
+    assert "so alike that a guess rebuilds them" in check.text
+
+
+@pytest.mark.parametrize(("quantity", "question"), [("recovered", "rebuilt"), ("identified", "identified")])
 def test_attackers_of_pictures_that_came_to_no_end_are_missing(quantity, question):
     """Less time must not make a gate greener."""
     found, gate = finding(question, 0, 300), Gate({quantity: 0.1})

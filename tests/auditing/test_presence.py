@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedkl.attacking import full_gradient
-from fedkl.auditing.presence import LayerScores, PresenceTest, _fitted, _Spans
+from fedkl.auditing.presence import LayerScores, PresenceTest, _center_by_class, _fitted, _Spans
 from fedkl.auditing.rows import rows_of
 from fedkl.errors import DataError
 from tests.auditing.subjects import CLASSES, convnet, images, labels, mlp, trained
@@ -320,3 +320,16 @@ def test_images_kept_back_set_the_scale_of_every_update():
         wanted = ((candidates[update] - mean) / std)[:, :2] @ test.weights[:2]
         torch.testing.assert_close(found[update], wanted, atol=1e-3, rtol=1e-3)
         assert abs(float(null[update].mean())) < 1e-3
+
+
+@pytest.mark.parametrize("classes", [10, 100, 200])
+def test_false_alarms_are_as_many_as_wanted_however_few_images_a_class_has(classes):
+    """An image that is in its class's mean is nearer to it than one that is not."""
+    generator = torch.Generator().manual_seed(0)
+    kept_back = torch.arange(240) % classes
+    labels = torch.arange(2400) % classes
+    null, found = (torch.randn(4, len(each), 1, generator=generator) for each in (kept_back, labels))
+    _center_by_class(null, found, kept_back, labels)
+    alarms = float((found >= null.flatten().quantile(0.99)).float().mean())
+    assert 0.003 < alarms < 0.016
+    assert abs(float(null.std()) - float(found.std())) < 0.1

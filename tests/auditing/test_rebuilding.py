@@ -17,7 +17,7 @@ from fedkl.auditing.plan import Planned, exposures_of
 from fedkl.auditing.rebuilding import _lots, _trials, dataset_of, rebuild
 from fedkl.auditing.recognition import Pools
 from fedkl.defenses import NoDefense, plain_arm
-from fedkl.metrics import success_rate
+from fedkl.metrics import success_rate, wilson_interval
 from tests.attacking.breaking import Breaking
 from tests.auditing.subjects import images, labels, subject
 
@@ -51,6 +51,21 @@ def attacked(size, *, most, pictures):
 def test_batches_are_rounded_up_where_that_lets_a_verdict_say_something(size, most, pictures, expected):
     assert SAFE_FROM == 100
     assert attacked(size, most=most, pictures=pictures) == expected
+
+
+def test_images_of_one_update_are_no_trials_of_their_own():
+    """All of an update's images are found, or none: of two updates nothing is known of a third."""
+    whole = replace(
+        subject(), images=images(100), labels=labels(100), images_per_client=20, procedure=Procedure()
+    )
+    (clients, *_) = exposures_of(whole, defense=NoDefense(), masking="none", batch_sizes=(), seed=0)
+    pools = Pools.of(whole.images, whole.labels, seed=0)
+    attacker = Attacker(name="dlg", type="dlg", threat_model="C", images=40, options={"evaluations": 1})
+    found = rebuild(attacker, clients, pools=pools, enough=lambda: False)
+    assert (found.found["updates"], found.found["success"]["n"]) == (2, 40)
+    assert found.found["success"]["rate"] == 0
+    assert found.found["success"]["high"] == pytest.approx(wilson_interval(0, 2)[1])
+    assert found.floor["success"]["high"] == pytest.approx(wilson_interval(0, 40)[1])
 
 
 def test_what_an_attack_broke_on_is_not_left_out():

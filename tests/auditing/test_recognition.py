@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from dataclasses import replace
 
@@ -12,7 +13,16 @@ import torch
 from fedkl import Procedure
 from fedkl.attacking.updates import local_update
 from fedkl.auditing.clients import Clients
-from fedkl.auditing.recognition import Pool, Pools, _area, _figures, check_enough, clients_of, recognize
+from fedkl.auditing.recognition import (
+    KeptBack,
+    Pool,
+    Pools,
+    _area,
+    _figures,
+    check_enough,
+    clients_of,
+    recognize,
+)
 from fedkl.auditing.results import Exposure
 from fedkl.defenses import KeyLock, NoDefense, changing
 from fedkl.defenses.combined import Combined
@@ -90,7 +100,7 @@ def other_images():
 
 
 def says_nothing(found):
-    assert found.share.low <= max(found.false_alarms.high, found.swapped.high)
+    assert found.at_threshold.low <= max(found.false_alarms.high, found.swapped.high)
     assert abs(found.auc - 0.5) < 0.08
     assert found.auc_low - 0.03 < 0.5 < found.auc_high + 0.03
 
@@ -118,7 +128,7 @@ def says_nothing(found):
 )
 def test_members_are_recognized(fields, auc):
     found = recognize(clients_like(**fields), pools=pools_of(subject(**fields)))
-    assert found.share.low > max(found.false_alarms.high, found.swapped.high)
+    assert found.at_threshold.low > max(found.false_alarms.high, found.swapped.high)
     assert auc < found.auc_low <= found.auc <= found.auc_high <= 1
     assert abs(found.swapped_auc - 0.5) < 0.06
     assert found.clients == clients_of(SIZE)
@@ -136,10 +146,10 @@ def test_an_update_of_something_else_recognizes_nobody(kind, build):
 def test_a_masked_update_recognizes_nobody(procedure):
     clients = clients_like(defense=MaskedUpload(), procedure=procedure)
     found = recognize(clients, pools=pools_of(clients.subject))
-    assert found.share.low <= max(found.false_alarms.high, found.swapped.high)
+    assert found.at_threshold.low <= max(found.false_alarms.high, found.swapped.high)
     assert found.auc_surely <= 0.5  # masks are of the operating system: no two runs are the same
     opened = recognize(clients.open(), pools=pools_of(clients.subject))
-    assert opened.share.low > max(opened.false_alarms.high, opened.swapped.high)
+    assert opened.at_threshold.low > max(opened.false_alarms.high, opened.swapped.high)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +243,16 @@ def test_pools_share_no_image():
     assert Pools.of(x, torch.arange(200), seed=4).own.labels.tolist() != parts[0]
 
 
+def test_copies_are_left_out():
+    """A member's copy among what sets the threshold would be recognized as well, and hide it."""
+    x = torch.arange(200.0).view(200, 1, 1, 1).expand(-1, 1, 8, 8)
+    places = torch.arange(600) % 200
+    pools = Pools.of(x[places], torch.arange(600), seed=3)
+    parts = [pool.images[:, 0, 0, 0].int().tolist() for pool in pools]
+    assert sorted(itertools.chain(*parts)) == list(range(200))
+    assert all(pool.labels.tolist() == part for pool, part in zip(pools, parts, strict=True))  # of the first
+
+
 def test_too_few_images_are_refused_with_numbers():
     clients = clients_like(count=100, size=21)
     with pytest.raises(
@@ -246,7 +266,8 @@ def test_too_few_images_are_refused_with_numbers():
 
 @pytest.mark.parametrize("count", range(40, 60))
 def test_as_many_to_a_client_as_the_refusal_names_are_enough_and_one_more_is_not(count):
-    pools = Pools.of(torch.zeros(count, 1, 1, 1), torch.zeros(count, dtype=torch.int64), seed=0)
+    single = torch.arange(float(count)).view(-1, 1, 1, 1)
+    pools = Pools.of(single, torch.zeros(count, dtype=torch.int64), seed=0)
     with pytest.raises(DataError) as refused:
         check_enough(3 * 30, pools, clients=3)
     named = int(re.search(r"images_per_client to at most (\d+)\.", str(refused.value))[1])
@@ -285,9 +306,39 @@ def drawn(shift=2.0, *, clients=8, count=2000, size=10):
     return null, torch.randn(clients, count, generator=generator) + shift * members, members
 
 
+def figures(null, scores, members, *, seed=0):
+    kept_back = KeptBack(null, torch.ones_like(null, dtype=torch.bool))
+    return _figures(kept_back, scores, members, ~members, seed=seed)
+
+
+def test_the_interval_knows_how_little_few_images_say_of_the_threshold():
+    """Some images look trained on to any update: which of them were kept back moves the threshold for all."""
+    clients, kept, count, size, shift = 6, 120, 240, 120, 2.0
+    threshold = 1.25**0.5 * 2.3263  # 99 % of what the sum of the two normals below gives
+    truth = 0.5 * math.erfc((threshold - shift) / 1.25**0.5 / 2**0.5)
+    wide = narrow = 0
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        members = torch.zeros(clients, count, dtype=torch.bool)
+        for client in range(clients):
+            members[client, torch.randperm(count, generator=generator)[:size]] = True
+        null, scores = (
+            torch.randn(1, images, generator=generator)
+            + 0.5 * torch.randn(clients, images, generator=generator)
+            for images in (kept, count)
+        )
+        found = figures(null, scores + shift * members, members, seed=seed)
+        wide += found.share.low <= truth <= found.share.high
+        narrow += found.at_threshold.low <= truth <= found.at_threshold.high
+        assert found.share.low <= found.at_threshold.low <= found.share.rate
+        assert found.share.rate <= found.at_threshold.high <= found.share.high
+    assert wide >= 27
+    assert narrow <= 12
+
+
 def test_one_percent_of_what_was_kept_back_reaches_the_threshold():
     null, scores, members = drawn()
-    found = _figures(null, scores, members, ~members)
+    found = figures(null, scores, members)
     threshold = null.flatten().sort().values[-320]  # the 320th of 32,000
     assert found.share.rate == pytest.approx(float((scores[members] >= threshold).float().mean()), abs=0.02)
     assert found.false_alarms.rate == pytest.approx(
@@ -299,7 +350,7 @@ def test_one_percent_of_what_was_kept_back_reaches_the_threshold():
 
 def test_figures_are_those_of_slow_counts():
     null, scores, members = drawn()
-    found = _figures(null, scores, members, ~members)
+    found = figures(null, scores, members)
     areas, swapped = [], []
     for client in range(8):
         own, before = members[client], members[client - 1] & ~members[client]
@@ -317,14 +368,14 @@ def test_intervals_are_by_client():
     """A client is recognized as a whole, or not at all: that are 8 trials, not 80."""
     null, scores, members = drawn(shift=0.0)
     scores = torch.where(members & (torch.arange(8) % 2 == 0)[:, None], 9.0, scores)
-    found = _figures(null, scores, members, ~members)
+    found = figures(null, scores, members)
     assert found.share.low < 0.25 < 0.75 < found.share.high
 
 
 def test_equal_scores_are_no_leak():
     null, scores, members = (torch.ones(3, 50), torch.ones(3, 40), torch.zeros(3, 40, dtype=torch.bool))
     members[[0, 1, 2], [0, 1, 2]] = True
-    found = _figures(null, scores, members, ~members)
+    found = figures(null, scores, members)
     assert (found.share.rate, found.false_alarms.rate, found.auc, found.swapped_auc) == (1, 1, 0.5, 0.5)
 
 
@@ -366,7 +417,7 @@ def test_more_than_chance_is_no_all_clear_however_few_clients_there_are(clients,
             mine = torch.zeros(clients, images, dtype=torch.bool)
             mine[:, :members] = True
             scores += shifted * mine
-            found = _figures(torch.randn(6000, generator=generator), scores, mine, ~mine)
+            found = figures(torch.randn(clients, 6000 // clients, generator=generator), scores, mine)
             surely.append(found.auc_surely > 0.5)
             assert found.auc_low < found.auc < found.auc_high
     assert sum(surely[:20]) >= 18

@@ -21,6 +21,7 @@ from fedkl.auditing import (
     suspect,
 )
 from fedkl.auditing.attackers import ATTACKERS
+from fedkl.auditing.recordings import _pools
 from fedkl.errors import ConfigError
 from fedkl.recordingfile import Recording
 from tests.auditing import recordings
@@ -250,6 +251,17 @@ def test_an_image_of_a_clients_class_is_not_therefore_its_own(tmp_path, only_row
     assert nothing.outcome != "leaks"
     assert nothing.figures["auc"] < 0.62  # by all classes together it is .70
     assert nothing.found.rate < 0.3
+
+
+def test_a_copy_of_a_member_is_no_other_image(audited):
+    """It would be recognized as well, and be counted as a false alarm."""
+    copied = audited.images.clone()
+    copied[50:] = copied[:1]
+    pools, _ = _pools(replace(audited, images=copied), [[0, 1], [1, 2]], seed=0)
+    assert torch.equal(pools.audited.images[:3], copied[:3])
+    others = torch.cat([pools.own.images, pools.kept_back.images, pools.audited.images[3:]])
+    assert len(others) == 47
+    assert not any(torch.equal(each, copied[0]) for each in others)
 
 
 def test_too_few_images_of_a_clients_classes_are_said(audited, tmp_path, only_rows):

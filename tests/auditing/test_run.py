@@ -14,6 +14,7 @@ from typing import Literal
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 import fedkl
 from fedkl import Procedure, report
@@ -139,7 +140,9 @@ def test_verdicts_follow_the_one_rule(tmp_path):
         if question == "presence":
             ends = [each.figures.get(name, 0.0) for name in ("auc_surely", "auc_high", "control_auc_low")]
             areas = Areas(*ends) if control is not None else None
-            verdict = judge_presence(each.found.model_dump(), areas=areas, **shares)
+            ends = {end: each.figures[f"{end}_at_threshold"] for end in ("low", "high")}
+            share = each.found.model_dump()
+            verdict = judge_presence(share, at_threshold=share | ends, areas=areas, **shares)
         else:
             verdict = judge_share(each.found.model_dump(), what=question, **shares)
         assert (each.outcome, each.reason) == verdict
@@ -366,6 +369,24 @@ def test_loops_are_told_apart_by_their_source_and_settings():
     assert len(set(prints)) == len(loops)
     again = [trains, hurried, partial(hurried, lr=0.1), partial(hurried, lr=0.2), Loop(1), Loop(2)]
     assert prints[:6] == [subject(procedure=each).fingerprint() for each in again]
+
+
+class Sigmoid(nn.Module):
+    def forward(self, x):
+        return x.sigmoid()
+
+
+def test_a_network_that_computes_something_else_is_another():
+    """With the same weights: an activation has none."""
+
+    def with_a(kind):
+        def model():
+            return nn.Sequential(nn.Flatten(), nn.Linear(192, 4), kind())
+
+        return replace(subject(), model=model, weights=None).fingerprint()
+
+    assert with_a(nn.ReLU) == with_a(nn.ReLU)
+    assert len({with_a(kind) for kind in (nn.ReLU, nn.Sigmoid, Sigmoid)}) == 3
 
 
 def test_an_audit_from_before_fingerprints_is_read_and_takes_no_other(tmp_path, few):

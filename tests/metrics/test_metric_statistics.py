@@ -156,6 +156,21 @@ def test_trials_of_a_group_count_for_less_the_more_groups_differ():
     assert apart.low < scattered.low < low < high < scattered.high < apart.high
 
 
+@pytest.mark.parametrize("hit", [0.0, 1.0])
+@pytest.mark.parametrize(("alike", "trials"), [(1.0, 6), (0.0, 240), (0.05, 240 / 2.95)])
+def test_where_no_group_scatters_it_is_said_how_alike_one_is(hit, alike, trials):
+    """Kish's design effect, 1 + 39 · alike for six groups of 40."""
+    groups = [number // 40 for number in range(240)]
+    found = metrics.success_rate([hit] * 240, threshold=1.0, groups=groups, alike=alike)
+    z2 = 1.959964**2
+    assert found.high - found.low == pytest.approx(z2 / (trials + z2))
+
+
+def test_how_alike_is_a_share():
+    with pytest.raises(ConfigError, match="alike"):
+        metrics.success_rate([1.0], threshold=1.0, groups=[0], alike=1.5)
+
+
 @pytest.mark.parametrize(("groups", "size"), [(3, 300), (6, 40), (6, 100), (15, 16)])
 def test_intervals_of_few_groups_hold_the_truth(groups, size):
     """Shares that differ from group to group around .3; 95 % are asked for."""

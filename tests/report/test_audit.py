@@ -245,6 +245,18 @@ def test_pictures_of_upper_bounds_are_marked_as_such(tmp_path):
     assert "An easier case than yours: one step on one image. In your setting: no attacker that" in shown
 
 
+def test_more_than_chance_is_no_good_news():
+    """An area above one half, that is surely so: too little at few false alarms is not nothing."""
+    seen = finding(successes=15, outcome="says nothing", figures={"auc": 0.66, "auc_surely": 0.6})
+    quiet = finding("rebuilt", 0, attacker="linear-rows", outcome="at the floor")
+    for plain in (False, True):
+        found = words.verdict(audit(seen, quiet), plain=plain)
+        assert found.tone == "open"
+        assert "More images are recognized than by chance" in found.text
+    chance = finding(successes=3, outcome="at the floor", figures={"auc": 0.5, "auc_surely": 0.4})
+    assert words.verdict(audit(chance, quiet)).tone == "good"
+
+
 def test_what_an_easier_case_is_easier_than_stands_above_its_pictures(tmp_path):
     pictures = write_pictures(tmp_path, "bound")
     made = audit(

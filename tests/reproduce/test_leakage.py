@@ -9,11 +9,11 @@ import pytest
 
 from fedkl import config as configs
 from fedkl.attacking.records import _paper, perceptual_distances
-from fedkl.attacking.results import SSIM_SUCCESS, SUCCESS_DB
 from fedkl.attacks.generators.files import load_generator
 from fedkl.data import DATASETS
 from fedkl.defenses import PUBLISHED_LOCK
 from fedkl.errors import ConfigError, DataError
+from fedkl.metrics import SSIM_SUCCESS, SUCCESS_DB
 from fedkl.metrics.perceptual import LPIPS
 from fedkl.models import MODELS
 from fedkl.reproduce import LeakageTable, all_arms, gallery, grid_arms, leakage, leakage_rows, rows_of

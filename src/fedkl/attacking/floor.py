@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from fedkl.attacking.observing import Trial
 from fedkl.attacking.victims import own_order
 from fedkl.attacks.learned.prior_only import class_means
 from fedkl.data import Dataset
-from fedkl.metrics import Candidates, Scaling, Score, score
+from fedkl.metrics import SUCCESS_DB, Candidates, Scaling, Score, score
 
 OWN_IMAGES = 1000
 """Images of the server's own behind the guess from the labels alone, where an arm grants it none."""
@@ -38,7 +40,8 @@ def floor(
 
     Reconstructions of a batch are matched to its images, and among many one that looks a little like an image
     is found by chance: of a batch of 100, noise "identifies" two of five, and more than half where images
-    are matched by their correlation. Of batches that guess counts that identifies the most in all trials.
+    are matched by their correlation. Of batches that guess counts that identifies the most in all trials,
+    with the PSNR of the one that recovers the most: noise recovers nothing, means do where images are alike.
 
     Args:
         dataset: Its training images are the server's own, its test images the candidates.
@@ -71,5 +74,20 @@ def floor(
         for rule in rules
         for guess in ((means, noise) if batches else (means,))
     ]
-    best = max(scored, key=lambda found: sum(each.identified for batch in found for each in batch))
+    most_identified, most_recovered = (
+        max(scored, key=lambda found: sum(map(counts, chain.from_iterable(found))))
+        for counts in (_is_identified, _is_recovered)
+    )
+    best = [
+        [replace(one, psnr=other.psnr) for one, other in zip(*each, strict=True)]
+        for each in zip(most_identified, most_recovered, strict=True)
+    ]
     return list(zip(trials, best, strict=True))
+
+
+def _is_identified(score: Score) -> bool:
+    return score.identified
+
+
+def _is_recovered(score: Score) -> bool:
+    return score.psnr is not None and score.psnr >= SUCCESS_DB

@@ -14,20 +14,13 @@ from pydantic import Field, TypeAdapter
 
 from fedkl import wording
 from fedkl.attacking.reconstructions import load_reconstruction
-from fedkl.attacking.results import (
-    SSIM_SUCCESS,
-    SUCCESS_DB,
-    arm_figures,
-    attack_summary,
-    broken,
-    shares,
-)
+from fedkl.attacking.results import arm_figures, attack_summary, broken, shares
 from fedkl.attacks import DLG, IDLG
 from fedkl.config import AttackConfig
 from fedkl.errors import ConfigError
 from fedkl.files import read_file, write_atomically
 from fedkl.markdown import table_lines
-from fedkl.metrics import match, paper_psnr_to_true
+from fedkl.metrics import SSIM_SUCCESS, SUCCESS_DB, match, paper_psnr_to_true
 from fedkl.metrics.perceptual import LPIPS
 from fedkl.parsing import parse_json_object
 from fedkl.runs import RunDirectory

@@ -16,17 +16,10 @@ from fedkl.config import AttackConfig
 from fedkl.defenses import Arm
 from fedkl.errors import ConfigError, shown
 from fedkl.formats import check_version
-from fedkl.metrics import success_rate, summarize
+from fedkl.metrics import SSIM_SUCCESS, SUCCESS_DB, success_rate, summarize
 from fedkl.run_records import Count, Needed, Seconds, Share, Word
 from fedkl.runs import RunDirectory, damaged_summary
 from fedkl.validation import problems_of
-
-SUCCESS_DB = 30.0
-"""PSNR from which an image counts as recovered."""
-
-SSIM_SUCCESS = 0.6
-"""SSIM from which an attack counts as successful, for the attack success rate."""
-
 
 VERSION = 2
 """Of what an attack leaves in results.jsonl and summary.json; runs of version 1 have no floor."""
@@ -89,7 +82,11 @@ def arm_figures(
 
 
 def shares(
-    records: Sequence[Mapping[str, Any]], *, groups: Sequence[int] | None = None, broke: int = 0
+    records: Sequence[Mapping[str, Any]],
+    *,
+    groups: Sequence[int] | None = None,
+    broke: int = 0,
+    together: int = 1,
 ) -> dict[str, Any]:
     """Which shares of the images were recovered and identified, with intervals: what a verdict rests on.
 
@@ -97,9 +94,10 @@ def shares(
         records: Of trials, or of the floor.
         groups: Which images belong together, for the intervals; None: each is alone.
         broke: Images of further trials, on which the attack broke: neither recovered nor identified.
+        together: So many of these are in one group.
     """
     scores = [score for record in records for score in record["scores"]]
-    rate = partial(success_rate, groups=_and_broken(groups, broke))
+    rate = partial(success_rate, groups=_and_broken(groups, broke, together=together))
     recovered = [score["psnr"] for score in scores] + [None] * broke
     identified = [float(score["identified"]) for score in scores] + [None] * broke
     return {
@@ -110,9 +108,11 @@ def shares(
     }
 
 
-def _and_broken(groups: Sequence[int] | None, broke: int) -> list[Hashable] | None:
+def _and_broken(groups: Sequence[int] | None, broke: int, *, together: int = 1) -> list[Hashable] | None:
     """Of which client a broken trial was is not looked up: each is a group."""
-    return None if groups is None else [*groups, *(f"broke {number}" for number in range(broke))]
+    if groups is None:
+        return None
+    return [*groups, *(f"broke {number // together}" for number in range(broke))]
 
 
 def broken(left_out: Iterable[Mapping[str, Any]], arm: str) -> int:

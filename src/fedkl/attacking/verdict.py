@@ -19,6 +19,9 @@ CONTROL_LOW = 0.5
 SAFE_FROM = 100
 """Images below which no figures are said to be at the floor."""
 
+UPDATES_FROM = 6
+"""Updates below which none are: an attack rebuilds the images of an update, or does not."""
+
 
 class Areas(NamedTuple):
     """Areas under the curve of recognizing, in [0, 1]; 0.5 is chance.
@@ -128,6 +131,7 @@ def judge_share(
 def judge_presence(
     found: Mapping[str, Any],
     *,
+    at_threshold: Mapping[str, Any],
     floor: Mapping[str, Any],
     control: Mapping[str, Any] | None,
     areas: Areas | None,
@@ -140,14 +144,17 @@ def judge_presence(
 
     Args:
         found: The share, with rate, low, high and n.
+        at_threshold: The same with an interval at the threshold as it was estimated; `floor` is at it, too.
         floor: The same of images that were not trained on.
         control: The same of this attack on the same client with nothing hidden; None: not run.
         areas: Of both; None where there is no control.
     """
-    if _above(found, floor):
+    if _above(at_threshold, floor):
         return Verdict("leaks", f"{wording.count(found)} images recognized")
     if control is None or areas is None:
         return Verdict("says nothing", "its control was not attacked")
+    if _perhaps_above(at_threshold, floor):
+        return Verdict("says nothing", "more than of images that the client does not have, but not surely")
     if control["low"] <= floor["high"]:
         return Verdict("says nothing", f"the attack finds only {wording.count(control)} of its control")
     if found["n"] < SAFE_FROM:
@@ -223,8 +230,10 @@ def _missing(
     images = min(each["n"] for pair in pairs for each in pair)
     if images < SAFE_FROM:
         return f"too few images, {images} of {SAFE_FROM}"
-    if about.get("updates") == 1:
-        return f"{n} images of one update, as good as one trial"
+    updates = about.get("updates", UPDATES_FROM)
+    if updates < UPDATES_FROM:
+        number = "one update, as good as one trial" if updates == 1 else f"{updates} updates only"
+        return f"{n} images of {number}"
     if any(_perhaps_above(*pair) for pair in pairs):
         return "more than without the update, but not surely"
     return ""

@@ -35,7 +35,9 @@ def of_pictures(
     """
     if entry.attacker is None:
         raise ValueError("the presence test rebuilds no pictures")
-    figures = {"psnr": rebuilt.psnr, "ssim": rebuilt.ssim}
+    figures = {"psnr": rebuilt.psnr, "ssim": rebuilt.ssim, "candidates": float(rebuilt.candidates)}
+    if broke := rebuilt.found["broke"]:
+        figures["broke"] = float(broke)
     found = []
     for question, name in _SHARES.items():
         share, floor = Measured(**rebuilt.found[name]), Measured(**rebuilt.floor[name])
@@ -87,13 +89,19 @@ def of_presence(
     control, least = _control_of_presence(entry, open, earlier)
     kind, reason = judge_presence(
         share.model_dump(),
+        at_threshold=found.at_threshold._asdict(),
         floor=floor.model_dump(),
         control=None if control is None else control.model_dump(),
         areas=None if least is None else Areas(found.auc_surely, found.auc_high, least),
     )
     if found.clients == 1:
         reason += "; one client, so the intervals are by image and say nothing of others"
-    checked = {"swapped_auc": found.swapped_auc, "control_auc_low": least}
+    checked = {
+        "swapped_auc": found.swapped_auc,
+        "control_auc_low": least,
+        "low_at_threshold": found.at_threshold.low,
+        "high_at_threshold": found.at_threshold.high,
+    }
     own = pools.server_images
     return Finding(
         question="presence",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from fedkl.attacking.floor import CANDIDATES
 from fedkl.auditing.attackers import PRESENCE
 from fedkl.auditing.results import Audit, Cause, Finding, Question
 from fedkl.errors import ConfigError, gathered, shown
@@ -34,6 +35,10 @@ _FLOORS = {
     "identified": (
         "without the update",
         "the limit is below what chance gives. Raise it above that, or leave it out.",
+    ),
+    "recovered": (
+        "without the update",
+        "the images are so alike that a guess rebuilds them. Raise the limit above that, or leave it out.",
     ),
 }
 """By quantity: what is found without a leak, in words, and what to do about a limit below it."""
@@ -257,6 +262,9 @@ def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
         elif interval.low > limit:
             state = "crossed"
             text = f"{place} is above the limit {limit:g}."
+        elif interval.high <= limit and (unsaid := _unsaid(finding, quantity)):
+            state = "missing"
+            text = f"{place} is not above the limit {limit:g}, but {unsaid}."
         elif interval.high <= limit:
             state = "passed"
             unknown = finding.outcome == "says nothing"
@@ -270,6 +278,16 @@ def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
         yield Check(state=state, text=text, quantity=quantity, limit=limit, finding=finding)
     if found and quantity in _PICTURES:
         yield from _untried(audit, quantity, limit)
+
+
+def _unsaid(finding: Finding, quantity: str) -> str:
+    """Why a share of pictures that is low says nothing; empty if it does."""
+    broke, candidates = (int(finding.figures.get(name, 0)) for name in ("broke", "candidates"))
+    if quantity in _PICTURES and broke:
+        return f"the attack broke on {broke} of {finding.found.n} images"
+    if quantity == "identified" and 0 < candidates < CANDIDATES:
+        return f"it is told from {candidates} images, not from {CANDIDATES}. Give more images"
+    return ""
 
 
 def _untried(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:

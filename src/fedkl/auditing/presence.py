@@ -23,6 +23,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -266,10 +267,8 @@ class PresenceTest:
         """
         scores = self._scores.under(updates)
         null, found = scores(*kept_back), scores(images, labels)
-        for label in set(kept_back[1].tolist()) if by_class else ():
-            mine, same = kept_back[1] == label, labels == label
-            center = null[:, mine].mean(1, keepdim=True)
-            null[:, mine], found[:, same] = null[:, mine] - center, found[:, same] - center
+        if by_class:
+            _center_by_class(null, found, kept_back[1], labels)
         mean, std = null.mean(1, keepdim=True), null.std(1, keepdim=True).clamp_min(_TINY)
         return ((null - mean) / std) @ self.weights, ((found - mean) / std) @ self.weights
 
@@ -277,6 +276,33 @@ class PresenceTest:
 def _null(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation over images that were not trained on."""
     return scores.mean(0), scores.std(0).clamp_min(_TINY)
+
+
+def _center_by_class(null: Tensor, found: Tensor, kept_back: Tensor, labels: Tensor) -> None:
+    """Takes the mean of each class's kept-back images off, in place.
+
+    The mean of k images is not exact: one that is in it is nearer to it than another, by
+    √((1 − 1/k) / (1 + 1/k)), and false alarms would be more than those that the threshold is set for. So each
+    is held against the mean of the others, and all are scaled to one deviation. Classes with one image are
+    held against the mean of all.
+
+    Args:
+        null: Scores of what was kept back, shape ``(updates, images, scores)``.
+        found: Of the candidates, likewise.
+        kept_back: Labels of the first.
+        labels: Of the second.
+    """
+    of_all = null.mean(1, keepdim=True)
+    for label in set(kept_back.tolist()):
+        mine, same = kept_back == label, labels == label
+        k = int(mine.sum())
+        if k < 2:
+            null[:, mine] -= of_all
+            found[:, same] -= of_all
+            continue
+        center = null[:, mine].mean(1, keepdim=True)
+        null[:, mine] = (null[:, mine] - center) * math.sqrt(k / (k - 1))
+        found[:, same] = (found[:, same] - center) / math.sqrt(1 + 1 / k)
 
 
 def _fitted(scores: Tensor, members: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class Rebuilt:
         control: The same of the attacker where nothing is hidden; None where nothing is hidden anyway.
         psnr: Median, in dB.
         ssim: Median.
+        candidates: Images among which its own had to be identified.
         truth: Some originals, in [0, 1].
         images: What came out of each, as the attacker would show it, in [0, 1].
     """
@@ -58,6 +59,7 @@ class Rebuilt:
     control: dict[str, Any] | None
     psnr: float | None
     ssim: float | None
+    candidates: int
     truth: Tensor = field(repr=False)
     images: Tensor = field(repr=False)
 
@@ -271,7 +273,13 @@ def _figures(
     by_arm = {arm.name: [each for each in found if each.arm == arm.name] for arm in arms}
     left_out, size = not_run(refused), len(trials[0].images)
     rates = {
-        name: shares([each.to_dict() for each in results], broke=broken(left_out, name) * size)
+        name: shares(
+            [each.to_dict() for each in results],
+            # An attack rebuilds an update or does not: its images are no trials of their own.
+            groups=[each.trial for each in results for _ in each.scores],
+            broke=broken(left_out, name) * size,
+            together=size,
+        )
         for name, results in by_arm.items()
         if results
     }
@@ -290,6 +298,7 @@ def _figures(
         control=rates.get(best.control or ""),
         psnr=summarize([score["psnr"] for score in scores]).median,
         ssim=summarize([score["ssim"] for score in scores]).median,
+        candidates=results[0].scores[0].candidates,
         truth=torch.cat([trial.images for trial in attacked])[:SHOWN],
         images=torch.cat([_shown(each, trials[each.trial]) for each in results])[:SHOWN],
     )

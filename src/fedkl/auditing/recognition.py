@@ -6,6 +6,7 @@ members and non-members are of one kind, and differ in nothing but whether they 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ _KEPT_BACK = 6000  # scores that set the threshold, over all updates
 _LIKE = 10  # images of a recorded client's classes that are not its own
 _COPIES = 4  # of what is looked at of an update: itself, whitened, its row space, and as a row
 _SURELY = 3.29  # standard deviations, 99.9 %
+_DRAWS = 400  # of clients and images, for an interval
+_ALIKE = 0.05  # assumed correlation of a client's images, where none or all are recognized
 _LEARNED_FROM = 2000  # images whose layers' inputs are looked at, once
 
 _Read = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -50,7 +53,9 @@ class Recognized:
 
     Attributes:
         share: Recognized, at a threshold that 1 % of the images reach that the server kept back; with an
-            interval by client, or by image where there is one client only.
+            interval that knows how little so few images say of where that threshold is.
+        at_threshold: The same with an interval at this very threshold, by client, or by image where there is
+            one client only: to be held against `false_alarms` and `swapped`, which are at it, too.
         false_alarms: Of images that these clients did not train on, as many reach it.
         swapped: Of the images of another client as many reach it: a check of the test itself; None where
             there is no other client.
@@ -65,6 +70,7 @@ class Recognized:
     """
 
     share: Rate
+    at_threshold: Rate
     false_alarms: Rate
     swapped: Rate | None
     auc: float
@@ -90,8 +96,16 @@ class Pool(NamedTuple):
         return Pool(images=self.images[:count], labels=self.labels[:count])
 
 
+def first_copies(images: Tensor) -> Tensor:
+    """Places of images, each of which is no copy of one before it."""
+    hashes = (hashlib.sha256(image.contiguous().numpy().tobytes()).digest() for image in images.cpu())
+    return torch.tensor(sorted({each: place for place, each in reversed(list(enumerate(hashes)))}.values()))
+
+
 class Pools(NamedTuple):
-    """Images by whose they are; no image is in two of them.
+    """Images by whose they are; no image is in two of them, nor a copy.
+
+    A copy of a client's image among those that set the threshold would be recognized as well, and hide it.
 
     Attributes:
         own: The server's, which it learns from.
@@ -105,9 +119,10 @@ class Pools(NamedTuple):
 
     @classmethod
     def of(cls, images: Tensor, labels: Tensor, *, seed: int) -> Pools:
-        """Random parts: 40, 20 and 40 %."""
-        order = torch.randperm(len(images), generator=rng.generator(seed, "pools"))
-        first, last = int(0.4 * len(images)), int(0.6 * len(images))
+        """Random parts of all that are no copies: 40, 20 and 40 %."""
+        single = first_copies(images)
+        order = single[torch.randperm(len(single), generator=rng.generator(seed, "pools"))]
+        first, last = int(0.4 * len(order)), int(0.6 * len(order))
         parts = order[:first], order[first:last], order[last:]
         return cls(*(Pool(images=images[part], labels=labels[part]) for part in parts))
 
@@ -158,7 +173,7 @@ def recognize(
         seen, kept_back=kept_back, images=audited.images, labels=audited.labels, by_class=real
     )
     progress(1.0)
-    rest = ~present
+    rest, null_of = ~present, torch.ones_like(null, dtype=torch.bool)
     if real:
         rest = rest & _of_its_classes(present, audited.labels, audited.labels)
         few = int(rest.sum(1).min())
@@ -167,9 +182,9 @@ def recognize(
                 f"Presence: only {few} images of the classes of a client are not its own, expected at least "
                 f"{_LIKE}, to tell its own from. Give the subject more of these classes."
             )
-        like = null[_of_its_classes(present, audited.labels, kept_back.labels)]
-        null = like if len(like) >= 1 / FALSE_ALARMS else null
-    return _figures(null, found, present, rest)
+        like = _of_its_classes(present, audited.labels, kept_back.labels)
+        null_of = like if int(like.sum()) >= 1 / FALSE_ALARMS else null_of
+    return _figures(KeptBack(null, null_of), found, present, rest, seed=clients.seed)
 
 
 def learn(
@@ -265,16 +280,41 @@ def _drawn(
     return updates, members[:count]
 
 
-def _figures(null: Tensor, scores: Tensor, members: Tensor, rest: Tensor) -> Recognized:
+class KeptBack(NamedTuple):
+    """Scores of the images that the server kept back, of which few are false alarms.
+
+    Attributes:
+        scores: Shape ``(clients, images)``.
+        like: Which of them are of a kind with what a client is told from; the same shape, bool.
+    """
+
+    scores: Tensor
+    like: Tensor
+
+    def threshold(self) -> float:
+        """What so few of them reach."""
+        return float(self.scores[self.like].quantile(1 - FALSE_ALARMS))
+
+    def drawn(self, clients: Tensor, generator: torch.Generator) -> KeptBack:
+        """Of these clients, with as many images drawn from those that there are."""
+        count = self.scores.shape[1]
+        images = torch.randint(count, (count,), generator=generator)
+        found = KeptBack(*(each[clients][:, images] for each in self))
+        return found if found.like.any() else self
+
+
+def _figures(null: KeptBack, scores: Tensor, members: Tensor, rest: Tensor, *, seed: int) -> Recognized:
     """The figures of a test.
 
     Args:
-        null: Scores of images that no client has, of which few are false alarms.
+        null: Of images that no client has.
         scores: Of the candidates; shape ``(clients, images)``.
         members: Which of them each client has; the same shape, bool.
         rest: Which others they are told from.
+        seed: Of what is drawn for an interval.
     """
-    threshold = float(null.flatten().quantile(1 - FALSE_ALARMS))
+    threshold = null.threshold()
+    reached = _reached(scores, members, threshold)
     others = members.roll(1, 0) & rest
     areas = [_area(each[m], each[o]) for each, m, o in zip(scores, members, rest, strict=True)]
     swapped = [
@@ -286,7 +326,8 @@ def _figures(null: Tensor, scores: Tensor, members: Tensor, rest: Tensor) -> Rec
     low, high = mean_interval(areas) or _interval_of_one(areas[0], *pairs[0])
     surely, _ = mean_interval(areas, confidence=0.999) or (0.0, 1.0)
     return Recognized(
-        share=_reached(scores, members, threshold),
+        share=_with_the_thresholds_error(reached, null, scores, members, seed=seed),
+        at_threshold=reached,
         false_alarms=_reached(scores, rest, threshold),
         swapped=_reached(scores, others, threshold) if others.any() else None,
         auc=area,
@@ -319,7 +360,48 @@ def _interval_of_one(area: float, members: int, others: int) -> tuple[float, flo
 def _reached(scores: Tensor, chosen: Tensor, threshold: float) -> Rate:
     """The share of chosen ones at or above a threshold, with an interval by client if there are several."""
     groups: Sequence[int] | None = chosen.nonzero()[:, 0].tolist() if len(chosen) > 1 else None
-    return success_rate(scores[chosen].tolist(), threshold=threshold, groups=groups)
+    return success_rate(scores[chosen].tolist(), threshold=threshold, groups=groups, alike=_ALIKE)
+
+
+def _with_the_thresholds_error(
+    share: Rate, null: KeptBack, scores: Tensor, members: Tensor, *, seed: int
+) -> Rate:
+    """A share at a threshold that was estimated, too: of few images, of which one or two may have set it.
+
+    Clients and images that were kept back are drawn again, with replacement; the interval has 95 % of the
+    shares at the thresholds that these give. It is stretched by what the audited images scatter where several
+    clients have the same, and is at least the one at the threshold as it is.
+
+    Source:
+        The percentile bootstrap: Efron and Tibshirani 1993, chapter 13. For clients that share images:
+        Cameron, Gelbach and Miller 2011, "Robust inference with multiway clustering".
+    """
+    generator, count = rng.generator(seed, "presence", "interval"), len(scores)
+    reached = [each[mine].sort().values for each, mine in zip(scores, members, strict=True)]
+    shares = []
+    for _ in range(_DRAWS):
+        clients = torch.randint(count, (count,), generator=generator)
+        threshold = null.drawn(clients, generator).threshold()
+        drawn = [reached[client] for client in clients.tolist()]
+        above = sum(len(each) - int(torch.searchsorted(each, threshold)) for each in drawn)
+        shares.append(above / sum(len(each) for each in drawn))
+    found = torch.tensor(shares, dtype=torch.double)
+    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    variance = float(found.var())
+    alone = _scatter_of_images(scores, members, null.threshold())
+    stretched = math.sqrt(1 + alone / variance) if variance else 1.0
+    return share._replace(
+        low=max(0.0, min(share.low, share.rate - stretched * (share.rate - low))),
+        high=min(1.0, max(share.high, share.rate + stretched * (high - share.rate))),
+    )
+
+
+def _scatter_of_images(scores: Tensor, members: Tensor, threshold: float) -> float:
+    """Variance of the share that comes from images which several clients have, beyond that of single hits."""
+    hits = (scores >= threshold) & members
+    number = int(members.sum())
+    excess = (hits.double() - int(hits.sum()) / number) * members
+    return max(0.0, float(excess.sum(0).square().sum() - excess.square().sum())) / number**2
 
 
 def _area(members: Tensor, others: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedkl.auditing.clients import Sent
 from fedkl.auditing.plan import Planned, recorded_exposures_of
-from fedkl.auditing.recognition import FALSE_ALARMS, Pool, Pools, check_enough, learn
+from fedkl.auditing.recognition import FALSE_ALARMS, Pool, Pools, check_enough, first_copies, learn
 from fedkl.auditing.recorded import RecordedUpdate, fits
 from fedkl.auditing.results import Audit
 from fedkl.auditing.run import run_all, settings_of
@@ -226,9 +226,10 @@ def _pools(
     """Whose images are whose; the audited ones begin with the members, each client's places among them."""
     first = list(dict.fromkeys(chain.from_iterable(members)))
     place = {member: index for index, member in enumerate(first)}
-    trained = torch.zeros(len(subject.images), dtype=torch.bool)
-    trained[first] = True
-    others = Pools.of(subject.images[~trained], subject.labels[~trained], seed=seed)
+    # What is no member, nor a copy of one: that would be recognized as well, and counted as a false alarm.
+    single = first_copies(torch.cat([subject.images[first], subject.images]))
+    strangers = single[single >= len(first)] - len(first)
+    others = Pools.of(subject.images[strangers], subject.labels[strangers], seed=seed)
     audited = Pool(
         images=torch.cat([subject.images[first], others.audited.images]),
         labels=torch.cat([subject.labels[first], others.audited.labels]),

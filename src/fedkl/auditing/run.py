@@ -75,6 +75,8 @@ def audit(
         )
     subject.check()
     pools = Pools.of(subject.images, subject.labels, seed=seed)
+    if copies := len(subject.images) - sum(len(pool.images) for pool in pools):
+        progress(0, 1, f"{copies} of {len(subject.images)} images are copies of others: they are left out")
     defended = defense_of(defense)
     exposures = exposures_of(subject, defense=defended, masking=masking, batch_sizes=batch_sizes, seed=seed)
     settings = settings_of(

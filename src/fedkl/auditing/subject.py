@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -193,12 +194,15 @@ class Subject:
         return network
 
     def fingerprint(self) -> str:
-        """Tells this subject from another: SHA-256 of weights, images, labels and procedure, hexadecimal.
+        """Tells this subject from another: SHA-256 of network, images, labels and procedure, hexadecimal.
 
-        Of a function that trains its source and settings count, as far as they tell; not what it calls.
+        Of a network its weights count, its modules and their source; of a function that trains its source and
+        settings, as far as they tell; not what they call.
         """
-        named = {"images": self.images, "labels": self.labels, **self.build().state_dict()}
-        found = hashlib.sha256(f"{self.normalization} {_told(self.procedure)}".encode())
+        network = self.build()
+        named = {"images": self.images, "labels": self.labels, **network.state_dict()}
+        told = f"{self.normalization} {_told(self.procedure)} {_told_network(network)}"
+        found = hashlib.sha256(told.encode())
         for name, tensor in named.items():
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -281,6 +285,17 @@ def _told(procedure: Procedure | LocalLoop) -> str:
         source = inspect.getsource(code)
     texts = [text for each in settings if _ADDRESS not in (text := repr(each))]
     return f"{code.__qualname__} {texts} {source}"
+
+
+def _told_network(network: nn.Module) -> str:
+    """What a network computes, likewise: its modules, and the source of those that are not PyTorch's."""
+    kinds = dict.fromkeys(type(module) for module in network.modules())
+    sources = []
+    for kind in kinds:
+        if not kind.__module__.startswith("torch."):
+            with contextlib.suppress(OSError, TypeError):
+                sources.append(inspect.getsource(kind))
+    return f"{re.sub(r' at 0x[0-9a-f]+', '', repr(network))} {sources}"
 
 
 def _image_problems(images: Tensor) -> list[str]:

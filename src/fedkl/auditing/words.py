@@ -91,6 +91,7 @@ Source:
 NOT_SAFE = "Nothing found is not safe: other attacks, or more time, may find more."
 
 NO_LEAK = "In what your clients really send, no leak was found"
+MORE_THAN_CHANCE = "More images are recognized than by chance, but not surely at few false alarms."
 
 
 class Verdict(NamedTuple):
@@ -230,6 +231,8 @@ def _verdict(audit: Audit, said: Callable[[Finding], str]) -> Verdict:
     if bounds:
         title = audit.exposure(bounds[0].exposure).title
         return Verdict("open", f"{NO_LEAK}. Upper bound, {title}: {said(bounds[0])}")
+    if any(each.figures.get("auc_surely", 0.0) > 0.5 for each in real):
+        return Verdict("open", f"{NO_LEAK} for sure. {MORE_THAN_CHANCE}")
     able = failures(audit).able
     if able:
         return Verdict(

@@ -17,7 +17,17 @@ from fedkl.metrics.image import (
     ssim,
     true_psnr_to_paper,
 )
-from fedkl.metrics.scoring import PSNR_CAP_DB, Matched, Scaling, Score, as_pictures, match, score
+from fedkl.metrics.scoring import (
+    PSNR_CAP_DB,
+    SSIM_SUCCESS,
+    SUCCESS_DB,
+    Matched,
+    Scaling,
+    Score,
+    as_pictures,
+    match,
+    score,
+)
 from fedkl.metrics.statistics import (
     Rate,
     Summary,
@@ -31,6 +41,8 @@ from fedkl.metrics.utility import accuracy, class_accuracies, evaluate
 
 __all__ = [
     "PSNR_CAP_DB",
+    "SSIM_SUCCESS",
+    "SUCCESS_DB",
     "Candidates",
     "Matched",
     "Rate",

@@ -18,6 +18,12 @@ from fedkl.types import ImageBatch, Labels
 PSNR_CAP_DB = 100.0
 """Cap on the PSNR of a `Score`: JSON has no infinity, and a mean over one would say nothing."""
 
+SUCCESS_DB = 30.0
+"""PSNR from which an image counts as recovered."""
+
+SSIM_SUCCESS = 0.6
+"""SSIM from which an attack counts as successful, for the attack success rate."""
+
 Scaling = Literal["clip", "prior"]
 """The attacker's rule for scale and offset: "clip" where the gradient pins them, "prior" behind a norm."""
 

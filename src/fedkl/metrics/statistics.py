@@ -199,6 +199,7 @@ def success_rate(
     threshold: float,
     confidence: float = 0.95,
     groups: Sequence[Hashable] | None = None,
+    alike: float = 1.0,
 ) -> Rate:
     """Share of all trials whose value reaches a threshold, with its Wilson interval.
 
@@ -211,13 +212,15 @@ def success_rate(
         groups: What each trial belongs to, where trials of one group are not independent (of one client):
             the interval is then that of so few trials as would scatter as the groups do, and where these
             scatter more than trials, with Student's t in place of the normal quantile.
+        alike: Correlation within a group, in [0, 1], that is assumed where nothing or everything is a success
+            and no scatter is seen: 1 counts a group as one trial, 0 each trial.
 
     Returns:
         (rate, low, high, n), n being the number of all trials.
 
     Raises:
         ConfigError: There is no trial, a value or the threshold is not finite, the confidence is not in
-            (0, 1), or there are not as many groups as values.
+            (0, 1), there are not as many groups as values, or `alike` is not in [0, 1].
 
     Source:
         The effective number: Kish 1965, "Survey Sampling" (the design effect), with the ratio estimator's
@@ -228,6 +231,8 @@ def success_rate(
     (0.5, 4)
     """
     _check([value for value in values if value is not None], confidence)
+    if not 0 <= alike <= 1:
+        raise ConfigError(f"alike: expected a number from 0 to 1, got {alike}.")
     if not math.isfinite(threshold):
         raise ConfigError(f"threshold: expected a finite number, got {threshold}.")
     n = len(values)
@@ -235,13 +240,13 @@ def success_rate(
     successes = sum(hits)
     low, high = wilson_interval(successes, n, confidence=confidence)
     if groups is not None:
-        number, count = _effective_number(hits, groups), len(set(groups))
+        number, count = _effective_number(hits, groups, alike=alike), len(set(groups))
         scatter = count if count > 1 and 0 < successes < n and number < n else None
         low, high = _wilson(successes / n, number, confidence=confidence, groups=scatter)
     return Rate(successes / n, low, high, n)
 
 
-def _effective_number(hits: Sequence[bool], groups: Sequence[Hashable]) -> float:
+def _effective_number(hits: Sequence[bool], groups: Sequence[Hashable], *, alike: float) -> float:
     """How many independent trials would scatter as the groups' shares do."""
     if len(groups) != len(hits):
         raise ConfigError(f"groups: expected one per value, {len(hits)}, got {len(groups)}.")
@@ -250,7 +255,9 @@ def _effective_number(hits: Sequence[bool], groups: Sequence[Hashable]) -> float
     for hit, group in zip(hits, groups, strict=True):
         excess[group] = excess.get(group, 0.0) + hit - share
     count = len(excess)
-    if count < 2 or share in (0, 1):  # nothing is known of the scatter between groups
+    if share in (0, 1):  # nothing is known of the scatter between groups
+        return n / (1 + (n / count - 1) * alike)
+    if count < 2:
         return float(count)
     variance = count / (count - 1) * sum(each**2 for each in excess.values()) / n**2
     return float(min(max(share * (1 - share) / variance, count), n) if variance else n)

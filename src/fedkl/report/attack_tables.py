@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedkl import wording
-from fedkl.attacking.results import SSIM_SUCCESS, SUCCESS_DB
 from fedkl.attacking.verdict import CONTROL_SHARE, SAFE_FROM, Verdict
 from fedkl.attacking.views import chosen_arms
 from fedkl.attacks import IDLG
+from fedkl.metrics import SSIM_SUCCESS, SUCCESS_DB
 from fedkl.report import verdict
 from fedkl.report.collect import AttackRun
 from fedkl.report.names import plain_names
