@@ -23,6 +23,7 @@ from tests.custody.setting import (
     BACKUP,
     PASSPHRASE,
     Study,
+    client_of,
     member_file,
     member_in,
     opened,
@@ -404,6 +405,28 @@ def test_one_member_is_not_restored_beside_itself(store, folder, member, file):
     with pytest.raises(ConfigError, match="two clients of one member"):
         put_back(file, folder.parent, client="b")
     assert not (folder.parent / "b").exists()
+
+
+@pytest.mark.parametrize("lock", [False, True], ids=["no lock", "a lock that never saw its member"])
+def test_nor_beside_itself_where_no_ledger_knows_it(tmp_path, file, lock):
+    folder = tmp_path / "store" / "a"
+    if lock:
+        client_of(folder.parent)
+    elsewhere = member_in(tmp_path / "elsewhere store" / "a", today=TODAY)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(elsewhere, folder / elsewhere.name)
+    back_up(elsewhere.parent, file)
+    with pytest.raises(ConfigError, match="two clients of one member"):
+        put_back(file, folder.parent, client="b")
+    assert not (folder.parent / "b").exists()
+
+
+def test_another_member_of_that_name_is_not_taken_for_it(store, folder, member, file, tmp_path):
+    """The ledger knows it."""
+    other = member_in(tmp_path / "elsewhere store" / "a", today=TODAY)
+    back_up(other.parent, file)
+    put_back(file, folder.parent, client="b")
+    assert (folder.parent / "b" / other.name).exists()
 
 
 def test_a_restored_member_that_never_had_a_lock_gets_its_first(tmp_path, file, monkeypatch):

@@ -235,9 +235,13 @@ def _check_no_twin(backup: Backup, store: Path) -> None:
     identity = backup.ledger.member if backup.ledger else None
     if identity is None and backup.member is not None:
         identity = identity_of(backup.member.keys)
+    secret = None if backup.member is None else f"{backup.member.keys.name}{SUFFIX}"
     for folder in sorted(store.iterdir()) if identity is not None and store.is_dir() else ():
         ledger = Ledger.read(folder) if folder.is_dir() else None
-        if ledger is not None and ledger.member == identity:
+        known = ledger.member if ledger else None
+        # Without a lock no ledger says whose the secret file is; then its name has to do.
+        nameless = known is None and secret is not None and os.path.lexists(folder / secret)
+        if nameless or known == identity:
             raise ConfigError(
                 f"{folder}: has the member of this backup. Nothing was restored: two clients of one member "
                 "would use a mask twice. Move that folder out of the store first, or make a new member."
