@@ -123,5 +123,25 @@ def test_sums_that_are_not_finite_are_refused_by_name():
 def test_integers_that_float64_does_not_hold_are_refused():
     """Rounded to 2⁶³ they would come back as the most negative integer."""
     with pytest.raises(UpdateError, match="'n' has values too large to be averaged"):
-        weighted_average([update({"n": torch.tensor(2**63 - 1)})])
+        weighted_average([update({"n": torch.tensor(2**63 - 1)}), update({"n": torch.tensor(2**63 - 2)})])
     assert weighted_average([update({"n": torch.tensor(2**53)})])["n"].item() == 2**53
+
+
+@pytest.mark.parametrize("value", [2**60, 2**63 - 1, -(2**63)])
+def test_integers_that_all_have_stay_as_they_are(value):
+    """A constant, such as the seed of a hash, needs no average."""
+    updates = [update({"n": torch.tensor([value, 3]), "w": torch.ones(1)}, num_samples=k) for k in (3, 4)]
+    average = weighted_average(updates)["n"]
+    assert average.tolist() == [value, 3]
+    average.zero_()
+    assert updates[0].tensors["n"][0] == value
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_numbers_against_numpy(dtype):
+    values, counts = torch.randn(3, 5, dtype=dtype), [1, 2, 7]
+    updates = [update({"z": z}, num_samples=n) for z, n in zip(values, counts, strict=True)]
+    expected = np.average(values.to(torch.complex128).numpy(), axis=0, weights=counts)
+    average = weighted_average(updates)["z"]
+    assert average.dtype == dtype
+    np.testing.assert_allclose(average.numpy(), expected, rtol=1e-6)

@@ -136,6 +136,35 @@ def test_half_precision_trains(dataset):
     assert differences(run.server.state, full.server.state)
 
 
+class Spectral(torch.nn.Module):
+    """It scales the images by complex numbers, those of a layer of frequencies, say."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.polar(torch.full((3072,), 0.5), torch.linspace(0, 1, 3072)))
+        self.register_buffer("phase", torch.polar(torch.ones(4), torch.linspace(0.3, 1.2, 4)))
+        self.head = torch.nn.Linear(3072, 10)
+
+    def forward(self, x):
+        return self.head((x.flatten(1) * self.scale * self.phase.prod()).real)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_complex_tensors_train(dataset, optimizer):
+    """Oracle: the one client's own tensors come back, whole."""
+    run = federation(dataset, NoDefense(), model=seeded(Spectral), clients=1, local={"optimizer": optimizer})
+    before = run.server.state
+    update = one_update(run, run.clients[0])
+    assert not torch.equal(update.tensors["scale"].imag, before["scale"].imag)
+    run = trained(
+        federation(
+            dataset, NoDefense(), model=seeded(Spectral), clients=1, rounds=1, local={"optimizer": optimizer}
+        )
+    )
+    torch.testing.assert_close(run.server.state["scale"], update.tensors["scale"])
+    torch.testing.assert_close(run.server.state["phase"], before["phase"])
+
+
 def test_augmentation_is_repeated_exactly(dataset):
     runs = [
         trained(federation(dataset, NoDefense(), local={"augmentation": kind}))

@@ -27,6 +27,7 @@ class RunningAverage:
         self.count = 0
         self._samples = 0
         self._sums: dict[str, Tensor] = {}
+        self._differ: set[str] = set()  # integers that are not the same in all updates
         self._first: PublicUpdate | None = None
 
     @property
@@ -44,25 +45,32 @@ class RunningAverage:
         if self._first is not None:
             _check_belongs(self._first, update)
         for name, tensor in update.tensors.items():
-            share = tensor.double() * update.num_samples
+            share = tensor.to(_sum_dtype(tensor)) * update.num_samples
             if name in self._sums:
                 self._sums[name] += share
             else:
                 self._sums[name] = share
-        self._first = self._first or update
+        self._first = first = self._first or update
+        integers = [name for name, tensor in update.tensors.items() if not _has_fractions(tensor)]
+        self._differ |= {n for n in integers if not torch.equal(update.tensors[n], first.tensors[n])}
         self._samples += update.num_samples
         self.count += 1
 
     def result(self) -> dict[str, Tensor]:
         """The average by name, in each tensor's own dtype; that of integers (counts of batches) is rounded.
 
+        Integers that are the same in all updates stay as they are, however large.
+
         Raises:
             UpdateError: There is no update, or a sum is too large for float64, in which averages are formed.
         """
         average, problems = {}, []
         for name, tensor in self._any().tensors.items():
+            if name not in self._differ and not _has_fractions(tensor):
+                average[name] = tensor.clone()
+                continue
             mean = self._sums[name] / self._samples
-            average[name] = (mean if tensor.is_floating_point() else mean.round()).to(tensor.dtype)
+            average[name] = (mean if _has_fractions(tensor) else mean.round()).to(tensor.dtype)
             problems += [] if _holds(mean, tensor) else [f"'{name}' has values too large to be averaged"]
         if problems:
             raise UpdateError(gathered("Aggregation refused.", problems, "Lower the clients' learning rate."))
@@ -164,9 +172,18 @@ def check_planned(plan: RoundPlan, client: str, update: PublicUpdate) -> None:
 _EXACT = 2**53  # the integers up to here are all float64's own
 
 
+def _has_fractions(tensor: Tensor) -> bool:
+    """Whether a mean of such tensors is not to be rounded."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.complex128 if tensor.is_complex() else torch.float64
+
+
 def _holds(mean: Tensor, tensor: Tensor) -> bool:
     """Whether a mean in float64 is what the values of a tensor gave."""
-    usable = mean.isfinite() if tensor.is_floating_point() else mean.abs() <= _EXACT
+    usable = mean.isfinite() if _has_fractions(tensor) else mean.abs() <= _EXACT
     return bool(usable.all())
 
 

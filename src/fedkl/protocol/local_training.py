@@ -155,7 +155,8 @@ class LocalTrainer:
         if how.optimizer == "adam":
             return torch.optim.Adam(groups, lr=how.lr)
         # The fused step walks memory, not indexes: a momentum from a checkpoint is laid out as contiguous.
-        fused = all(parameter.is_contiguous() for group in groups for parameter in group["params"])
+        # And it takes floating-point numbers only.
+        fused = all(p.is_contiguous() and p.is_floating_point() for group in groups for p in group["params"])
         return torch.optim.SGD(
             groups, lr=how.lr, momentum=how.momentum, nesterov=how.momentum > 0, fused=fused
         )
