@@ -204,6 +204,19 @@ def test_private_tensors_train_and_persist(dataset, algorithm):
         assert all(not torch.equal(earlier[name], later[name]) for name in earlier)
 
 
+@pytest.mark.parametrize("frozen", [["fc.bias"], ["fc.weight", "fc.bias"]], ids=["one", "all"])
+def test_frozen_private_parameters_stay_where_gradients_are_sent(dataset, frozen):
+    model = lenet()
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    run = federation(dataset, PrivateLayers(), model=model, local={"algorithm": "fedsgd"})
+    private, before = run.clients[0].private_state, run.server.state
+    trained(run)
+    for name in ("fc.weight", "fc.bias"):
+        assert torch.equal(run.clients[0].private_state[name], private[name]) == (name in frozen), name
+    assert differences(before, run.server.state) == list(before)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("defense", [NoDefense(), PrivateNorm()], ids=lambda d: d.type)
 def test_a_clients_optimizer_is_its_own(dataset, defense, optimizer):

@@ -188,7 +188,8 @@ class Worker:
             size = client.num_samples * self._training.sampling_rate(client.num_samples)
             return gradient, max(1, int(size)), [loss]
         loss = self._trainer.loss(images, labels)
-        gradient = self.split.public_gradient(loss, retain_graph=bool(self.split.private_parameters()))
+        private = self.split.private_parameters().values()
+        gradient = self.split.public_gradient(loss, retain_graph=any(p.requires_grad for p in private))
         self._trainer.train_private(loss)
         return gradient, len(labels), [loss.detach()]
 

@@ -110,9 +110,10 @@ class LocalTrainer:
 
     def train_private(self, loss: Tensor) -> None:
         """The private parameters' own step where a gradient is sent; the public ones step on the server."""
-        if self._private:
+        trained = [parameter for parameter in self._private.values() if parameter.requires_grad]
+        if trained:
             self.optimizer.zero_grad()
-            loss.backward(inputs=list(self._private.values()))  # type: ignore[no-untyped-call]
+            loss.backward(inputs=trained)  # type: ignore[no-untyped-call]
             self.optimizer.step()  # parameters without a gradient are left alone
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
