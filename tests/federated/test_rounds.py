@@ -17,7 +17,7 @@ from fedkl.defenses.combined import Combined
 from fedkl.defenses.dp_sgd import DPSGD
 from fedkl.defenses.noise import GaussianNoise
 from fedkl.defenses.pruning import Pruning
-from fedkl.errors import ConfigError, TrainingError
+from fedkl.errors import ConfigError, TrainingError, UpdateError, gathered
 from fedkl.federated import (
     Averaging,
     FederatedTraining,
@@ -419,6 +419,37 @@ def test_a_single_client_that_diverges_ends_the_training(dataset):
     run = small(dataset, clients=1, rounds=3, local={"lr": 1e30})
     with pytest.raises(TrainingError, match="client-0: '"):
         list(run.run())
+
+
+def test_so_does_one_that_is_its_rounds_only_client(dataset):
+    """Else a training whose model is of no use goes on to its end, round by round."""
+    run = small(dataset, clients=3, cohort=1, rounds=3, local={"lr": 1e30})
+    with pytest.raises(TrainingError, match="all 1 clients diverged"):
+        list(run.run())
+
+
+def test_a_servers_step_that_overflows_is_not_the_clients_fault(dataset):
+    model = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
+    options = {"clients": 3, "cohort": 1, "rounds": 9, "eval_every": 9, "server": ServerSGD(lr=1e30)}
+    run = federation(dataset, NoDefense(), model=model, **options)
+    rounds = run.run()
+    assert next(rounds).aggregated
+    with pytest.raises(TrainingError, match=r"a step of ServerSGD with learning rate 1e\+30"):
+        list(rounds)
+    assert all(bool(tensor.isfinite().all()) for tensor in run.server.snapshot().values())
+
+
+def test_refused_for_another_reason_they_have_not_diverged(dataset, monkeypatch):
+    def refuse(self, client, update):
+        raise UpdateError(gathered("Update refused.", ["'w' has shape (2,)"], "Send what was asked for."))
+
+    monkeypatch.setattr("fedkl.aggregation.plain.PlainRound._take", refuse)
+    with pytest.raises(TrainingError) as caught:
+        small(dataset).run_round(0)
+    assert str(caught.value) == (
+        "Round 0: the updates of all 3 clients were refused (client-0: 'w' has shape (2,)). "
+        "Send what was asked for."
+    )
 
 
 class Tied(torch.nn.Module):

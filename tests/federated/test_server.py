@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedkl.errors import ConfigError, UpdateError
+from fedkl.errors import ConfigError, TrainingError, UpdateError
 from fedkl.federated import Averaging, Server, ServerAdam, ServerSGD
 from tests.federated.setting import differences
 
@@ -174,6 +174,28 @@ def test_nothing_given_or_taken_shares_memory(optimizer):
     for tensor in snapshot.values():
         tensor.zero_()
     assert server.state["w"].any()
+
+
+@pytest.mark.parametrize("apply", ["weights", "gradient"])
+@pytest.mark.parametrize(
+    "optimizer", [ServerSGD(lr=1e38), ServerAdam(lr=1e38, beta1=0.5)], ids=lambda o: type(o).__name__
+)
+def test_a_step_that_overflows_changes_nothing_and_says_whose_it_is(optimizer, apply):
+    server = server_of(start(), optimizer)
+    average = {name: 1e3 * tensor for name, tensor in start().items() if apply == "weights" or name in "wb"}
+    with torch.no_grad():  # a step that goes well, so that there are moments
+        server._optimizer.param_groups[0]["lr"] = 0.1
+        server.apply_weights(averages(1)[0])
+        server._optimizer.param_groups[0]["lr"] = optimizer.lr
+    before = server.snapshot()
+    assert any(name.startswith("optimizer/") for name in before)
+    if isinstance(optimizer, ServerAdam):
+        average["w"] = average["w"] * 1e30  # its square overflows, and with it the second moment
+    with pytest.raises(TrainingError, match=rf"{type(optimizer).__name__} with .*1e\+38") as caught:
+        getattr(server, f"apply_{apply}")(average)
+    assert "'w' or its moments become non-finite" in str(caught.value)
+    assert "Lower the server's learning rate" in str(caught.value)
+    assert not differences(before, server.snapshot())
 
 
 def test_unknown_tensors_are_refused():

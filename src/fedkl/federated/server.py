@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import ConfigError, UpdateError, gathered, shown
+from fedkl.errors import ConfigError, TrainingError, UpdateError, gathered, shown
 from fedkl.federated.optimizer_state import (
     flattened,
     misfits,
@@ -116,6 +116,7 @@ class Server:
         self._trained = {name: nn.Parameter(self._state[name]) for name in trained}  # share memory
         self._optimizer = _built(optimizer or Averaging(), self._trained)
         self._slots = _slots(optimizer or Averaging())
+        self._kind = type(optimizer or Averaging()).__name__
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -127,14 +128,17 @@ class Server:
 
         Raises:
             UpdateError: The average holds unknown tensors.
+            TrainingError: The optimizer's step overflows. Nothing was changed.
         """
         self._check_known(average, self._state)
+        before = self.snapshot() if self._optimizer is not None else {}
         buffers = [name for name in average if self._optimizer is None or name not in self._trained]
         for name in buffers:
             self._state[name].copy_(average[name])
         if self._optimizer is not None:
             known = {name: tensor for name, tensor in average.items() if name in self._trained}
-            self._step(self._optimizer, {name: self._state[name] - t for name, t in known.items()})
+            gradient = {name: self._state[name] - tensor for name, tensor in known.items()}
+            self._step(self._optimizer, gradient, before=before)
 
     def apply_gradient(self, average: NamedTensors, *, lr_factor: float = 1.0) -> None:
         """Takes one step along the clients' averaged gradient.
@@ -145,19 +149,36 @@ class Server:
 
         Raises:
             UpdateError: The average holds tensors that are not trained, or the server has no optimizer.
+            TrainingError: The optimizer's step overflows. Nothing was changed.
         """
         self._check_known(average, self._trained)
         if self._optimizer is None:
             raise UpdateError("Server: averaging gives no step for gradients. Use ServerSGD or ServerAdam.")
         for group in self._optimizer.param_groups:
             group["lr"] = self._optimizer.defaults["lr"] * lr_factor
-        self._step(self._optimizer, average)
+        self._step(self._optimizer, average, before=self.snapshot())
 
-    def _step(self, optimizer: torch.optim.Optimizer, gradient: NamedTensors) -> None:
+    def _step(
+        self, optimizer: torch.optim.Optimizer, gradient: NamedTensors, *, before: NamedTensors
+    ) -> None:
+        """One step, or, where it overflows, the state of `before`: clients would be blamed for it later."""
         for name, tensor in gradient.items():
             self._trained[name].grad = tensor
         optimizer.step()
         optimizer.zero_grad()
+        spoilt = [
+            name
+            for name, parameter in self._trained.items()
+            if not all(bool(t.isfinite().all()) for t in (parameter, *_tensors_of(optimizer, parameter)))
+        ]
+        if spoilt:
+            self.restore(before)
+            problems = [f"{shown(name)} or its moments become non-finite" for name in spoilt]
+            subject = (
+                f"Server: a step of {self._kind} with learning rate {optimizer.param_groups[0]['lr']:g}."
+            )
+            remedy = "Nothing was changed. Lower the server's learning rate, not the clients'."
+            raise TrainingError(gathered(subject, problems, remedy))
 
     def _check_known(self, average: NamedTensors, known: Collection[str]) -> None:
         unknown = sorted(set(average) - set(known))
@@ -205,6 +226,11 @@ class Server:
             tensor.copy_(snapshot[f"state/{name}"])
         if self._optimizer is not None:
             put_state(self._optimizer, self._trained, unflattened(under(snapshot, _OPTIMIZER)))
+
+
+def _tensors_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    """What an optimizer keeps for a parameter."""
+    return [value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor)]
 
 
 def _copied(tensor: Tensor) -> Tensor:

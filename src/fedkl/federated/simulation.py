@@ -130,7 +130,7 @@ class Federation:
             watched: Numbers of these rounds; None: all.
 
         Raises:
-            TrainingError: The training of all clients of a round diverged.
+            TrainingError: The training of all clients of a round diverged, or a step of the server's.
             ConfigError: The privacy budget does not suffice for one round, or the ledger does not know what
                 rounds before `start` spent.
         """
@@ -150,8 +150,8 @@ class Federation:
                 then; with plain averaging every update of the round is kept for it. It changes no result.
 
         Raises:
-            TrainingError: The training of all clients of the round diverged, of more than one where the
-                federation has more than one.
+            TrainingError: The training of all clients of the round diverged, of more than one where its
+                cohort has more than one; or the server's step overflows.
             ConfigError: The privacy budget does not suffice.
         """
         begin = perf_counter()
@@ -171,7 +171,7 @@ class Federation:
                 collected.drop(client.name)
             elif isinstance(result, ClientResult):
                 losses += [result.loss] if isfinite(result.loss) else []  # under a guarantee nobody is told
-        alone = self.training.clients > 1 and len(failed) == 1  # a single one may be at fault itself
+        alone = self.training.cohort_size > 1 and len(failed) == 1  # a single one may be at fault itself
         if failed and not losses and not alone:
             raise TrainingError(_diverged(round, lr, failed))
         enough = len(collected.offered) >= self.training.min_cohort and collected.enough
@@ -339,12 +339,20 @@ def _refusal(
 
 
 def _diverged(round: int, lr: float, failed: Mapping[str, str]) -> str:
-    name, reason = next(iter(failed.items()))
+    """Why a round gives nothing; only of numbers that are not finite the learning rate may be the cause."""
+    name, reason = next(((n, r) for n, r in failed.items() if _NON_FINITE in r), next(iter(failed.items())))
     first, *_ = problems_of(reason) or [reason]
+    if _NON_FINITE not in reason:
+        remedy = reason.splitlines()[-1] if problems_of(reason) else ""
+        refused = f"Round {round}: the updates of all {len(failed)} clients were refused ({name}: {first})."
+        return f"{refused} {remedy}".rstrip()
     return (
         f"Round {round}: the training of all {len(failed)} clients diverged (learning rate {lr:g}; "
         f"{name}: {first}). Lower the learning rate."
     )
+
+
+_NON_FINITE = "non-finite"
 
 
 def _on(device: torch.device, images: Images) -> Images:
