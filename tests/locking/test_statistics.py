@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import fedkl
 from fedkl.defenses import KeyLock
 from fedkl.errors import DataError, TrainingError
 from fedkl.locking import recalibrate_norms_
@@ -53,6 +54,52 @@ def test_batches_weigh_by_their_images():
     torch.testing.assert_close(
         norm.running_mean, other.running_mean, rtol=1e-4, atol=1e-5
     )  # of the first norm
+
+
+class Shared(nn.Module):
+    """Two places of the network share a norm, and bright images have another one than dark ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, 2)
+        self.norm, self.bright, self.dark = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        z = torch.relu(self.norm(self.first(x)))
+        z = torch.relu(self.norm(input=5 * self.second(z) + 3))
+        return self.head((self.bright if x.mean() > 0.5 else self.dark)(z).mean((2, 3)))
+
+
+@pytest.mark.parametrize("batch_size", [64, 16])
+def test_a_shared_norm_has_the_statistics_of_all_its_calls(batch_size):
+    """Oracle: what each call is given. One that is not called has what it had."""
+    lock = fedkl.lock(Shared(), layers=["norm", "bright", "dark"])
+    x = 0.4 * torch.rand(64, 1, 9, 9)
+    with torch.no_grad():
+        lock.model.train()(1 - x)
+    before, given = lock.private_state(), []
+    hooks = [len(module._forward_pre_hooks) for module in lock.model.modules()]
+    norm = lock.model.norm
+    hook = norm.register_forward_pre_hook(
+        lambda _, args, named: given.extend([*args, *named.values()]), with_kwargs=True
+    )
+    recalibrate_norms_(lock, x, batch_size=batch_size)
+    hook.remove()
+    assert len(given) == 2 * 64 // batch_size
+    means, variances = (torch.stack([f(z.transpose(0, 1).flatten(1)) for z in given]) for f in MOMENTS)
+    torch.testing.assert_close(norm.running_mean, means.mean(0))
+    torch.testing.assert_close(norm.running_var, variances.mean(0))
+    after = lock.private_state()
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(after[f"bright.{name}"], before[f"bright.{name}"])
+    assert not torch.equal(after["dark.running_mean"], before["dark.running_mean"])
+    assert [len(module._forward_pre_hooks) for module in lock.model.modules()] == hooks
+    assert norm.momentum == 0.1
+
+
+MOMENTS = (lambda z: z.mean(1), lambda z: z.var(1))
 
 
 def test_one_image_has_no_statistics():

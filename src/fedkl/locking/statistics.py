@@ -80,8 +80,9 @@ def private_norms(split: Split) -> list[_NormBase]:
 def count_statistics(split: Split, images: Images, parts: Sequence[Tensor]) -> None:
     """Private running statistics become those of all batches, each weighing as many images as it has.
 
-    Training leaves them near those of the last batches, of earlier γ and β. The model is in eval mode
-    afterwards, but for these norms.
+    Training leaves them near those of the last batches, of earlier γ and β. A norm that several places of the
+    network share has those of all its calls; one that these images do not reach has what it had. The model is
+    in eval mode afterwards, but for these norms.
 
     Args:
         split: Whose.
@@ -91,18 +92,24 @@ def count_statistics(split: Split, images: Images, parts: Sequence[Tensor]) -> N
     norms = private_norms(split)
     usual = [norm.momentum for norm in norms]
     split.model.eval()
-    for norm in norms:
-        norm.train().reset_running_stats()
-    seen, device = 0, next(iter(split.model.parameters())).device
+    images_of: dict[nn.Module, int] = {}
+
+    def count(norm: _NormBase, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        part = args[0] if args else named["input"]
+        if norm not in images_of:
+            norm.reset_running_stats()
+        seen = images_of[norm] = images_of.get(norm, 0) + len(part)
+        norm.momentum = len(part) / seen
+
+    hooks = [norm.train().register_forward_pre_hook(count, with_kwargs=True) for norm in norms]
+    device = next(iter(split.model.parameters())).device
     try:
         with torch.no_grad():
             for part in parts if norms else ():
-                seen += len(part)
-                for norm in norms:
-                    norm.momentum = len(part) / seen
                 split.model(images[part].to(device))
     finally:
-        for norm, momentum in zip(norms, usual, strict=True):
+        for norm, momentum, hook in zip(norms, usual, hooks, strict=True):
+            hook.remove()
             norm.momentum = momentum
 
 
