@@ -20,6 +20,7 @@ from tests.federated.setting import (
     differences,
     everything,
     federation,
+    one_update,
     seeded,
     trained,
 )
@@ -55,6 +56,43 @@ def test_workers_do_not_change_the_result(dataset, two_threads, defense, threads
         torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
     for a, b in zip(results[2], results[3], strict=True):
         assert (a.loss, a.accuracies, a.local_accuracies) == (b.loss, b.accuracies, b.local_accuracies)
+
+
+class Centering(torch.nn.Module):
+    """It keeps a mean of what it was trained on, outside its state, and what it was given last."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.head = how, torch.nn.Linear(3072, 10)
+        self.register_buffer("mean", torch.zeros(3072), persistent=False)
+        self.register_buffer("seen", None, persistent=False)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.training:
+            mean = self.mean.lerp(x.mean(0), 0.5)
+            if self.how == "written":
+                self.mean.copy_(mean)
+            else:
+                self.mean = mean
+        shift = 0 if self.seen is None else self.seen
+        if self.training:
+            self.seen = x.mean()
+        return self.head(x - self.mean - shift)
+
+
+@pytest.mark.parametrize("how", ["written", "replaced"])
+def test_nothing_outside_the_state_passes_from_client_to_client(dataset, two_threads, how):
+    """Oracle: each client's update by a worker that nobody had before."""
+    run = federation(dataset, NoDefense(), model=seeded(lambda: Centering(how)), execution=workers(1), **MANY)
+    for index in range(MANY["clients"]):
+        fresh = federation(dataset, NoDefense(), model=seeded(lambda: Centering(how)), **MANY)
+        got, expected = (one_update(each, each.clients[index]) for each in (run, fresh))
+        assert not differences(got.tensors, expected.tensors)
+    worker = run._pool.workers[0]
+    worker.prepare(run.clients[0], run.server.state)
+    assert not worker.split.model.mean.any()
+    assert worker.split.model.seen is None
 
 
 def test_threads_are_given_back(dataset, two_threads):

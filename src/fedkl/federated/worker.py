@@ -86,6 +86,7 @@ class Worker:
         self._draws = draws
         self._recalibrates = recalibrates and bool(private_norms(split))
         self._frozen = frozenset(split.public_parameters()) - frozenset(split.trained_parameters())
+        self._unsent = _unsent_buffers(split)
         self._trainer = LocalTrainer(
             split.model,
             procedure=training,
@@ -117,7 +118,7 @@ class Worker:
         Raises:
             UpdateError: The training diverged: the update, the loss or the private state is not finite.
         """
-        client.enter(self.split, state)
+        self._lend(client, state)
         self.split.model.train()
         optimizer, named = self._trainer.optimizer, self._trainer.named
         put_state(optimizer, named, client.optimizer_state)
@@ -166,12 +167,25 @@ class Worker:
 
         They are of its training images. Where they are not finite, it has those that it had.
         """
-        client.enter(self.split, state)
+        self._lend(client, state)
         if not self._recalibrates or client.num_samples < 2:
             return
         with suppress(TrainingError):  # the model is of no use either way, which an evaluation shows
             recalibrate_norms_(self.split, Subset(self._data.images, client.samples))
             client.keep_statistics(self.split.private_state())
+
+    def _lend(self, client: Client, state: NamedTensors) -> None:
+        """Makes the model this client's, without anything that the client before it left in there.
+
+        Buffers outside the state start anew: else what a client trains would depend on who had the worker
+        before, and thus on how many workers there are.
+        """
+        with torch.no_grad():
+            for module, name, buffer, start in self._unsent:
+                if buffer is not None and start is not None and not torch.equal(buffer, start):
+                    buffer.copy_(start)
+                module._buffers[name] = buffer  # `forward` may have put another tensor there
+        client.enter(self.split, state)
 
     def _gradient(
         self, client: Client, images: Tensor, labels: Tensor
@@ -240,6 +254,19 @@ class Worker:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             yield
+
+
+def _unsent_buffers(split: Split) -> list[tuple[nn.Module, str, Tensor | None, Tensor | None]]:
+    """Buffers that are neither public nor a client's own: module, local name, the buffer, its values."""
+    known = {*split.public_state(), *split.private_names}
+    buffers = dict(split.model.named_buffers(remove_duplicate=False))
+    kept = {id(buffer) for name, buffer in buffers.items() if name in known}
+    return [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in split.model.modules()
+        for name, buffer in module._buffers.items()
+        if id(buffer) not in kept and (buffer is not None or name in module._non_persistent_buffers_set)
+    ]
 
 
 def _first(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
