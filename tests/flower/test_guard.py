@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, QFedAvg
 
 from fedkl.errors import ConfigError, UpdateError
 from fedkl.flower import Guard, InProcessGrid, public_arrays, run_in_process
+from fedkl.flower.aggregation import ReplyPlan
 from fedkl.flower.round_files import RoundFiles
 from fedkl.update import MAX_SAMPLES
 from tests.flower.setting import DEFENSE, app_of, arrays_with, honest, metrics, net, request, server_of
@@ -478,6 +479,41 @@ def test_counts_stay_integers():
         "count": "int64",
         "w": "float32",
     }
+
+
+LARGEST = np.array([np.iinfo(np.int64).max, 2**60 + 1])
+
+
+def averaged(sent, *replies):
+    """The guard's average of replies to arrays that were sent."""
+    made, sent = Guard(FedAvg(**SETTINGS)), ArrayRecord({"w": Array(np.ones(2, np.float32)), **sent})
+    made.expect(sent)
+    made._round = made._begin(ReplyPlan(round=1, nodes=(), specs=made._specs, arrays=sent))
+    content = [{"arrays": ArrayRecord({**sent, **reply}), "metrics": metrics()} for reply in replies]
+    arrays, _ = made.aggregate_train(1, [answer(each, node) for node, each in enumerate(content)])
+    return arrays
+
+
+@pytest.mark.parametrize("constant", [np.array([True, False]), LARGEST], ids=["truth values", "integers"])
+def test_a_constant_comes_back_as_it_was_sent(constant):
+    """Flower averages all arrays as float64."""
+    arrays = averaged({"c": Array(constant)}, {}, {}, {})
+    assert arrays["c"].numpy().dtype == constant.dtype
+    np.testing.assert_array_equal(arrays["c"].numpy(), constant)
+
+
+def test_truth_values_that_all_clients_change_alike_are_the_new_ones():
+    new = {"c": Array(np.array([True, True]))}
+    assert averaged({"c": Array(np.array([True, False]))}, new, new, new)["c"].numpy().all()
+
+
+@pytest.mark.parametrize("other", [np.array([False, False]), LARGEST - 1], ids=["truth values", "integers"])
+def test_what_has_no_average_is_refused_with_what_to_do(other, caplog):
+    sent = LARGEST if other.dtype == np.int64 else ~other
+    assert averaged({"c": Array(sent)}, {}, {"c": Array(other)}) is None
+    assert "'c' has dtype torch.float64" in caplog.text
+    assert "persistent=False" in caplog.text
+    assert "learning rate" not in caplog.text
 
 
 def test_unsound_initial_arrays_are_refused():

@@ -190,3 +190,20 @@ def test_what_no_rounding_makes_fit_stays_as_it_is():
         assert fitted({"n": came["other"]}, spec(dtype))["n"] is came["other"]
     whole = torch.ones(1, dtype=torch.int32)
     assert fitted({"n": whole}, spec(torch.int64))["n"] is whole
+
+
+@pytest.mark.parametrize(
+    ("means", "agree"),
+    [
+        ([0.0, 1.0], True),
+        ([1e-9, 1 - 1e-9], True),
+        ([-1e-9, 1 + 1e-9], True),
+        ([0.5, 1.0], False),
+        ([2.0, 0.0], False),
+        ([torch.nan, 0.0], False),
+    ],
+)
+def test_truth_values_come_back_where_all_have_the_same(means, agree):
+    mean = torch.tensor(means, dtype=torch.float64)
+    result = fitted({"n": mean}, spec(torch.bool, (2,)))["n"]
+    assert result.tolist() == [False, True] if agree else result is mean

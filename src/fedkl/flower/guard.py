@@ -28,7 +28,16 @@ from fedkl.flower.aggregation import (
     collect,
 )
 from fedkl.flower.records import arrays_of, tensors_of
-from fedkl.flower.replies import ReplyRules, odd_metric, record_of, refused, sorted_out, specs_of, usable
+from fedkl.flower.replies import (
+    ReplyRules,
+    constants,
+    odd_metric,
+    record_of,
+    refused,
+    sorted_out,
+    specs_of,
+    usable,
+)
 from fedkl.flower.round_files import (
     EVALUATE,
     SERVER,
@@ -360,7 +369,8 @@ class Guard(Strategy):
             return None, metrics
         memory = arrays_in(self.strategy)
         try:
-            tensors = usable(arrays, self._specs, spoilt=before.spoilt(memory))
+            constant = constants(passed, collected.plan.arrays, self._specs)
+            tensors = usable(arrays, self._specs, spoilt=before.spoilt(memory), constant=constant)
         except UpdateError as error:
             before.put_back()
             _LOG.error("Round %d: %s The global arrays stay as they were.", number, error)

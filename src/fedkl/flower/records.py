@@ -26,6 +26,7 @@ _HEADER = re.compile(
     rb"\{'descr': '(?P<dtype>[<|][a-z][0-9]{1,2})', 'fortran_order': (?P<fortran>True|False), "
     rb"'shape': \((?P<shape>|(?:[0-9]{1,19}, )*[0-9]{1,19},?)\), \} *\n"
 )
+_ROUNDING = 1e-6  # how far an average of equal truth values is from them at most
 _NUMBERS = ("|b1", "|u1", "<u2", "<u4", "<u8", "|i1", "<i2", "<i4", "<i8", "<f2", "<f4", "<f8", "<c8", "<c16")
 _DTYPES = {name.encode(): np.dtype(name) for name in _NUMBERS}
 
@@ -160,9 +161,10 @@ def ordered(record: ArrayRecord, names: Iterable[str]) -> ArrayRecord:
 def fitted(tensors: NamedTensors, specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
     """Tensors in the dtypes of a schema, as far as their numbers are numbers of these dtypes.
 
-    Flower's averages leave a count of batches as float64; that and other precisions of the same numbers
-    are no fault of the message. A count that is not finite or too large stays in the dtype in which it came,
-    and a number that is too large for its precision becomes infinite: whoever checks the result finds both.
+    Flower's averages leave a count of batches as float64, and truth values too, which come back where all
+    clients have the same ones; that and other precisions of the same numbers are no fault of the message. A
+    count that is not finite or too large stays in the dtype in which it came, and a number that is too large
+    for its precision becomes infinite: whoever checks the result finds both.
     """
     return {name: _fitted(tensor, specs.get(name)) for name, tensor in tensors.items()}
 
@@ -170,11 +172,19 @@ def fitted(tensors: NamedTensors, specs: Mapping[str, TensorSpec]) -> dict[str, 
 def _fitted(tensor: Tensor, spec: TensorSpec | None) -> Tensor:
     if spec is None or tensor.dtype == spec.dtype:
         return tensor
-    if tensor.is_complex() or spec.dtype.is_complex or spec.dtype is torch.bool:
+    if tensor.is_complex() or spec.dtype.is_complex:
         return tensor
+    if spec.dtype is torch.bool:
+        return _agreed(tensor) if tensor.dtype is torch.float64 else tensor
     if spec.dtype.is_floating_point:
         return tensor.to(spec.dtype)
     return _rounded(tensor, spec.dtype) if tensor.is_floating_point() else tensor
+
+
+def _agreed(mean: Tensor) -> Tensor:
+    """Truth values, if all clients have the same ones: an average of others is none."""
+    near = mean.clamp(0, 1).round()
+    return near.bool() if bool(((mean - near).abs() <= _ROUNDING).all()) else mean
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,12 +7,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedkl.errors import FedKLError, UpdateError, gathered, shown
 from fedkl.flower.records import fitted, only_arrays, ordered, tensors_of
+from fedkl.types import NamedTensors
 from fedkl.update import MAX_SAMPLES, TensorSpec, check_tensors
 
 _LOG = logging.getLogger("flwr.fedkl")  # among Flower's own lines, in its format
@@ -137,13 +139,41 @@ def specs_of(arrays: ArrayRecord) -> dict[str, TensorSpec]:
     return specs
 
 
-def usable(arrays: object, specs: Mapping[str, TensorSpec], *, spoilt: Sequence[str]) -> dict[str, Tensor]:
+def constants(
+    replies: Iterable[Message], sent: ArrayRecord, specs: Mapping[str, TensorSpec]
+) -> dict[str, Tensor]:
+    """Integers and truth values that all replies have as they were sent; float64 does not hold all of them.
+
+    Args:
+        replies: What the strategy gets; errors are passed over.
+        sent: The global arrays; empty: they are not known.
+        specs: The model's.
+    """
+    records = [only_arrays(reply.content, subject="Reply") for reply in replies if not reply.has_error()]
+    same = {
+        name: sent[name]
+        for name, spec in specs.items()
+        if not (spec.dtype.is_floating_point or spec.dtype.is_complex)
+        and name in sent
+        and all(name in record and record[name].data == sent[name].data for record in records)
+    }
+    return tensors_of(ArrayRecord(same), subject="Global arrays")
+
+
+def usable(
+    arrays: object,
+    specs: Mapping[str, TensorSpec],
+    *,
+    spoilt: Sequence[str],
+    constant: NamedTensors = MappingProxyType({}),
+) -> dict[str, Tensor]:
     """An average in the dtypes and the order of the model.
 
     Args:
         arrays: What the strategy gave.
         specs: The model's.
         spoilt: Names of the strategy's own arrays that are no longer finite.
+        constant: What needs no average; see `constants`.
 
     Raises:
         UpdateError: It is not finite, is not of the model, or left the strategy's own arrays non-finite.
@@ -151,8 +181,11 @@ def usable(arrays: object, specs: Mapping[str, TensorSpec], *, spoilt: Sequence[
     if not isinstance(arrays, ArrayRecord):
         raise UpdateError(f"Aggregate refused: expected an ArrayRecord, got a {type(arrays).__name__}.")
     came = tensors_of(arrays, subject="Aggregate", names=specs)
-    tensors = fitted({name: came[name] for name in specs}, specs)
+    finite = {name for name in constant if bool(came[name].isfinite().all())}
+    tensors = fitted({name: constant[name] if name in finite else came[name] for name in specs}, specs)
     remedy = "Lower the server's learning rate."
+    if any(t.dtype != specs[name].dtype and bool(t.isfinite().all()) for name, t in tensors.items()):
+        remedy = "Such numbers have no average: keep constants out of the state, with persistent=False."
     check_tensors(tensors, specs, subject="Aggregate refused.", remedy=remedy)
     if spoilt:
         problems = [f"the strategy's own {shown(name)} has become non-finite" for name in spoilt]
