@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from fedkl import lock, models
-from fedkl.attacks import DLG, IDLG, infer_label, infer_labels, known_labels
+from fedkl.attacking import local_update, observe_gradient
+from fedkl.attacks import DLG, IDLG, Knowledge, Observation, infer_label, infer_labels, known_labels
 from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.attacks.priors import outside_box
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import score
+from fedkl.protocol import Procedure
 
 
 def quality(reconstruction, images, dataset, first=0):
@@ -85,6 +87,41 @@ def test_label_inference_without_a_bias_gradient(observe_plain):
     without = {name: g for name, g in observation.gradient.items() if name != "fc.bias"}
     observation, _, labels = observe_plain(labels=False, gradient=without)
     assert torch.equal(infer_label(observation), labels)
+
+
+def test_label_inference_without_a_bias_whatever_the_sign_of_features(dataset):
+    """Row sums are p − y times the sum of the classifier's inputs, which may be negative."""
+    torch.manual_seed(0)
+    for first in range(20):
+        image, label = dataset.test_images[first : first + 1], dataset.test_labels[first : first + 1]
+        hidden = nn.Linear(3072, 32)
+        model = nn.Sequential(nn.Flatten(), hidden, nn.Tanh(), nn.Linear(32, 10, bias=False))
+        seen = observe_gradient(model, image, label, classes=10, knowledge=Knowledge(labels=False))
+        assert torch.equal(infer_label(seen), label)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_weight_decay_does_not_change_an_inferred_label(part, steps, dataset):
+    """A classifier that is sure has next to no gradient, beside which decay is all there is to see."""
+    torch.manual_seed(0)
+    images, labels = 0.02 * dataset.test_images[:10], dataset.test_labels[:10]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    with torch.no_grad():
+        model[1].bias[3] -= 5.0
+        model[1].weight[4] *= 5.0
+    local = Procedure(algorithm="fedavg", steps=steps, lr=0.01, weight_decay=0.5)
+    for image, label in zip(images.split(1), labels.split(1), strict=True):
+        gradient = local_update(model, image, label, train_mode=True, local=local)
+        seen = Observation(
+            model=model,
+            gradient={f"1.{part}": gradient[f"1.{part}"]},
+            image_shape=tuple(image.shape[1:]),
+            classes=10,
+            batch_size=1,
+            local=local,
+        )
+        assert torch.equal(infer_label(seen), label)
 
 
 def test_label_inference_refuses_batches(observe_plain):

@@ -16,10 +16,11 @@ _PROBES = 64
 
 
 def infer_label(observation: Observation) -> Labels:
-    """The label of a single image, from the sign of the classifier's gradient.
+    """The label of a single image, from the classifier's gradient.
 
     With cross-entropy the gradient of the last bias is p − y: negative for the true class only. Without a
-    bias, the row sums of the last weight's gradient serve where the classifier's inputs are positive.
+    bias, the last weight's gradient has the largest row for it, whatever the classifier's inputs: rows are
+    these times p − y, and 1 − p of the true class is the sum of all other p. Weight decay is taken out.
 
     Returns:
         Shape ``(1,)``.
@@ -35,9 +36,9 @@ def infer_label(observation: Observation) -> Labels:
         raise AttackError(f"Label inference works for one image, got a batch of {observation.batch_size}.")
     weight, bias = head_names(observation)
     if bias in observation.gradient:
-        evidence = observation.gradient[bias]
+        evidence = _undecayed(observation, bias)
     elif weight in observation.gradient:
-        evidence = observation.gradient[weight].sum(1)
+        evidence = -_undecayed(observation, weight).flatten(1).norm(dim=1)
     else:
         raise AttackError("Label inference needs the gradient of the last linear layer; it was not observed.")
     return torch.argmin(evidence, dim=0, keepdim=True)
@@ -76,14 +77,9 @@ def infer_labels(observation: Observation) -> Labels:
             "Label inference for a batch needs updates of SGD, got those of "
             f"{observation.local.optimizer}. Grant the labels, or attack one image."
         )
-    clients = observation.batch_size // observation.cohort
-    gradient = observation.gradient[bias] / observation.local.summed_share(clients)
-    decay = observation.local.weight_decay if observation.local.algorithm == "fedavg" else 0.0
-    pull = decay * observation.model.get_parameter(bias).detach()
-    whole = isinstance(observation.transform, Rescaling)  # decay is clipped along, where updates are
-    predicted = _mean_prediction(observation) + (pull if whole else 0)
-    if not whole:
-        gradient = gradient - pull
+    gradient = _undecayed(observation, bias)
+    whole = isinstance(observation.transform, Rescaling)
+    predicted = _mean_prediction(observation) + (_decay(observation, bias) if whole else 0)
     clipped = whole or observation.local.per_example is not None
     factor = (gradient / predicted).max() if clipped and bool((gradient > 0).any()) else 1.0
     expected = observation.batch_size * (predicted - gradient / factor)
@@ -101,6 +97,24 @@ def head_names(observation: Observation) -> tuple[str, str]:
     heads = [name for name, m in layers if m.out_features == observation.classes]
     weight, bias = (f"{heads[-1]}.{part}" if heads else "" for part in ("weight", "bias"))
     return weight, bias
+
+
+def _undecayed(observation: Observation, name: str) -> Tensor:
+    """A parameter's gradient, averaged over local steps of SGD, without weight decay; of Adam what was sent.
+
+    Where updates are clipped, decay is clipped along: it stays in, as the factor is not known.
+    """
+    local, sent = observation.local, observation.gradient[name]
+    if local.algorithm == "fedavg" and local.optimizer != "sgd":
+        return sent
+    mean = sent / local.summed_share(observation.batch_size // observation.cohort)
+    return mean if isinstance(observation.transform, Rescaling) else mean - _decay(observation, name)
+
+
+def _decay(observation: Observation, name: str) -> Tensor:
+    """What weight decay adds to a parameter's gradient, in the first step of SGD."""
+    decay = observation.local.weight_decay if observation.local.algorithm == "fedavg" else 0.0
+    return decay * observation.model.get_parameter(name).detach().to(observation.gradient[name])
 
 
 @torch.no_grad()
