@@ -99,10 +99,23 @@ def test_the_negative_is_the_farthest(photographs):
 
 
 def test_ties_count_against_the_attacker(photographs):
-    twice = torch.cat([photographs, photographs[:1], 0.5 * photographs[:1] + 0.1])
-    assert metrics.identification_rank(photographs[0], candidates=twice, index=0) == 3
-    assert metrics.identification_rank(photographs[0], candidates=twice, index=6) == 3
-    assert metrics.identification_rank(photographs[1], candidates=twice, index=1) == 1
+    alike = torch.cat([photographs, 0.8 * photographs[:1], 0.5 * photographs[:1] + 0.1])
+    for index in (0, 6, 7):
+        assert metrics.identification_rank(photographs[0], candidates=alike, index=index) == 3
+    assert metrics.identification_rank(photographs[1], candidates=alike, index=1) == 1
+
+
+def test_a_copy_of_the_true_image_is_no_other_candidate(photographs):
+    """No reconstruction tells an image from itself: an exact one was not identified."""
+    rounded = photographs[:1].half().double() - photographs[:1]
+    copies = torch.cat([photographs, photographs[:1], photographs[:1].float().double()])
+    for index in (0, 6, 7):
+        assert metrics.identification_rank(photographs[0], candidates=copies, index=index) == 1
+        assert metrics.identification_rank(photographs[1], candidates=copies, index=index) > 1
+        assert metrics.identification_rank(1 - photographs[0], candidates=copies, index=index) == 6
+    assert float(rounded.abs().max()) > 1e-4  # another image, however near
+    near = torch.cat([photographs, photographs[:1] + rounded])
+    assert metrics.identification_rank(photographs[0] + rounded[0], candidates=near, index=0) == 2
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1, 0.7])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,6 +19,8 @@ Measure = Literal["mse", "correlation"]
 
 # Two equal candidates may differ by rounding in their sums; no two different images are this close.
 _TIE = 1e-12
+# Pixels of one image that was read twice may differ by float32's rounding, different 8-bit ones by 1/255.
+_SAME = 1e-6
 
 
 def best_match(
@@ -105,6 +108,7 @@ def identification_rank(
     A picture may be poor in dB and still give the person away, and behind a norm the gradient leaves scale
     and offset of the image open. Pearson correlation does not see either, so the rank asks only whether the
     reconstruction tells the true image from the others. Identified means rank 1; the chance level is 1/N.
+    Copies of the true image are left out: no picture tells it from itself. They raise the chance level.
 
     Args:
         reconstruction: One image of shape (channels, height, width); any range.
@@ -112,7 +116,8 @@ def identification_rank(
         index: Which candidate is the true one, 0 .. N − 1.
 
     Returns:
-        1 (nearest) .. N. Ties count against the attacker: a constant reconstruction gets rank N.
+        1 (nearest) .. N, less the copies. Ties count against the attacker: a constant reconstruction gets the
+        worst rank.
 
     Raises:
         AttackError: Shapes do not fit, there are fewer than two candidates, the index is out of range, or
@@ -161,9 +166,11 @@ class Candidates:
         """
         _check_candidates(reconstructions, self.images, indexes)
         similarity = standardized(checked(reconstructions, name="reconstruction")) @ self._directions.T
-        own = similarity.gather(1, torch.tensor(list(indexes), dtype=torch.int64).view(-1, 1))
-        # The true image is at least as near as itself, so the count starts at 1; rounding must not change it.
-        return [int(rank) for rank in (similarity >= own - _TIE).sum(1).clamp(1, len(self))]
+        places = torch.tensor(list(indexes), dtype=torch.int64)
+        own = similarity.gather(1, places.view(-1, 1))
+        pixels = self.images.flatten(1)
+        copies = torch.cdist(pixels[places], pixels, p=math.inf) <= _SAME  # and the true image itself
+        return [1 + int(nearer) for nearer in ((similarity >= own - _TIE) & ~copies).sum(1)]
 
 
 def _check_candidates(reconstructions: Tensor, candidates: Tensor, indexes: Sequence[int]) -> None:
