@@ -15,7 +15,7 @@ from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.attacks.priors import outside_box
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import score
-from fedkl.protocol import Procedure
+from fedkl.protocol import Auxiliary, Procedure
 
 
 def quality(reconstruction, images, dataset, first=0):
@@ -264,6 +264,38 @@ def test_observations_do_not_show_tensors(observe_plain):
 def test_labels_of_a_batch_are_inferred_with_repetitions(observe_plain):
     for first in range(0, 80, 8):
         observation, _, labels = observe_plain(first=first, batch_size=8, labels=False)
+        assert torch.equal(infer_labels(observation), labels.sort().values)
+
+
+def test_own_images_say_how_predictions_of_a_trained_network_depend_on_the_class(dataset):
+    torch.manual_seed(0)
+    images, labels = dataset.train_images[:500], dataset.train_labels[:500]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    others = {"images": dataset.train_images[500:], "labels": dataset.train_labels[500:]}
+    own = Auxiliary(**others, simulate=lambda x, y: {})
+    right = {"random images": 0, "own images": 0}
+    for first in range(0, 160, 8):
+        x, y = dataset.test_images[first : first + 8], dataset.test_labels[first : first + 8]
+        seen = observe_gradient(model, x, y, classes=10, knowledge=Knowledge(labels=False))
+        for name, known in (("random images", None), ("own images", own)):
+            found = infer_labels(replace(seen, auxiliary=known)).bincount(minlength=10)
+            right[name] += int(torch.minimum(found, y.bincount(minlength=10)).sum())
+    assert right["own images"] > 0.7 * 160 > 0.5 * 160 > right["random images"]
+
+
+def test_own_images_of_some_classes_do_for_an_untrained_network(observe_plain, dataset):
+    """A class without any has the mean prediction of all, and no two predictions differ much."""
+    of_few = dataset.train_labels < 4
+    images, labels = dataset.train_images[of_few][:65], dataset.train_labels[of_few][:65]
+    own = Auxiliary(images=images, labels=labels, simulate=lambda x, y: {})
+    for first in range(0, 40, 8):
+        observation, _, labels = observe_plain(first=first, batch_size=8, labels=False, auxiliary=own)
         assert torch.equal(infer_labels(observation), labels.sort().values)
 
 

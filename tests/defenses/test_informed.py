@@ -24,7 +24,7 @@ from fedkl.defenses.percentile import Percentile
 from fedkl.defenses.pruning import Pruning
 from fedkl.defenses.soteria import Soteria
 from fedkl.defenses.sparse_vector import SparseVector
-from fedkl.protocol import Procedure, only_kept
+from fedkl.protocol import Auxiliary, Procedure, only_kept
 
 TRIALS = 2
 BLURRED = GaussianNoise(deviation=1e-5)
@@ -190,3 +190,6 @@ def test_labels_are_counted_whatever_was_clipped(defense, wanted, trials):
     local = Procedure(algorithm="fedavg", steps=1, lr=0.1, weight_decay=0.01)
     seen = observe(defense.prepare(model), arm=arm, model=model, trial=trial, classes=10, local=local)
     assert infer_labels(seen).tolist() == wanted
+    others = data.load("mnist-sample")
+    own = Auxiliary(images=others.train_images, labels=others.train_labels, simulate=lambda x, y: {})
+    assert infer_labels(replace(seen, auxiliary=own)).tolist() == wanted
