@@ -499,3 +499,68 @@ def test_a_split_that_withholds_nothing_shares_statistics():
 def test_register_norm_takes_module_types_only(unchecked):
     with pytest.raises(LockError, match=r"expected a subclass of nn.Module"):
         fedkl.register_norm(dict)
+
+
+class Scaled(nn.Module):
+    """What its `state_dict` holds of `scale`, and what else, is up to a test."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+        self.scale, self.how = nn.Parameter(torch.ones(6)), how
+        if how == "clone":
+            self.register_state_dict_post_hook(
+                lambda module, state, prefix, _: state.update(scale=state["scale"].clone())
+            )
+        elif how == "lock layer":
+            self.register_state_dict_post_hook(
+                lambda module, state, prefix, _: state.update({"norm.weight": module.norm.weight})
+            )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.how == "cast":
+            destination[prefix + "scale"] = self.scale.half()
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(x)) * self.scale)
+
+
+class Remembering(Scaled):
+    def get_extra_state(self):
+        return {"version": 1}
+
+
+@pytest.mark.parametrize("prepare", [Split, fedkl.lock], ids=["no defense", "lock"])
+@pytest.mark.parametrize(
+    ("build", "how", "problem"),
+    [
+        (Scaled, "clone", "'scale' is a copy or a result"),
+        (Scaled, "cast", "'scale' is a copy or a result"),
+        (Scaled, "lock layer", "'norm.weight' is a copy or a result"),
+        (Remembering, "", "'_extra_state' is a dict"),
+    ],
+    ids=["clone", "cast", "lock layer", "extra state"],
+)
+@pytest.mark.filterwarnings("ignore:2 parametric layers run before:UserWarning")
+def test_a_state_that_is_not_the_models_own_tensors_is_refused(prepare, build, how, problem):
+    """Nothing could be loaded into a copy, without a word; and a copy of γ is no private name."""
+    if how == "lock layer" and prepare != fedkl.lock:
+        pytest.skip("without a lock it is an ordinary parameter")
+    split = prepare(build(how))
+    for use in (split.public_state, split.full_state, lambda: split.load_public_state({})):
+        with pytest.raises(LockError, match=rf"state_dict\(\) of this {build.__name__} makes") as caught:
+            use()
+        assert problem in str(caught.value)
+        assert "Register the tensors" in str(caught.value)
+
+
+def test_tied_tensors_and_parametrizations_are_the_models_own():
+    model = Scaled("")
+    model.other = model.head
+    parametrizations.weight_norm(model.body)
+    split = Split(model)
+    state = {name: torch.full_like(tensor, 0.25) for name, tensor in split.public_state().items()}
+    assert {"other.weight", "head.weight", "body.parametrizations.weight.original0"} <= state.keys()
+    split.load_public_state(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in split.public_state().items())

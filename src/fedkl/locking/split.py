@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import SecretError, UpdateError, gathered, shown
+from fedkl.errors import LockError, SecretError, UpdateError, gathered, shown
 from fedkl.keys import Key, Uniform, secure_uniform
 from fedkl.locking.generation import Generation
 from fedkl.locking.withholding import release, statistics_revision, withheld
@@ -70,6 +70,7 @@ class Split:
             SecretError: A private tensor was registered a second time, under a name that is public, or is
                 gone (its lock was removed, or fused into another layer), or a norm whose statistics would be
                 public was added since the model was locked.
+            LockError: The state holds what is no parameter or buffer of the model: a copy, or an extra state.
         """
         return {name: tensor.detach().clone() for name, tensor in self._public_tensors().items()}
 
@@ -82,6 +83,7 @@ class Split:
         ]
         if problems:
             raise SecretError(gathered("Public state refused.", problems, "Remove the second registration."))
+        _check_own(self._model, state)
         return state
 
     def _check_nothing_lost(self) -> None:
@@ -255,6 +257,34 @@ class Split:
     def secrets(self) -> list[Tensor]:
         """Every tensor whose content an update must not carry, under whatever name. Never to be sent."""
         return [tensor for _, tensor in withheld(self._model)]
+
+
+def _check_own(model: nn.Module, state: Mapping[str, object]) -> None:
+    """Checks that a state is the model's own tensors: into a copy nothing could be loaded.
+
+    A copy is not known as private either: a norm that saves itself would save the γ that its lock makes.
+
+    Raises:
+        LockError: With the names.
+    """
+    modules = list(model.modules())
+    own = {id(tensor) for m in modules for tensor in (*m._parameters.values(), *m._buffers.values())}
+    problems = [
+        f"{shown(name)} is a copy or a result, expected a registered parameter or buffer"
+        if isinstance(value, Tensor)
+        else f"{shown(name)} is a {type(value).__name__}, expected a registered parameter or buffer"
+        for name, value in state.items()
+        if id(value) not in own
+    ]
+    if problems:
+        summary = (
+            f"Public state refused: state_dict() of this {type(model).__name__} makes tensors of its own."
+        )
+        remedy = (
+            "What comes from the server could not be loaded into them. Register the tensors, and take out "
+            "the hook, _save_to_state_dict or get_extra_state that puts others into the state."
+        )
+        raise LockError(gathered(summary, problems, remedy))
 
 
 def _equals_any(tensor: Tensor, others: list[Tensor]) -> bool:
