@@ -198,6 +198,16 @@ def test_a_step_that_overflows_changes_nothing_and_says_whose_it_is(optimizer, a
     assert not differences(before, server.snapshot())
 
 
+def test_moments_that_overflow_alone_are_noticed():
+    """The weights would stay as they are, and never move again."""
+    server = server_of(start(), ServerAdam(lr=0.1))
+    before = server.snapshot()
+    with pytest.raises(TrainingError, match="'w' or its moments become non-finite") as caught:
+        server.apply_gradient({"w": torch.full((4, 3), 1e30), "b": torch.ones(2)})
+    assert "'b'" not in str(caught.value)
+    assert not differences(before, server.snapshot())
+
+
 def test_unknown_tensors_are_refused():
     server = server_of(start(), ServerSGD())
     before = server.snapshot()
