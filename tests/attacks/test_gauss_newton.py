@@ -17,6 +17,7 @@ from fedkl.attacks.matching import gauss_newton
 from fedkl.attacks.matching.annealing import Fit, anneal
 from fedkl.defenses import KeyLock, NoDefense, PrivateLayers
 from fedkl.errors import AttackError, ConfigError
+from fedkl.protocol import Procedure
 from tests.attacks.element import correlations, seen_of
 
 QUICK = GaussNewton(components=128, iterations=25, draws=5)
@@ -167,6 +168,16 @@ def test_refuses_what_it_cannot_do(images, model):
     many = replace(observed, batch_size=64, labels=torch.zeros(64, dtype=torch.long))
     with pytest.raises(AttackError, match="at most 4,096 unknowns"):
         run(QUICK, [many])
+
+
+def test_refuses_labels_in_an_order_that_it_does_not_know(images, model):
+    _, seen, _ = attacked(images, model, NoDefense(), replace(QUICK, iterations=1), trials=1)
+    steps = Procedure(algorithm="fedavg", batch_size=1, lr=0.1)
+    two = replace(seen[0], batch_size=2, labels=None, local=steps)
+    with pytest.raises(AttackError, match="which of them has which label"):
+        run(QUICK, [two])
+    for allowed in (replace(two, labels=torch.tensor([1, 0])), replace(two, local=Procedure())):
+        assert QUICK.refusal(allowed) is None
 
 
 def test_refuses_large_images(images, model):

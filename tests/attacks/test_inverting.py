@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fedkl import lock, models
-from fedkl.attacks import DLG, GRNN, IDLG, AdaptiveMatching, InvertingGradients
+from fedkl.attacking import local_update
+from fedkl.attacks import DLG, GRNN, IDLG, AdaptiveMatching, InvertingGradients, infer_labels
+from fedkl.attacks.labels import order_matters
 from fedkl.attacks.matching.inverting import median_filtered
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import psnr, score
@@ -35,6 +37,25 @@ def test_recovers_an_undefended_image(observe_plain, dataset):
     assert torch.equal(found.labels, labels)
     assert found.loss < 1e-3
     assert found.evaluations == 300
+
+
+@pytest.mark.parametrize("kind", [InvertingGradients, AdaptiveMatching])
+def test_labels_are_optimized_along_where_their_order_matters(kind, observe_plain, small, images):
+    """Steps of one image each, of labels that descend: in ascending order they explain nothing."""
+    places = images.test_labels[:40].argsort(descending=True)[[0, -1]]
+    x, y = images.test_images[places], images.test_labels[places]
+    torch.manual_seed(0)
+    model, local = small(), Procedure(algorithm="fedavg", batch_size=1, lr=0.5)
+    gradient = local_update(model, x, y, train_mode=True, local=local)
+    about = {"model": model, "gradient": gradient, "image_shape": (3, 16, 16), "batch_size": 2}
+    seen, _, _ = observe_plain(of=images, **{**about, "labels": False, "local": local})
+    attack = kind(iterations=60, weighting="sqrt", lr_free=0.1)
+    found = attack.reconstruct(seen, generator=seeded())
+    wrong = attack.reconstruct(replace(seen, labels=infer_labels(seen)), generator=seeded())
+    assert found.loss < 0.5 * wrong.loss
+    whole = replace(local, batch_size=None)
+    assert not order_matters(replace(seen, local=whole))
+    assert not order_matters(replace(seen, labels=y))
 
 
 def test_recovers_a_batch_of_two(observe_plain, dataset):

@@ -62,7 +62,8 @@ def infer_labels(observation: Observation) -> Labels:
     that are not there, whose g is p̄ before it; none has a larger one. Where all are, counts are too even.
 
     Returns:
-        Shape ``(batch,)``, in ascending order: which image has which label is not known, and does not matter.
+        Shape ``(batch,)``, in ascending order: which image has which label is not known. It does not matter
+        for a gradient of all images, but for steps of some: `order_matters`.
 
     Raises:
         AttackError: The classifier's bias gradient was not observed.
@@ -102,6 +103,16 @@ def infer_labels(observation: Observation) -> Labels:
 def known_labels(observations: Sequence[Observation]) -> list[Labels]:
     """The labels that were granted, else those that can be inferred."""
     return [infer_labels(o) if o.labels is None else o.labels for o in observations]
+
+
+def order_matters(observation: Observation) -> bool:
+    """Whether the server lacks which image has which label, and what it sees depends on that.
+
+    Local steps of some of the images only are other steps where the same labels come in another order. Then
+    true images with inferred labels do not explain an update.
+    """
+    batches = observation.local.batches(observation.batch_size)
+    return observation.labels is None and any(len(batch) < observation.batch_size for batch in batches)
 
 
 def head_names(observation: Observation) -> tuple[str, str]:

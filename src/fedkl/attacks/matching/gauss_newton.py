@@ -27,7 +27,7 @@ from torch import Tensor
 from fedkl.attacks import smoothness as prior
 from fedkl.attacks.algebraic.structure import read_structure
 from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
-from fedkl.attacks.labels import known_labels
+from fedkl.attacks.labels import known_labels, order_matters
 from fedkl.attacks.matching.annealing import Fit, anneal, slopes
 from fedkl.attacks.matching.objectives import GradientMatching
 from fedkl.attacks.parallel import Progress
@@ -113,6 +113,11 @@ class GaussNewton(Attack):
                 "GaussNewton: it looks for the secrets by itself, as numbers: none may be free, granted "
                 "along with its gradient, or trained by local steps. Leave out the arms that regress or "
                 "grant the lock's gradient, and use one local step."
+            )
+        if order_matters(observation):
+            raise AttackError(
+                "GaussNewton: expected labels, or steps of all images: an update after steps of some does not "
+                "say which of them has which label. Grant the labels, or use the attack ig or dlg."
             )
         hidden = _private_names(observation)
         if hidden and own.draw is None:

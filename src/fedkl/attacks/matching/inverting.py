@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedkl.attacks.base import Attack, Reconstruction, register_attack
-from fedkl.attacks.labels import known_labels
+from fedkl.attacks.labels import known_labels, order_matters
 from fedkl.attacks.matching.objectives import GradientMatching, Weighting, check_matchable
 from fedkl.attacks.matching.restarts import Incumbents, best_of_restarts
 from fedkl.attacks.parallel import Progress
@@ -31,8 +31,9 @@ _MILESTONES = (3 / 8, 5 / 8, 7 / 8)
 class InvertingGradients(Attack):
     """Adam on the sign of the gradient of a cosine distance; pixels stay in [0, 1].
 
-    Labels are used if the observation grants them, otherwise inferred. What the observation leaves free is
-    found along by Adam on the plain gradient.
+    Labels are used if the observation grants them, otherwise inferred; where it matters which image has which
+    (`order_matters`), they are optimized along, through a softmax. What the observation leaves free is found
+    along too, both by Adam on the plain gradient.
 
     Presets of the original: small networks 4,800 `iterations`, `tv` 1e-6; a trained ResNet-18 on ImageNet
     24,000, `tv` 1e-1, 8 `restarts`; untrained ones `largest` 10, `tv` 1e-6, `median_every` 500.
@@ -45,7 +46,7 @@ class InvertingGradients(Attack):
         restarts: Starts per image; the attacker's own loss chooses.
         lr: Of the pixels, in the original's unit, a standardized pixel: 0.1 is a step of 0.025 in [0, 1]. It
             falls to a tenth after 3/8, 5/8 and 7/8 of the iterations.
-        lr_free: Of what the observation leaves free, with the same schedule.
+        lr_free: Of what the observation leaves free and of label logits, with the same schedule.
         tv: Weight of the total variation of standardized pixels.
         largest: Only this many layers, those with the largest gradients, count; None: all.
         median_every: Iterations between two 3×3 median filters of the image; 0: none.
@@ -81,7 +82,11 @@ class InvertingGradients(Attack):
 
     def _check(self, observation: Observation) -> None:
         check_matchable(observation)
-        known_labels([observation])
+        self._labels([observation])
+
+    def _labels(self, observations: list[Observation]) -> list[Labels] | None:
+        """Labels that are not optimized, per observation; None to optimize them."""
+        return None if order_matters(observations[0]) else known_labels(observations)
 
     def _run(
         self,
@@ -90,7 +95,8 @@ class InvertingGradients(Attack):
         on_evaluation: Progress,
     ) -> list[Reconstruction]:
         repeated = [o for o in observations for _ in range(self.restarts)]
-        labels = [y for y in known_labels(observations) for _ in range(self.restarts)]
+        known = self._labels(observations)
+        labels = None if known is None else [y for y in known for _ in range(self.restarts)]
         matching = self._matching(repeated, labels)
         starts = matching.starts([g for g in generators for _ in range(self.restarts)])
         return best_of_restarts(
@@ -102,7 +108,7 @@ class InvertingGradients(Attack):
             evaluations=self.iterations,
         )
 
-    def _matching(self, observations: list[Observation], labels: list[Labels]) -> GradientMatching:
+    def _matching(self, observations: list[Observation], labels: list[Labels] | None) -> GradientMatching:
         return GradientMatching(
             observations,
             labels=labels,

@@ -74,7 +74,7 @@ class AdaptiveMatching(InvertingGradients):
                 "AdaptiveMatching: largest and above_first choose layers both, and may leave none. Set one."
             )
 
-    def _matching(self, observations: list[Observation], labels: list[Tensor]) -> GradientMatching:
+    def _matching(self, observations: list[Observation], labels: list[Tensor] | None) -> GradientMatching:
         unique = {id(observation): observation for observation in observations}
         read = {place: read_structure(observation) for place, observation in unique.items()}
         starts = []
@@ -121,7 +121,7 @@ class _Matching(GradientMatching):
     Args:
         observations: One per problem.
         structures: What was read off each.
-        labels: Class indexes per observation.
+        labels: Class indexes per observation; None: every point carries logits.
         attack: Its settings.
     """
 
@@ -130,7 +130,7 @@ class _Matching(GradientMatching):
         observations: Sequence[Observation],
         structures: Sequence[Structure],
         *,
-        labels: Sequence[Tensor],
+        labels: Sequence[Tensor] | None,
         attack: AdaptiveMatching,
     ) -> None:
         super().__init__(
