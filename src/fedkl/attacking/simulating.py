@@ -43,6 +43,7 @@ class SimulatedClients:
         generator: The attacker's, of what these clients draw.
         played: Numbers that make every client's augmentation its own.
         called: Numbers that make what a network draws on the way forward each call's own.
+        settle: Gives a client that was drawn what it has of earlier rounds; the default: nothing.
     """
 
     defense: Defense
@@ -58,6 +59,7 @@ class SimulatedClients:
     generator: torch.Generator = field(default_factory=torch.Generator, repr=False)
     played: Iterator[int] = field(default_factory=itertools.count, repr=False)
     called: Iterator[int] = field(default_factory=itertools.count, repr=False)
+    settle: Callable[[Split], None] = field(default=lambda split: None, repr=False)
 
     @classmethod
     def of(
@@ -142,6 +144,7 @@ class SimulatedClients:
             return copy.deepcopy(self.baked), () if self.common else self.private
         known = self.known if granted else replace(self.known, key=None, private={})
         split = self.defense.imitated(self.model, known=known, generator=self.generator)
+        self.settle(split)
         # In one step it is all the same whether γ and β are generated or numbers, but to the lock's gradient.
         alike = self.local.is_gradient and not set(self.names).intersection(split.private_parameters())
         return (split.bake(), self.private) if alike else (split.model, split.private_parameters())

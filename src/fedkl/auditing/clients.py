@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, cast
 
@@ -15,6 +16,7 @@ from fedkl.attacking import SimulatedClients
 from fedkl.attacking.observing import sent_by
 from fedkl.attacking.updates import difference, mean_of
 from fedkl.auditing.results import Exposure
+from fedkl.auditing.settling import Settled, is_to_be_fitted, seconds, settled
 from fedkl.auditing.subject import LocalLoop, Subject
 from fedkl.defenses import Arm, Defense, plain_arm
 from fedkl.defenses.completion import Completion
@@ -54,6 +56,8 @@ class Clients:
         network: What they receive; as `Subject.classifier` gives it, or as the owner calls it where a
             function of the owner's trains.
         sent: What real ones sent; None: they are simulated.
+        settled: What they and the server have of earlier rounds; None: it is their first, or they keep
+            nothing to themselves that was trained.
     """
 
     subject: Subject
@@ -63,6 +67,7 @@ class Clients:
     seed: int
     network: nn.Module = field(repr=False)
     sent: Sent | None = field(default=None, repr=False)
+    settled: Settled | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -120,6 +125,33 @@ class Clients:
         """Whether the defense hides anything."""
         return bool(self.defense.guesses())
 
+    def after_rounds(self, *, own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> Clients:
+        """The same clients when they have taken part before, and a server that fits what it does not know.
+
+        Of an untrained network they are as they were: its clients take part for the first time.
+
+        Args:
+            own: Images and labels that the server fits to.
+            others: That clients trained on before.
+
+        Raises:
+            TrainingError: Nothing can be fitted so.
+        """
+        if not self._keep_what_is_trained():
+            return self
+        network = self._called(copy.deepcopy(self.network))
+        return replace(self, settled=settled(self.defense, network, own=own, others=others, seed=self.seed))
+
+    def seconds_of_rounds(self, own: tuple[Tensor, Tensor]) -> float:
+        """What `after_rounds` takes at most, of one core."""
+        return seconds(self._called(copy.deepcopy(self.network)), *own) if self._keep_what_is_trained() else 0
+
+    def _keep_what_is_trained(self) -> bool:
+        """Whether they keep tensors to themselves that earlier rounds made others than a fresh client's."""
+        if not self.exposure.trained or self.sent is not None:
+            return False
+        return is_to_be_fitted(self.defense.prepare(self.network), self.network)
+
     def open(self) -> Clients:
         """The same clients with nothing hidden: an attacker that fails on them says nothing.
 
@@ -127,18 +159,25 @@ class Clients:
         """
         plain, control = plain_arm().defense, self.defense.control().defense
         if control == plain:
-            return replace(self, defense=plain)
+            return replace(self, defense=plain, settled=None)
         network = control.prepare(self.network).bake()
         make_public(network)
-        return replace(self, defense=plain, network=network)
+        return replace(self, defense=plain, network=network, settled=None)
 
     def view(self) -> nn.Module:
-        """The network as a server can call it, with γ = 1 and β = 0 where it does not know them."""
+        """The network as a server can call it: with what it fitted, or γ = 1 and β = 0, for what it lacks."""
         split = self.defense.prepare(self.network)
+        if self.settled is not None:
+            self.settled.put_view(split)
+            return self._called(split.bake())
         generator = rng.generator(self.seed, "guessed")
         view = self.defense.server_view(split, self.network, granted=self.arm.knowledge, generator=generator)
         model = Completion(view.model, split).neutral(start=self.network).model
-        return model if isinstance(self.procedure, Procedure) else self.subject.classifier(model)
+        return self._called(model)
+
+    def _called(self, network: nn.Module) -> nn.Module:
+        """As attackers call it; changed in place."""
+        return network if isinstance(self.procedure, Procedure) else self.subject.classifier(network)
 
     def update(self, images: Tensor, labels: Tensor, *, number: int) -> dict[str, Tensor]:
         """What the server sees of real clients that share images evenly, each with secrets of its own.
@@ -155,43 +194,47 @@ class Clients:
         Raises:
             TrainingError: The function that trains raised, or trains nothing.
         """
-        shares = self._shared(images, labels)
-        return mean_of(
-            [
-                self._real(self.defense.prepare(self.network), x, y, number=f"{number}-{member}")
-                for member, (x, y) in enumerate(shares)
-            ]
-        )
+        shares, turns = self._shared(images, labels), self._turns(number)
+        found = []
+        for member, (x, y) in enumerate(shares):
+            client = self.defense.prepare(self.network)
+            if self.settled is not None:
+                self.settled.put_real(client, next(turns))
+            found.append(self._real(client, x, y, number=f"{number}-{member}"))
+        return mean_of(found)
 
     def played(self, images: Tensor, labels: Tensor, *, number: int) -> dict[str, Tensor]:
         """The same of clients that the server plays, which draws what it does not know; see `update`."""
         generator = rng.generator(self.seed, "imitated", number)
-        split = self.defense.prepare(self.network)
+        split, turns = self.defense.prepare(self.network), self._turns(number)
+
+        def settle(client: Split) -> None:
+            if self.settled is not None:
+                self.settled.put_played(client, next(turns))
+
         if isinstance(self.procedure, Procedure):
-            members = self.exposure.clients
             simulate = SimulatedClients.of(
                 self.arm,
                 split,
                 self.network,
                 train_mode=self.exposure.norm_mode == "train",
                 local=self.procedure,
-                cohort=members,
+                cohort=self.exposure.clients,
                 generator=generator,
             )
-            simulate = replace(simulate, played=itertools.count(number * members))
+            simulate = replace(simulate, played=self._turns(number), settle=settle)
             return {name: tensor[0] for name, tensor in simulate(images[None], labels[None]).items()}
-        known = self.defense.known(split, granted=self.arm.knowledge)
-        return mean_of(
-            [
-                self._imitated(
-                    self.defense.imitated(self.network, known=known, generator=generator),
-                    *(x, y),
-                    number=f"played-{number}-{member}",
-                    generator=generator,
-                )
-                for member, (x, y) in enumerate(self._shared(images, labels))
-            ]
-        )
+        known, found = self.defense.known(split, granted=self.arm.knowledge), []
+        for member, (x, y) in enumerate(self._shared(images, labels)):
+            client = self.defense.imitated(self.network, known=known, generator=generator)
+            settle(client)
+            numbered = f"played-{number}-{member}"
+            found.append(self._imitated(client, x, y, number=numbered, generator=generator))
+        return mean_of(found)
+
+    def _turns(self, number: int) -> Iterator[int]:
+        """Numbers of the clients behind an update, no two of which share any."""
+        return itertools.count(number * self.exposure.clients)
 
     def _shared(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         parts = torch.arange(len(images)).chunk(self.exposure.clients)

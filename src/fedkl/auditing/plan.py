@@ -307,7 +307,8 @@ def _presence(clients: Clients, pools: Pools, seconds: float) -> Planned:
         return _idle(None, clients, kind="does not apply", reason=str(error))
     hidden = 2 if clients.hides else 1  # the control is measured too
     looked_at = 2 * LOOKED_AT * seconds / exposure.images_behind
-    return Planned(attacker=None, clients=clients, seconds=hidden * (2 * count * seconds + looked_at + 5))
+    whole = hidden * (2 * count * seconds + looked_at + 5) + clients.seconds_of_rounds(pools.own)
+    return Planned(attacker=None, clients=clients, seconds=whole)
 
 
 def _rebuilding(attacker: Attacker, clients: Clients, pools: Pools, seconds: float) -> Planned:

@@ -160,6 +160,7 @@ def recognize(
     """
     size = clients.exposure.images_behind
     check_enough(size, pools)
+    clients = clients.after_rounds(own=pools.own, others=pools.audited)
     count = clients_of(size)
 
     def steps(done: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedkl import rng
 from fedkl.errors import ConfigError, DataError, TrainingError, gathered
-from fedkl.locking import Lock
+from fedkl.locking import Lock, Split
 from fedkl.locking.statistics import count_statistics, modes_kept
 from fedkl.metrics import accuracy
 from fedkl.protocol import Procedure
@@ -134,22 +134,10 @@ def fitted(
         TrainingError: The fitting diverged, nothing can be fitted, or something changed a public tensor.
     """
     check_labels(lock.model, images, labels)
-    if not any(parameter.requires_grad for parameter in lock.private_parameters().values()):
-        raise TrainingError(
-            "Nothing can be fitted: all private parameters of the lock are frozen (requires_grad=False). "
-            "Lock layers that clients train."
-        )
     train, held_out = fitting.parts(len(labels))
     before = before or measured(lock.model, images, labels, held_out)
-    public, begin = lock.public_state(), perf_counter()
-    with _only_private_trained(lock), _seeded(fitting.seed, labels.device):
-        steps = _trained(lock, images, labels, train, held_out, fitting)
-    changed = [name for name, tensor in lock.public_state().items() if not torch.equal(tensor, public[name])]
-    if changed:
-        problems = [f"'{name}' was changed" for name in changed]
-        raise TrainingError(
-            gathered("Fitting may change private tensors only.", problems, "Keep the module from writing it.")
-        )
+    begin = perf_counter()
+    steps = fit_private_(lock, images=images, labels=labels, fitting=fitting)
     return Enrolled(
         lock=lock,
         before=before,
@@ -161,8 +149,36 @@ def fitted(
     )
 
 
+def fit_private_(split: Split, *, images: Images, labels: Tensor, fitting: Fitting) -> int:
+    """The same for any client that keeps parameters to itself: a lock, private layers.
+
+    Returns:
+        Steps of the optimizer, up to the one that is kept.
+
+    Raises:
+        DataError: There are too few images.
+        TrainingError: The fitting diverged, nothing can be fitted, or something changed a public tensor.
+    """
+    if not any(parameter.requires_grad for parameter in split.private_parameters().values()):
+        raise TrainingError(
+            "Nothing can be fitted: all private parameters of the lock are frozen (requires_grad=False). "
+            "Lock layers that clients train."
+        )
+    train, held_out = fitting.parts(len(labels))
+    public = split.public_state()
+    with _only_private_trained(split), _seeded(fitting.seed, labels.device):
+        steps = _trained(split, images, labels, train, held_out, fitting)
+    changed = [name for name, tensor in split.public_state().items() if not torch.equal(tensor, public[name])]
+    if changed:
+        problems = [f"'{name}' was changed" for name in changed]
+        raise TrainingError(
+            gathered("Fitting may change private tensors only.", problems, "Keep the module from writing it.")
+        )
+    return steps
+
+
 def _trained(
-    lock: Lock, images: Images, labels: Tensor, train: Tensor, held_out: Tensor, fitting: Fitting
+    lock: Split, images: Images, labels: Tensor, train: Tensor, held_out: Tensor, fitting: Fitting
 ) -> int:
     """Trains until the held-out loss does not fall any more; returns after how many steps it was lowest."""
     trainer = LocalTrainer(
@@ -230,7 +246,7 @@ def _batches(train: Tensor, fitting: Fitting, epoch: int) -> Sequence[Tensor]:
     return train[order].tensor_split(math.ceil(len(train) / fitting.batch_size))
 
 
-def _check_finite(losses: Sequence[Tensor], lock: Lock, *, epoch: int, lr: float) -> None:
+def _check_finite(losses: Sequence[Tensor], lock: Split, *, epoch: int, lr: float) -> None:
     if bool(torch.stack(list(losses)).isfinite().all()) and all(
         bool(tensor.isfinite().all()) for tensor in lock.private_state().values()
     ):
@@ -238,7 +254,7 @@ def _check_finite(losses: Sequence[Tensor], lock: Lock, *, epoch: int, lr: float
     raise TrainingError(f"The fitting diverged in epoch {epoch} (learning rate {lr:g}). Lower lr.")
 
 
-def _train_mode(lock: Lock) -> None:
+def _train_mode(lock: Split) -> None:
     """Puts the model into train mode, but for modules whose buffers are public: they would change."""
     lock.model.train()
     public = lock.public_state().keys() - lock.public_parameters().keys()
@@ -247,7 +263,7 @@ def _train_mode(lock: Lock) -> None:
 
 
 @contextmanager
-def _only_private_trained(lock: Lock) -> Iterator[None]:
+def _only_private_trained(lock: Split) -> Iterator[None]:
     """No gradient for public parameters meanwhile; flags and modes are put back."""
     wanted = {name: p.requires_grad for name, p in lock.public_parameters().items()}
     with modes_kept(lock.model):
