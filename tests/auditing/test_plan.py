@@ -17,7 +17,7 @@ from fedkl.auditing.defended import defense_of, text_of
 from fedkl.auditing.plan import CONTROL, exposures_of
 from fedkl.auditing.rebuilding import work
 from fedkl.auditing.recognition import LOOKED_AT, Pools
-from fedkl.defenses import DEFENSES, Defense, KeyLock, NoDefense, PrivateNorm
+from fedkl.defenses import DEFENSES, Defense, KeyLock, NoDefense, PrivateLayers, PrivateNorm
 from fedkl.defenses.combined import Combined
 from fedkl.defenses.masked import MaskedUpload
 from fedkl.defenses.pruning import Pruning
@@ -317,6 +317,13 @@ def test_defenses_by_name(name):
 def test_defenses_with_options_are_one_text(defense, text):
     assert text_of(defense).startswith(text)
     assert defense_of(text_of(defense)) == defense_of(defense) == defense
+
+
+def test_a_single_word_needs_no_quotes():
+    """A shell takes them away."""
+    assert defense_of("private-layers:layers=stem") == PrivateLayers(layers="stem")
+    words = defense_of("keylock:layers=all,chained=false,activation=identity")
+    assert words == KeyLock(layers="all", chained=False, activation="identity")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -15,6 +16,7 @@ from fedkl.validation import problems_of
 
 _KIND = Annotated[Defense, DEFENSES]
 _ADAPTER: TypeAdapter[Defense] = TypeAdapter(_KIND)
+_WORD = re.compile(r"(?<==)(?!(?:true|false|inf|nan)(?:,|$))[A-Za-z][\w-]*(?=,|$)")
 
 
 def defense_of(given: str | Defense) -> Defense:
@@ -22,7 +24,7 @@ def defense_of(given: str | Defense) -> Defense:
 
     Args:
         given: A defense; or a registered type, with its usual options or with those that follow it, as TOML
-            has them: ``"pruning:keep=0.1"``.
+            has them: ``"pruning:keep=0.1"``. A single word needs no quotes: ``"private-layers:layers=stem"``.
 
     Raises:
         ConfigError: There is no such defense, an option is not usable, or it is named as masks are.
@@ -33,7 +35,7 @@ def defense_of(given: str | Defense) -> Defense:
     name, _, options = given.partition(":")
     _check_type(name)
     try:
-        fields = parse_toml(f"options = {{{options}}}")
+        fields = _options(options)
         return _ADAPTER.validate_python({**fields.pop("options"), "type": name, **fields})
     except ValidationError as error:
         problems = problems_of(error, kind=_KIND)
@@ -41,6 +43,17 @@ def defense_of(given: str | Defense) -> Defense:
         problems = [f"expected {name}:NAME=VALUE,…, got {shown(given)}"]
     remedy = "See `fedkl attack --list`; an example is pruning:keep=0.1."
     raise ConfigError(gathered(f"defense: {name} is not usable so.", problems, remedy))
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        return parse_toml(f"options = {{{text}}}")
+    except ValueError:  # a shell takes the quotes away
+        return parse_toml(f"options = {{{_WORD.sub(_quoted, text)}}}")
+
+
+def _quoted(word: re.Match[str]) -> str:
+    return json.dumps(word[0])
 
 
 def text_of(defense: Defense) -> str:
