@@ -177,7 +177,9 @@ class Server:
             subject = (
                 f"Server: a step of {self._kind} with learning rate {optimizer.param_groups[0]['lr']:g}."
             )
-            remedy = "Nothing was changed. Lower the server's learning rate, not the clients'."
+            remedy = (
+                "Nothing was changed. Lower the server's learning rate (fedsgd without a server: local.lr)."
+            )
             raise TrainingError(gathered(subject, problems, remedy))
 
     def _check_known(self, average: NamedTensors, known: Collection[str]) -> None:
