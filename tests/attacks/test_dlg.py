@@ -16,6 +16,7 @@ from fedkl.attacks.priors import outside_box
 from fedkl.errors import AttackError, ConfigError
 from fedkl.metrics import score
 from fedkl.protocol import Auxiliary, Procedure
+from fedkl.protocol.differentiable import plain_attention
 
 
 def quality(reconstruction, images, dataset, first=0):
@@ -239,6 +240,32 @@ def test_empty_or_inconsistent_observations(observe_plain, changes, message):
     fields = {"model": observation.model, "gradient": observation.gradient, "labels": observation.labels}
     with pytest.raises(AttackError, match=message):
         type(observation)(image_shape=(3, 32, 32), classes=10, **({"batch_size": 1} | fields | changes))
+
+
+@pytest.mark.parametrize("kind", ["module", "attention"])
+def test_the_objective_of_a_network_with_dropout_does_not_change(kind, dataset):
+    """A line search compares values: masks drawn for each would be all that it sees."""
+    torch.manual_seed(0)
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 2, dropout=0.5, batch_first=True)
+
+        def forward(self, x):
+            rows = x.flatten(1, 2)
+            return self.attention(rows, rows, rows, need_weights=False)[0]
+
+    drawing = nn.Dropout(0.5) if kind == "module" else Attending()
+    model = nn.Sequential(drawing, nn.Flatten(), nn.Linear(3072, 10))
+    image, label = dataset.test_images[:1], dataset.test_labels[:1]
+    seen = observe_gradient(model, image, label, classes=10)
+    matching = GradientMatching([seen], labels=[label])
+    point, index = matching.starts([torch.Generator().manual_seed(0)]), torch.zeros(1, dtype=torch.long)
+    with plain_attention():
+        values = {float(matching(point, index)[0]) for _ in range(3)}
+    assert len(values) == 1
+    assert seen.model[0].training  # the observation's own is as it was
 
 
 def test_mixed_observations_are_refused(observe_plain, generator):

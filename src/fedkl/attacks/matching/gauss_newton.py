@@ -116,8 +116,8 @@ class GaussNewton(Attack):
             )
         if order_matters(observation):
             raise AttackError(
-                "GaussNewton: expected labels, or steps of all images: an update after steps of some does not "
-                "say which of them has which label. Grant the labels, or use the attack ig or dlg."
+                "GaussNewton: expected labels, or steps of all images: after steps of some, an update does "
+                "not say which of them has which label. Grant the labels, or use the attack ig or dlg."
             )
         hidden = _private_names(observation)
         if hidden and own.draw is None:
@@ -272,6 +272,8 @@ class _Problem:
 
 class _Gradients(GradientMatching):
     """The gradient that images and private parameters give, against the observed one."""
+
+    silences = False  # networks that draw are refused
 
     def __init__(
         self, observation: Observation, labels: Labels, sizes: Mapping[str, float], dtype: torch.dtype
