@@ -275,7 +275,7 @@ def _first(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _unchanged(tensor: Tensor, received: Tensor | None) -> Tensor:
     """What is sent where nothing has changed; counts of batches say how many there were in any case."""
-    if not tensor.is_floating_point():
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
     return torch.zeros_like(tensor) if received is None else received.clone()
 
