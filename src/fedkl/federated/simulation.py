@@ -150,8 +150,8 @@ class Federation:
                 then; with plain averaging every update of the round is kept for it. It changes no result.
 
         Raises:
-            TrainingError: The training of all clients of the round diverged, of more than one where its
-                cohort has more than one; or the server's step overflows.
+            TrainingError: The training of all clients of the round diverged, of more than one where the
+                federation has more than one; or the server's step overflows.
             ConfigError: The privacy budget does not suffice.
         """
         begin = perf_counter()
@@ -171,7 +171,7 @@ class Federation:
                 collected.drop(client.name)
             elif isinstance(result, ClientResult):
                 losses += [result.loss] if isfinite(result.loss) else []  # under a guarantee nobody is told
-        alone = self.training.cohort_size > 1 and len(failed) == 1  # a single one may be at fault itself
+        alone = self.training.clients > 1 and len(failed) == 1  # a single one may be at fault itself
         if failed and not losses and not alone:
             raise TrainingError(_diverged(round, lr, failed))
         enough = len(collected.offered) >= self.training.min_cohort and collected.enough
