@@ -51,7 +51,7 @@ def infer_label(observation: Observation) -> Labels:
 def infer_labels(observation: Observation) -> Labels:
     """The labels of a batch, from how far the classifier's bias gradient is from the mean prediction.
 
-    With cross-entropy that gradient is p̄ − n/B, for the mean prediction p̄ and n images of each class. With
+    With cross-entropy that gradient g is p̄ − n/B, for the mean prediction p̄ and n images of each class. With
     images of its own the server knows how predictions depend on the class: p̄ = Āᵀ n/B, with a row of Ā for
     each class, and n follows by least squares without negative counts. Else it estimates p̄ from random
     images: exact as long as predictions hardly depend on the image, as in an untrained network. Counts are
