@@ -333,3 +333,13 @@ def test_false_alarms_are_as_many_as_wanted_however_few_images_a_class_has(class
     alarms = float((found >= null.flatten().quantile(0.99)).float().mean())
     assert 0.003 < alarms < 0.016
     assert abs(float(null.std()) - float(found.std())) < 0.1
+
+
+def test_a_class_of_which_nothing_was_kept_back_is_held_against_all():
+    generator = torch.Generator().manual_seed(0)
+    null, found = (
+        5 + torch.randn(1, 40, 1, generator=generator),
+        5 + torch.randn(1, 30, 1, generator=generator),
+    )
+    _center_by_class(null, found, torch.arange(40) % 2, torch.arange(30) % 3)
+    assert float(found[:, 2::3].mean().abs()) < 1

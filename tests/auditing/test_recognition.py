@@ -253,6 +253,11 @@ def test_copies_are_left_out():
     assert all(pool.labels.tolist() == part for pool, part in zip(pools, parts, strict=True))  # of the first
 
 
+def test_no_images_have_no_copies():
+    x = torch.zeros(0, 1, 2, 2)
+    assert [len(pool.images) for pool in Pools.of(x, torch.zeros(0), seed=0)] == [0, 0, 0]
+
+
 def test_too_few_images_are_refused_with_numbers():
     clients = clients_like(count=100, size=21)
     with pytest.raises(

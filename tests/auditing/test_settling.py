@@ -213,11 +213,16 @@ def test_network_images_and_generator_stay_as_they_are(procedure):
     assert loss_of(found.view()) < 1.0  # fitted to what the network is called with: normalized once
 
 
+def test_no_repr_shows_what_is_kept():
+    kept = settling.Private(key=None, state={"gamma": torch.full((2,), 7.0)})
+    assert repr(kept) == "Private()"
+
+
 def test_a_private_stem_hides_a_first_round_only(monkeypatch):
     """Members are recognized where clients and server have trained ones, and hardly behind fresh ones."""
     clients = clients_like(defense=STEM, build=convnet, size=4, count=800)
     found = recognize(clients, pools=pools_of(clients.subject))
-    assert found.share.low > found.false_alarms.high
+    assert found.at_threshold.low > found.false_alarms.high
     assert abs(found.swapped_auc - 0.5) < 0.06
     monkeypatch.setattr(type(clients), "after_rounds", lambda self, **given: self)
     fresh = recognize(clients, pools=pools_of(clients.subject))

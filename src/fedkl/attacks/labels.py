@@ -189,7 +189,11 @@ def _shares(
     weight, total = (_FAINT, 0.0) if clipped else (_SURE, 1.0)
     matrix = torch.cat([equations, torch.full((1, len(gradient)), weight).double()])
     target = torch.cat([gradient, torch.tensor([weight * total]).double()])
-    return torch.from_numpy(nnls(matrix.numpy(), target.numpy(), maxiter=100 * len(gradient))[0])
+    try:
+        found, _ = nnls(matrix.numpy(), target.numpy(), maxiter=100 * len(gradient))
+    except (ValueError, RuntimeError) as error:  # of predictions that are not finite, or without an end
+        raise AttackError(f"Labels could not be counted ({error}). Grant the labels.") from error
+    return torch.from_numpy(found)
 
 
 def _rounded(expected: Tensor, total: int) -> Tensor:

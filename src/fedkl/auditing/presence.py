@@ -283,8 +283,8 @@ def _center_by_class(null: Tensor, found: Tensor, kept_back: Tensor, labels: Ten
 
     The mean of k images is not exact: one that is in it is nearer to it than another, by
     √((1 − 1/k) / (1 + 1/k)), and false alarms would be more than those that the threshold is set for. So each
-    is held against the mean of the others, and all are scaled to one deviation. Classes with one image are
-    held against the mean of all.
+    is held against the mean of the others, and all are scaled to one deviation. Classes with one image, or
+    none, are held against the mean of all.
 
     Args:
         null: Scores of what was kept back, shape ``(updates, images, scores)``.
@@ -303,6 +303,7 @@ def _center_by_class(null: Tensor, found: Tensor, kept_back: Tensor, labels: Ten
         center = null[:, mine].mean(1, keepdim=True)
         null[:, mine] = (null[:, mine] - center) * math.sqrt(k / (k - 1))
         found[:, same] = (found[:, same] - center) / math.sqrt(1 + 1 / k)
+    found[:, ~torch.isin(labels, kept_back)] -= of_all
 
 
 def _fitted(scores: Tensor, members: Tensor) -> Tensor:

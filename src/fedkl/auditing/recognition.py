@@ -99,7 +99,9 @@ class Pool(NamedTuple):
 def first_copies(images: Tensor) -> Tensor:
     """Places of images, each of which is no copy of one before it."""
     hashes = (hashlib.sha256(image.contiguous().numpy().tobytes()).digest() for image in images.cpu())
-    return torch.tensor(sorted({each: place for place, each in reversed(list(enumerate(hashes)))}.values()))
+    return torch.tensor(
+        sorted({each: place for place, each in reversed(list(enumerate(hashes)))}.values()), dtype=torch.int64
+    )
 
 
 class Pools(NamedTuple):

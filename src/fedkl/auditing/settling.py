@@ -17,7 +17,6 @@ import copy
 import math
 from dataclasses import dataclass, field
 from time import process_time
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,8 @@ The start is a candidate too: a server that can fit nothing keeps what it drew.
 """
 
 
-class Private(NamedTuple):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Private:
     """What one client keeps to itself.
 
     Attributes:
@@ -50,8 +50,8 @@ class Private(NamedTuple):
         state: Private parameters and statistics.
     """
 
-    key: Key | None
-    state: dict[str, Tensor]
+    key: Key | None = field(repr=False)
+    state: dict[str, Tensor] = field(repr=False)
 
     def put(self, split: Split) -> None:
         """Gives it to a client of the same network and defense."""
