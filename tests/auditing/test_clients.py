@@ -277,6 +277,37 @@ def test_frozen_layers_are_in_no_update(procedure, defense):
     assert set(clients.played(*batch(), number=0)) == set(found)
 
 
+def trains_with_norm(network, x, y):
+    """As `trains`, but a frozen layer is unfrozen: what was frozen before says too little."""
+    network[1].requires_grad_(True)
+    trains(network, x, y)
+
+
+@pytest.mark.parametrize(
+    ("procedure", "unfrozen"),
+    [(EPOCH, set()), (trains, set()), (trains_with_norm, {"1.weight", "1.bias"})],
+    ids=["epoch", "loop", "unfreezing"],
+)
+def test_a_defense_does_not_count_frozen_layers(procedure, unfrozen, monkeypatch):
+    """A filter that keeps a share of all entries would keep more of those that matter: another defense."""
+    counted, changed = [], Pruning.changed
+
+    def counts(self, change, **others):
+        counted.append(set(change))
+        return changed(self, change, **others)
+
+    monkeypatch.setattr(Pruning, "changed", counts)
+    clients = clients_of(transferred, procedure=procedure, defense=Pruning(keep=0.5))
+    split = clients.defense.prepare(clients.network)
+    frozen = split.frozen_parameters()
+    assert {"0.weight", "1.weight"} <= frozen
+    clients.update(*batch(), number=0)
+    clients.played(*batch(), number=0)
+    real, played = counted
+    assert real & split.public_parameters().keys() == split.trained_parameters().keys() | unfrozen
+    assert played & split.public_parameters().keys() == real & split.public_parameters().keys()
+
+
 def test_what_a_loop_unfreezes_is_in_the_update():
     def unfreezes(network, x, y):
         network[0].requires_grad_(True)

@@ -311,9 +311,10 @@ def drawn(shift=2.0, *, clients=8, count=2000, size=10):
     return null, torch.randn(clients, count, generator=generator) + shift * members, members
 
 
-def figures(null, scores, members, *, seed=0):
+def figures(null, scores, members, *, owners=None, seed=0):
     kept_back = KeptBack(null, torch.ones_like(null, dtype=torch.bool))
-    return _figures(kept_back, scores, members, ~members, seed=seed)
+    owners = torch.arange(len(scores)) if owners is None else owners
+    return _figures(kept_back, scores, members, ~members, owners=owners, seed=seed)
 
 
 def test_the_interval_knows_how_little_few_images_say_of_the_threshold():
@@ -339,6 +340,37 @@ def test_the_interval_knows_how_little_few_images_say_of_the_threshold():
         assert found.share.rate <= found.at_threshold.high <= found.share.high
     assert wide >= 27
     assert narrow <= 12
+
+
+def test_clients_with_the_same_secrets_are_one_for_intervals():
+    """Sixty updates of six states of a private layer: how well each was fitted decides what is recognized."""
+    generator = torch.Generator().manual_seed(0)
+    owners = torch.arange(60) % 6
+    members = (torch.arange(40) < 4).expand(60, -1)
+    shifts = torch.tensor([0.0, 0.5, 1.0, 3.0, 4.0, 5.0])[owners]
+    null, scores = (torch.randn(60, images, generator=generator) for images in (100, 40))
+    scores = scores + shifts[:, None] * members
+    alone, together = (figures(null, scores, members, owners=each) for each in (None, owners))
+    assert (alone.share.rate, alone.auc, alone.clients) == (
+        together.share.rate,
+        together.auc,
+        together.clients,
+    )
+    wide = [each.share.high - each.share.low for each in (together, alone)]
+    assert wide[0] > 1.8 * wide[1]
+    assert together.auc_high - together.auc_low > 1.8 * (alone.auc_high - alone.auc_low)
+
+
+def test_the_interval_of_one_client_knows_that_its_images_are_a_draw_too():
+    members = (torch.arange(900) < 300)[None]
+    truth = 0.5 * math.erfc((2.3263 - 2.3) / 2**0.5)  # of standard normals shifted by 2.3
+    held = 0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        null, scores = (torch.randn(1, images, generator=generator) for images in (300, 900))
+        found = figures(null, scores + 2.3 * members, members, seed=seed)
+        held += found.share.low <= truth <= found.share.high
+    assert held >= 37  # 35 if only the threshold were drawn again
 
 
 def test_one_percent_of_what_was_kept_back_reaches_the_threshold():

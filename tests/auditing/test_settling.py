@@ -57,7 +57,7 @@ def test_all_sides_fit_the_public_tensors(build, defense, procedure):
     clients = settled(build, defense=defense, procedure=procedure)
     fresh = sum(loss_of(clients.defense.prepare(clients.network).model) for _ in range(8)) / 8
     found = clients.settled
-    assert (len(found.played), len(found.real)) == (settling.STATES, settling.STATES)
+    assert (len(found.played), len(found.real)) == (settling.PLAYED, settling.REAL)
     everyone = [split_of(clients, each) for each in (found.view, *found.played, *found.real)]
     given = clients.defense.prepare(clients.network).public_state()
     for split in everyone:
@@ -77,8 +77,8 @@ def test_each_side_fits_to_its_own_images(monkeypatch):
 
     monkeypatch.setattr(settling, "fit_private_", told)
     clients = settled(mlp, defense=STEM)
-    servers, real = given[: 1 + settling.STATES], given[1 + settling.STATES :]
-    assert len(real) == settling.STATES
+    servers, real = given[: 1 + settling.PLAYED], given[1 + settling.PLAYED :]
+    assert len(real) == settling.REAL
     for pool, mine in ((OWN, servers), (OTHERS, real)):
         known = {tuple(image.flatten().tolist()) for image in pool[0]}
         assert all(tuple(image.flatten().tolist()) in known for each in mine for image in each)
@@ -113,8 +113,8 @@ def test_clients_send_what_theirs_makes_of_the_images(defense, procedure):
     clients = settled(mlp, defense=defense, procedure=procedure)
     alone = replace(clients, settled=None)
     for seen, states in ((clients.update, clients.settled.real), (clients.played, clients.settled.played)):
-        for number in (0, 1, settling.STATES):
-            client = split_of(clients, states[number % settling.STATES])
+        for number in (0, 1, len(states)):
+            client = split_of(clients, states[number % len(states)])
             wanted = alone._real(client, *batch(), number=f"{number}-0")
             assert alike(seen(*batch(), number=number), wanted)
 
@@ -139,6 +139,14 @@ def test_clients_of_a_cohort_take_turns(procedure):
             for name, tensor in found.items():
                 wanted = torch.stack([part[name] for part in parts]).mean(0)
                 torch.testing.assert_close(tensor, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_updates_with_the_same_secrets_are_of_one_owner():
+    clients = settled(mlp, defense=STEM)
+    again = [tuple(clients.settled.real).index(state) for state in (*clients.settled.real,) * 2]
+    assert clients.owners(12) == again
+    assert replace(clients, settled=None).owners(12) == list(range(12))
+    assert settled(mlp, defense=STEM, clients=2).owners(12) == list(range(12))  # a sum has several
 
 
 TRAINED_SCALE = KeyLock(layers="all", activation="identity")
@@ -233,7 +241,9 @@ def test_a_private_stem_hides_a_first_round_only(monkeypatch):
 def test_a_plan_counts_the_time_of_it(defense, takes, monkeypatch):
     monkeypatch.setattr(settling, "process_time", iter(range(1000)).__next__)
     clients = clients_of(mlp, defense=defense, norm_mode="eval")
-    steps = settling.FITTING.epochs * 2 * (1 + 2 * settling.STATES)  # 80 images of the server, two batches
+    steps = (
+        settling.FITTING.epochs * 2 * (1 + settling.PLAYED + settling.REAL)
+    )  # 80 images of the server, two batches
     assert clients.seconds_of_rounds((OWN[0][:80], OWN[1][:80])) == (steps if takes else 0)
     (entry,) = (
         each

@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter
 
 from fedkl import wording
 from fedkl.attacking.reconstructions import load_reconstruction
-from fedkl.attacking.results import arm_figures, attack_summary, broken, shares
+from fedkl.attacking.results import arm_figures, attack_summary, broken, floor_shares
 from fedkl.attacks import DLG, IDLG
 from fedkl.config import AttackConfig
 from fedkl.errors import ConfigError
@@ -33,9 +33,9 @@ _LPIPS_FILE = "lpips.json"
 _NOTES = (
     "n counts images; failed ones (no finite picture) count in n and as not recovered. Recovered: PSNR ≥ "
     f"{SUCCESS_DB:.0f} dB; attack success rate: SSIM ≥ {SSIM_SUCCESS}; intervals of shares: 95 %, after "
-    "Wilson. PSNR and SSIM: median [quartiles] of the others, with scale and offset fixed by the attacker's "
-    "own rule. After the best affine fit: a diagnostic that uses the truth. Identified: of all candidates "
-    "the true image correlates best.",
+    "Wilson, by update. PSNR and SSIM: median [quartiles] of the others, with scale and offset fixed by the "
+    "attacker's own rule. After the best affine fit: a diagnostic that uses the truth. Identified: of all "
+    "candidates the true image correlates best.",
     "Paper: PSNR converted to its true value (2 × printed − 48.13 dB), means over its trials. Its figures "
     "without lock stand beside the arm no-norm, those with lock beside the arm lock.",
     "Keys and lock layers come from the operating system's random numbers: locked arms vary from run to run.",
@@ -75,7 +75,7 @@ def records_of(
         trials, guesses = [_alone(trial) for trial in trials], [_alone(guess) for guess in guesses]
         if not any(trial["scores"] for trial in trials):
             raise ConfigError(f"{run.path}: every image shares its label with another. Attack more images.")
-    floor = shares(guesses) if guesses else None
+    floor = floor_shares(guesses) if guesses else None
     return [
         dict(given)
         | _setting(config)

@@ -44,7 +44,7 @@ def arm_figures(
 ) -> dict[str, Any]:
     """Figures over all images of some trials: failures count as images that were not recovered.
 
-    Where clients send several updates, intervals of shares are by client: its images share its secrets.
+    Intervals of shares are by update, and by client where clients send several: see `shares`.
 
     Args:
         records: Of the trials.
@@ -52,10 +52,7 @@ def arm_figures(
         broke: Images of further trials, on which the attack broke.
     """
     scores = [score for record in records for score in record["scores"]]
-    clients = None
-    if updates_per_client > 1:
-        clients = [record["trial"] // updates_per_client for record in records for _ in record["scores"]]
-    rate = partial(success_rate, groups=_and_broken(clients, broke))
+    rate = partial(success_rate, groups=_groups(records, updates_per_client, broke))
 
     def values(name: str) -> list[float | None]:
         return [score[name] for score in scores] + [None] * broke
@@ -73,7 +70,7 @@ def arm_figures(
         "scaling": records[0]["scaling"],
         "candidates": scores[0]["candidates"],
         "figures": figures,
-        **shares(records, groups=clients, broke=broke),
+        **shares(records, updates_per_client=updates_per_client, broke=broke),
         "ssim_success": similar._asdict(),
         "label_correct": found._asdict(),
         "evaluations": summarize([float(r["evaluations"]) for r in records]).to_dict(),
@@ -84,20 +81,23 @@ def arm_figures(
 def shares(
     records: Sequence[Mapping[str, Any]],
     *,
-    groups: Sequence[int] | None = None,
+    updates_per_client: int = 1,
     broke: int = 0,
-    together: int = 1,
+    alike: float = 1.0,
 ) -> dict[str, Any]:
     """Which shares of the images were recovered and identified, with intervals: what a verdict rests on.
 
+    An attack rebuilds an update or does not, and its images are no trials of their own: intervals are by
+    update. Where clients send several, they are by client, as its images share its secrets.
+
     Args:
         records: Of trials, or of the floor.
-        groups: Which images belong together, for the intervals; None: each is alone.
+        updates_per_client: So many trials in a row are of one client.
         broke: Images of further trials, on which the attack broke: neither recovered nor identified.
-        together: So many of these are in one group.
+        alike: Assumed correlation of an update's images where none or all are found; see `success_rate`.
     """
     scores = [score for record in records for score in record["scores"]]
-    rate = partial(success_rate, groups=_and_broken(groups, broke, together=together))
+    rate = partial(success_rate, groups=_groups(records, updates_per_client, broke), alike=alike)
     recovered = [score["psnr"] for score in scores] + [None] * broke
     identified = [float(score["identified"]) for score in scores] + [None] * broke
     return {
@@ -108,11 +108,16 @@ def shares(
     }
 
 
-def _and_broken(groups: Sequence[int] | None, broke: int, *, together: int = 1) -> list[Hashable] | None:
-    """Of which client a broken trial was is not looked up: each is a group."""
-    if groups is None:
-        return None
-    return [*groups, *(f"broke {number // together}" for number in range(broke))]
+def floor_shares(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The shares of a guess that looks at no update: of each image by itself, as far as they scatter so."""
+    return shares(records, alike=0.0)
+
+
+def _groups(records: Sequence[Mapping[str, Any]], updates_per_client: int, broke: int) -> list[Hashable]:
+    """What each image belongs to. Of which client a broken trial was is not looked up: each is a group."""
+    sent = [record["trial"] // updates_per_client for record in records for _ in record["scores"]]
+    size = max([1, *(len(record["scores"]) for record in records)])
+    return [*sent, *(f"broke {number // size}" for number in range(broke))]
 
 
 def broken(left_out: Iterable[Mapping[str, Any]], arm: str) -> int:

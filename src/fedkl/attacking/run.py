@@ -16,7 +16,7 @@ from fedkl.attacking.floor import floor
 from fedkl.attacking.grid import NotRun, TrialResult, attack_arms
 from fedkl.attacking.observing import Trial, trials_of
 from fedkl.attacking.reconstructions import save_reconstruction
-from fedkl.attacking.results import VERSION, arm_summary, broken, not_run, shares
+from fedkl.attacking.results import VERSION, arm_summary, broken, floor_shares, not_run
 from fedkl.attacking.views import chosen_arms
 from fedkl.config import AttackConfig
 from fedkl.configured import dataset_of, networks_of, prepared
@@ -251,7 +251,7 @@ def _attack_summary(
             for arm in arms
             if arm.name in attacked
         ],
-        "floor": shares(guesses),
+        "floor": floor_shares(guesses),
         "not_run": left,
         "seconds": max(record["elapsed"] for record in records),
     }

@@ -16,7 +16,7 @@ from fedkl.attacking import SimulatedClients
 from fedkl.attacking.observing import sent_by
 from fedkl.attacking.updates import difference, mean_of
 from fedkl.auditing.results import Exposure
-from fedkl.auditing.settling import Settled, is_to_be_fitted, seconds, settled
+from fedkl.auditing.settling import REAL, Settled, is_to_be_fitted, seconds, settled
 from fedkl.auditing.subject import LocalLoop, Subject
 from fedkl.defenses import Arm, Defense, plain_arm
 from fedkl.defenses.completion import Completion
@@ -232,6 +232,14 @@ class Clients:
             found.append(self._imitated(client, x, y, number=numbered, generator=generator))
         return mean_of(found)
 
+    def owners(self, count: int) -> list[int]:
+        """Of so many updates, by number: whose secrets each is made with, where that is one client's.
+
+        Few states of clients that took part before are fitted, so that several updates have the same secrets.
+        """
+        one = self.settled is not None and self.exposure.clients == 1
+        return [number % REAL if one else number for number in range(count)]
+
     def _turns(self, number: int) -> Iterator[int]:
         """Numbers of the clients behind an update, no two of which share any."""
         return itertools.count(number * self.exposure.clients)
@@ -253,6 +261,7 @@ class Clients:
             )
         at_hand = self._at_hand(client, images, labels)
         before, state = self._looped_state(client, images, labels, number=number)
+        at_hand = replace(at_hand, frozen=frozenset(client.public_parameters()).difference(before))
         sent = client.public_update(state, kind="weights", num_samples=len(images), round=0, search=False)
         return difference(before, self.defense.transform(sent, client=at_hand).tensors, lr=_LOOP_LR)
 

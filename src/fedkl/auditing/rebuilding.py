@@ -15,7 +15,7 @@ from fedkl import rng
 from fedkl.attacking import Trial, TrialResult, attack_arms, observe, trials_of
 from fedkl.attacking.floor import floor
 from fedkl.attacking.grid import NotRun
-from fedkl.attacking.results import broken, not_run, shares
+from fedkl.attacking.results import broken, floor_shares, not_run, shares
 from fedkl.attacking.verdict import SAFE_FROM
 from fedkl.attacks import Refusal
 from fedkl.attacks.memory import at_once, size_of
@@ -275,10 +275,7 @@ def _figures(
     rates = {
         name: shares(
             [each.to_dict() for each in results],
-            # An attack rebuilds an update or does not: its images are no trials of their own.
-            groups=[each.trial for each in results for _ in each.scores],
             broke=broken(left_out, name) * size,
-            together=size,
         )
         for name, results in by_arm.items()
         if results
@@ -290,11 +287,11 @@ def _figures(
     attacked = [trials[each.trial] for each in results]
     scalings = {each.reconstruction.scaling for each in results}
     known = floor(dataset, attacked, seed=seed, auxiliary=attacker.own_images, scalings=scalings)
-    guessed = [{"scores": [score.to_dict() for score in scores]} for _, scores in known]
+    guessed = [{"trial": trial.index, "scores": [one.to_dict() for one in scores]} for trial, scores in known]
     scores = [score.to_dict() for each in results for score in each.scores]
     return Rebuilt(
         found=rates[best.name],
-        floor=shares(guessed),
+        floor=floor_shares(guessed),
         control=rates.get(best.control or ""),
         psnr=summarize([score["psnr"] for score in scores]).median,
         ssim=summarize([score["ssim"] for score in scores]).median,

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -187,7 +188,8 @@ def recognize(
             )
         like = _of_its_classes(present, audited.labels, kept_back.labels)
         null_of = like if int(like.sum()) >= 1 / FALSE_ALARMS else null_of
-    return _figures(KeptBack(null, null_of), found, present, rest, seed=clients.seed)
+    owners = torch.tensor(clients.owners(len(found)))
+    return _figures(KeptBack(null, null_of), found, present, rest, owners=owners, seed=clients.seed)
 
 
 def learn(
@@ -306,7 +308,9 @@ class KeptBack(NamedTuple):
         return found if found.like.any() else self
 
 
-def _figures(null: KeptBack, scores: Tensor, members: Tensor, rest: Tensor, *, seed: int) -> Recognized:
+def _figures(
+    null: KeptBack, scores: Tensor, members: Tensor, rest: Tensor, *, owners: Tensor, seed: int
+) -> Recognized:
     """The figures of a test.
 
     Args:
@@ -314,10 +318,11 @@ def _figures(null: KeptBack, scores: Tensor, members: Tensor, rest: Tensor, *, s
         scores: Of the candidates; shape ``(clients, images)``.
         members: Which of them each client has; the same shape, bool.
         rest: Which others they are told from.
+        owners: Whose secrets each client has, shape ``(clients,)``: for intervals those of one owner are one.
         seed: Of what is drawn for an interval.
     """
     threshold = null.threshold()
-    reached = _reached(scores, members, threshold)
+    reached = _reached(scores, members, threshold, owners)
     others = members.roll(1, 0) & rest
     areas = [_area(each[m], each[o]) for each, m, o in zip(scores, members, rest, strict=True)]
     swapped = [
@@ -326,13 +331,14 @@ def _figures(null: KeptBack, scores: Tensor, members: Tensor, rest: Tensor, *, s
     area = sum(areas) / len(areas)
     pairs = [(int(m.sum()), int(o.sum())) for m, o in zip(members, rest, strict=True)]
     chance = math.sqrt(sum((m + o + 1) / (12 * m * o) for m, o in pairs)) / len(areas)
-    low, high = mean_interval(areas) or _interval_of_one(areas[0], *pairs[0])
-    surely, _ = mean_interval(areas, confidence=0.999) or (0.0, 1.0)
+    by_owner = [fmean(areas[row] for row in rows) for rows in _rows_of(owners)]
+    low, high = mean_interval(by_owner) or _interval_of_one(areas[0], *pairs[0])
+    surely, _ = mean_interval(by_owner, confidence=0.999) or (0.0, 1.0)
     return Recognized(
-        share=_with_the_thresholds_error(reached, null, scores, members, seed=seed),
+        share=_with_the_thresholds_error(reached, threshold, null, scores, members, owners=owners, seed=seed),
         at_threshold=reached,
-        false_alarms=_reached(scores, rest, threshold),
-        swapped=_reached(scores, others, threshold) if others.any() else None,
+        false_alarms=_reached(scores, rest, threshold, owners),
+        swapped=_reached(scores, others, threshold, owners) if others.any() else None,
         auc=area,
         auc_low=max(0.0, low),
         auc_high=min(1.0, high),
@@ -360,38 +366,56 @@ def _interval_of_one(area: float, members: int, others: int) -> tuple[float, flo
     return min(area, center - half), max(area, center + half)
 
 
-def _reached(scores: Tensor, chosen: Tensor, threshold: float) -> Rate:
-    """The share of chosen ones at or above a threshold, with an interval by client if there are several."""
-    groups: Sequence[int] | None = chosen.nonzero()[:, 0].tolist() if len(chosen) > 1 else None
+def _rows_of(owners: Tensor) -> list[list[int]]:
+    """Of each owner, the places of its clients."""
+    return [(owners == one).nonzero()[:, 0].tolist() for one in sorted(set(owners.tolist()))]
+
+
+def _reached(scores: Tensor, chosen: Tensor, threshold: float, owners: Tensor) -> Rate:
+    """The share of chosen ones at or above a threshold, with an interval by owner if there are several."""
+    groups: Sequence[int] | None = owners[chosen.nonzero()[:, 0]].tolist() if len(chosen) > 1 else None
     return success_rate(scores[chosen].tolist(), threshold=threshold, groups=groups, alike=_ALIKE)
 
 
 def _with_the_thresholds_error(
-    share: Rate, null: KeptBack, scores: Tensor, members: Tensor, *, seed: int
+    share: Rate,
+    threshold: float,
+    null: KeptBack,
+    scores: Tensor,
+    members: Tensor,
+    *,
+    owners: Tensor,
+    seed: int,
 ) -> Rate:
     """A share at a threshold that was estimated, too: of few images, of which one or two may have set it.
 
-    Clients and images that were kept back are drawn again, with replacement; the interval has 95 % of the
-    shares at the thresholds that these give. It is stretched by what the audited images scatter where several
-    clients have the same, and is at least the one at the threshold as it is.
+    Clients (of a single one, its images) and images that were kept back are drawn again, with replacement;
+    the interval has 95 % of the shares at the thresholds that these give. It is stretched by what the audited
+    images scatter where several clients have the same, and is at least the one at the threshold as it is.
 
     Source:
         The percentile bootstrap: Efron and Tibshirani 1993, chapter 13. For clients that share images:
         Cameron, Gelbach and Miller 2011, "Robust inference with multiway clustering".
     """
-    generator, count = rng.generator(seed, "presence", "interval"), len(scores)
+    generator = rng.generator(seed, "presence", "interval")
+    rows = _rows_of(owners)
+    count = len(rows)
     reached = [each[mine].sort().values for each, mine in zip(scores, members, strict=True)]
     shares = []
     for _ in range(_DRAWS):
-        clients = torch.randint(count, (count,), generator=generator)
-        threshold = null.drawn(clients, generator).threshold()
+        picked = torch.randint(count, (count,), generator=generator)
+        clients = torch.tensor([row for one in picked.tolist() for row in rows[one]])
+        drawn_threshold = null.drawn(clients, generator).threshold()
         drawn = [reached[client] for client in clients.tolist()]
-        above = sum(len(each) - int(torch.searchsorted(each, threshold)) for each in drawn)
+        if count == 1:  # nothing is known of how clients differ: how its images do is the least
+            size = len(drawn[0])
+            drawn = [drawn[0][torch.randint(size, (size,), generator=generator)].sort().values]
+        above = sum(len(each) - int(torch.searchsorted(each, drawn_threshold)) for each in drawn)
         shares.append(above / sum(len(each) for each in drawn))
     found = torch.tensor(shares, dtype=torch.double)
     low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     variance = float(found.var())
-    alone = _scatter_of_images(scores, members, null.threshold())
+    alone = _scatter_of_images(scores, members, threshold)
     stretched = math.sqrt(1 + alone / variance) if variance else 1.0
     return share._replace(
         low=max(0.0, min(share.low, share.rate - stretched * (share.rate - low))),

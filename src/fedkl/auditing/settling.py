@@ -28,8 +28,10 @@ from fedkl.keys import Key, imitated_uniform
 from fedkl.locking import Split
 from fedkl.protocol.procedure import loss_of
 
-STATES = 3
-"""Of real clients, and as many of played ones; they take turns, for each takes the time of many updates."""
+PLAYED, REAL = 3, 6
+"""States of clients that the server plays, and of real ones; clients take turns with them, for each takes the
+time of many updates. Six are as many as there are clients at least, so that each of few has its own.
+"""
 
 IMAGES = 1000
 """That each is fitted to, at most; a fifth of them says when to stop."""
@@ -107,7 +109,7 @@ def seconds(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     start = process_time()
     loss_of(client(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
     steps = FITTING.epochs * math.ceil(min(IMAGES, len(labels)) / FITTING.batch_size)
-    return (process_time() - start) * steps * (1 + 2 * STATES)
+    return (process_time() - start) * steps * (1 + PLAYED + REAL)
 
 
 def settled(
@@ -146,6 +148,6 @@ def settled(
         split.redraw(uniform=imitated_uniform(rng.generator(seed, "settled", "secrets", number)))
         return split
 
-    view, *played = [fit(imitated(number), own, "own", number) for number in range(1 + STATES)]
-    real = [fit(defense.prepare(network), others, "others", number) for number in range(STATES)]
+    view, *played = [fit(imitated(number), own, "own", number) for number in range(1 + PLAYED)]
+    real = [fit(defense.prepare(network), others, "others", number) for number in range(REAL)]
     return Settled(view=view, played=tuple(played), real=tuple(real))

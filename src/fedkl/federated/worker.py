@@ -85,7 +85,7 @@ class Worker:
         self._seed = seed
         self._draws = draws
         self._recalibrates = recalibrates and bool(private_norms(split))
-        self._frozen = frozenset(split.public_parameters()) - frozenset(split.trained_parameters())
+        self._frozen = split.frozen_parameters()
         self._unsent = _unsent_buffers(split)
         self._trainer = LocalTrainer(
             split.model,

@@ -58,6 +58,14 @@ class Split:
         """
         return {name: p for name, p in self.public_parameters().items() if p.requires_grad}
 
+    def frozen_parameters(self) -> frozenset[str]:
+        """Names of public parameters that training leaves alone: all but `trained_parameters`.
+
+        Raises:
+            SecretError: See `public_state`.
+        """
+        return frozenset(name for name, p in self.public_parameters().items() if not p.requires_grad)
+
     def private_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable tensors that stay: lock layers, private layers. `model.parameters()` has them too."""
         private = dict(withheld(self._model))

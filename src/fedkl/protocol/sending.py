@@ -28,7 +28,18 @@ class Sending:
 
     @classmethod
     def of(
-        cls, received: Mapping[str, Tensor], network: nn.Module, images: Tensor, labels: Tensor
+        cls,
+        received: Mapping[str, Tensor],
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        frozen: frozenset[str] = frozenset(),
     ) -> Sending:
         """Of a client with these images."""
-        return cls(received=received, network=network, sample=lambda count: (images[:count], labels[:count]))
+        return cls(
+            received=received,
+            network=network,
+            sample=lambda count: (images[:count], labels[:count]),
+            frozen=frozen,
+        )
