@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -209,6 +211,19 @@ def test_loops_repeat_by_client_and_seed():
     assert same(found, clients_of(procedure=trains).update(*batch(), number=1))
     assert not same(found, clients_of(procedure=trains).update(*batch(), number=2))
     assert not same(found, clients_of(procedure=trains, seed=1).update(*batch(), number=1))
+
+
+def shifts(network, x, y):
+    """What augmentations of other libraries draw from."""
+    trains(network, x + random.random() + float(np.random.rand()), y)  # noqa: NPY002
+
+
+def test_what_a_loop_draws_elsewhere_repeats_too():
+    before = random.getstate(), repr(np.random.get_state(legacy=False))  # noqa: NPY002
+    found = clients_of(procedure=shifts).update(*batch(), number=1)
+    assert same(found, clients_of(procedure=shifts).update(*batch(), number=1))
+    assert not same(found, clients_of(procedure=shifts).update(*batch(), number=2))
+    assert (random.getstate(), repr(np.random.get_state(legacy=False))) == before  # noqa: NPY002
 
 
 def raises(network, x, y):

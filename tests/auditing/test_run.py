@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -369,6 +370,20 @@ def test_loops_are_told_apart_by_their_source_and_settings():
     assert len(set(prints)) == len(loops)
     again = [trains, hurried, partial(hurried, lr=0.1), partial(hurried, lr=0.2), Loop(1), Loop(2)]
     assert prints[:6] == [subject(procedure=each).fingerprint() for each in again]
+
+
+def test_a_comment_makes_no_other_subject(tmp_path, monkeypatch):
+    """Nor does layout: baselines and folders would be refused for it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    prints = []
+    for name, lines in {
+        "of_one": ["    network(inputs).sum().backward()"],
+        "of_two": ["    # a word on it", "", "    network( inputs ).sum().backward()  # another"],
+        "of_three": ["    network(inputs).mean().backward()"],
+    }.items():
+        (tmp_path / f"{name}.py").write_text("\n".join(["def loop(network, inputs, labels):", *lines, ""]))
+        prints.append(subject(procedure=importlib.import_module(name).loop).fingerprint())
+    assert prints[0] == prints[1] != prints[2]
 
 
 class Sigmoid(nn.Module):

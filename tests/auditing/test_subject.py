@@ -271,6 +271,11 @@ class TestCheck:
         with pytest.raises(DataError, match=r"mine: '\S+' of the network has numbers that are not finite"):
             subject(model=diverged, name="mine").check()
 
+    def test_a_network_whose_shapes_are_not_known(self):
+        lazy = subject(model=lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)))
+        with pytest.raises(ConfigError, match=r"shapes, got some that have none yet .*Call it once"):
+            lazy.check()
+
     def test_a_network_that_is_frozen_as_a_whole(self):
         frozen = {"model": lambda: network().requires_grad_(False), "name": "mine"}
         with pytest.raises(DataError, match=r"mine: all parameters of the network are frozen"):

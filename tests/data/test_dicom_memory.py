@@ -213,4 +213,4 @@ def test_small_files_do_not_become_large(tmp_path):
         (tmp_path / name).write_bytes(content)
     command = [sys.executable, "-c", MEMORY, one, *(tmp_path / name for name in files)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
-    assert float(done.stdout) < 200  # MiB; runs alone became 1 GB
+    assert float(done.stdout) < 400  # MiB: 182 alone, 239 beside other work; runs alone became 1 GB

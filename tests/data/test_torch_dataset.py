@@ -9,8 +9,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
+from fedkl import rng
 from fedkl.data import DATASETS, as_tensors, forget_dataset, from_torch, load, register_dataset
-from fedkl.data.torch_dataset import _seeded
 from fedkl.errors import DataError
 
 BYTES = torch.randint(256, (30, 3, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -250,7 +250,7 @@ def test_whatever_transforms_draw_from_they_draw_the_same_each_time():
 
 def test_generators_go_on_as_before():
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
-    with _seeded():
+    with rng.seeded(0):
         Drawn()[0]
     assert random.getstate() == states[0]  # beartype, which checks calls in tests, draws from it too
     assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002

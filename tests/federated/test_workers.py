@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fedkl.data import Dirichlet
 from fedkl.defenses import KeyLock, NoDefense
@@ -155,12 +158,23 @@ def test_dropout_differs_between_rounds_and_clients(dataset):
     assert len(set(drawn)) == 4
 
 
+class Jittered(nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, images):
+        return images * self.draw()
+
+
 def test_draws_are_found_and_nothing_is_changed():
     images, model, dropout = torch.rand(2, 3, 32, 32), TwoNorms(), WithDropout()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     assert not draws_random_numbers(model, images)
     assert draws_random_numbers(dropout, images)
+    for draw in (lambda: random.random(), lambda: np.random.rand()):  # noqa: NPY002 (others' layers do so)
+        assert draws_random_numbers(Jittered(draw), images)
     assert torch.equal(torch.get_rng_state(), state)
     assert not differences(before, model.state_dict())
 

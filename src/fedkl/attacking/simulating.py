@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -122,17 +122,10 @@ class SimulatedClients:
         with self._own_numbers(images.device):
             return mean_of([self._sent(*member, x, y) for member, x, y in shares])
 
-    @contextmanager
-    def _own_numbers(self, device: torch.device) -> Iterator[None]:
-        """Lets what networks draw from PyTorch's global generators follow the attacker's: dropout's, say."""
+    def _own_numbers(self, device: torch.device) -> AbstractContextManager[None]:
+        """Lets what networks draw from global generators follow the attacker's: dropout's, say."""
         own = rng.generator(self.generator.initial_seed(), "simulated-passes", next(self.called))
-        seed = own.initial_seed()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
-            yield
+        return rng.seeded(own.initial_seed(), device=device)
 
     def _client(self, *, granted: bool) -> tuple[nn.Module, Collection[str]]:
         """The victim's network, as far as the server was granted its secrets, or another client's.

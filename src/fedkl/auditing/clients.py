@@ -291,8 +291,7 @@ class Clients:
         before = {name: tensor.detach().clone() for name, tensor in client.public_parameters().items()}
         trained = set(client.trained_parameters())
         seed = rng.generator(self.seed, "loop", number).initial_seed()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # of the CPU only: others are not put back
+        with rng.seeded(seed):
             try:
                 loop(client.model.train(), self.subject.inputs(images), labels)
             except FedKLError:

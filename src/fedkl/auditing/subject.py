@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import hashlib
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fedkl import rng
 from fedkl.errors import ConfigError, DataError, gathered, printable, shown
 from fedkl.modelfile import read_tensors
 from fedkl.models.preprocessing import Standardize
@@ -162,8 +165,7 @@ class Subject:
         """
         try:
             # Without `weights` too, all networks that are built are the same: an update is a difference.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(0)
+            with rng.seeded(0):
                 network = self.model()
         except Exception as error:
             raise ConfigError(
@@ -173,6 +175,11 @@ class Subject:
         if not isinstance(network, nn.Module):
             raise ConfigError(
                 f"Subject.model: expected a function that returns an nn.Module, got {type(network).__name__}."
+            )
+        if any(nn.parameter.is_lazy(each) for each in (*network.parameters(), *network.buffers())):
+            raise ConfigError(
+                "Subject.model: expected a network whose parameters have shapes, got some that have none yet "
+                "(LazyLinear, say). Call it once with an image, in the function that returns it."
             )
         network = copy.deepcopy(network).cpu()  # the function may give the same one again
         if trained:
@@ -280,22 +287,26 @@ def _told(procedure: Procedure | LocalLoop) -> str:
     settings += [getattr(function, "__defaults__", None), sorted(getattr(function, "__dict__", {}).items())]
     settings += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     code = function if inspect.isroutine(function) else type(function)
-    source = ""
-    with contextlib.suppress(OSError, TypeError):  # it is of no file
-        source = inspect.getsource(code)
     texts = [text for each in settings if _ADDRESS not in (text := repr(each))]
-    return f"{code.__qualname__} {texts} {source}"
+    return f"{code.__qualname__} {texts} {_source(code)}"
 
 
 def _told_network(network: nn.Module) -> str:
     """What a network computes, likewise: its modules, and the source of those that are not PyTorch's."""
     kinds = dict.fromkeys(type(module) for module in network.modules())
-    sources = []
-    for kind in kinds:
-        if not kind.__module__.startswith("torch."):
-            with contextlib.suppress(OSError, TypeError):
-                sources.append(inspect.getsource(kind))
+    sources = [_source(kind) for kind in kinds if not kind.__module__.startswith("torch.")]
     return f"{re.sub(r' at 0x[0-9a-f]+', '', repr(network))} {sources}"
+
+
+def _source(code: Any) -> str:
+    """Without comments and layout, which change nothing; of no file: nothing."""
+    try:
+        source = inspect.getsource(code)
+    except (OSError, TypeError):
+        return ""
+    with contextlib.suppress(SyntaxError):  # of a lambda in the middle of an expression
+        return ast.unparse(ast.parse(textwrap.dedent(source)))
+    return source
 
 
 def _image_problems(images: Tensor) -> list[str]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import numbers
-import random
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -165,33 +163,14 @@ class _StoredElsewhere:
         return _levels(image)
 
 
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """All generators that a dataset's transforms draw from begin at 0, and go on afterwards as before."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the user's transforms use it)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            _begin()
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)  # noqa: NPY002
-
-
-def _begin() -> None:
-    torch.default_generator.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
-
-
 def _read(dataset: Any, what: str, *, keep: bool) -> _Read:
     count = _length(dataset, what)
-    with _seeded():
+    with rng.seeded(0):  # what the dataset's transforms draw
         first, _ = _item(dataset, 0, what)
-        kept = _room(count, first, what) if keep else None
-        labels = torch.empty(count, dtype=torch.int64)
-        sums, squares = torch.zeros(2, len(first), dtype=torch.float64)
-        _begin()
+    kept = _room(count, first, what) if keep else None
+    labels = torch.empty(count, dtype=torch.int64)
+    sums, squares = torch.zeros(2, len(first), dtype=torch.float64)
+    with rng.seeded(0):
         for index in range(count):
             image, labels[index] = _item(dataset, index, what)
             if (image.shape, image.dtype) != (first.shape, first.dtype):

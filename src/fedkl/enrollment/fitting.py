@@ -166,7 +166,8 @@ def fit_private_(split: Split, *, images: Images, labels: Tensor, fitting: Fitti
         )
     train, held_out = fitting.parts(len(labels))
     public = split.public_state()
-    with _only_private_trained(split), _seeded(fitting.seed, labels.device):
+    drawn = rng.generator(fitting.seed, "fitting", "model").initial_seed()  # dropout's numbers
+    with _only_private_trained(split), rng.seeded(drawn, device=labels.device):
         steps = _trained(split, images, labels, train, held_out, fitting)
     changed = [name for name, tensor in split.public_state().items() if not torch.equal(tensor, public[name])]
     if changed:
@@ -277,11 +278,3 @@ def _only_private_trained(lock: Split) -> Iterator[None]:
                 parameter.requires_grad_(wanted[name])
             for parameter in lock.private_parameters().values():
                 parameter.grad = None
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """What the model itself draws (dropout); the global generators are left as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(rng.generator(seed, "fitting", "model").initial_seed())
-        yield

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedkl import rng
 from fedkl.defenses import Defense
 from fedkl.federated.client import Client
 from fedkl.federated.options import Execution, FederatedTraining
@@ -120,16 +123,23 @@ class WorkerPool:
 
 
 def draws_random_numbers(model: nn.Module, images: Tensor) -> bool:
-    """Whether a training step draws from PyTorch's global generator, which all threads share.
+    """Whether a training step draws from a global generator, which all threads share: PyTorch's or others.
 
     Args:
         model: Not changed.
         images: At least two, for norms that need a batch.
     """
     probe = copy.deepcopy(model).train()
-    devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        before = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+    with rng.seeded(0, device=images.device), torch.no_grad():
+        before = _states(images.device)
         probe(images)
-        after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-    return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        return _states(images.device) != before
+
+
+def _states(device: torch.device) -> list[Any]:
+    """Of the global generators."""
+    of_torch = [torch.get_rng_state()]
+    if device.type == "cuda":
+        of_torch.append(torch.cuda.get_rng_state(device))
+    of_numpy = repr(np.random.get_state(legacy=False))  # noqa: NPY002
+    return [*(each.tolist() for each in of_torch), random.getstate(), of_numpy]

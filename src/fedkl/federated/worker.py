@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -243,17 +243,12 @@ class Worker:
             (secure_uniform(count) < rate).nonzero().flatten() for _ in range(training.steps_of_epoch(count))
         )
 
-    @contextmanager
-    def _model_randomness(self, client: Client, round: int) -> Iterator[None]:
+    def _model_randomness(self, client: Client, round: int) -> AbstractContextManager[None]:
         """Seeds what the model itself draws (dropout layers); the global generators are left as they were."""
         if not self._draws:
-            yield
-            return
+            return nullcontext()
         seed = self._generator("model", client.name, round).initial_seed()
-        devices = [self._data.labels.device] if self._data.labels.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
+        return rng.seeded(seed, device=self._data.labels.device)
 
 
 def _unsent_buffers(split: Split) -> list[tuple[nn.Module, str, Tensor | None, Tensor | None]]:

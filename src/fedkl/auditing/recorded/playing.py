@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fedkl import rng
 from fedkl.attacking.updates import difference, local_update
 from fedkl.auditing.recorded.likeness import Comparison, Likeness
 from fedkl.auditing.subject import Subject
@@ -49,8 +50,8 @@ def explained(
         clients: How many are played each time, at least 40.
         generator: Draws their images.
     """
-    with torch.random.fork_rng(devices=[]):  # for dropout, and for functions that train
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+    drawn = int(torch.randint(2**31, (1,), generator=generator))
+    with rng.seeded(drawn):  # for dropout, and for functions that train
         return _explained(subject, update, clients, generator)
 
 
