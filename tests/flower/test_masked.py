@@ -262,9 +262,9 @@ def test_a_node_has_its_model_from_its_lock_and_the_delivered_file(mode, members
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("before", [True, False])
 def test_a_member_that_is_gone_before_or_after_its_upload_costs_nothing_more(mode, before, tmp_path):
-    folder = cohort(tmp_path / "members", members=4, mode=mode)
+    folder = cohort(tmp_path / "members", members=5, mode=mode)
     network = Lossy({"train": {3}}, before=before)
-    result = run(folder, nodes=4, rounds=2, app=app_of(network, MaskMod()))
+    result = run(folder, nodes=5, rounds=2, app=app_of(network, MaskMod()))
     assert len(result.evaluate_metrics_clientapp) == 2
     assert_close(delivered(folder, 3), delivered(folder, 0), atol=0)
     assert [number for number, stage in network.stages if stage == "train"].count(3) == 2
@@ -272,10 +272,10 @@ def test_a_member_that_is_gone_before_or_after_its_upload_costs_nothing_more(mod
 
 @pytest.mark.parametrize("mode", ["pairwise", "both"])
 def test_a_member_that_is_gone_before_it_reveals_is_still_in_the_sum(mode, tmp_path):
-    folder = cohort(tmp_path / "members", members=4, mode=mode)
+    folder = cohort(tmp_path / "members", members=5, mode=mode)
     network = Lossy({"reveal": {1}})
-    run(folder, nodes=4, rounds=1, app=app_of(network, MaskMod()))
-    expected = run(folder, nodes=4, rounds=1, app=app_of(), aggregation=PassedOn())
+    run(folder, nodes=5, rounds=1, app=app_of(network, MaskMod()))
+    expected = run(folder, nodes=5, rounds=1, app=app_of(), aggregation=PassedOn())
     assert_close(delivered(folder), state(expected))
 
 

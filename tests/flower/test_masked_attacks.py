@@ -391,15 +391,15 @@ def fewer_shares(content):
     ("stage", "change", "message"),
     [
         ("reveal", changed("reveal", member="client-0"), "of another member than this node's"),
-        ("train", fewer_shares, "shares for others than its neighbors"),
+        ("train", fewer_shares, "shares for others than the cohort"),
         ("train", changed("upload", commitment=bytes(10**6)), "parts of a wrong size"),
-        ("train", changed("upload", shares=[bytes(10**5)] * 4), "parts of a wrong size"),
+        ("train", changed("upload", shares=[bytes(10**5)] * 5), "parts of a wrong size"),
         ("who", changed("who", member="z\nERROR", members=["z\nERROR"]), "does not say|Member name"),
     ],
 )
 def test_one_node_does_not_cost_the_others_their_round(stage, change, message, tmp_path, caplog):
-    folder = cohort(tmp_path / "members", members=4, mode="pairwise")
-    result = run(folder, nodes=4, rounds=1, app=app_of(Says(stage, change), MaskMod()))
+    folder = cohort(tmp_path / "members", members=5, mode="pairwise")
+    result = run(folder, nodes=5, rounds=1, app=app_of(Says(stage, change), MaskMod()))
     assert list(result.train_metrics_clientapp) == [1]
     assert re.search(message, caplog.text)
     assert "\nERROR" not in caplog.text

@@ -25,9 +25,11 @@ from fedkl.masking import (
     Words,
     opened_mean,
     seal,
+    sharing,
 )
 from fedkl.masking.encoding import Bytes, Masks, Opening, add_to_tag, decoded, encoded, unmasked
-from fedkl.masking.keyring import self_mask
+from fedkl.masking.keyring import self_commitment, self_mask
+from fedkl.masking.quorum import least_listed
 from fedkl.masking.stream import MaskStream
 from fedkl.update import TensorSpec
 from tests.masking.cohorts import RUN, Cohort, drawn, member_of, new_cohort
@@ -413,7 +415,7 @@ def test_a_late_upload_stays_closed():
     assert torch.allclose(read.tensors["weight"], cohort.updates["h004"].tensors["weight"], atol=1e-7)
 
 
-def test_of_each_neighbor_a_share_or_a_pair_seed_and_never_both():
+def test_of_each_member_a_share_or_a_pair_seed_and_never_both():
     """Both would open one upload: its own mask, and the masks between it and the others."""
     cohort = new_cohort(5, mode="pairwise")
     server = ready(cohort, of=cohort.names[:-1])
@@ -446,6 +448,94 @@ def test_a_member_that_was_shown_another_model_reveals_nothing(monkeypatch):
     assert opened_mean(server.sealed(), layout=cohort.layout, booleans=drawn(0)).samples == 406
 
 
+def needs(monkeypatch: pytest.MonkeyPatch, least: Callable[[int], int]) -> None:
+    """Lets lists of fewer do, and as few shares."""
+
+    def of_these(cohort: Sequence[str], *, minimum: int) -> int:
+        return least(len(cohort))
+
+    for module in ("member", "keyring", "server"):
+        monkeypatch.setattr(f"fedkl.masking.{module}.least_listed", of_these)
+
+
+def read_with_a_list_for_each(cohort: Cohort, *, of: int, spare: int) -> Mean | None:
+    """What a server alone reads that shows each member another list: the sum of the first so many members.
+
+    Each pair of one of these and another member is left out of one of both lists: who is shown the list
+    reveals the pair's seed. Everyone else gives a share of the mask of each of the first.
+
+    Args:
+        cohort: Its members.
+        of: How many.
+        spare: How many may be missing in a list.
+
+    Returns:
+        None where that leaves out more than may be missing, or too few shares.
+    """
+    names, call = cohort.names, cohort.call()
+    wanted, others = names[:of], names[of:]
+    left_out = {
+        name: {others[(place * spare + step) % len(others)] for step in range(min(spare, len(others)))}
+        for place, name in enumerate(wanted)
+    }
+    left_out |= {other: {name for name in wanted if other not in left_out[name]} for other in others}
+    if max(map(len, left_out.values())) > spare:
+        return None
+    uploads, reveals = cohort.uploads(call), {}
+    for name in names:
+        listed = {each: uploads[each].nonce for each in names if each not in left_out[name]}
+        shares = {each: uploads[each].shares[name] for each in listed}
+        message = ListMessage(call=call, listed=listed, shares=shares)
+        reveals[name] = cohort.members[name].reveal(message)
+    plus, minus, total = [], [], None
+    for name in wanted:
+        held = {place: reveals[each].shares.get(name) for place, each in enumerate(names, start=1)}
+        seed = sharing.join({place: share for place, share in held.items() if share is not None})
+        if self_commitment(seed) != uploads[name].commitment:
+            return None
+        minus.append(self_mask(seed))
+        for other in others:
+            pair = reveals[name].pairs.get(other) or reveals[other].pairs[name]
+            (minus if name < other else plus).append(MaskStream(pair))
+        total = uploads[name].words.copy() if total is None else total
+        if name != wanted[0]:
+            add(total, uploads[name].words)
+    unmasked(cohort.layout, total, masks=Masks(plus=plus, minus=minus))
+    return decoded(cohort.layout, total, members=of, booleans=drawn(0))
+
+
+@pytest.mark.parametrize(("members", "minimum", "before"), [(4, 3, 2), (10, 7, 4), (20, 10, 8)])
+def test_a_server_that_shows_every_member_another_list_learns_no_sum_of_fewer(
+    members, minimum, before, monkeypatch
+):
+    def smallest(least: int) -> tuple[int, Mean]:
+        for of in range(1, members):
+            fresh = new_cohort(members, mode="pairwise", minimum=minimum)
+            found = read_with_a_list_for_each(fresh, of=of, spare=members - least)
+            if found is not None:
+                return of, found
+        return members, pairwise_sum(fresh, fresh.call(round=1), of=fresh.names)
+
+    cohort = new_cohort(members, mode="pairwise", minimum=minimum)
+    of, _ = smallest(least_listed(cohort.names, minimum=minimum))
+    assert of >= minimum
+    needs(monkeypatch, lambda count: 2 * count // 3 + 1)  # the control: two thirds, as until 1 December 2026
+    of, mean = smallest(2 * members // 3 + 1)
+    assert of == before < minimum
+    expected = cohort.expected("weight", of=cohort.names[:of])
+    assert (mean.tensors["weight"].double() - expected).abs().max() < 1e-6
+
+
+def test_who_has_revealed_uploads_in_that_round_for_the_same_members_only():
+    """A server that says they are gone would get the sum of the others, too."""
+    cohort = new_cohort(9, mode="pairwise")
+    pairwise_sum(cohort, cohort.call(), of=cohort.names)
+    again = cohort.call(attempt=1, cohort=cohort.names[:-1])
+    with pytest.raises(MaskingError, match="has revealed for other members than are asked now"):
+        cohort.uploads(again, of=["h000"])
+    cohort.uploads(cohort.call(attempt=1), of=["h000"])
+
+
 def halves(cohort: Cohort) -> list[Mean]:
     """Two sums of one round: each half of the members is told that the other has gone."""
     call, uploads, means = cohort.call(), cohort.uploads(cohort.call()), []
@@ -465,8 +555,7 @@ def halves(cohort: Cohort) -> list[Mean]:
 def test_one_round_has_one_sum(monkeypatch):
     with pytest.raises(MaskingError, match="has 3 names, expected 5"):
         halves(new_cohort(6, mode="pairwise"))
-    for module in ("neighbors", "keyring", "server"):
-        monkeypatch.setattr(f"fedkl.masking.{module}.threshold", lambda holders: holders // 2)
+    needs(monkeypatch, lambda count: count // 2)
     assert [mean.samples for mean in halves(new_cohort(6, mode="pairwise"))] == [303, 312]
 
 

@@ -38,7 +38,7 @@ from fedkl.masking import (
     Upload,
     opened_mean,
 )
-from fedkl.masking.neighbors import least_listed
+from fedkl.masking.quorum import least_listed
 from fedkl.masking.sums import sum_of, sum_tensors
 from fedkl.masking.words import MAX_MEMBERS, MAX_SAMPLES, WordBits
 from fedkl.types import NamedTensors

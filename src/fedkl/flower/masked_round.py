@@ -20,7 +20,7 @@ from fedkl.flower.model_records import Base
 from fedkl.flower.records import arrays_of, only_arrays
 from fedkl.flower.replies import ReplyRules, refused
 from fedkl.masking import Call, MaskedSum, SealedSum, opened_mean
-from fedkl.masking.neighbors import least_listed
+from fedkl.masking.quorum import least_listed
 from fedkl.masking.sums import sum_tensors
 
 _LOG = logging.getLogger("flwr.fedkl")

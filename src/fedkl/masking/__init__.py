@@ -6,7 +6,7 @@ schedule.py, keyring.py  the context of a round, and all keys that are derived f
 words.py, layout.py    numbers as words; where they lie in a message
 stream.py, encoding.py masks; one pass: encode, tag, mask, and back
 seal.py                tags that add up
-sharing.py, neighbors.py  shares of seeds, and who holds them
+sharing.py, quorum.py  shares of seeds, and how many it takes
 messages.py            what is sent
 member.py              the member's side; refusals.py, memory.py: what it refuses, what it must not forget
 server.py              the server's side

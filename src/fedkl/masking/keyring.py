@@ -11,7 +11,7 @@ from fedkl.errors import MaskingError, SecretError
 from fedkl.masking import seal, sharing
 from fedkl.masking.canonical import canonical
 from fedkl.masking.encoding import Masks
-from fedkl.masking.neighbors import neighbors, threshold
+from fedkl.masking.quorum import least_listed
 from fedkl.masking.roster import Membership
 from fedkl.masking.schedule import Context, Label, Secret, derive
 from fedkl.masking.stream import MaskStream
@@ -29,7 +29,6 @@ class Keyring:
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
         self._pairs: dict[str, Secret] = {}
-        self._around: tuple[bytes, tuple[str, ...]] | None = None  # of the last context
 
     def __repr__(self) -> str:
         return f"Keyring({self._membership.name!r}, <secret>)"
@@ -73,12 +72,8 @@ class Keyring:
         return derive(own, Label.SELF, context.digest, nonce)
 
     def around(self, context: Context) -> tuple[str, ...]:
-        """This member's neighbors in a cohort, sorted."""
-        if self._around is None or self._around[0] != context.digest:
-            name, cohort = self._membership.name, context.call.cohort
-            found = neighbors(name, cohort, secret=self._key, context=context.digest)
-            self._around = context.digest, found
-        return self._around[1]
+        """All other members of a cohort, sorted: with each of them there is a pair mask."""
+        return tuple(name for name in context.call.cohort if name != self._membership.name)
 
     def pair_seed(self, context: Context, other: str) -> bytes:
         """The seed of the mask between this member and another, 32 bytes."""
@@ -87,11 +82,9 @@ class Keyring:
     def shares(self, context: Context, nonce: bytes) -> dict[str, bytes]:
         """Shares of the self seed, each encrypted for its holder; this member is one itself."""
         name = self._membership.name
-        holders = sorted((name, *self.around(context)))
-        points = {holder: context.call.cohort.index(holder) + 1 for holder in holders}
-        found = sharing.split(
-            self.self_seed(context, nonce), points=list(points.values()), threshold=threshold(len(holders))
-        )
+        points = {holder: place for place, holder in enumerate(context.call.cohort, start=1)}
+        needed = least_listed(context.call.cohort, minimum=self._membership.roster.rules.minimum)
+        found = sharing.split(self.self_seed(context, nonce), points=list(points.values()), threshold=needed)
         encrypted = {}
         for holder, point in points.items():
             cipher = self._share_cipher(context, name, holder, nonce)

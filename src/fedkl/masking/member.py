@@ -17,7 +17,7 @@ from fedkl.masking.keyring import Keyring, self_commitment
 from fedkl.masking.layout import Layout
 from fedkl.masking.memory import Memory, RunMemory
 from fedkl.masking.messages import NONCE, ListMessage, Reveal, SealedSum, Upload, list_digest
-from fedkl.masking.neighbors import least_listed
+from fedkl.masking.quorum import least_listed
 from fedkl.masking.refusals import (
     check_call,
     check_listed,
@@ -26,6 +26,7 @@ from fedkl.masking.refusals import (
     check_run,
     check_same_start,
     check_sequence,
+    names_digest,
 )
 from fedkl.masking.roster import Membership
 from fedkl.masking.schedule import Call, Context
@@ -171,7 +172,7 @@ class Member:
         return upload
 
     def reveal(self, message: ListMessage) -> Reveal:
-        """What opens the listed members' masks: for each neighbor its share, or its pair seed.
+        """What opens the listed members' masks: for each other member its share, or its pair seed.
 
         Args:
             message: The list and this member's shares.
@@ -191,7 +192,7 @@ class Member:
         around = self._keyring.around(context)
         listed = [name for name in (*around, self.name) if name in message.listed]
         if set(message.shares) != set(listed):
-            raise MaskingError("Refused: expected one share of each listed neighbor, and no other.")
+            raise MaskingError("Refused: expected one share of each listed member, and no other.")
         shares = {
             name: self._keyring.opened_share(context, name, message.listed[name], message.shares[name])
             for name in listed
@@ -200,7 +201,7 @@ class Member:
             name: self._keyring.pair_seed(context, name) for name in around if name not in message.listed
         }
         remembered.revealed[context.digest.hex()] = list_digest(message.listed).hex()
-        remembered.names = self.memory.sets[remembered.model] = _names(message)
+        remembered.names = self.memory.sets[remembered.model] = names_digest(message.listed)
         self._keep(call.run, remembered)
         return Reveal(member=self.name, shares=shares, pairs=pairs)
 
@@ -268,15 +269,16 @@ class Member:
             raise MaskingError("Refused: this member has no upload in this attempt on its present model.")
         if message.listed.get(self.name) != bytes.fromhex(nonce):
             raise MaskingError("Refused: the list has not this member's own upload.")
+        names = names_digest(message.listed)
         found = list_digest(message.listed).hex()
         if remembered.revealed.get(context.digest.hex(), found) != found:
             raise MaskingError("Refused: a second list for an attempt that was revealed for already.")
-        if (remembered.names or _names(message)) != _names(message):
+        if (remembered.names or names) != names:
             raise MaskingError(
                 "Refused: in this round this member has revealed for other members, on another model. "
                 "The difference of the two sums would give an update away."
             )
-        if self.memory.sets.get(remembered.model, _names(message)) != _names(message):
+        if self.memory.sets.get(remembered.model, names) != names:
             raise MaskingError(
                 "Refused: on this model this member has revealed for other members already. The difference "
                 "of the two sums would give an update away."
@@ -344,7 +346,3 @@ def model_digest(specs: Mapping[str, TensorSpec], tensors: NamedTensors) -> byte
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
         state.update(flat.view(torch.uint8).numpy().data)
     return state.digest()
-
-
-def _names(message: ListMessage) -> str:
-    return digest("names", list(message.listed)).hex()

@@ -24,7 +24,7 @@ class Upload:
         transcript: Digest of all sums before.
         nonce: Of this upload.
         words: Masked, shape ``(layout.size,)``.
-        shares: Of the seed of its own mask, encrypted for each neighbor and itself; empty without pair masks.
+        shares: Of the seed of its own mask, encrypted for each member and itself; empty without pair masks.
         commitment: To that seed; empty without pair masks.
     """
 
@@ -59,8 +59,8 @@ class Reveal:
 
     Attributes:
         member: Whose answer it is.
-        shares: Of listed neighbors' seeds, in the clear, by neighbor.
-        pairs: Seeds of the masks with neighbors that are not listed, by neighbor.
+        shares: Of listed members' seeds, in the clear, by member.
+        pairs: Seeds of the masks with members that are not listed, by member.
     """
 
     member: str

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fedkl.errors import MaskingError
+from fedkl.masking.canonical import digest
 from fedkl.masking.memory import RunMemory
 from fedkl.masking.messages import NONCE, SealedSum
 from fedkl.masking.roster import Roster
@@ -62,7 +63,8 @@ def check_new(context: Context, remembered: RunMemory, *, name: str) -> None:
     """Checks that a member may upload to a context: its masks would be used for the first time.
 
     Raises:
-        MaskingError: It is not asked, the round is past, or the attempt was uploaded to.
+        MaskingError: It is not asked, the round is past, the attempt was uploaded to, or it has revealed in
+            this round for others than are asked.
     """
     call = context.call
     if name not in call.cohort:
@@ -71,6 +73,11 @@ def check_new(context: Context, remembered: RunMemory, *, name: str) -> None:
         raise MaskingError("Refused: a past round.")
     if call.round > remembered.round:
         return
+    if remembered.names and remembered.names != names_digest(call.cohort):
+        raise MaskingError(
+            "Refused: in this round this member has revealed for other members than are asked now. What both "
+            "sums tell could be of fewer than the minimum."
+        )
     same_again = call.attempt == remembered.attempt and context.mode == "blind"  # with a nonce of its own
     if call.attempt <= remembered.attempt and not same_again:
         raise MaskingError("Refused: this attempt was uploaded to already; its masks are used up.")
@@ -137,3 +144,8 @@ def _check_names(names: Sequence[str], *, what: str, among: Sequence[str], least
     for problem, holds in problems.items():
         if holds:
             raise MaskingError(f"Refused: the {what} {problem}.")
+
+
+def names_digest(names: Iterable[str]) -> str:
+    """Tells one set of members from another, in hexadecimal."""
+    return digest("names", list(names)).hex()

@@ -30,7 +30,6 @@ class Label(Enum):
     BLIND_MASK = "blind.mask"
     TAG_R = "tag.r"
     TAG_S = "tag.s"
-    GRAPH = "graph"
     SEGMENT = "segment"
 
 
