@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from fedkl.masking import MemberKeys, Rules, new_roster
-from fedkl.masking.expiry import card_notice, notices
+from fedkl.masking.expiry import FINISH_FIRST, card_notice, notices
 from tests.masking.cohorts import TODAY
 
 
@@ -29,6 +29,7 @@ def test_a_roster_from_14_days_before_its_last(roster, left, told):
         (text,) = found
         assert str(roster.expires) in text
         assert "fedkl cohort change study.cohort" in text
+        assert FINISH_FIRST in text
 
 
 @pytest.mark.parametrize(("left", "told"), [(31, False), (30, True), (0, True), (-1, False)])
@@ -40,6 +41,7 @@ def test_a_card_from_30_days_before_its_last(roster, left, told):
         assert f"in {left} days" in text or "today" in text
         assert "fedkl member new b" in text
         assert "--remove b --add b.member" in text
+        assert FINISH_FIRST in text
 
 
 def test_every_card_of_a_cohort_is_told_of(roster):

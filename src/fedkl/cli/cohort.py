@@ -86,6 +86,7 @@ def cohort_join(
     from fedkl.custody.journal import journal_beside
     from fedkl.custody.member import check_clock
     from fedkl.masking.exchange import read_cohort
+    from fedkl.masking.expiry import FINISH_FIRST
 
     with opened(member, passphrase_file) as file:
         check_clock(file.path.parent)
@@ -99,6 +100,7 @@ def cohort_join(
         before = file.cohorts.get(roster.name)
         if before is not None:
             _tell_change(sealed, before.roster)
+            tell(FINISH_FIRST)
         if fingerprint is None and file.needs_fingerprint(sealed):
             fingerprint = _compared(path, roster)
         file.join(sealed, today=today(), fingerprint=fingerprint)
@@ -124,6 +126,7 @@ def cohort_change(
     Without --add and --remove the members stay. To exchange a member's card, remove and add it at once.
     """
     from fedkl.masking.exchange import change_cohort
+    from fedkl.masking.expiry import FINISH_FIRST
 
     with opened(member, passphrase_file) as file:
         before = file.cohorts
@@ -131,6 +134,7 @@ def cohort_change(
         _describe(sealed)
         _tell_change(sealed, before[sealed.roster.name].roster)
     tell(f"{copy}: the epoch before, for members who have not joined it yet; the others need it no more.")
+    tell(FINISH_FIRST)
     tell(f"Send {path} to all members. Then each, you too: fedkl cohort join {path.name}")
 
 

@@ -10,6 +10,12 @@ from fedkl.masking.roster import Roster
 CARD_NOTICE_DAYS, ROSTER_NOTICE_DAYS = 30, 14
 """From so many days before its last one."""
 
+FINISH_FIRST = (
+    "Finish a running training first, and export its model with `fedkl export`: who has joined a changed "
+    "cohort cannot open the sums of the one before."
+)
+"""What a change in the middle of a training costs."""
+
 
 def card_notice(card: MemberCard, *, today: date) -> str | None:
     """What to say of a card that expires soon; None: it does not, or has expired, which is refused anyway.
@@ -24,7 +30,7 @@ def card_notice(card: MemberCard, *, today: date) -> str | None:
     return (
         f"{card.name}'s card expires {_in(days)}, on {card.expires}. {card.name}: run `fedkl member new "
         f"{card.name}` in a new folder, and send the new card to a member of each cohort. That member runs "
-        f"`fedkl cohort change NAME.cohort --remove {card.name} --add {card.name}.member`."
+        f"`fedkl cohort change NAME.cohort --remove {card.name} --add {card.name}.member`. {FINISH_FIRST}"
     )
 
 
@@ -40,7 +46,8 @@ def notices(roster: Roster, *, today: date) -> list[str]:
     if 0 <= days <= ROSTER_NOTICE_DAYS:
         found.append(
             f"Cohort {roster.name} expires {_in(days)}, on {roster.expires}. One member: run `fedkl cohort "
-            f"change {roster.name}.cohort`, and send the file to all; each joins it with `fedkl cohort join`."
+            f"change {roster.name}.cohort`, and send the file to all; each joins it with `fedkl cohort "
+            f"join`. {FINISH_FIRST}"
         )
     return [notice for notice in found if notice]
 
