@@ -94,7 +94,7 @@ def test_training_sends_what_it_changed(images, defense):
     assert all(tensor.isfinite().all() for tensor in changed.values())
 
 
-def answered(model, mod, *, defense):
+def answered(model, mod, *, defense, start=None):
     """What an app sends that trained a model, behind a mod."""
     import flwr.clientapp as flwr
     from flwr.app import ArrayRecord, Context, Message, RecordDict
@@ -106,7 +106,7 @@ def answered(model, mod, *, defense):
 
     app = flwr.ClientApp(mods=[mod])
     app.train()(train)
-    sent = RecordDict({"arrays": public_arrays(net(), defense=defense)})
+    sent = RecordDict({"arrays": public_arrays(net() if start is None else start, defense=defense)})
     with in_process._identity():
         message = Message(sent, dst_node_id=7, message_type="train")
         message.metadata.__dict__["_message_id"] = "1"
@@ -134,6 +134,31 @@ def test_flower_sends_frozen_parameters_as_they_came():
     model[0].requires_grad_(False)
     came, arrays = answered(model, TransformMod(noise, network=model), defense=noise)
     assert [name for name in came if torch.equal(arrays[name], came[name])] == ["0.weight", "0.bias"]
+
+
+class Tied(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Linear(64, 64, bias=False)
+        self.decode = nn.Linear(64, 64)
+        self.decode.weight = self.encode.weight
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x):
+        return self.head(self.decode(self.encode(x.flatten(1))))
+
+
+def test_flower_sends_a_frozen_tied_weight_as_it_came():
+    pytest.importorskip("flwr")
+    from fedkl.flower import TransformMod
+
+    model, noise = Tied(), GaussianNoise(deviation=0.01)
+    model.encode.weight.requires_grad_(False)
+    came, arrays = answered(model, TransformMod(noise, network=model), defense=noise, start=model)
+    same = [name for name in came if torch.equal(arrays[name], came[name])]
+    assert same == ["encode.weight", "decode.weight"]
 
 
 @pytest.mark.parametrize("defense", ROWS, ids=lambda defense: defense.type)

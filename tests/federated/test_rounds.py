@@ -222,6 +222,19 @@ def test_frozen_parameters_are_left_alone(dataset, defense):
     assert not torch.equal(run.server.state["3.weight"], model[3].weight)
 
 
+@pytest.mark.parametrize(
+    "defense", [GaussianNoise(deviation=0.1), ClientDP(), Pruning(keep=0.9)], ids=lambda each: each.type
+)
+def test_a_frozen_tied_weight_is_left_alone_under_both_names(dataset, defense):
+    model = seeded(Tied)
+    model.first.weight.requires_grad_(False)
+    before = model.first.weight.clone()
+    run = trained(federation(dataset, defense, model=model))
+    for name in ("first.weight", "second.weight"):
+        assert torch.equal(run.server.state[name], before), name
+    assert not torch.equal(run.server.state["first.bias"], model.first.bias)
+
+
 def test_what_noise_cannot_cover_is_refused_before_anything_is_spent(dataset):
     model = seeded(Normless)
     model[1].register_buffer("position_ids", torch.arange(8))

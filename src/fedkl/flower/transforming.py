@@ -13,7 +13,7 @@ from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, SecretError, UpdateError
 from fedkl.flower import mod
 from fedkl.flower.records import arrays_of, only_arrays, tensors_of
-from fedkl.locking import is_private
+from fedkl.locking import frozen_names, is_private
 from fedkl.protocol import Sending
 from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
 
@@ -62,8 +62,7 @@ class TransformMod:
             )
         self._defense = defense
         self._network, self._sample = network, sample
-        named = [] if network is None else network.named_parameters()
-        self._frozen = frozenset(name for name, parameter in named if not parameter.requires_grad)
+        self._frozen = frozenset[str]() if network is None else frozen_names(network)
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Handles a message; called by Flower."""

@@ -59,12 +59,13 @@ class Split:
         return {name: p for name, p in self.public_parameters().items() if p.requires_grad}
 
     def frozen_parameters(self) -> frozenset[str]:
-        """Names of public parameters that training leaves alone: all but `trained_parameters`.
+        """All names, those of tied weights too, of public parameters that training leaves alone.
 
         Raises:
             SecretError: See `public_state`.
         """
-        return frozenset(name for name, p in self.public_parameters().items() if not p.requires_grad)
+        self._check_nothing_lost()
+        return frozen_names(self._model) - self.private_names
 
     def private_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable tensors that stay: lock layers, private layers. `model.parameters()` has them too."""
@@ -265,6 +266,12 @@ class Split:
     def secrets(self) -> list[Tensor]:
         """Every tensor whose content an update must not carry, under whatever name. Never to be sent."""
         return [tensor for _, tensor in withheld(self._model)]
+
+
+def frozen_names(model: nn.Module) -> frozenset[str]:
+    """All names, those of tied weights too, of a model's parameters that require no gradient."""
+    named = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, parameter in named if not parameter.requires_grad)
 
 
 def _check_own(model: nn.Module, state: Mapping[str, object]) -> None:

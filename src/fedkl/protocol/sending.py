@@ -18,7 +18,7 @@ class Sending:
             they came. None where it is not at hand, as in a Flower mod.
         sample: Gives so many of the images that it trained on, or all of them, and their labels, as the
             network is called with them. None where they are not at hand.
-        frozen: Names of public parameters that training leaves alone. A defense sends them as they came.
+        frozen: All names of public parameters that training leaves alone. A defense sends them as they came.
     """
 
     received: Mapping[str, Tensor] = field(repr=False)
