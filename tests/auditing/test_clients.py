@@ -323,6 +323,18 @@ def test_a_defense_does_not_count_frozen_layers(procedure, unfrozen, monkeypatch
     assert played & split.public_parameters().keys() == real & split.public_parameters().keys()
 
 
+@pytest.mark.parametrize("procedure", [*PROCEDURES.values(), trains], ids=[*PROCEDURES, "loop"])
+def test_complex_weights_that_a_defense_would_not_change_are_refused(procedure):
+    def build():
+        network = mlp()
+        network.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+        return network
+
+    assert clients_of(build, procedure=procedure)
+    with pytest.raises(ConfigError, match=r"(?s)GaussianNoise: .*'phase' is torch\.complex64"):
+        clients_of(build, procedure=procedure, defense=GaussianNoise(deviation=0.1))
+
+
 def test_what_a_loop_unfreezes_is_in_the_update():
     def unfreezes(network, x, y):
         network[0].requires_grad_(True)

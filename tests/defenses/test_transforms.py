@@ -150,6 +150,34 @@ class Tied(nn.Module):
         return self.head(self.decode(self.encode(x.flatten(1))))
 
 
+def test_a_mod_refuses_complex_weights_before_anything_is_trained():
+    flower = pytest.importorskip("flwr.clientapp")
+    from flwr.app import ArrayRecord, Context, Message, RecordDict
+
+    from fedkl.flower import TransformMod, in_process, public_arrays
+
+    model, noise, asked = net(), GaussianNoise(deviation=0.01), []
+    model.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    with pytest.raises(ConfigError, match=r"'phase' is torch\.complex64"):
+        public_arrays(model, defense=noise)
+    app = flower.ClientApp(mods=[TransformMod(noise)])
+    app.train()(lambda message, context: asked.append(message))
+    sent = RecordDict({"arrays": ArrayRecord(model.state_dict())})
+    with in_process._identity():
+        message = Message(sent, dst_node_id=7, message_type="train")
+        message.metadata.__dict__["_message_id"] = "1"
+        answer = app(message=message, context=Context(1, 7, {}, RecordDict(), {}))
+    assert answer.has_error()
+    assert not asked
+
+
+def test_played_complex_weights_are_refused():
+    with pytest.raises(ConfigError, match=r"'w' is torch\.complex64"):
+        Halving().imitate_transform(
+            {"w": torch.ones(1, 2, dtype=torch.complex64)}, clients=[], generator=torch.Generator()
+        )
+
+
 def test_flower_sends_a_frozen_tied_weight_as_it_came():
     pytest.importorskip("flwr")
     from fedkl.flower import TransformMod

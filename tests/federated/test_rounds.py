@@ -13,10 +13,15 @@ from fedkl.data import Dataset, Dirichlet, Shards
 from fedkl.defenses import KeyLock, NoDefense, PrivateLayers, PrivateNorm
 from fedkl.defenses.changing import UpdateDefense
 from fedkl.defenses.client_dp import ClientDP
+from fedkl.defenses.clipping import Clipping
 from fedkl.defenses.combined import Combined
 from fedkl.defenses.dp_sgd import DPSGD
-from fedkl.defenses.noise import GaussianNoise
+from fedkl.defenses.local_dp import LocalDpMod
+from fedkl.defenses.noise import GaussianNoise, LaplaceNoise
+from fedkl.defenses.percentile import Percentile
 from fedkl.defenses.pruning import Pruning
+from fedkl.defenses.soteria import Soteria
+from fedkl.defenses.sparse_vector import SparseVector
 from fedkl.errors import ConfigError, TrainingError, UpdateError, gathered
 from fedkl.federated import (
     Averaging,
@@ -243,6 +248,32 @@ def test_what_noise_cannot_cover_is_refused_before_anything_is_spent(dataset):
             federation(dataset, defense, model=model)
     model[1].register_buffer("position_ids", torch.arange(8), persistent=False)
     assert [result.updates for result in federation(dataset, ClientDP(), model=model).run()] == [3, 3]
+
+
+class Frequencies(nn.Module):
+    """It has a complex weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((3072,), 0.5, dtype=torch.complex64))
+        self.head = nn.Linear(3072, 10)
+
+    def forward(self, x):
+        return self.head((x.flatten(1) * self.scale).real)
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedsgd"])
+@pytest.mark.parametrize(
+    "defense",
+    [
+        *(GaussianNoise(), LaplaceNoise(), Pruning(), Clipping(), LocalDpMod(), Percentile(), SparseVector()),
+        *(Soteria(), ClientDP(), Combined(parts=(KeyLock(layers=("head",)), GaussianNoise()))),
+    ],
+    ids=lambda each: each.type,
+)
+def test_complex_weights_that_would_be_sent_bare_are_refused(dataset, defense, algorithm):
+    with pytest.raises(ConfigError, match=r"(?s)expected .*'scale' is torch\.complex64"):
+        federation(dataset, defense, model=seeded(Frequencies), local={"algorithm": algorithm})
 
 
 def flaky(dataset):

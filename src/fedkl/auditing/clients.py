@@ -23,6 +23,7 @@ from fedkl.defenses.completion import Completion
 from fedkl.errors import ConfigError, FedKLError, TrainingError, printable
 from fedkl.locking import Split, make_public
 from fedkl.protocol import Knowledge, Procedure, Sending
+from fedkl.update import UpdateKind
 
 _LOOP_LR = 1.0  # weights of a function that trains are compared as they are
 
@@ -79,7 +80,12 @@ class Clients:
         defense: Defense,
         seed: int,
     ) -> Clients:
-        """Clients of a subject."""
+        """Clients of a subject.
+
+        Raises:
+            ConfigError: The defense cannot change all that they send, or not how a function of the owner's
+                trains.
+        """
         network = subject.build(trained=exposure.trained)
         if isinstance(procedure, Procedure):
             network = subject.classifier(network)
@@ -93,6 +99,11 @@ class Clients:
                 f"{subject.name}: {defense.describe()} changes how clients train, and a function of the "
                 "owner's that trains cannot be changed. State the training as a fedkl.Procedure."
             )
+        if defense.changes_updates:
+            kind: UpdateKind = "weights"
+            if isinstance(procedure, Procedure) and procedure.algorithm == "fedsgd":
+                kind = "gradient"
+            defense.check_sent(defense.prepare(network).schema(kind))
         return cls(
             subject=subject,
             exposure=exposure,

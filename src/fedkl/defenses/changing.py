@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fedkl.defenses.base import Defense
+from fedkl.errors import ConfigError, gathered
 from fedkl.keys import Uniform, imitated_uniform, normal, secure_uniform
 from fedkl.protocol import Sending
 from fedkl.types import NamedTensors
-from fedkl.update import PublicUpdate
+from fedkl.update import PublicSchema, PublicUpdate
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class UpdateDefense(Defense):
     What they change is a gradient or, where weights are sent, the weights after minus before training: all
     tensors of floating-point numbers, norms' running statistics and other buffers included. Counts of batches
     are sent as they are, frozen parameters as they came. `public_transform` says what an informed attacker
-    makes of it; by default nothing, as is right for noise of mean 0 that is alike everywhere.
+    makes of it; by default nothing, as is right for noise of mean 0 that is alike everywhere. Complex tensors
+    are refused: norms and noise of real numbers are not those of complex ones.
     """
 
     @abstractmethod
@@ -61,8 +63,21 @@ class UpdateDefense(Defense):
             client: What the client has at hand.
         """
 
+    def check_sent(self, schema: PublicSchema) -> None:
+        """Refuses complex tensors, which would be sent as they are.
+
+        Raises:
+            ConfigError: With their names.
+        """
+        _check_real(self, {name: spec.dtype for name, spec in schema.specs.items()})
+
     def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
-        """Changes an update, with random numbers from the operating system."""
+        """Changes an update, with random numbers from the operating system.
+
+        Raises:
+            ConfigError: See `check_sent`.
+        """
+        self.check_sent(update.schema)
         floating = {
             name: tensor
             for name, tensor in update.tensors.items()
@@ -85,10 +100,29 @@ class UpdateDefense(Defense):
     def imitate_transform(
         self, changes: Mapping[str, Tensor], *, clients: Sequence[Sending], generator: torch.Generator
     ) -> Mapping[str, Tensor]:
-        """Changes the updates of clients that the attacker plays, one by one, with numbers from its seed."""
+        """Changes the updates of clients that the attacker plays, one by one, with numbers from its seed.
+
+        Raises:
+            ConfigError: There are complex ones.
+        """
+        _check_real(self, {name: tensor.dtype for name, tensor in changes.items()})
         draws = Draws(imitated_uniform(generator))
         each = [
             self.changed({name: tensor[place] for name, tensor in changes.items()}, draws=draws, client=at)
             for place, at in enumerate(clients)
         ]
         return {name: torch.stack([sent[name] for sent in each]) for name in changes}
+
+
+def _check_real(defense: Defense, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raises ConfigError with the names of complex tensors."""
+    problems = [f"'{name}' is {dtype}" for name, dtype in dtypes.items() if dtype.is_complex]
+    if problems:
+        raise ConfigError(
+            gathered(
+                f"{type(defense).__name__}: expected real numbers, which it can change, got complex ones.",
+                problems,
+                "Keep them as real parameters, torch.view_as_real(…), and call torch.view_as_complex(…) in "
+                "forward. Constants need not be sent: register_buffer(…, persistent=False).",
+            )
+        )

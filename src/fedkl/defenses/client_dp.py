@@ -13,7 +13,7 @@ from fedkl.errors import ConfigError, gathered
 from fedkl.privacy import GaussianCost
 from fedkl.protocol import Procedure, Sending, Transform
 from fedkl.types import NamedTensors
-from fedkl.update import PublicSchema, PublicUpdate
+from fedkl.update import PublicSchema
 
 _COUNT = "num_batches_tracked"
 
@@ -78,15 +78,6 @@ class ClientDP(UpdateDefense):
                     "floating-point buffers.",
                 )
             )
-
-    def transform(self, update: PublicUpdate, *, client: Sending) -> PublicUpdate:
-        """Clips and adds noise, where nothing else would be sent as it is.
-
-        Raises:
-            ConfigError: See `check_sent`.
-        """
-        self.check_sent(update.schema)
-        return super().transform(update, client=client)
 
     def changed(self, change: NamedTensors, *, draws: Draws, client: Sending) -> NamedTensors:
         """Clips the change and adds noise to every tensor."""

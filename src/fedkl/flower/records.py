@@ -40,6 +40,7 @@ def public_arrays(model: nn.Module, *, defense: Defense | None = None) -> ArrayR
 
     Raises:
         LockError: The model cannot be locked so.
+        ConfigError: The defense cannot change all that is sent.
         SecretError: It is one client's own, made by `bake()`.
 
     >>> from fedkl.models import build_model
@@ -52,7 +53,10 @@ def public_arrays(model: nn.Module, *, defense: Defense | None = None) -> ArrayR
             f"public_arrays: this {type(model).__name__} is one client's own, made by bake(): it holds what "
             "the lock keeps private. Build the plain model, and load lock.public_state() into it."
         )
-    return arrays_of((defense or KeyLock()).prepare(model).public_state())
+    defense = defense or KeyLock()
+    split = defense.prepare(model)
+    defense.check_sent(split.schema("weights"))
+    return arrays_of(split.public_state())
 
 
 def arrays_of(tensors: NamedTensors) -> ArrayRecord:

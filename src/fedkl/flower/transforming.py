@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
@@ -19,6 +20,7 @@ from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
 
 _LOG = logging.getLogger(__name__)
 _ERROR_CODE = 2  # as LockMod
+_SERVERS = "Message of the server"
 NOT_CHANGED = "fedkl: this client's update could not be changed as its defense says; it was not sent."
 
 
@@ -68,8 +70,15 @@ class TransformMod:
         """Handles a message; called by Flower."""
         if mod.is_handling():
             raise ConfigError("TransformMod: expected before LockMod in the list of mods, it comes after it.")
+        is_training = message.metadata.message_type.partition(".")[0] == "train"
+        if is_training:
+            try:
+                self._check(message.content)
+            except Exception as error:
+                _LOG.error("%s %s", NOT_CHANGED, mod.described(error))
+                return Message(Error(_ERROR_CODE, NOT_CHANGED), reply_to=message)
         reply = call_next(message, context)
-        if reply.has_error() or message.metadata.message_type.partition(".")[0] != "train":
+        if reply.has_error() or not is_training:
             return reply
         try:
             content = self._changed(reply.content, message.content)
@@ -78,13 +87,24 @@ class TransformMod:
             return Message(Error(_ERROR_CODE, NOT_CHANGED), reply_to=message)
         return Message(content, reply_to=message)
 
+    def _check(self, sent: RecordDict) -> None:
+        """Refuses what the defense cannot change, before anything is trained.
+
+        Raises:
+            ConfigError: There are such tensors.
+        """
+        with suppress(UpdateError):  # whoever is behind this mod says what is wrong with the message
+            came = tensors_of(only_arrays(sent, subject=_SERVERS), subject=_SERVERS)
+            specs = {name: TensorSpec.of(tensor) for name, tensor in came.items()}
+            self._defense.check_sent(PublicSchema(kind="weights", specs=specs))
+
     def _changed(self, content: RecordDict, sent: RecordDict) -> RecordDict:
         """A reply's content with its arrays changed.
 
         Raises:
             UpdateError: They are not those that the server sent, or are not finite.
         """
-        came = tensors_of(only_arrays(sent, subject="Message of the server"), subject="Message of the server")
+        came = tensors_of(only_arrays(sent, subject=_SERVERS), subject=_SERVERS)
         trained = tensors_of(only_arrays(content, subject="Reply"), subject="Reply", names=came.keys())
         # Averages of counts are no integers: the dtypes are the client's.
         specs = {n: TensorSpec(shape=tuple(t.shape), dtype=trained[n].dtype) for n, t in came.items()}
