@@ -323,6 +323,36 @@ def test_a_defense_does_not_count_frozen_layers(procedure, unfrozen, monkeypatch
     assert played & split.public_parameters().keys() == real & split.public_parameters().keys()
 
 
+class Tied(nn.Module):
+    """One weight under two names, and a frozen one too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, CLASSES), nn.Linear(64, CLASSES)
+        self.second.weight = self.first.weight
+        self.still, self.stiller = nn.Linear(64, CLASSES), nn.Linear(64, CLASSES, bias=False)
+        self.stiller.weight = self.still.weight
+        self.still.requires_grad_(False)
+
+    def forward(self, x):
+        return sum(layer(x.flatten(1)) for layer in self.children())
+
+
+@pytest.mark.parametrize("procedure", [*PROCEDURES.values(), trains], ids=[*PROCEDURES, "loop"])
+def test_a_defense_counts_tied_weights_once(procedure, monkeypatch):
+    counted, changed = [], Pruning.changed
+
+    def counts(self, change, **others):
+        counted.append(set(change))
+        return changed(self, change, **others)
+
+    monkeypatch.setattr(Pruning, "changed", counts)
+    clients = clients_of(Tied, procedure=procedure, defense=Pruning(keep=0.5))
+    clients.update(*batch(), number=0)
+    clients.played(*batch(), number=0)
+    assert counted == [{"first.weight", "first.bias", "second.bias"}] * 2
+
+
 @pytest.mark.parametrize("procedure", [*PROCEDURES.values(), trains], ids=[*PROCEDURES, "loop"])
 def test_complex_weights_that_a_defense_would_not_change_are_refused(procedure):
     def build():

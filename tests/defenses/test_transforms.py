@@ -27,7 +27,8 @@ from fedkl.defenses.pruning import Pruning
 from fedkl.defenses.sparse_vector import SparseVector
 from fedkl.errors import ConfigError
 from fedkl.federated import FederatedTraining, Federation
-from fedkl.protocol import Procedure
+from fedkl.protocol import Procedure, Sending
+from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +149,40 @@ class Tied(nn.Module):
 
     def forward(self, x):
         return self.head(self.decode(self.encode(x.flatten(1))))
+
+
+@pytest.mark.parametrize("kind", ["weights", "gradient"])
+def test_a_tensor_of_several_names_counts_once(kind):
+    """The bound is that of the tensors, and what a share of the entries is of, is them."""
+    sizes = {"a": 3, "again": 3, "b": 4, "once-more": 3, "frozen": 2, "frozen-again": 2}
+    received = {name: torch.full((size,), 0.5) for name, size in sizes.items()}
+    trained = {name: tensor + 3.0 for name, tensor in received.items()}
+    schema = PublicSchema(kind=kind, specs={name: TensorSpec.of(t) for name, t in trained.items()})
+    update = PublicUpdate(schema=schema, tensors=trained, num_samples=1, round=0)
+    tied = {"again": "a", "once-more": "a", "frozen-again": "frozen", "elsewhere": "a", "b": "unsent"}
+    frozen = frozenset({"frozen", "frozen-again"})
+    at_hand = Sending(received=received, frozen=frozen, tied=tied)
+    sent = ClientDP(clip=1.0, noise_multiplier=0.0).transform(update, client=at_hand).tensors
+    start = received if kind == "weights" else dict.fromkeys(received, 0.0)
+    change = {name: sent[name] - start[name] for name in sent}
+    assert torch.cat([change["a"], change["b"]]).norm() == pytest.approx(1.0, rel=1e-5)
+    noisy = ClientDP().transform(update, client=at_hand).tensors
+    for found in (sent, noisy):
+        assert torch.equal(found["again"], found["a"])
+        assert torch.equal(found["once-more"], found["a"])
+        assert torch.equal(found["frozen-again"], received["frozen-again"])
+    assert not torch.equal(noisy["a"], sent["a"])
+    assert noisy.keys() == sizes.keys()
+
+
+def test_flower_changes_a_tied_weight_once():
+    pytest.importorskip("flwr")
+    from fedkl.flower import TransformMod
+
+    model, noise = Tied(), GaussianNoise(deviation=0.01)
+    _, arrays = answered(model, TransformMod(noise, network=model), defense=noise, start=model)
+    assert torch.equal(arrays["encode.weight"], arrays["decode.weight"])
+    assert not torch.equal(arrays["encode.weight"], model.encode.weight)
 
 
 def test_a_mod_refuses_complex_weights_before_anything_is_trained():

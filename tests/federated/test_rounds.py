@@ -240,6 +240,19 @@ def test_a_frozen_tied_weight_is_left_alone_under_both_names(dataset, defense):
     assert not torch.equal(run.server.state["first.bias"], model.first.bias)
 
 
+@pytest.mark.parametrize(
+    "defense", [GaussianNoise(deviation=0.1), ClientDP(), Pruning(keep=0.9)], ids=lambda each: each.type
+)
+def test_a_tied_weight_is_changed_once(dataset, defense):
+    """Of two draws of noise on one weight a server takes the mean, which has less."""
+    seen, run = [], federation(dataset, defense, model=seeded(Tied), rounds=1)
+    run.run_round(0, on_seen=lambda plan, updates: seen.extend(updates))
+    for each in seen:
+        assert torch.equal(each.update.tensors["first.weight"], each.update.tensors["second.weight"])
+        assert not torch.equal(each.update.tensors["first.bias"], each.update.tensors["second.bias"])
+    assert len(seen) == 3
+
+
 def test_what_noise_cannot_cover_is_refused_before_anything_is_spent(dataset):
     model = seeded(Normless)
     model[1].register_buffer("position_ids", torch.arange(8))

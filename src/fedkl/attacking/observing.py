@@ -204,8 +204,8 @@ def sent_by(
     trained = client.bake() if knowledge.affine_gradient else client.model
     private = () if knowledge.affine_gradient else client.private_parameters()
     given: dict[str, Any] = {"train_mode": train_mode, "local": local, "private": private}
-    frozen = client.frozen_parameters()
-    at_hand = Sending.of(client.public_state(), client.model, images, labels, frozen=frozen)
+    frozen, tied = client.frozen_parameters(), client.tied_names()
+    at_hand = Sending.of(client.public_state(), client.model, images, labels, frozen=frozen, tied=tied)
     if local.algorithm == "fedavg":
         after = trained_tensors(trained, images, labels, **given, generator=generator)
         state = {name: after[name] for name in client.public_state()}

@@ -272,7 +272,9 @@ class Clients:
             )
         at_hand = self._at_hand(client, images, labels)
         before, state = self._looped_state(client, images, labels, number=number)
-        at_hand = replace(at_hand, frozen=frozenset(client.public_parameters()).difference(before))
+        frozen = frozenset(client.public_parameters()).difference(before)
+        frozen |= {name for name, first in at_hand.tied.items() if first in frozen}
+        at_hand = replace(at_hand, frozen=frozen)
         sent = client.public_update(state, kind="weights", num_samples=len(images), round=0, search=False)
         return difference(before, self.defense.transform(sent, client=at_hand).tensors, lr=_LOOP_LR)
 
@@ -289,7 +291,8 @@ class Clients:
     def _at_hand(self, client: Split, images: Tensor, labels: Tensor) -> Sending:
         """Of a client that has not trained yet."""
         received = {name: tensor.detach().clone() for name, tensor in client.public_state().items()}
-        return Sending.of(received, client.model, self.subject.inputs(images), labels)
+        inputs, tied = self.subject.inputs(images), client.tied_names()
+        return Sending.of(received, client.model, inputs, labels, tied=tied)
 
     def _looped_state(
         self, client: Split, images: Tensor, labels: Tensor, *, number: str

@@ -48,7 +48,8 @@ class UpdateDefense(Defense):
 
     What they change is a gradient or, where weights are sent, the weights after minus before training: all
     tensors of floating-point numbers, norms' running statistics and other buffers included. Counts of batches
-    are sent as they are, frozen parameters as they came. `public_transform` says what an informed attacker
+    are sent as they are, frozen parameters as they came. A tensor of several names (tied weights) is changed
+    once, and sent so under all of them. `public_transform` says what an informed attacker
     makes of it; by default nothing, as is right for noise of mean 0 that is alike everywhere. Complex tensors
     are refused: norms and noise of real numbers are not those of complex ones.
     """
@@ -78,14 +79,16 @@ class UpdateDefense(Defense):
             ConfigError: See `check_sent`.
         """
         self.check_sent(update.schema)
+        changing = update.tensors.keys() - client.frozen
+        again = {name: first for name, first in client.tied.items() if {name, first} <= changing}
         floating = {
             name: tensor
             for name, tensor in update.tensors.items()
-            if tensor.is_floating_point() and name not in client.frozen
+            if tensor.is_floating_point() and name in changing and name not in again
         }
         draws = Draws(secure_uniform)
         if update.kind == "gradient":
-            sent = self.changed(floating, draws=draws, client=client)
+            sent = dict(self.changed(floating, draws=draws, client=client))
         else:
             before = {name: client.received[name].to(tensor) for name, tensor in floating.items()}
             change = {name: tensor - before[name] for name, tensor in floating.items()}
@@ -95,6 +98,7 @@ class UpdateDefense(Defense):
                 if name.endswith("running_var"):  # else noise makes a norm divide by a root of less than 0
                     sent[name] = sent[name].clamp_min(0)
         as_they_came = {name: client.received[name] for name in client.frozen if name in update.tensors}
+        sent |= {name: sent[first] for name, first in again.items() if first in sent}
         return replace(update, tensors={**update.tensors, **as_they_came, **sent})
 
     def imitate_transform(

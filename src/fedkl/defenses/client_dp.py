@@ -32,7 +32,8 @@ class ClientDP(UpdateDefense):
     The informed attacker clips its own change, and leaves the noise out, whose mean is 0.
 
     Attributes:
-        clip: Largest L2 norm of the change over all tensors, norms' running statistics included.
+        clip: Largest L2 norm of the change over all tensors, norms' running statistics included. A tensor of
+            several names counts once: what is sent under the others is a copy, noise included.
         noise_multiplier: The standard deviation of the noise in every entry over `clip`.
 
     Source:

@@ -37,9 +37,10 @@ class LocalDpMod(UpdateDefense):
     Source:
         flwr/clientapp/mod/localdp_mod.py (flwr 1.41, `flwr.clientapp.mod.LocalDpMod`). The noise: Dwork and
         Roth 2014, "The algorithmic foundations of differential privacy", theorem 3.22. Different here: Flower
-        has no defaults; counts of batches are sent as they are, where Flower clips them too; a change of
-        norm 0 is no error; a gradient, where one is sent, is treated as a change of weights is there; and the
-        noise comes from the operating system, not from NumPy's global generator.
+        has no defaults; counts of batches are sent as they are, where Flower clips them too; a tensor of
+        several names is one, where Flower draws noise for each name; a change of norm 0 is no error; a
+        gradient, where one is sent, is treated as a change of weights is there; and the noise comes from the
+        operating system, not from NumPy's global generator.
     """
 
     type: Literal["local-dp-mod"] = "local-dp-mod"

@@ -87,7 +87,8 @@ class Soteria(UpdateDefense):
         weight = f"{layer}.weight"
         if weight not in change:
             raise ConfigError(
-                f"Soteria: expected {shown(weight)} to be sent, it is not. Choose another layer."
+                f"Soteria: expected {shown(weight)} to be sent under a name of its own, it is not: it is "
+                "frozen, private or tied. Choose another layer."
             )
         images, _ = client.sample(_IMAGES)
         features = _inputs_of(client.network, layer, received=client.received)

@@ -85,7 +85,7 @@ class Worker:
         self._seed = seed
         self._draws = draws
         self._recalibrates = recalibrates and bool(private_norms(split))
-        self._frozen = split.frozen_parameters()
+        self._frozen, self._tied = split.frozen_parameters(), split.tied_names()
         self._unsent = _unsent_buffers(split)
         self._trainer = LocalTrainer(
             split.model,
@@ -146,7 +146,13 @@ class Worker:
         )
         update = transform(
             update,
-            Sending(received=state, network=self.split.model, sample=sample, frozen=self._frozen),
+            Sending(
+                received=state,
+                network=self.split.model,
+                sample=sample,
+                frozen=self._frozen,
+                tied=self._tied,
+            ),
         )
         private, loss = self.split.private_state(), torch.stack(losses).mean()
         if silent:

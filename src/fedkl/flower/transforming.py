@@ -14,7 +14,7 @@ from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, SecretError, UpdateError
 from fedkl.flower import mod
 from fedkl.flower.records import arrays_of, only_arrays, tensors_of
-from fedkl.locking import frozen_names, is_private
+from fedkl.locking import frozen_names, is_private, tied_names
 from fedkl.protocol import Sending
 from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
 
@@ -34,7 +34,8 @@ class TransformMod:
     Args:
         defense: What is done to updates.
         network: The client's, as the app trains it, for defenses that look at it. Only read. Parameters that
-            are frozen in it are sent as they came.
+            are frozen in it are sent as they came, and tensors of several names are changed once: give it
+            where there are any.
         sample: Gives so many of the client's images at most, and their labels, as the network is called with
             them; for defenses that look at images.
 
@@ -65,6 +66,10 @@ class TransformMod:
         self._defense = defense
         self._network, self._sample = network, sample
         self._frozen = frozenset[str]() if network is None else frozen_names(network)
+        self._named: dict[str, Tensor] = {}
+        if network is not None:
+            self._named |= network.named_parameters(remove_duplicate=False)
+            self._named |= network.named_buffers(remove_duplicate=False)
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Handles a message; called by Flower."""
@@ -111,7 +116,8 @@ class TransformMod:
         schema = PublicSchema(kind="weights", specs=specs, private=frozenset())
         update = PublicUpdate(schema=schema, tensors=trained, num_samples=1, round=0)
         frozen = self._frozen.intersection(came)
-        at_hand = Sending(received=came, network=self._network, sample=self._sample, frozen=frozen)
+        tied = tied_names({name: tensor for name, tensor in self._named.items() if name in came})
+        at_hand = Sending(received=came, network=self._network, sample=self._sample, frozen=frozen, tied=tied)
         changed = self._defense.transform(update, client=at_hand)
         if changed.schema is not schema:
             raise UpdateError("TransformMod: the defense gave an update of another kind.")

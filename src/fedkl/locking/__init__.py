@@ -30,7 +30,7 @@ from fedkl.locking.making import lock, lock_
 from fedkl.locking.norms import ElementwiseAffine, register_norm
 from fedkl.locking.options import Granularity
 from fedkl.locking.private_layers import OwnLayers, OwnSplit, find_layers
-from fedkl.locking.split import Split, frozen_names
+from fedkl.locking.split import Split, frozen_names, tied_names
 from fedkl.locking.start import Start, is_trained
 from fedkl.locking.statistics import recalibrate_norms_
 from fedkl.locking.targets import ExampleInputs, Layers
@@ -63,6 +63,7 @@ __all__ = [
     "read_lock",
     "recalibrate_norms_",
     "register_norm",
+    "tied_names",
     "withhold",
     "withhold_statistics",
 ]

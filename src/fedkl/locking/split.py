@@ -67,6 +67,14 @@ class Split:
         self._check_nothing_lost()
         return frozen_names(self._model) - self.private_names
 
+    def tied_names(self) -> dict[str, str]:
+        """Further names of public tensors that have several, and the first name of each.
+
+        Raises:
+            SecretError: See `public_state`.
+        """
+        return tied_names(self._public_tensors())
+
     def private_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable tensors that stay: lock layers, private layers. `model.parameters()` has them too."""
         private = dict(withheld(self._model))
@@ -272,6 +280,13 @@ def frozen_names(model: nn.Module) -> frozenset[str]:
     """All names, those of tied weights too, of a model's parameters that require no gradient."""
     named = model.named_parameters(remove_duplicate=False)
     return frozenset(name for name, parameter in named if not parameter.requires_grad)
+
+
+def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Further names of tensors that are there under several, and the first name of each."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+    return {name: first_name for name, first_name in names.items() if name != first_name}
 
 
 def _check_own(model: nn.Module, state: Mapping[str, object]) -> None:

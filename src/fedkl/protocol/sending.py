@@ -19,12 +19,15 @@ class Sending:
         sample: Gives so many of the images that it trained on, or all of them, and their labels, as the
             network is called with them. None where they are not at hand.
         frozen: All names of public parameters that training leaves alone. A defense sends them as they came.
+        tied: Further names of public tensors that have several, and the first name of each. A defense changes
+            such a tensor once: of noise that is drawn for each name, a server would take the mean.
     """
 
     received: Mapping[str, Tensor] = field(repr=False)
     network: nn.Module | None = field(default=None, repr=False)
     sample: Callable[[int], tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
     frozen: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -35,6 +38,7 @@ class Sending:
         labels: Tensor,
         *,
         frozen: frozenset[str] = frozenset(),
+        tied: Mapping[str, str] | None = None,
     ) -> Sending:
         """Of a client with these images."""
         return cls(
@@ -42,4 +46,5 @@ class Sending:
             network=network,
             sample=lambda count: (images[:count], labels[:count]),
             frozen=frozen,
+            tied=tied or {},
         )
