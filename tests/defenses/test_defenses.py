@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedkl import Key
+from fedkl import Key, lock
 from fedkl.attacks import Knowledge
 from fedkl.defenses import KeyLock, NoDefense, PrivateLayers, PrivateNorm, PublicNorm
 from fedkl.defenses.completion import Completion
@@ -195,6 +195,44 @@ def test_private_layers_of_the_last_client_vary_as_those_of_the_first(model):
         split.redraw()
     for name, tensor in split.private_state().items():
         assert tensor.std().item() == pytest.approx(model.get_parameter(name).std().item(), rel=0.6)
+
+
+class Recurrent(nn.Module):
+    """Tokens go in."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.middle, self.last = first, nn.Linear(8, 8), nn.Linear(8, 4)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [nn.Embedding(20, 8), nn.EmbeddingBag(20, 8), nn.GRU(5, 8), nn.LSTMCell(5, 8), nn.Bilinear(5, 5, 8),
+     nn.MultiheadAttention(8, 2)],
+    ids=lambda layer: type(layer).__name__,
+)  # fmt: skip
+def test_the_first_layer_need_not_be_a_convolution(first):
+    split = PrivateLayers(layers="stem").prepare(Recurrent(first))
+    assert split.private_names == {f"first.{name}" for name, _ in first.named_parameters()}
+
+
+def test_a_frozen_private_layer_stays_as_the_model_has_it(model):
+    """Another draw would destroy a pretrained layer, which nobody trains again."""
+    for parameter in model[0].parameters():
+        parameter.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"'0\.weight'.*frozen.*Unfreeze it"):
+        split = PrivateLayers(layers=("0", "4")).prepare(model)
+    split.redraw()
+    assert torch.equal(split.private_state()["0.weight"], model[0].weight)
+    assert not torch.equal(split.private_state()["4.weight"], model[4].weight)
+    with pytest.warns(UserWarning, match=r"'0\.weight'.*frozen.*Unfreeze it"):
+        locked = lock(model, layers=["1"], private=["stem"])
+    assert torch.equal(locked.private_state()["0.weight"], model[0].weight)
+
+
+def test_private_layers_of_a_model_that_is_not_trained_are_drawn(model):
+    split = PrivateLayers(layers="stem").prepare(model.requires_grad_(False))
+    assert not torch.equal(split.private_state()["0.weight"], model[0].weight)
 
 
 @pytest.mark.parametrize(

@@ -209,11 +209,13 @@ def test_frozen_private_parameters_stay_where_gradients_are_sent(dataset, frozen
     model = lenet()
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
-    run = federation(dataset, PrivateLayers(), model=model, local={"algorithm": "fedsgd"})
+    with pytest.warns(UserWarning, match=r"'fc\.bias'.*frozen"):
+        run = federation(dataset, PrivateLayers(), model=model, local={"algorithm": "fedsgd"})
     private, before = run.clients[0].private_state, run.server.state
     trained(run)
     for name in ("fc.weight", "fc.bias"):
         assert torch.equal(run.clients[0].private_state[name], private[name]) == (name in frozen), name
+        assert torch.equal(private[name], model.get_parameter(name)) == (name in frozen), name
     assert differences(before, run.server.state) == list(before)
 
 

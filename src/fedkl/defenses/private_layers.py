@@ -11,7 +11,7 @@ from torch import nn
 from fedkl.defenses.base import Arm, Defense, register_defense
 from fedkl.errors import LockError, gathered
 from fedkl.keys import Key
-from fedkl.locking import OwnLayers, OwnSplit, Split, find_layers
+from fedkl.locking import OwnLayers, OwnSplit, Split, find_layers, warn_about_frozen
 
 
 @register_defense
@@ -22,8 +22,10 @@ class PrivateLayers(Defense):
     The server averages the rest. It cannot evaluate its model, nor read labels off a gradient without a head.
 
     Attributes:
-        layers: ``"head"``: the last linear layer; ``"stem"``: the first convolution or linear layer; or names
-            of modules. A module that is called head or stem is meant before these.
+        layers: ``"head"``: the last linear layer; ``"stem"``: the first layer (a convolution, linear layer,
+            embedding, attention or recurrent layer), in the order of `model.named_modules()`; or names of
+            modules. A module that is called head or stem is meant before these. Frozen parameters stay as
+            the model has them, with a warning.
 
     Source:
         A private head: Arivazhagan et al. 2019 (FedPer); a private stem: Liang et al. 2020 (LG-FedAvg). Both
@@ -45,6 +47,7 @@ class PrivateLayers(Defense):
             problems = problems or ["layers is empty"]
             remedy = 'Choose "head", "stem" or names from model.named_modules().'
             raise LockError(gathered("PrivateLayers: these layers cannot be private.", problems, remedy))
+        warn_about_frozen(model, chosen)
         own = copy.deepcopy(model)
         split = OwnSplit(own, OwnLayers(own, chosen))
         split.redraw()

@@ -29,7 +29,7 @@ from fedkl.locking.loading import SavedLock, load_lock, load_memory, read_lock
 from fedkl.locking.making import lock, lock_
 from fedkl.locking.norms import ElementwiseAffine, register_norm
 from fedkl.locking.options import Granularity
-from fedkl.locking.private_layers import OwnLayers, OwnSplit, find_layers
+from fedkl.locking.private_layers import OwnLayers, OwnSplit, find_layers, warn_about_frozen
 from fedkl.locking.split import Split, frozen_names, tied_names
 from fedkl.locking.start import Start, is_trained
 from fedkl.locking.statistics import recalibrate_norms_
@@ -64,6 +64,7 @@ __all__ = [
     "recalibrate_norms_",
     "register_norm",
     "tied_names",
+    "warn_about_frozen",
     "withhold",
     "withhold_statistics",
 ]

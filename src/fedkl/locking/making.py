@@ -17,7 +17,7 @@ from fedkl.locking.functional import functional_linear_problems
 from fedkl.locking.keylock import Lock
 from fedkl.locking.layers import Initialization
 from fedkl.locking.options import Granularity, LockOptions
-from fedkl.locking.private_layers import OwnLayers, find_layers
+from fedkl.locking.private_layers import OwnLayers, find_layers, warn_about_frozen
 from fedkl.locking.relocking import check_stays_private
 from fedkl.locking.start import Start, is_kept
 from fedkl.locking.targets import ExampleInputs, Layers, Target
@@ -78,8 +78,8 @@ def lock(
         share_statistics: Send the norms' running statistics too. They give away mean and variance of the
             batch; by default they are private.
         private: Names of further modules whose parameters and buffers stay with the client, which draws its
-            own start for them. ``"head"`` also means the last linear layer, ``"stem"`` the first convolution
-            or linear layer.
+            own start for what is trained of them. ``"head"`` also means the last linear layer, ``"stem"`` the
+            first layer: a convolution, linear layer, embedding, attention or recurrent layer.
         example_inputs: A tensor, tuple or dict of arguments. If given, the model is run once (a copy, in
             eval mode) and execution order replaces `named_modules()` order.
 
@@ -198,6 +198,7 @@ def _planned(
         **others,
     )
     keep = is_kept(model, chosen, start=start, activation=activation)
+    warn_about_frozen(model, own)
     targets.warn_about_open_layers(order, chosen, private=map(model.get_submodule, own))
     return options, keep
 

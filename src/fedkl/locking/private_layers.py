@@ -8,9 +8,22 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from fedkl.errors import shown, warn
 from fedkl.keys import Key, Uniform, normal, secure_uniform
 from fedkl.locking.split import Split
 from fedkl.locking.withholding import withheld, withhold
+
+LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
+"""What may be a network's first layer."""
 
 
 def find_layers(model: nn.Module, names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
@@ -18,12 +31,11 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> tuple[tuple[str, ...]
 
     Args:
         model: The plain model; not changed.
-        names: Of modules; ``"head"`` also means the last linear layer and ``"stem"`` the first convolution or
-            linear layer, unless a module with parameters has that name.
+        names: Of modules; ``"head"`` also means the last linear layer and ``"stem"`` the first layer with
+            weights (`LAYERS`), in `named_modules()` order, unless a module with parameters has that name.
     """
     known = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    layers = [name for name, module in known.items() if isinstance(module, kinds)]
+    layers = [name for name, module in known.items() if isinstance(module, LAYERS)]
     linear = [name for name in layers if isinstance(known[name], nn.Linear)]
     meant = {"head": linear[-1:], "stem": layers[:1]}
     chosen, problems = [], []
@@ -45,6 +57,28 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> tuple[tuple[str, ...]
     return tuple(dict.fromkeys(chosen)), problems
 
 
+def warn_about_frozen(model: nn.Module, names: Sequence[str]) -> None:
+    """Warns of parameters of private layers that no training changes.
+
+    Args:
+        model: The plain model.
+        names: Of its private layers.
+    """
+    layers = [(name, model.get_submodule(name)) for name in names]
+    frozen = [
+        f"{name}.{own}"
+        for name, layer in layers
+        for own, parameter in layer.named_parameters()
+        if not parameter.requires_grad
+    ]
+    if frozen and any(parameter.requires_grad for parameter in model.parameters()):
+        warn(
+            f"{', '.join(map(shown, frozen))}: frozen (requires_grad=False) in a private layer. Nothing is "
+            "drawn for what never trains: it stays as the model has it, and hides nothing from a server that "
+            "knows the model. Unfreeze it, or keep other layers private."
+        )
+
+
 def _tied_problems(model: nn.Module, chosen: Sequence[nn.Module]) -> list[str]:
     """What would be private here and public there."""
     inside = {id(module) for each in chosen for module in each.modules()}
@@ -61,6 +95,8 @@ def _tied_problems(model: nn.Module, chosen: Sequence[nn.Module]) -> list[str]:
 class OwnLayers:
     """Private layers, which every client draws for itself. Knows their names, and how each tensor starts.
 
+    Frozen parameters stay as they are, unless all of the model are: then nothing is trained yet.
+
     Args:
         model: With its initial weights, and locked already if it is to be: what a lock generates is not part
             of the layers.
@@ -70,12 +106,14 @@ class OwnLayers:
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         self.names = names
         locked = {id(tensor) for _, tensor in withheld(model)}
+        plain = [parameter for parameter in model.parameters() if id(parameter) not in locked]
+        whole = not any(parameter.requires_grad for parameter in plain)
         with torch.no_grad():
             self._start = {
                 f"{prefix}.{name}": (float(tensor.mean()), float(tensor.std(correction=0)))
                 for prefix, module in self._parts(model)
                 for name, tensor in module.named_parameters(recurse=False)
-                if id(tensor) not in locked and tensor.is_floating_point()
+                if id(tensor) not in locked and tensor.is_floating_point() and (tensor.requires_grad or whole)
             }
 
     def withhold(self, model: nn.Module) -> None:
@@ -85,7 +123,7 @@ class OwnLayers:
             withhold(module, tuple(name for name, _ in module.named_buffers(recurse=False)))
 
     def redraw(self, model: nn.Module, *, uniform: Uniform = secure_uniform) -> None:
-        """Draws every parameter from a normal of the mean and deviation that it started with.
+        """Draws every parameter that is trained from a normal of the mean and deviation that it started with.
 
         One that started constant, as the scale of a norm, starts so for every client.
         """
