@@ -123,7 +123,8 @@ def save_onnx(
 
 def _program(split: Split, example_inputs: ExampleInputs, *, subject: str) -> ExportedProgram:
     """The model as a program: no key in it, no image, and nothing of this machine's file names."""
-    plain = split.bake().cpu().eval()
+    plain = split.bake().cpu()
+    plain.eval()
     check_finite(plain.state_dict(), subject=f"{subject}.")
     args, kwargs, shapes = _blank(example_inputs)
     try:

@@ -7,6 +7,7 @@ import io
 import itertools
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import group_norm
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import fedkl
-from fedkl.errors import LockError, SecretError, UpdateError
+from fedkl.defenses import NoDefense, PrivateLayers
+from fedkl.defenses.precode import PRECODE
+from fedkl.errors import ConfigError, LockError, SecretError, UpdateError
 from fedkl.locking import Split, withhold_statistics
 
 
@@ -134,6 +137,61 @@ def test_unknown_options(unchecked, options, message):
 def test_no_module_at_all(unchecked):
     with pytest.raises(LockError, match=r"model= must be a torch.nn.Module, got dict"):
         fedkl.lock({})
+
+
+def activated():
+    model = nn.Sequential(Net())
+    model[0].last = model(torch.rand(2, 3, 8, 8))
+    return model, "0.last"
+
+
+def activated_twice():
+    model, _ = activated()
+    model.seen = [model[0].last]
+    del model[0].last
+    return model, "seen"
+
+
+def pruned():
+    model = Net()
+    prune.l1_unstructured(model.fc, "weight", 0.5)
+    return model, "fc.weight"
+
+
+def normed():
+    model = Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(model.fc)
+    return model, "fc.weight"
+
+
+@pytest.mark.parametrize("build", [activated, activated_twice, pruned, normed], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: fedkl.lock(model, layers=[next(n for n, _ in model.named_modules() if "bn1" in n)]),
+        lambda model: fedkl.lock(model, example_inputs=torch.rand(2, 3, 8, 8)),
+        NoDefense().prepare,
+        PrivateLayers().prepare,
+        PRECODE().prepare,
+        lambda model: Split(model).bake(),
+    ],
+    ids=["lock", "example", "none", "private-layers", "precode", "bake"],
+)
+def test_a_model_that_cannot_be_copied_is_explained(build, use):
+    model, name = build()
+    with pytest.raises((LockError, ConfigError), match=rf"(?s)cannot be copied.*'{name}'.*parametrizations"):
+        use(model)
+
+
+def test_what_fails_in_a_copy_for_another_reason_is_not_hidden():
+    class Stubborn(nn.ReLU):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        NoDefense().prepare(nn.Sequential(Stubborn()))
 
 
 def test_locking_twice():

@@ -190,7 +190,8 @@ def sent_statistics(
     Returns:
         Mean and biased variance of the batch per channel, by the norm's qualified name.
     """
-    before, client = victim.public_state(), copy.deepcopy(victim.model).train()
+    before, client = victim.public_state(), copy.deepcopy(victim.model)
+    client.train()
     norms = {
         name: norm
         for name, norm in client.named_modules()

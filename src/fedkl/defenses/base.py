@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, TypeVar
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fedkl.defenses.server_view import Known, ServerView
+from fedkl.errors import ConfigError
 from fedkl.keys import Key, imitated_uniform
-from fedkl.locking import Split
+from fedkl.locking import Split, copied
 from fedkl.privacy import GaussianCost
 from fedkl.protocol import Knowledge, Procedure, Sending, Transform
 from fedkl.registration import Kinds
@@ -78,8 +78,11 @@ class Defense:
         Args:
             model: The plain model; not changed.
             key: The client's key, for defenses that use one; a new one if None.
+
+        Raises:
+            ConfigError: The model cannot be copied.
         """
-        return Split(copy.deepcopy(model))
+        return Split(copied(model, subject=self.describe(), error=ConfigError))
 
     def for_images(self, shape: tuple[int, int, int]) -> Defense:
         """The same defense, for a model that is called with images of this shape.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from fedkl.defenses.base import Defense, register_defense
 from fedkl.defenses.server_view import ServerView
 from fedkl.errors import ConfigError
 from fedkl.keys import Key
-from fedkl.locking import Split
+from fedkl.locking import Split, copied
 from fedkl.protocol import Knowledge
 
 NAME = "bottleneck"
@@ -124,7 +123,7 @@ def with_bottleneck(model: nn.Module, *, size: int = 256, beta: float = 1e-3) ->
     >>> sorted(model.state_dict())[:3]
     ['1.bias', '1.bottleneck.decoder.bias', '1.bottleneck.decoder.weight']
     """
-    extended = copy.deepcopy(model)
+    extended = copied(model, subject="PRECODE", error=ConfigError)
     linear = [module for module in extended.modules() if isinstance(module, nn.Linear)]
     if not linear or any(isinstance(module, Bottleneck) for module in extended.modules()):
         got = "one that has a bottleneck" if linear else "one without"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +10,7 @@ from torch import nn
 from fedkl.defenses.base import Arm, Defense, register_defense
 from fedkl.errors import LockError, gathered
 from fedkl.keys import Key
-from fedkl.locking import OwnLayers, OwnSplit, Split, find_layers, warn_about_frozen
+from fedkl.locking import OwnLayers, OwnSplit, Split, copied, find_layers, warn_about_frozen
 
 
 @register_defense
@@ -39,7 +38,8 @@ class PrivateLayers(Defense):
         """Withholds the layers of a copy of the model.
 
         Raises:
-            LockError: A layer is unknown or has no parameters, or none is left to send.
+            LockError: A layer is unknown or has no parameters, none is left to send, or the model cannot be
+                copied.
         """
         names = (self.layers,) if isinstance(self.layers, str) else self.layers
         chosen, problems = find_layers(model, names)
@@ -48,7 +48,7 @@ class PrivateLayers(Defense):
             remedy = 'Choose "head", "stem" or names from model.named_modules().'
             raise LockError(gathered("PrivateLayers: these layers cannot be private.", problems, remedy))
         warn_about_frozen(model, chosen)
-        own = copy.deepcopy(model)
+        own = copied(model, subject="PrivateLayers")
         split = OwnSplit(own, OwnLayers(own, chosen))
         split.redraw()
         return split

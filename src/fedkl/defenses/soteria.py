@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from fedkl.defenses.base import register_defense
 from fedkl.defenses.changing import Draws, UpdateDefense
 from fedkl.errors import ConfigError, shown
+from fedkl.locking import copied
 from fedkl.protocol import Rescaling, Sending, Transform
 from fedkl.protocol.differentiable import plain_attention
 from fedkl.types import NamedTensors
@@ -163,7 +163,8 @@ _Features = Callable[[Tensor], Tensor]
 
 def _inputs_of(network: nn.Module, layer: str, *, received: Mapping[str, Tensor]) -> _Features:
     """What a layer gets, as a function of the images, of the network as it was received."""
-    probe, caught = copy.deepcopy(network).eval(), list[Tensor]()
+    probe, caught = copied(network, subject="Soteria", error=ConfigError), list[Tensor]()
+    probe.eval()
     probe.get_submodule(layer).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     own = {**dict(probe.named_parameters()), **dict(probe.named_buffers())}
     tensors = {name: received.get(name, tensor).to(tensor).detach() for name, tensor in own.items()}

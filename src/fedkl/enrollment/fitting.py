@@ -233,7 +233,8 @@ def check_labels(model: nn.Module, images: Images, labels: Tensor) -> None:
     if not len(labels):
         return
     with modes_kept(model), torch.no_grad():
-        classes = model.eval()(images[:1]).shape[-1]
+        model.eval()
+        classes = model(images[:1]).shape[-1]
     outside = int(((labels < 0) | (labels >= classes)).sum())
     if outside:
         raise DataError(

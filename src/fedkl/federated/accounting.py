@@ -31,7 +31,8 @@ def ledger_of(
     """
     procedure = defense.procedure(training.local)
     if procedure.per_example is not None:
-        check_separate(model.train())
+        model.train()
+        check_separate(model)
     costs = {client.name: defense.privacy(procedure, samples=client.num_samples) for client in clients}
     guaranteed = {name: cost for name, cost in costs.items() if cost is not None}
     if len(guaranteed) == len(costs):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +15,11 @@ from torch import Tensor, nn
 
 from fedkl import rng
 from fedkl.defenses import Defense
+from fedkl.errors import ConfigError
 from fedkl.federated.client import Client
 from fedkl.federated.options import Execution, FederatedTraining
 from fedkl.federated.worker import Samples, Worker
+from fedkl.locking import copied
 
 _Result = TypeVar("_Result")
 
@@ -129,7 +130,8 @@ def draws_random_numbers(model: nn.Module, images: Tensor) -> bool:
         model: Not changed.
         images: At least two, for norms that need a batch.
     """
-    probe = copy.deepcopy(model).train()
+    probe = copied(model, subject="Federation", error=ConfigError)
+    probe.train()
     with rng.seeded(0, device=images.device), torch.no_grad():
         before = _states(images.device)
         probe(images)

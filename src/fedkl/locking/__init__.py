@@ -9,6 +9,7 @@
 * surgery.py: the change itself, and how it is undone
 * elements.py: a γ and a β for every element of a sample
 * functional.py: modules that call a norm as a function, which no lock can reach
+* copying.py: copies of models, or why there is none
 * withholding.py: how modules keep private tensors out of states and pickles
 * split.py: which tensors are private, which are public, and how states of either side move
 * private_layers.py: whole layers that stay with the client
@@ -22,6 +23,7 @@
 """
 
 from fedkl.locking.activations import Activation
+from fedkl.locking.copying import copied
 from fedkl.locking.generation import KEY, Generation
 from fedkl.locking.keylock import Lock
 from fedkl.locking.layers import Initialization
@@ -51,6 +53,7 @@ __all__ = [
     "SavedLock",
     "Split",
     "Start",
+    "copied",
     "find_layers",
     "frozen_names",
     "is_private",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fedkl.errors import LockError, gathered
 from fedkl.locking import norms
+from fedkl.locking.copying import copied
 from fedkl.locking.targets import ExampleInputs, Target, run
 
 
@@ -115,7 +115,7 @@ def _shapes(
     def hook(name: str) -> Any:
         return lambda module, args, output: seen[name].setdefault(tuple(output.shape[1:]))
 
-    probe = copy.deepcopy(model)
+    probe = copied(model, subject="lock")
     for target in targets:
         probe.get_submodule(target.name).register_forward_hook(hook(target.name))
     run(probe, example_inputs)

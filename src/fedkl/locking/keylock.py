@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from fedkl import lockfile
 from fedkl.errors import LockError
 from fedkl.keys import Key, Uniform, secure_uniform
 from fedkl.locking import surgery
+from fedkl.locking.copying import copied
 from fedkl.locking.generation import Generation, generation_of, secrets_of
 from fedkl.locking.options import LockOptions
 from fedkl.locking.private_layers import OwnLayers
@@ -124,7 +124,7 @@ class Lock(Split):
         and the private layers, and its `state_dict()` holds the norm statistics too.
         `fedkl.locking.is_private` knows it, and `fedkl.serving` writes it to files that say so.
         """
-        plain = copy.deepcopy(self._model)
+        plain = copied(self._model, subject="bake")
         surgery.unlock(plain)
         release(plain)
         return plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from fedkl import lockfile
 from fedkl.errors import KeyFileError, LockError, UpdateError
 from fedkl.keyfile import key_of
 from fedkl.locking import surgery
+from fedkl.locking.copying import copied
 from fedkl.locking.keylock import Lock
 from fedkl.locking.making import check_model, install
 from fedkl.locking.options import LockOptions
@@ -118,7 +118,7 @@ def read_lock(path: str | Path, model: nn.Module, *, passphrase: str | None) -> 
     if any(math.prod(shape) > sum(t.numel() for t in private.values()) for shape in options.shapes):
         raise foreign  # before tensors of that size are made
     try:
-        plain = copy.deepcopy(model)
+        plain = copied(model, subject="load_lock")
         loaded = install(plain, key=key, options=options, chosen=options.targets(plain))
         if loaded._structure() != meta.get("structure"):
             raise foreign

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from fedkl.errors import LockError
 from fedkl.keys import Key
 from fedkl.locking import surgery, targets
 from fedkl.locking.activations import Activation
+from fedkl.locking.copying import copied
 from fedkl.locking.elements import check_chain, per_element
 from fedkl.locking.functional import functional_linear_problems
 from fedkl.locking.keylock import Lock
@@ -117,7 +117,7 @@ def lock(
         private=private,
         example_inputs=example_inputs,
     )
-    return _new(copy.deepcopy(model), key=key, options=options, keep=keep)
+    return _new(copied(model, subject="lock"), key=key, options=options, keep=keep)
 
 
 def lock_(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from fedkl.errors import LockError, SecretError, UpdateError, gathered, shown
+from fedkl.errors import ConfigError, LockError, SecretError, UpdateError, gathered, shown
 from fedkl.keys import Key, Uniform, secure_uniform
+from fedkl.locking.copying import copied
 from fedkl.locking.generation import Generation
 from fedkl.locking.withholding import release, statistics_revision, withheld
 from fedkl.secret_search import SecretSearch
@@ -141,7 +141,7 @@ class Split:
 
         As private as the split itself; see `fedkl.locking.is_private`.
         """
-        plain = copy.deepcopy(self._model)
+        plain = copied(self._model, subject="bake")
         release(plain)
         return plain
 
@@ -163,6 +163,27 @@ class Split:
             uniform: Where random numbers come from: the operating system, but for an attacker who plays
                 clients.
         """
+
+    def check_finite(self, *, subject: str) -> None:
+        """Refuses to begin with numbers that are not finite: training would seem to diverge.
+
+        Args:
+            subject: First words of the error.
+
+        Raises:
+            ConfigError: There are some, by name.
+            SecretError: See `public_state`.
+        """
+        broken = [name for name, tensor in self.full_state().items() if not tensor.isfinite().all()]
+        if broken:
+            raise ConfigError(
+                gathered(
+                    f"{subject}: expected a model of finite numbers to begin with, got others.",
+                    [f"{shown(name)} has non-finite values" for name in broken],
+                    "A constant, such as a mask with -inf, need not be sent: register_buffer(…, "
+                    "persistent=False). Give weights of a training that did not diverge.",
+                )
+            )
 
     def full_state(self) -> dict[str, Tensor]:
         """Public and private state together, never the key: for the client's own checkpoints.

@@ -101,7 +101,9 @@ def count_statistics(split: Split, images: Images, parts: Sequence[Tensor]) -> N
         seen = images_of[norm] = images_of.get(norm, 0) + len(part)
         norm.momentum = len(part) / seen
 
-    hooks = [norm.train().register_forward_pre_hook(count, with_kwargs=True) for norm in norms]
+    for norm in norms:
+        norm.train()
+    hooks = [norm.register_forward_pre_hook(count, with_kwargs=True) for norm in norms]
     device = next(iter(split.model.parameters())).device
     try:
         with torch.no_grad():

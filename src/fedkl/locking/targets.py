@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from fedkl.errors import LockError, gathered, warn
 from fedkl.locking import norms
+from fedkl.locking.copying import copied
 from fedkl.locking.functional import functional_norm_problems
 
 Layers = Literal["first", "all", "classifier"] | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -226,7 +226,7 @@ def _tied_problems(model: nn.Module, full_name: str, tensor: Tensor, owner: nn.M
 
 def _execution_order(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, nn.Module]:
     called: dict[str, None] = {}
-    probe = copy.deepcopy(model)
+    probe = copied(model, subject="lock")
     for name, module in probe.named_modules():
         module.register_forward_pre_hook(lambda m, args, name=name: called.setdefault(name))
     run(probe, example_inputs)
