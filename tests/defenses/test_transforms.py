@@ -195,6 +195,10 @@ def test_a_mod_refuses_complex_weights_before_anything_is_trained():
     model.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
     with pytest.raises(ConfigError, match=r"'phase' is torch\.complex64"):
         public_arrays(model, defense=noise)
+    broken = net()
+    nn.init.constant_(broken[0].bias, torch.inf)
+    with pytest.raises(ConfigError, match=r"public_arrays: .*\n  - '0\.bias' has non-finite values"):
+        public_arrays(broken, defense=noise)
     app = flower.ClientApp(mods=[TransformMod(noise)])
     app.train()(lambda message, context: asked.append(message))
     sent = RecordDict({"arrays": ArrayRecord(model.state_dict())})

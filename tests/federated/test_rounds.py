@@ -22,7 +22,7 @@ from fedkl.defenses.percentile import Percentile
 from fedkl.defenses.pruning import Pruning
 from fedkl.defenses.soteria import Soteria
 from fedkl.defenses.sparse_vector import SparseVector
-from fedkl.errors import ConfigError, TrainingError, UpdateError, gathered
+from fedkl.errors import ConfigError, DataError, TrainingError, UpdateError, gathered
 from fedkl.federated import (
     Averaging,
     FederatedTraining,
@@ -525,6 +525,129 @@ def test_tied_weights_are_averaged_or_refused(dataset):
     assert torch.equal(run.server.state["first.weight"], run.server.state["second.weight"])
     with pytest.raises(ConfigError, match=r"second\.weight.*tied"):
         tied(ServerSGD())
+    with pytest.raises(ConfigError, match=r"second\.weight.*tied"):  # and no public buffer
+        federation(dataset, NoDefense(), model=Tied(), local={"algorithm": "fedsgd"})
+
+
+class Masked(nn.Module):
+    """It has a causal mask, as `nn.Transformer.generate_square_subsequent_mask` gives it."""
+
+    def __init__(self, *, persistent):
+        super().__init__()
+        self.head = nn.Linear(32, 10)
+        self.register_buffer(
+            "mask", nn.Transformer.generate_square_subsequent_mask(32), persistent=persistent
+        )
+
+    def forward(self, x):
+        return self.head((x.mean(1) @ self.mask.exp()).mean(1))
+
+
+def test_a_model_that_is_not_finite_has_not_diverged(dataset):
+    for model, name in ((Masked(persistent=True), "mask"), (seeded(Normless), "1.weight")):
+        if name == "1.weight":
+            nn.init.constant_(model[1].weight, torch.nan)
+        for defense in (NoDefense(), GaussianNoise()):
+            with pytest.raises(ConfigError, match=rf"(?s)'{name}' has non-finite.*persistent=False.*diverge"):
+                federation(dataset, defense, model=model)
+    trained(federation(dataset, NoDefense(), model=Masked(persistent=False), rounds=1))
+
+
+class Returning(nn.Module):
+    """It returns something else than scores."""
+
+    def __init__(self, wrap, *, features=10):
+        super().__init__()
+        self.wrap, self.head = wrap, nn.Linear(3072, features)
+
+    def forward(self, x):
+        return self.wrap(self.head(x.flatten(1)), self.training)
+
+
+@dataclass
+class Output:
+    """As other libraries return it."""
+
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Returning(lambda scores, _: {"logits": scores}), r"got a dict .*network\(x\)\.logits"),
+        (lambda: Returning(lambda scores, _: (scores, scores)), "got a tuple in train mode"),
+        (lambda: Returning(lambda scores, _: Output(scores)), "got a Output"),
+        (lambda: Returning(lambda scores, new: scores if new else (scores,)), "got a tuple in eval mode"),
+        (
+            lambda: Returning(lambda scores, _: scores[:, :, None]),
+            r"got torch\.float32 of shape \(2, 10, 1\)",
+        ),
+        (lambda: Returning(lambda scores, _: scores.argmax(1)), r"got torch\.int64 of shape \(2,\)"),
+        (lambda: Returning(lambda scores, _: scores, features=1), r"of 10 classes, got .*\(2, 1\)"),
+        (lambda: Returning(lambda scores, _: scores, features=9), r"of 10 classes, got .*\(2, 9\)"),
+        (
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 10)),
+            r"images of shape \(3, 32, 32\).*RuntimeError",
+        ),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).double(), r"torch\.float32 \(RuntimeError"),
+        (
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)),
+            "It takes images with channels=1: load them",
+        ),
+    ],
+)
+def test_a_network_that_does_not_fit_the_images_is_explained(dataset, build, message):
+    with pytest.raises(DataError, match=rf"(?s)Federation: .*{message}"):
+        federation(dataset, NoDefense(), model=build())
+
+
+def test_more_scores_than_classes_train(dataset):
+    model = seeded(lambda: Returning(lambda scores, _: scores, features=12))
+    trained(federation(dataset, NoDefense(), model=model, rounds=1))
+
+
+class Silent(nn.Module):
+    """Its `train` returns nothing, as many write it; a norm of it stays as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3072, 10)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+
+    def eval(self):
+        super().eval()
+
+    def forward(self, x):
+        return self.head(self.norm(x).flatten(1))
+
+
+@pytest.mark.parametrize("defense", [NoDefense(), KeyLock(), DPSGD(), Soteria()], ids=lambda each: each.type)
+def test_train_and_eval_need_not_return_the_model(dataset, defense):
+    run = trained(federation(dataset, defense, model=seeded(Silent), rounds=1))
+    assert run.use(run.clients[0]).model.norm.training is False
+
+
+class Keeping(nn.Module):
+    """It keeps what it computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3072, 10)
+        self.seen = {}
+
+    def forward(self, x):
+        self.seen["last"] = self.head(self.norm(x).flatten(1))
+        return self.seen["last"]
+
+
+def test_a_model_that_keeps_results_is_named_with_them(dataset):
+    model = Keeping()
+    model(dataset.train_images[:2])
+    with pytest.raises(ConfigError, match=r"(?s)Federation: Keeping .*'seen' is the result.*x\.detach"):
+        federation(dataset, NoDefense(), model=model)
 
 
 def test_a_batch_of_one_sample_that_a_norm_cannot_take_is_explained(dataset):

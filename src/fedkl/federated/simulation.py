@@ -17,7 +17,13 @@ from fedkl.data import Dataset, class_counts
 from fedkl.defenses import Defense
 from fedkl.errors import FedKLError, RoundLostError, TrainingError, UpdateError, problems_of
 from fedkl.federated.accounting import ledger_of
-from fedkl.federated.checks import check_fedsgd, check_server_knows, check_tied, usable_device
+from fedkl.federated.checks import (
+    check_called,
+    check_fedsgd,
+    check_server_knows,
+    check_tied,
+    usable_device,
+)
 from fedkl.federated.client import Client, clients_of
 from fedkl.federated.evaluation import TestSet, weighted
 from fedkl.federated.options import Execution, FederatedTraining
@@ -45,8 +51,9 @@ class Federation:
         aggregation: In place of that of `training`.
 
     Raises:
-        ConfigError: The options do not go together.
-        DataError: The samples cannot be divided among so many clients.
+        ConfigError: The options do not go together; or the model has numbers that are not finite.
+        DataError: The samples cannot be divided among so many clients; or the model cannot be called with
+            them, or returns no class scores.
     """
 
     def __init__(
@@ -71,6 +78,8 @@ class Federation:
             dataset.train_labels, clients=training.clients, generator=rng.generator(seed, "partition")
         )
         self.class_counts = class_counts(dataset.train_labels, parts, classes=dataset.spec.classes)
+        probe = dataset.train_images[torch.arange(2) % len(dataset.train_images)]
+        check_called(model, probe, classes=dataset.spec.classes)
         self.clients = clients_of(parts, defense, model)
         self._indexes = {client.name: index for index, client in enumerate(self.clients)}
         options = aggregation or training.aggregation
@@ -88,14 +97,15 @@ class Federation:
             samples=Samples(
                 images=_on(self._device, dataset.train_images), labels=dataset.train_labels.to(self._device)
             ),
-            probe=dataset.train_images[torch.arange(2) % len(dataset.train_images)],
+            probe=probe,
             seed=seed,
             execution=execution,
         )
+        self.split.check_finite(subject="Federation")
+        check_tied(self.split, training)
         check_fedsgd(self.split, training)
         defense.check_sent(self.split.schema(UPDATE_KINDS[training.local.algorithm]))
         self.ledger = ledger_of(self.clients, defense=defense, training=training, model=self.split.model)
-        check_tied(self.split, training)
         self.server = Server(
             self.split.public_state(),
             trained=list(self.split.trained_parameters()),

@@ -40,7 +40,7 @@ def public_arrays(model: nn.Module, *, defense: Defense | None = None) -> ArrayR
 
     Raises:
         LockError: The model cannot be locked so.
-        ConfigError: The defense cannot change all that is sent.
+        ConfigError: The defense cannot change all that is sent, or the model has numbers that are not finite.
         SecretError: It is one client's own, made by `bake()`.
 
     >>> from fedkl.models import build_model
@@ -55,6 +55,7 @@ def public_arrays(model: nn.Module, *, defense: Defense | None = None) -> ArrayR
         )
     defense = defense or KeyLock()
     split = defense.prepare(model)
+    split.check_finite(subject="public_arrays")
     defense.check_sent(split.schema("weights"))
     return arrays_of(split.public_state())
 
