@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -90,7 +91,7 @@ def test_sarif_has_what_its_readers_need(made, result):
             "artifactLocation": {"uri": "audits/mine.py", "uriBaseId": "%SRCROOT%"},
             "region": {"startLine": 12},
         }
-        assert re.fullmatch("[0-9a-f]{64}", each["partialFingerprints"]["fedklFinding/v1"])
+        assert re.fullmatch("[0-9a-f]{64}", each["partialFingerprints"]["fedklFinding/v2"])
     assert "67 % [61–72 %]" in run["results"][0]["message"]["text"]
     assert "Setting: upper bound" in run["results"][1]["message"]["text"]
     (invocation,) = run["invocations"]
@@ -126,12 +127,29 @@ def test_fingerprints_stay_when_numbers_change_and_differ_by_finding():
     def prints(*findings, **settings):
         made = audit(*findings, **settings)
         run = run_of(exports.sarif(made, judge(made, Gate())))
-        return [each["partialFingerprints"]["fedklFinding/v1"] for each in run["results"]]
+        return [each["partialFingerprints"]["fedklFinding/v2"] for each in run["results"]]
 
     first = prints(finding(), finding("identified"), finding(attacker="ratio"), finding(exposure="single"))
     assert len(set(first)) == 4
     assert prints(finding(successes=150), seed=5) == prints(finding())
     assert prints(finding(), subject="another") != prints(finding())
+
+
+def test_audits_with_a_defense_masks_or_recordings_replace_no_other():
+    """A code host closes the alerts of a category that its newest file does not have."""
+    kinds = ({}, {"defense": "pruning:keep=0.1"}, {"masking": "blind"}, {"recorded": ("aa",)})
+    runs = [
+        run_of(exports.sarif(made, judge(made, Gate()))) for made in (audit(finding(), **e) for e in kinds)
+    ]
+    categories = [run["automationDetails"]["id"] for run in runs]
+    assert categories[:2] == [
+        "fedkl-audit/hospital/none/none/simulated/",
+        "fedkl-audit/hospital/pruning:keep=0.1/none/simulated/",
+    ]
+    assert len(set(categories)) == len(kinds)
+    assert (
+        len({each["partialFingerprints"]["fedklFinding/v2"] for run in runs for each in run["results"]}) == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,11 +161,23 @@ def test_sarif_places_are_uris(source, uri):
     assert run["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == uri
 
 
-def test_sarif_without_a_file_names_the_function():
+@pytest.mark.parametrize(
+    ("page", "uri"),
+    [
+        (None, "report.html"),
+        ("runs/a b/report.html", "runs/a%20b/report.html"),
+        ("/x/page.html", "page.html"),
+    ],
+)
+def test_sarif_without_a_file_names_the_function_and_the_report(page, uri):
+    """GitHub refuses a file of which one result has no place."""
     made = audit(finding(), source=None, line=None, finished=False)
-    run = run_of(exports.sarif(made, judge(made, Gate())))
+    run = run_of(exports.sarif(made, judge(made, Gate()), page=page and Path(page)))
     (place,) = run["results"][0]["locations"]
-    assert "physicalLocation" not in place
+    assert place["physicalLocation"] == {
+        "artifactLocation": {"uri": uri, "uriBaseId": "%SRCROOT%"},
+        "region": {"startLine": 1},
+    }
     assert place["logicalLocations"][0]["fullyQualifiedName"] == "audits.mine:subject"
     assert not run["invocations"][0]["executionSuccessful"]
 

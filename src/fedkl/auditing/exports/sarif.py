@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -24,7 +25,7 @@ _RULES: dict[Question, tuple[str, str, str]] = {
 """Name, meaning, and severity from 0 to 10 as code hosts order them."""
 
 
-def sarif(audit: Audit, result: GateResult) -> str:
+def sarif(audit: Audit, result: GateResult, *, page: Path | None = None) -> str:
     """One run: a rule for each question, a result for each leak and each finding that crosses a limit.
 
     Crossed limits are errors, other leaks of what clients really send are warnings, leaks at upper bounds are
@@ -33,6 +34,8 @@ def sarif(audit: Audit, result: GateResult) -> str:
     Args:
         audit: What was found.
         result: What `judge` made of it.
+        page: Its report; a result is placed there where the target's file is not known, because code hosts
+            refuse results without a file.
 
     Returns:
         The file's text, to be written as UTF-8.
@@ -44,10 +47,10 @@ def sarif(audit: Audit, result: GateResult) -> str:
     shown = [each for each in audit.worst_first() if each.outcome == "leaks" or result.crossed(each)]
     run = {
         "tool": {"driver": _driver(audit.settings)},
-        "automationDetails": {"id": f"fedkl-audit/{audit.settings.subject}/"},
+        "automationDetails": {"id": f"fedkl-audit/{'/'.join(_protocol(audit.settings))}/"},
         "originalUriBaseIds": {"%SRCROOT%": {"description": {"text": "Where the audit was started."}}},
         "invocations": [_invocation(audit, result)],
-        "results": [_result(audit, each, result) for each in shown],
+        "results": [_result(audit, each, result, page) for each in shown],
         "columnKind": "unicodeCodePoints",
     }
     document = {"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}
@@ -90,7 +93,7 @@ def _invocation(audit: Audit, result: GateResult) -> dict[str, Any]:
     }
 
 
-def _result(audit: Audit, finding: Finding, result: GateResult) -> dict[str, Any]:
+def _result(audit: Audit, finding: Finding, result: GateResult, page: Path | None) -> dict[str, Any]:
     real = audit.exposure(finding.exposure)
     crossed = result.crossed(finding)
     level: Level = "error" if crossed else "warning" if real.headline else "note"
@@ -102,24 +105,40 @@ def _result(audit: Audit, finding: Finding, result: GateResult) -> dict[str, Any
         "ruleIndex": list(_RULES).index(finding.question),
         "level": level,
         "message": {"text": " ".join([text, *crossed])},
-        "locations": [_location(audit.settings)],
-        "partialFingerprints": {"fedklFinding/v1": _fingerprint(audit.settings, finding)},
+        "locations": [_location(audit.settings, page)],
+        "partialFingerprints": {"fedklFinding/v2": _fingerprint(audit.settings, finding)},
         "properties": {"attacker": finding.attacker, "exposure": finding.exposure, "n": finding.found.n},
     }
 
 
-def _location(settings: Settings) -> dict[str, Any]:
-    logical = [{"fullyQualifiedName": settings.target, "kind": "function"}]
-    if settings.source is None:
-        return {"logicalLocations": logical}
-    uri = quote(settings.source.replace("\\", "/"), safe="/")
-    place: dict[str, Any] = {"artifactLocation": {"uri": uri, "uriBaseId": "%SRCROOT%"}}
-    if settings.line:
-        place["region"] = {"startLine": settings.line}
-    return {"physicalLocation": place, "logicalLocations": logical}
+def _location(settings: Settings, page: Path | None) -> dict[str, Any]:
+    """Where the audited function begins; of a file that is not known the report, of which the first line."""
+    known = settings.source is not None
+    file = settings.source.replace("\\", "/") if settings.source is not None else _place_of(page)
+    return {
+        "physicalLocation": {
+            "artifactLocation": {"uri": quote(file, safe="/"), "uriBaseId": "%SRCROOT%"},
+            "region": {"startLine": (settings.line if known else None) or 1},
+        },
+        "logicalLocations": [{"fullyQualifiedName": settings.target, "kind": "function"}],
+    }
+
+
+def _place_of(page: Path | None) -> str:
+    """Relative to where the audit was started; of a page elsewhere, its name."""
+    if page is None:
+        return "report.html"
+    here, there = Path.cwd().resolve(), page.resolve()
+    return there.relative_to(here).as_posix() if there.is_relative_to(here) else page.name
+
+
+def _protocol(settings: Settings) -> list[str]:
+    """What is audited: audits of these are other ones, and none replaces another."""
+    sent = "recorded" if settings.recorded else "simulated"
+    return [settings.subject, settings.defense, settings.masking, sent]
 
 
 def _fingerprint(settings: Settings, finding: Finding) -> str:
-    """The same for the same finding of every audit, whatever its numbers."""
-    parts = [settings.subject, finding.question, finding.attacker, finding.exposure]
+    """The same for the same finding of every audit of the same, whatever its numbers."""
+    parts = [*_protocol(settings), finding.question, finding.attacker, finding.exposure]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
