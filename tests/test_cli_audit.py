@@ -133,6 +133,80 @@ def test_a_plan_without_a_result_for_real_clients_says_so_before_the_work(fedkl,
     assert said.endswith("Give more images, or set images_per_client to at most 20.")
 
 
+EXITS = """
+import sys
+from tests.auditing import subjects
+
+calls = []
+
+def loop(network, x, y):
+    calls.append(len(x))
+    if len(calls) == 7:
+        sys.exit(0)
+    subjects.trains(network, x, y)
+
+def subject():
+    return subjects.subject(procedure=loop)
+"""
+
+
+def test_a_training_that_exits_is_no_pass(fedkl, monkeypatch, unchecked, tmp_path):
+    """Its 0 would be the command's, without a page, and nobody would know."""
+    monkeypatch.setattr(auditing.plan, "available", tuple)
+    (tmp_path / "exits.py").write_text(EXITS)
+    words = ("--fail-above", "presence_tpr=0.01", "--junit", "a.xml", "--batch-size", "1")
+    code, out, err = fedkl("audit", "exits.py:subject", "--out", "a", *words)
+    assert code == 3, err
+    assert "Limit without evidence: presence_tpr: nothing was measured" in out
+    assert "raised SystemExit (0) on 8 images" in (tmp_path / "a" / "report.md").read_text().replace("\\", "")
+    assert ElementTree.fromstring((tmp_path / "a.xml").read_bytes()).attrib["errors"] != "0"
+
+
+class _Unheard:
+    """Of rich, where nobody takes what is printed."""
+
+    def __call__(self, *_, **__):
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            sys.exit(1)
+
+
+def _raises(error):
+    def audit(*_, **__):
+        raise error
+
+    return audit
+
+
+@pytest.mark.parametrize(
+    ("audit", "code", "said"),
+    [
+        (_raises(SystemExit(0)), 2, "it ends the program (SystemExit: 0). Return, or raise an error"),
+        (_raises(SystemExit(3)), 2, "test_cli_audit.py, line "),
+        (_raises(EOFError("Ran out of input")), 2, "What was read ended too soon (Ran out of input)."),
+        (_raises(KeyError("nobody")), 70, "Error: KeyError, which nobody foresaw. The lines above end where"),
+        (_Unheard(), 141, ""),
+    ],
+    ids=["exit 0", "exit 3", "end of file", "unforeseen", "broken pipe"],
+)
+def test_no_code_of_an_audit_that_is_not_its_own(fedkl, monkeypatch, audit, code, said):
+    """1 says that a limit is crossed, 0 that all are kept."""
+    monkeypatch.setattr(auditing, "audit", audit, raising=False)
+    ended, _, err = fedkl("audit", "mine.py:subject", "--out", "a")
+    assert ended == code
+    assert said in err
+    assert ("Traceback" in err) is (code == 70)
+
+
+def test_a_target_elsewhere_has_its_place_in_sarif_at_the_report(fedkl, audited, tmp_path):
+    audited(finding(), source=None, line=None)
+    assert fedkl("audit", "mine.py:subject", "--out", "runs/a", "--sarif", "a.sarif")[0] == 0
+    (result,) = json.loads((tmp_path / "a.sarif").read_text())["runs"][0]["results"]
+    place = result["locations"][0]["physicalLocation"]["artifactLocation"]
+    assert place["uri"] == "runs/a/report.html"
+
+
 def test_an_interrupted_audit_is_no_pass(fedkl, audited):
     audited(finding("identified", 0, 300), finished=False)
     code, out, _ = fedkl("audit", "mine.py:subject", "--out", "a", "--fail-above", "identified=0.1")

@@ -114,6 +114,7 @@ def test_a_run_of_a_plugin_that_is_not_there_is_refused_by_name(fedkl, tmp_path,
         (None, "no such file"),
         ("1 +", "SyntaxError"),
         ("raise KeyError('x')", "KeyError"),
+        ("import sys\nsys.exit(0)", "SystemExit: 0"),
         ("x = 1", "registers"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -230,6 +231,10 @@ def raises(network, x, y):
     raise KeyError("no such\x1b[31m thing")
 
 
+def exits(network, x, y):
+    sys.exit(0)
+
+
 def refuses(network, x, y):
     raise ConfigError("an error of fedkl's own")
 
@@ -250,6 +255,7 @@ def trains_a_copy(network, x, y):
     [
         (raises, TrainingError, r"subject: the function that trains raised KeyError \(.*\) on 8 images.*"
          r"procedure\(network, inputs, labels\), on the CPU"),
+        (exits, TrainingError, r"subject: the function that trains raised SystemExit \(0\) on 8 images"),
         (refuses, ConfigError, "^an error of fedkl's own$"),
         (trains_nothing, TrainingError, "subject: .* changed no weight .* in place, not a copy"),
         (trains_a_copy, TrainingError, "subject: .* changed no weight .* in place, not a copy"),

@@ -131,6 +131,13 @@ def test_so_many_trials_as_are_said_do_decide():
     assert 0.7 * decided[0] < needed < 1.4 * decided[0]
 
 
+def test_what_decides_is_time_where_there_was_too_little():
+    for cut_short, remedy in ((False, "give more images."), (True, "give more minutes.")):
+        made = audit(finding("identified", 20, 300, cut_short=cut_short))
+        (check,) = judge(made, Gate.parse("identified=0.08")).checks
+        assert check.text.endswith(remedy)
+
+
 def test_a_value_that_is_the_limit_is_never_decided():
     (check,) = judge(audit(finding("identified", 30, 300)), Gate.parse("identified=0.1")).checks
     assert check.state == "undecided"

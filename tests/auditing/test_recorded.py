@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -410,6 +411,9 @@ def test_clients_that_cannot_be_played_and_too_few_are_refused(images, client):
     tensors = client(flat(), mode="eval")
     with pytest.raises(DataError, match="a client with 1 images cannot be played in train mode"):
         asked(subject, tensors)
+    exits = Subject(model=flat, images=x, labels=y, procedure=lambda network, x, y: sys.exit(0))
+    with pytest.raises(DataError, match=r"cannot be played in \w+ mode \(SystemExit: 0\)"):
+        fits(exits, RecordedUpdate(tensors=client(flat(), mode="eval"), kind="weights"), clients=40)
     with pytest.raises(ConfigError, match="at least 40 clients"):
         fits(subject, RecordedUpdate(tensors=tensors), clients=39)
 

@@ -165,7 +165,14 @@ def test_members_that_are_left_out_are_missed(audited, tmp_path):
         with pytest.raises(ConfigError, match=expected):
             audit_recorded(audited, [RecordedClient(update=sent, members=[0, 1, 2])], out=tmp_path)
     few = RecordedClient(update=update, members=[0, 1, 2])
-    assert finding(audit_recorded(audited, [few], out=tmp_path, anyway=True)).found.n == 3
+    found = audit_recorded(audited, [few], out=tmp_path, anyway=True)
+    assert finding(found).found.n == 3
+    assert (found.settings.recorded_kind, found.settings.anyway) == ("gradient", True)
+
+
+def test_infinite_minutes_are_refused(audited, tmp_path):
+    with pytest.raises(ConfigError, match="expected minutes above 0 and no infinite number, got inf"):
+        audit_recorded(audited, recordings.clients(audited, 1), out=tmp_path, minutes=float("inf"))
 
 
 def test_a_finished_audit_is_read_and_another_recording_is_another_audit(audited, tmp_path, only_rows):

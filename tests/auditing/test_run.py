@@ -7,6 +7,7 @@ import json
 import os
 import re
 import stat
+import sys
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -30,6 +31,7 @@ from fedkl.defenses import KeyLock
 from fedkl.defenses.pruning import Pruning
 from fedkl.errors import ConfigError, DataError, FolderError, NewerFormatError, TrainingError
 from fedkl.protocol import Knowledge
+from tests.auditing import audits
 from tests.auditing.subjects import EPOCH, Words, convnet, images, mlp, subject, tokens, trained, trains
 
 GRADIENT = Procedure()
@@ -207,9 +209,12 @@ def test_what_raises_ends_neither_the_audit_nor_the_others(tmp_path, few):
     assert found.summary is not None
 
 
-def test_presence_that_breaks_ends_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [AttributeError("x" * 3000 + "\x1b"), SystemExit(0)], ids=["raises", "exits"]
+)
+def test_presence_that_breaks_ends_nothing(tmp_path, monkeypatch, error):
     def breaks(clients, *, pools):
-        raise AttributeError("x" * 3000 + "\x1b")
+        raise error
 
     monkeypatch.setattr(run, "recognize", breaks)
     found = audited(tmp_path / "a")
@@ -252,6 +257,53 @@ def test_an_attacker_stops_where_its_share_of_the_time_is_used_up(tmp_path, monk
     monkeypatch.setattr(run._Clock, "until", lambda self, share: lambda: False)
     found = audited(tmp_path / "b")
     assert by_name(found)["rebuilt", "backwards", "gradient-of-1"].found.n == 8
+
+
+def test_who_was_cut_short_begins_anew_with_more_minutes(tmp_path, monkeypatch, few):
+    """Also who was held against a control that was cut short; in place of figures of fewer updates."""
+    few(BACKWARDS)
+    pairs = {"fields": {"images_per_client": 2}}
+    whole = audited(tmp_path / "whole", **pairs)
+    assert not any(each.cut_short for each in whole.findings)
+    assert "cut_short" not in (tmp_path / "whole/results.jsonl").read_text()  # an older fedkl reads it
+    real = run._Clock.until
+    for name, over in (("all", lambda self, share: lambda: True), ("control", first_only(real))):
+        monkeypatch.setattr(run._Clock, "until", over)
+        short = audited(tmp_path / name, minutes=LONG / 2, **pairs)
+        cut = {each.exposure for each in short.findings if each.cut_short}
+        assert cut == ({"gradient-of-1"} if name == "control" else {"gradient-of-1", "your-client"})
+        assert by_name(short)["rebuilt", "backwards", "gradient-of-1"].found.n == 2
+        monkeypatch.setattr(run._Clock, "until", real)
+        assert audited(tmp_path / name, minutes=LONG / 2, **pairs) == short
+        longer = audited(tmp_path / name, minutes=LONG, **pairs)
+        assert longer.settings.minutes == LONG
+        assert sorted(timeless(longer), key=repr) == sorted(timeless(whole), key=repr)
+
+
+def first_only(real):
+    """A clock on which one attacker has no time but for its first lot."""
+    asked = []
+
+    def until(self, share):
+        asked.append(share)
+        return (lambda: True) if len(asked) <= 2 else real(self, share)
+
+    return until
+
+
+def test_who_had_no_control_for_want_of_time_begins_anew():
+    single = audits.SINGLE.model_copy(update={"name": "gradient-of-1"})
+    late = audits.not_run("span", exposure="gradient-of-1")
+    control = {"control": audits.measured(3, 3)}
+    present = audits.audit(
+        audits.finding("rebuilt"),
+        audits.finding("identified", **control),  # of the same attack
+        audits.finding("rebuilt", attacker="ig"),
+        audits.finding("rebuilt", attacker="span", exposure="sums", **control),  # something is hidden
+        late,
+        exposures=(audits.REAL, single, audits.SUMS),
+    )
+    assert run._cut_short(present) == {("span", "real")}
 
 
 class Stop:
@@ -434,6 +486,25 @@ def test_a_folder_of_another_audit_is_refused(tmp_path, changed, few):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_function_that_moves_in_its_file_is_no_other(tmp_path, few):
+    few()
+    found = audited(tmp_path / "a", minutes=1e-9, source="mine.py", line=3)
+    moved = audited(tmp_path / "a", minutes=1e-9, source="mine.py", line=4)
+    assert moved == found.model_copy(update={"settings": found.settings.model_copy(update={"line": 4})})
+    with pytest.raises(FolderError, match="other options: source"):
+        audited(tmp_path / "a", minutes=1e-9, source="other.py", line=4)
+
+
+def test_the_same_tensors_of_another_kind_are_another_recording():
+    def settings(**kind):
+        return audits.audit(recorded=("aa",), **kind).settings
+
+    gradient, weights = settings(recorded_kind="gradient"), settings(recorded_kind="weights", anyway=True)
+    assert run._differing(gradient, weights) == ["kind of the recorded updates"]
+    assert run._differing(settings(), weights) == []  # an older file does not say
+    assert "recorded_kind" not in settings().model_dump_json()
+
+
 def test_more_minutes_are_for_those_who_had_none(tmp_path):
     whole = audited(tmp_path / "whole")
     short = audited(tmp_path / "a", minutes=1e-6)
@@ -470,6 +541,9 @@ def test_a_folder_that_an_audit_only_just_began_is_no_other(tmp_path, few, monke
         ({"minutes": 0.0}, "expected minutes above 0"),
         ({"minutes": -1.0}, "expected minutes above 0"),
         ({"minutes": float("nan")}, "expected minutes above 0"),
+        ({"minutes": float("inf")}, "expected minutes above 0 and no infinite number"),
+        ({"minutes": 1e308}, "expected minutes above 0 and no infinite number"),  # in seconds
+        ({"target": "a\nb"}, "settings are not usable.\n  - target: "),
         ({"batch_sizes": (0,)}, "batch_sizes from 1"),
         ({"batch_sizes": (4, -1)}, "batch_sizes from 1"),
         ({"defense": "nose"}, "defense: expected one of"),
@@ -500,6 +574,19 @@ def test_a_client_that_cannot_train_ends_the_audit(tmp_path):
 
     with pytest.raises(TrainingError, match="raised ValueError"):
         audited(tmp_path / "a", fields={"procedure": raises})
+
+
+class Exits(nn.Sequential):
+    """Ends the program while it is trained."""
+
+    def forward(self, x):
+        return sys.exit(0) if self.training else super().forward(x)
+
+
+def test_a_network_that_ends_the_program_when_it_trains_ends_the_audit(tmp_path):
+    exits = replace(subject(procedure=GRADIENT, weights=None), model=lambda: Exits(*mlp()))
+    with pytest.raises(TrainingError, match=r"cannot send one gradient of 8 images \(SystemExit: 0\)"):
+        fedkl.audit(exits, out=tmp_path / "a")
 
 
 def test_behind_blind_masks_nothing_is_found_and_the_control_succeeds(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -108,6 +109,10 @@ def raises():
         ({"normalization": ((0.5,) * 3, (0.5,))}, "normalization: expected a mean and a positive std"),
         ({"images": tokens(), "normalization": ((0.5,), (0.5,))}, "normalization: expected None where images "
          "are tokens"),
+        ({"name": "a\nb"}, r"name: expected text of one line and at most 1,000 characters, got 'a\\nb'"),
+        ({"name": "\x1b[31m"}, "name: expected text of one line"),
+        ({"name": "\ud800"}, "name: expected text of one line"),
+        ({"name": 1001 * "x"}, "name: expected text of one line and at most 1,000 characters, got 'x{99}…'"),
     ],
 )  # fmt: skip
 def test_an_unusable_subject_is_refused(fields, message):
@@ -126,6 +131,7 @@ def test_an_unusable_subject_is_refused(fields, message):
         ({"labels": labels().tolist()}, "images, labels: expected tensors, got Tensor and list"),
         ({"normalization": (0.5, 0.5)}, r"normalization: expected .* e.g. \(\(0.5,\), \(0.5,\)\)"),
         ({"normalization": 0.5}, "normalization: expected a mean and a positive std"),
+        ({"name": 7}, "name: expected text of one line and at most 1,000 characters, got int"),
     ],
 )
 def test_a_field_of_another_type_is_refused(fields, message):
@@ -163,6 +169,10 @@ class TestBuild:
     def test_a_factory_that_raises(self):
         with pytest.raises(ConfigError, match=r"Subject.model: raised RuntimeError \(no such\\nfile\)"):
             subject(model=raises).build()
+
+    def test_a_factory_that_ends_the_program(self):
+        with pytest.raises(ConfigError, match=r"Subject.model: raised SystemExit \(0\)"):
+            subject(model=lambda: sys.exit(0)).build()
 
     def test_a_factory_that_wants_arguments(self):
         with pytest.raises(ConfigError, match=r"raised TypeError .*without arguments"):
@@ -285,6 +295,14 @@ class TestCheck:
     def test_images_that_the_network_does_not_take(self):
         with pytest.raises(DataError, match=r"cannot be called with images of shape \(3, 8, 8\) \(RuntimeE"):
             subject(model=lambda: network(channels=1)).check()
+
+    def test_a_network_that_ends_the_program(self):
+        class Exits(nn.Module):
+            def forward(self, x):
+                sys.exit(0)
+
+        with pytest.raises(DataError, match=r"cannot be called with images of .* \(SystemExit: 0\)"):
+            subject(model=Exits).check()
 
     def test_gray_for_a_network_of_color_and_the_reverse(self):
         with pytest.raises(DataError, match=r"takes images with channels=3: give images\.expand\(-1, 3, "):

@@ -99,6 +99,8 @@ WRONG = {
         "def subject(data, *more, size, seed=0): ...\n",
         "a function without arguments, got one that needs data, size",
     ),
+    "a class of Python's own": ("builtins:dict", "", "that says which arguments it takes, got type 'dict'"),
+    "another one": ("functools:partial", "", "that says which arguments it takes, got type 'partial'"),
     "it raises": (
         "mine.py:subject",
         "def inner():\n    return {}['x']\ndef subject():\n    return inner()\n",

@@ -133,6 +133,11 @@ class Failing(Files):
         raise FileNotFoundError("ERIKA MUSTERMANN.png")
 
 
+class Exiting(Files):
+    def __getitem__(self, index):
+        raise SystemExit(0)
+
+
 def _pairs(*images, label=0):
     return [(image, label) for image in images]
 
@@ -146,6 +151,7 @@ BAD = {
     "dictionaries": ([{"image": GRAY, "label": 0}], r"got dict of 2\. Return `image, label`"),
     "three": ([(GRAY, 0, 1)], "got tuple of 3"),
     "fails": (Failing(), r"dataset\[0\]: expected an item, got FileNotFoundError"),
+    "exits": (Exiting(), r"dataset\[0\]: expected an item, got SystemExit"),
     "text": ([("x.png", 0)], r"dataset\[0\]: expected a tensor, a NumPy array or a PIL image, got str"),
     "channels last": (_pairs(torch.rand(6, 5, 3)), r"Channels come first: image\.permute"),
     "four dimensions": (_pairs(torch.rand(1, 1, 6, 5)), r"got \(1, 1, 6, 5\)"),

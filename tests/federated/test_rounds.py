@@ -213,6 +213,18 @@ def test_a_defense_looks_at_the_images_that_the_gradient_is_of(dataset):
     torch.testing.assert_close(list(gradient.values()), list(expected))
 
 
+class Exiting(Looking):
+    """Ends the program."""
+
+    def changed(self, change, *, draws, client):
+        raise SystemExit(0)
+
+
+def test_a_defense_that_ends_the_program_ends_the_training_with_its_name(dataset):
+    with pytest.raises(TrainingError, match=r"Exiting\.transform: SystemExit on an update of kind 'weights'"):
+        federation(dataset, Exiting(), model=seeded(Normless)).run_round(0)
+
+
 @pytest.mark.parametrize(
     "defense", [GaussianNoise(deviation=0.1), ClientDP(), Pruning(keep=0.9)], ids=lambda each: each.type
 )

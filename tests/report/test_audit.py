@@ -470,6 +470,34 @@ def test_what_repeats_it():
     )
 
 
+@pytest.mark.parametrize("name", ["mine: v2", "mine:v2", "at 10:30"])
+def test_a_subject_whose_name_has_a_colon_is_not_repeated_on_the_command_line(name):
+    made = audit(finding(), subject=name, target=name, source=None, line=None)
+    assert advice.command(made).startswith("fedkl.auditing.audit(subject, out=NEW, ")
+
+
+def test_what_repeats_the_audit_of_a_recording_says_its_kind_and_that_it_was_wanted_anyway():
+    recorded = {"recorded": ("aa",), "batch_sizes": ()}
+    for settings, flags in (
+        ({}, ""),
+        ({"recorded_kind": "gradient"}, ""),
+        ({"recorded_kind": "difference"}, " --kind difference"),
+        ({"recorded_kind": "weights", "anyway": True}, " --kind weights --anyway"),
+    ):
+        made = audit(finding(), **recorded, **settings)
+        assert advice.command(made) == (
+            f"fedkl audit audits.mine:subject --out NEW --recorded UPDATES --members MEMBERS{flags} "
+            "--minutes 10 --seed 0"
+        )
+        assert "--kind" not in advice.command(made, masking="blind")
+        assert "--anyway" not in advice.command(made, masking="blind")
+    api = audit(finding(), **recorded, target="hospital", anyway=True)
+    assert advice.command(api) == (
+        "fedkl.auditing.audit_recorded(subject, clients, out=NEW, anyway=True, minutes=10.0, seed=0)"
+    )
+    assert "anyway" not in advice.command(api, masking="blind")
+
+
 def test_who_failed_who_is_undecided_and_who_came_to_nothing_are_three_lists():
     made = audit(
         finding(outcome="says nothing"),

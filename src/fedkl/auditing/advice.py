@@ -6,7 +6,7 @@ import shlex
 from typing import NamedTuple
 
 from fedkl.auditing import words
-from fedkl.auditing.results import Audit, Exposure, Finding, Masking
+from fedkl.auditing.results import Audit, Exposure, Finding, Masking, Settings
 
 _LEFT: dict[Masking, str] = {
     "none": "",
@@ -105,20 +105,31 @@ def command(audit: Audit, *, masking: Masking | None = None) -> str:
     """
     settings = audit.settings
     if masking is not None:
-        settings = settings.model_copy(update={"masking": masking, "recorded": ()})
+        settings = settings.model_copy(update={"masking": masking, "recorded": (), "anyway": False})
     changed = {
         name: getattr(settings, name) for name in ("defense", "masking") if getattr(settings, name) != "none"
     }
-    if ":" not in settings.target:  # a subject that was never on the command line
+    anyway = {"anyway": True} if settings.anyway else {}
+    if not _is_of_the_command_line(settings):
         sizes = {} if settings.recorded else {"batch_sizes": settings.batch_sizes}
-        values = {**changed, **sizes, "minutes": settings.minutes, "seed": settings.seed}
+        values = {**changed, **sizes, **anyway, "minutes": settings.minutes, "seed": settings.seed}
         options = "".join(f", {name}={value!r}" for name, value in values.items())
         call = "audit_recorded(subject, clients" if settings.recorded else "audit(subject"
         return f"fedkl.auditing.{call}, out=NEW{options})"
     parts = ["fedkl", "audit", settings.target, "--out", "NEW"]
     for name, value in changed.items():
         parts += [f"--{name}", value]
-    parts += ["--recorded", "UPDATES", "--members", "MEMBERS"] if settings.recorded else []
+    if settings.recorded:
+        parts += ["--recorded", "UPDATES", "--members", "MEMBERS"]
+        kind = settings.recorded_kind or "gradient"
+        parts += ["--kind", kind] if kind != "gradient" else []
+        parts += ["--anyway"] if settings.anyway else []
     parts += ["--batch-size", ",".join(map(str, settings.batch_sizes))] if settings.batch_sizes else []
     parts += ["--minutes", f"{settings.minutes:g}", "--seed", str(settings.seed)]
     return shlex.join(parts)
+
+
+def _is_of_the_command_line(settings: Settings) -> bool:
+    """Whether the target can be given there; else it is the name of a subject, which may have colons, too."""
+    place, _, name = settings.target.rpartition(":")
+    return bool(place) and name.isidentifier() and settings.target != settings.subject

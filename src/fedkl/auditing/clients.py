@@ -310,7 +310,7 @@ class Clients:
                 loop(client.model.train(), self.subject.inputs(images), labels)
             except FedKLError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise TrainingError(
                     f"{self.subject.name}: the function that trains raised {type(error).__name__} "
                     f"({printable(str(error))}) on {len(images)} images. It is called as "

@@ -60,6 +60,7 @@ def of_pictures(
                 figures={name: value for name, value in figures.items() if value is not None},
                 pictures=pictures,
                 seconds=seconds,
+                cut_short=rebuilt.cut_short,
             )
         )
     return found

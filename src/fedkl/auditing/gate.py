@@ -316,7 +316,8 @@ def _needed(finding: Finding, interval: Interval, limit: float) -> str:
         return "no number of trials that can be run would decide it"
     digits = 1 - math.floor(math.log10(trials))
     rounded = math.ceil(trials * 10.0**digits) / 10.0**digits
-    return f"about {rounded:.0f} trials would decide it, {finding.found.n} were run: give more images"
+    more = "minutes" if finding.cut_short else "images"
+    return f"about {rounded:.0f} trials would decide it, {finding.found.n} were run: give more {more}"
 
 
 def _compared(audit: Audit, baseline: Audit) -> Iterator[Check]:

@@ -232,7 +232,7 @@ def _on(clients: Clients, pools: Pools) -> list[Planned]:
     attackers: list[Attacker | None] = [None, *available()]
     try:
         seconds = _seconds_of_update(clients, pools)
-    except Exception as error:  # the user's network and loop run in here: anything may be raised
+    except (Exception, SystemExit) as error:  # the user's network and loop run in here
         said = f"{type(error).__name__}: {printable(str(error))}"
         if exposure.headline and isinstance(error, FedKLError):
             raise

@@ -52,6 +52,7 @@ class Rebuilt:
         candidates: Images among which its own had to be identified.
         truth: Some originals, in [0, 1].
         images: What came out of each, as the attacker would show it, in [0, 1].
+        cut_short: Whether the time was over before all trials were attacked.
     """
 
     found: dict[str, Any]
@@ -62,6 +63,7 @@ class Rebuilt:
     candidates: int
     truth: Tensor = field(repr=False)
     images: Tensor = field(repr=False)
+    cut_short: bool = False
 
 
 def dataset_of(clients: Clients, pools: Pools) -> Dataset:
@@ -195,7 +197,8 @@ def rebuild(
                 break
     if not any(each.arm == arm.name for each in found for arm in arms if arm.control or len(arms) == 1):
         return refused[0] if refused else None
-    return _figures(arms, found, refused, trials, dataset, clients.seed, attacker)
+    figures = _figures(arms, found, refused, trials, dataset, clients.seed, attacker)
+    return replace(figures, cut_short=done < count)
 
 
 def _trials(clients: Clients, dataset: Dataset, *, most: int, together: Sequence[Arm] = ()) -> list[Trial]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -101,12 +102,13 @@ def audit_recorded(
         DataError: The network does not fit the images, or clients cannot be played.
         TrainingError: A client cannot train.
     """
-    if not minutes > 0:
-        raise ConfigError(f"audit_recorded: expected minutes above 0, got {minutes}.")
+    if not 0 < 60 * minutes < math.inf:
+        raise ConfigError(f"audit_recorded: expected minutes above 0 and no infinite number, got {minutes}.")
     _check_members(subject, clients, anyway=anyway)
     updates = _updates(subject, [each.update for each in clients], anyway=anyway, progress=progress)
     pools, places = _pools(subject, [each.members for each in clients], seed=seed)
     exposures = recorded_exposures_of(subject, Sent(updates=updates, places=places), seed=seed)
+    kinds = {each.update.kind for each in clients}
     settings = settings_of(
         subject,
         exposures,
@@ -116,6 +118,8 @@ def audit_recorded(
         seed=seed,
         minutes=minutes,
         recorded=tuple(_digest(each) for each in clients),
+        recorded_kind=kinds.pop() if len(kinds) == 1 else None,
+        anyway=anyway,
     )
     return run_all(settings, exposures, pools, out=out, planned=planned, progress=progress)
 

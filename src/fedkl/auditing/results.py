@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer
 
@@ -48,9 +48,25 @@ Name = Annotated[str, Field(pattern=r"^[\w.-]{1,100}$")]  # names files too
 
 
 class Record(BaseModel):
-    """Frozen, strict, of known fields only."""
+    """Frozen, strict, of known fields only.
+
+    Attributes:
+        later: Fields that older files lack. With their defaults they are not written either, so that files
+            are as they ever were where nothing is new in them.
+    """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True, extra="forbid")
+
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_usual(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {
+            name: value
+            for name, value in handler(self).items()
+            if name not in self.later or value != fields[name].default
+        }
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -119,9 +135,14 @@ class Settings(Record):
         environment: Versions by name that the figures depend on, e.g. ``{"torch": "2.6.0"}``; audits of
             different ones are not compared.
         recorded: Hashes of the recorded updates and their members; none where clients are simulated.
+        recorded_kind: What the recorded tensors are, see `RecordedKind`; None where clients are simulated, of
+            several kinds, and in older files.
+        anyway: Whether recorded updates were attacked that do not fit, too.
         fingerprint: Of weights, images, labels and procedure, see `Subject.fingerprint`; None in older files.
         exposures: What is looked at.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"recorded_kind", "anyway"})
 
     version: Literal[1] = VERSION
     fedkl: Word
@@ -138,6 +159,8 @@ class Settings(Record):
     batch_sizes: tuple[Count, ...] = ()
     environment: dict[str, Word] = {}
     recorded: tuple[Word, ...] = ()
+    recorded_kind: Literal["gradient", "difference", "weights"] | None = None
+    anyway: bool = False
     fingerprint: Word | None = None
     exposures: tuple[Exposure, ...]
 
@@ -160,7 +183,11 @@ class Finding(Record):
         pictures: File below the audit's folder with ``truth`` and ``found``, both ``(images, channels,
             height, width)`` in [0, 1]; None if there are none.
         seconds: Of one core.
+        cut_short: Whether the time was over before all was attacked: more minutes begin it anew. False in
+            older files.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"cut_short"})
 
     event: Literal["finding"] = "finding"
     question: Question
@@ -176,6 +203,7 @@ class Finding(Record):
     figures: dict[str, float] = {}
     pictures: Annotated[str, Field(pattern=r"^pictures/[\w.-]{1,200}\.safetensors$")] | None = None
     seconds: Seconds
+    cut_short: bool = False
 
 
 class NotRun(Record):
@@ -204,15 +232,13 @@ class Summary(Record):
         version: 2 since there is a date; None in older files, which stay as they were.
     """
 
+    later: ClassVar[frozenset[str]] = frozenset({"date", "version"})
+
     seconds: Seconds
     findings: Count
     not_run: Count
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
     version: Literal[2] | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_unknown(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if value is not None}
 
 
 _LINE: TypeAdapter[Finding | NotRun] = TypeAdapter(Annotated[Finding | NotRun, Field(discriminator="event")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
@@ -11,21 +12,23 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 
 import fedkl
 from fedkl.attacking.grid import NotRun as Unattacked
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.defended import defense_of, text_of
 from fedkl.auditing.findings import of_pictures, of_presence
-from fedkl.auditing.plan import Planned, exposures_of, plan
+from fedkl.auditing.plan import CONTROL, Planned, exposures_of, plan
 from fedkl.auditing.rebuilding import Rebuilt, rebuild
 from fedkl.auditing.recognition import Pools, Recognized, recognize
 from fedkl.auditing.results import Audit, Finding, Masking, NotRun, Settings, Summary
 from fedkl.auditing.subject import Subject
 from fedkl.defenses import Defense
-from fedkl.errors import ConfigError, FolderError
+from fedkl.errors import ConfigError, FolderError, gathered
 from fedkl.files import PRIVATE_FILE, PRIVATE_FOLDER, exclusive, make_folder, write_atomically
 from fedkl.study import Progress, silent
+from fedkl.validation import problems_of
 
 _LEFT_FOR_ONE = 0.25  # share of the time that is left, after which an attacker begins no further lot
 _MOST_FOR_ONE = 0.5  # and after which it is ended in the middle of one; estimates of time are rough
@@ -69,9 +72,10 @@ def audit(
         DataError: The network does not fit the images.
         TrainingError: A client cannot train.
     """
-    if not minutes > 0 or min(batch_sizes, default=1) < 1:
+    if not 0 < 60 * minutes < math.inf or min(batch_sizes, default=1) < 1:
         raise ConfigError(
-            f"audit: expected minutes above 0 and batch_sizes from 1, got {minutes} and {tuple(batch_sizes)}."
+            "audit: expected minutes above 0 and no infinite number, and batch_sizes from 1, got "
+            f"{minutes} and {tuple(batch_sizes)}."
         )
     subject.check()
     pools = Pools.of(subject.images, subject.labels, seed=seed)
@@ -101,17 +105,25 @@ def settings_of(subject: Subject, exposures: Sequence[Clients], **given: Any) ->
         subject: What is audited.
         exposures: What is looked at.
         given: The other fields.
+
+    Raises:
+        ConfigError: One cannot stand in a file, a target of several lines, say.
     """
-    return Settings(
-        fedkl=fedkl.__version__,
-        subject=subject.name,
-        images=len(subject.images),
-        classes=subject.classes,
-        environment={"torch": torch.__version__},
-        fingerprint=subject.fingerprint(),
-        exposures=tuple(each.exposure for each in exposures),
-        **given,
-    )
+    try:
+        return Settings(
+            fedkl=fedkl.__version__,
+            subject=subject.name,
+            images=len(subject.images),
+            classes=subject.classes,
+            environment={"torch": torch.__version__},
+            fingerprint=subject.fingerprint(),
+            exposures=tuple(each.exposure for each in exposures),
+            **given,
+        )
+    except ValidationError as error:
+        raise ConfigError(
+            gathered("The audit's settings are not usable.", problems_of(error), "Correct these.")
+        ) from error
 
 
 def run_all(
@@ -191,20 +203,27 @@ class _Folder:
                 )
             if settings.minutes > present.settings.minutes:
                 self._give_time(settings, present)
+            elif settings.line != present.settings.line:
+                self._write(present.settings.model_copy(update={"line": settings.line}))
             return self.audit()
         held = [each.name for each in self.path.iterdir() if not each.name.startswith(".")]
         if held:
             raise FolderError(f"{self.path}: expected an empty folder, it holds {held[0]!r}. Choose another.")
-        write_atomically(self.path / "audit.json", settings.model_dump_json(indent=2).encode())
+        self._write(settings)
         return Audit(settings=settings)
 
-    def _give_time(self, settings: Settings, present: Audit) -> None:
-        """Forgets who had no time left; whenever this is interrupted, the same command does the rest."""
-        (self.path / "summary.json").unlink(missing_ok=True)
-        kept = [each for each in present.not_run if each.kind != "no time left"]
-        lines = "".join(f"{record.model_dump_json()}\n" for record in (*present.findings, *kept))
-        write_atomically(self.path / "results.jsonl", lines.encode())
+    def _write(self, settings: Settings) -> None:
         write_atomically(self.path / "audit.json", settings.model_dump_json(indent=2).encode())
+
+    def _give_time(self, settings: Settings, present: Audit) -> None:
+        """Forgets who had too little; whenever this is interrupted, the same command does the rest."""
+        (self.path / "summary.json").unlink(missing_ok=True)
+        again = _cut_short(present)
+        kept: list[Finding | NotRun] = [e for e in present.findings if (e.attacker, e.exposure) not in again]
+        kept += [each for each in present.not_run if each.kind != "no time left"]
+        lines = "".join(f"{record.model_dump_json()}\n" for record in kept)
+        write_atomically(self.path / "results.jsonl", lines.encode())
+        self._write(settings)
 
     def audit(self) -> Audit:
         """What is there now."""
@@ -239,15 +258,43 @@ class _Folder:
         write_atomically(self.path / "summary.json", summary.model_dump_json(indent=2).encode())
 
 
+def _cut_short(present: Audit) -> set[tuple[str, str]]:
+    """Who was cut short on what, or judged by a control that was, or by none because that had no time."""
+    found = {(each.attacker, each.exposure) for each in present.findings if each.cut_short}
+    late = {
+        each.attacker for each in present.not_run if (each.kind, each.exposure) == ("no time left", CONTROL)
+    }
+    controls = {
+        (each.attacker, each.question): each.found
+        for each in present.findings
+        if each.cut_short and each.exposure == CONTROL
+    }
+    for each in present.findings:
+        control = controls.get((each.attacker, each.question))
+        unjudged = control is None and each.control is None and each.attacker in late
+        if unjudged or (control is not None and each.control == control):
+            found.add((each.attacker, each.exposure))
+    return found
+
+
+_ALIKE = frozenset({"minutes", "line", "anyway"})
+"""Settings that make no other audit: more time goes on, code moves, and what fits is attacked in any case."""
+
+
 def _differing(present: Settings, wanted: Settings) -> list[str]:
-    """The settings in which two audits differ, in words; more time is no other audit: it goes on."""
+    """The settings in which two audits differ, in words."""
     what = "weights, images, labels or procedure"
     unknown = "" if present.fingerprint else " (an older fedkl did not write down which)"
-    words = {"fedkl": "fedkl's version", "fingerprint": what + unknown}
+    words = {
+        "fedkl": "fedkl's version",
+        "fingerprint": what + unknown,
+        "recorded_kind": "kind of the recorded updates",
+    }
     return [
         words.get(name, name)
         for name in Settings.model_fields
-        if name != "minutes" and getattr(present, name) != getattr(wanted, name)
+        if name not in _ALIKE and getattr(present, name) != getattr(wanted, name)
+        if not (name == "recorded_kind" and present.recorded_kind is None)  # an older file does not say
     ]
 
 
@@ -311,7 +358,7 @@ def _attempt(entry: Planned, pools: Pools, clock: _Clock) -> Rebuilt | _Presence
             return _Presence(recognize(entry.clients, pools=pools), control)
         enough, over = (clock.until(share) for share in (_LEFT_FOR_ONE, _MOST_FOR_ONE))
         found = rebuild(entry.attacker, entry.clients, pools=pools, enough=enough, over=over)
-    except Exception as error:  # the user's network and loop run in here: anything may be raised
+    except (Exception, SystemExit) as error:  # the user's network and loop run in here
         return not_run(kind="broke", reason=f"{type(error).__name__}: {error}")
     if found is None:
         return not_run(kind="no time left", reason="The time for it was over before its first images.")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from fedkl import rng
@@ -23,6 +24,7 @@ from fedkl.errors import ConfigError, DataError, gathered, printable, shown
 from fedkl.modelfile import read_tensors
 from fedkl.models.preprocessing import Standardize
 from fedkl.protocol import Procedure, trained_parameters
+from fedkl.run_records import Word
 from fedkl.update import TensorSpec, check_tensors
 
 LocalLoop = Callable[[nn.Module, Tensor, Tensor], object]
@@ -31,6 +33,7 @@ LocalLoop = Callable[[nn.Module, Tensor, Tensor], object]
 _MAX_WEIGHTS = 2**32  # bytes of a file
 _ADDRESS = " at 0x"  # in a repr that differs from process to process
 _LEAST_IMAGES = 40
+_NAME = TypeAdapter(Word, config=ConfigDict(strict=True))  # it stands in the audit's files
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,7 +58,7 @@ class Subject:
         normalization: Mean and standard deviation per channel, of what is done to images before the network
             sees them; None: nothing is.
         classes: How many there are; 0: the largest label, and one.
-        name: What reports call it.
+        name: What reports call it, in one line.
 
     Raises:
         ConfigError: Fields are not usable; the message lists all of them.
@@ -105,6 +108,10 @@ class Subject:
                 self.norm_mode in ("train", "eval")
             ),
             f"classes: expected at least 0, got {self.classes}": self.classes >= 0,
+            "name: expected text of one line and at most 1,000 characters, got "
+            + (shown(self.name) if isinstance(self.name, str) else type(self.name).__name__): (
+                _is_name(self.name)
+            ),
             "images, labels: expected tensors, got "
             f"{type(self.images).__name__} and {type(self.labels).__name__}; images[:] makes one of a store, "
             "and `images, labels = fedkl.data.as_tensors(dataset)` two of a torch Dataset": (
@@ -167,7 +174,7 @@ class Subject:
             # Without `weights` too, all networks that are built are the same: an update is a difference.
             with rng.seeded(0):
                 network = self.model()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(
                 f"Subject.model: raised {type(error).__name__} ({printable(str(error))}). Give a function "
                 "without arguments that returns the network, on the CPU."
@@ -240,7 +247,7 @@ class Subject:
         try:
             with torch.no_grad():
                 scores = network(self.images[:2])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(
                 f"{self.name}: the network cannot be called with images of shape "
                 f"{tuple(self.images.shape[1:])} ({type(error).__name__}: {printable(str(error))}). "
@@ -268,7 +275,7 @@ class Subject:
         wanted = 4 - channels
         given = {3: "images.expand(-1, 3, -1, -1)", 1: "images.mean(1, keepdim=True)"}[wanted]
         other = images.expand(-1, 3, -1, -1) if channels == 1 else images.mean(1, keepdim=True)
-        with torch.no_grad(), contextlib.suppress(Exception):  # it may be about something else
+        with torch.no_grad(), contextlib.suppress(Exception, SystemExit):  # it may be about something else
             self.build().eval()(other)
             return f"It takes images with channels={wanted}: give {given}, or load them so."
         return None
@@ -331,6 +338,14 @@ def _image_problems(images: Tensor) -> list[str]:
             "before normalization, and its mean and standard deviation as `normalization`"
         )
     return problems
+
+
+def _is_name(name: object) -> bool:
+    try:
+        _NAME.validate_python(name)
+    except ValidationError:
+        return False
+    return True
 
 
 class _StandardizeFirst:

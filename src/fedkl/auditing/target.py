@@ -105,9 +105,16 @@ def _function(module: ModuleType, name: str, target: str) -> Callable[[], Any]:
         raise ConfigError(printable(f"{target}: no such function; {there}. {_FORM}", limit=None))
     if not callable(found):
         raise ConfigError(f"{target}: expected a function, got {type(found).__name__}. {_FORM}")
+    try:
+        arguments = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError) as error:  # of what is written in C
+        raise ConfigError(
+            f"{target}: expected a function that says which arguments it takes, got {type(found).__name__} "
+            f"{shown(name)}. {_FORM}"
+        ) from error
     needed = [
         each.name
-        for each in inspect.signature(found).parameters.values()
+        for each in arguments
         if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
     ]
     if needed:

@@ -75,7 +75,8 @@ def audit(
 ) -> None:
     """What your own training leaks: attacks on what your clients send, a report, and limits for CI.
 
-    Exit codes: 0 all limits kept, 1 one was crossed, 2 wrong usage, 3 too little evidence to say.
+    Exit codes: 0 all limits kept, 1 one was crossed, 2 wrong usage, 3 too little evidence to say, 70 an
+    error that nobody foresaw.
     """
     from fedkl import auditing, report
     from fedkl.auditing import gate
@@ -138,7 +139,8 @@ def _show(audit: Audit, result: GateResult, *, page: Path, files: dict[str, Path
     written = [page]
     for name, path in files.items():
         if path is not None:
-            write_atomically(path, getattr(exports, name)(audit, result).encode())
+            place = {"page": page} if name == "sarif" else {}
+            write_atomically(path, getattr(exports, name)(audit, result, **place).encode())
             written.append(path)
     lines = [*exports.text(audit, result), f"Written: {', '.join(map(str, written))}"]
     for line in lines:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from fedkl.cli.terminal import say
 from fedkl.errors import ConfigError, printable
@@ -22,6 +23,39 @@ def given(*names: str) -> str:
     context = get_current_context()
     here = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     return ", ".join("--" + name.replace("_", "-") for name in here)
+
+
+BROKEN_PIPE = 141
+"""Exit code where nobody takes what is printed: 128 and the number of SIGPIPE, as in a shell."""
+
+
+class Commands(TyperGroup):
+    """All commands; code of the user's that ends the program does not end them with a code of its own."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command.
+
+        Raises:
+            ConfigError: Something other than the command ended it.
+        """
+        try:
+            return super().invoke(ctx)
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # rich's own answer, with exit code 1
+                raise typer.Exit(BROKEN_PIPE) from end
+            frames = traceback.extract_tb(end.__traceback__)
+            where = [each for each in frames if not each.filename.startswith("<frozen")][-1]  # of exit()
+            raise ConfigError(
+                printable(
+                    f"{where.filename}, line {where.lineno}: it ends the program (SystemExit: {end.code}). "
+                    "Return, or raise an error, in what fedkl calls.",
+                    limit=None,
+                )
+            ) from end
+        except EOFError as error:  # typer takes it for Ctrl-D, with exit code 1
+            raise ConfigError(
+                printable(f"What was read ended too soon ({error}). Give the whole file, or the whole input.")
+            ) from error
 
 
 class Command(TyperCommand):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -29,12 +30,14 @@ from fedkl.cli import (
     store,
     train,
 )
+from fedkl.cli.commands import Commands
 from fedkl.cli.terminal import fail
 from fedkl.coredumps import forbid_core_dumps
 from fedkl.errors import FedKLError
 
 app = typer.Typer(
     name="fedkl",
+    cls=Commands,
     help="What does my federated learning leak, and what stops it?",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -55,6 +58,9 @@ for name, group in GROUPS.items():
 adaptive.add_to(reproduce.app)
 defenses.add_to(reproduce.app)
 
+
+UNFORESEEN = 70
+"""Exit code of an error that nobody foresaw: EX_SOFTWARE of BSD's sysexits."""
 
 # The library does not know how a command line registers one.
 _PLUGIN = "\nOn the command line: fedkl --plugin FILE COMMAND, with the file that registers it."
@@ -87,7 +93,8 @@ def main() -> None:
     """Entry point.
 
     Exit codes: 0 ok, 1 an audit's limit was crossed, 2 wrong usage, configuration or data, or files that
-    cannot be used, 3 an audit's evidence is incomplete, 130 Ctrl-C.
+    cannot be used, 3 an audit's evidence is incomplete, 70 an error that nobody foresaw, 130 Ctrl-C, 141
+    nobody takes what is printed.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal cannot show
@@ -101,3 +108,7 @@ def main() -> None:
         place = f"{error.filename}: " if error.filename else ""
         kept = "What was finished is kept; once this is mended, the same command goes on."
         fail(f"{place}{error.strerror or error}. {kept}")
+    except Exception as error:  # Python itself would end with 1, which says that a limit is crossed
+        traceback.print_exc()
+        remedy = "The lines above end where it was raised: correct your code there, or else report them."
+        fail(f"{type(error).__name__}, which nobody foresaw. {remedy}", code=UNFORESEEN)

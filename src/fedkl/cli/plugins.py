@@ -27,7 +27,7 @@ def load(path: Path) -> None:
         raise ConfigError(f"--plugin {path}: expected a Python file, *.py.")
     try:
         scripts.run(spec)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             printable(f"--plugin {path}: the file fails with {type(error).__name__}: {error}")
         ) from error

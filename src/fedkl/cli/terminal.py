@@ -100,7 +100,7 @@ def say(text: str, *, style: str | None = None) -> None:
     Console(stderr=True, emoji=False).print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-def fail(text: str) -> NoReturn:
-    """Says what is wrong, and ends with exit code 2."""
+def fail(text: str, *, code: int = 2) -> NoReturn:
+    """Says what is wrong, and ends with an exit code."""
     say(f"Error: {text}", style="red")
-    sys.exit(2)
+    sys.exit(code)

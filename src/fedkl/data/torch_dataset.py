@@ -220,7 +220,7 @@ def _room(count: int, first: Tensor, what: str) -> Tensor:
 def _item(dataset: Any, index: int, what: str) -> tuple[Tensor, int]:
     try:
         item = dataset[index]
-    except Exception as error:  # it is the user's code
+    except (Exception, SystemExit) as error:  # it is the user's code
         raise DataError(
             f"{what}[{index}]: expected an item, got {type(error).__name__}. Correct the dataset."
         ) from error

@@ -274,7 +274,7 @@ class Federation:
             return self.defense.transform(update, client=client)
         except FedKLError:
             raise
-        except Exception as error:  # of a defense from outside the package
+        except (Exception, SystemExit) as error:  # of a defense from outside the package
             kind = type(self.defense)
             raise TrainingError(
                 f"{kind.__module__}.{kind.__qualname__}.transform: {type(error).__name__} on an update of "

@@ -253,7 +253,7 @@ def run(probe: nn.Module, example_inputs: ExampleInputs) -> None:
                 probe(**example_inputs)
             else:
                 probe(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
-    except Exception as error:  # whatever the model raises
+    except (Exception, SystemExit) as error:  # whatever the model raises
         raise LockError(f"example_inputs: the model cannot be called with them: {error} {remedy}") from error
 
 

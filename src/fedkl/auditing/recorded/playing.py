@@ -126,7 +126,7 @@ def played(
         images, labels = _drawn(subject, generator)
         try:
             yield _update(subject, network, model, images, labels, mode)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(
                 f"{subject.name}: a client with {len(images)} images cannot be played in {mode} mode "
                 f"({type(error).__name__}: {printable(str(error))}). Correct the subject's procedure, "
