@@ -400,6 +400,25 @@ def test_a_folder_of_other_weights_images_or_clients_is_refused(tmp_path, fields
         audited(tmp_path / "a", minutes=1e-9, fields=fields)
 
 
+RATE = 1e-7
+
+
+def at_a_rate(network, inputs, labels):
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    trains(network, inputs, labels)
+    for name, tensor in network.state_dict().items():
+        tensor.lerp_(before[name], 1 - RATE)
+
+
+def test_a_folder_is_refused_after_an_edit_of_what_the_loop_names(tmp_path, monkeypatch, few):
+    """The verdict in it is of another loop."""
+    few()
+    audited(tmp_path / "a", minutes=1e-9, fields={"procedure": at_a_rate})
+    monkeypatch.setattr(sys.modules[__name__], "RATE", 1.0)
+    with pytest.raises(FolderError, match="weights, images, labels or procedure"):
+        audited(tmp_path / "a", minutes=1e-9, fields={"procedure": at_a_rate})
+
+
 class Loop:
     def __init__(self, lr):
         self.lr = lr

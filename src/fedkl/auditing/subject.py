@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import copy
-import hashlib
-import inspect
-import re
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from fedkl import rng
+from fedkl.auditing.fingerprint import fingerprint
 from fedkl.errors import ConfigError, DataError, gathered, printable, shown
 from fedkl.modelfile import read_tensors
 from fedkl.models.preprocessing import Standardize
@@ -31,7 +26,6 @@ LocalLoop = Callable[[nn.Module, Tensor, Tensor], object]
 """A training loop of one's own: trains a model, in place, on images and labels."""
 
 _MAX_WEIGHTS = 2**32  # bytes of a file
-_ADDRESS = " at 0x"  # in a repr that differs from process to process
 _LEAST_IMAGES = 40
 _NAME = TypeAdapter(Word, config=ConfigDict(strict=True))  # it stands in the audit's files
 
@@ -210,17 +204,16 @@ class Subject:
     def fingerprint(self) -> str:
         """Tells this subject from another: SHA-256 of network, images, labels and procedure, hexadecimal.
 
-        Of a network its weights count, its modules and their source; of a function that trains its source and
-        settings, as far as they tell; not what they call.
+        Of a network its tensors count, its modules with their settings, and its code. Of a function that
+        trains its code, with the variables, functions and classes of yours that it names, and what these
+        name. Not what is installed, nor what code reads or imports only while it runs; see fingerprint.py.
         """
-        network = self.build()
-        named = {"images": self.images, "labels": self.labels, **network.state_dict()}
-        told = f"{self.normalization} {_told(self.procedure)} {_told_network(network)}"
-        found = hashlib.sha256(told.encode())
-        for name, tensor in named.items():
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return found.hexdigest()
+        return fingerprint(
+            self.build(),
+            trains=self.procedure,
+            settings=self.normalization,
+            tensors={"images": self.images, "labels": self.labels},
+        )
 
     def inputs(self, images: Tensor) -> Tensor:
         """Images as the network takes them, normalized."""
@@ -279,41 +272,6 @@ class Subject:
             self.build().eval()(other)
             return f"It takes images with channels={wanted}: give {given}, or load them so."
         return None
-
-
-def _told(procedure: Procedure | LocalLoop) -> str:
-    """What a client does, as text that is the same in every process."""
-    if isinstance(procedure, Procedure):
-        return repr(procedure)
-    function: Any = procedure
-    settings: list[object] = []
-    while isinstance(function, partial):
-        settings += [function.args, sorted(function.keywords.items())]
-        function = function.func
-    function = inspect.unwrap(function)
-    settings += [getattr(function, "__defaults__", None), sorted(getattr(function, "__dict__", {}).items())]
-    settings += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    code = function if inspect.isroutine(function) else type(function)
-    texts = [text for each in settings if _ADDRESS not in (text := repr(each))]
-    return f"{code.__qualname__} {texts} {_source(code)}"
-
-
-def _told_network(network: nn.Module) -> str:
-    """What a network computes, likewise: its modules, and the source of those that are not PyTorch's."""
-    kinds = dict.fromkeys(type(module) for module in network.modules())
-    sources = [_source(kind) for kind in kinds if not kind.__module__.startswith("torch.")]
-    return f"{re.sub(r' at 0x[0-9a-f]+', '', repr(network))} {sources}"
-
-
-def _source(code: Any) -> str:
-    """Without comments and layout, which change nothing; of no file: nothing."""
-    try:
-        source = inspect.getsource(code)
-    except (OSError, TypeError):
-        return ""
-    with contextlib.suppress(SyntaxError):  # of a lambda in the middle of an expression
-        return ast.unparse(ast.parse(textwrap.dedent(source)))
-    return source
 
 
 def _image_problems(images: Tensor) -> list[str]:
