@@ -252,6 +252,32 @@ def test_a_network_without_layers_to_look_in_is_refused():
         LayerScores(Bare(), {"weight": torch.ones(64, CLASSES)}, images=x, labels=y)
 
 
+class Branching(nn.Module):
+    """Bright images go through a layer more."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.more = nn.Linear(64, 16), nn.Linear(16, 16)
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        features = self.first(x.flatten(1)).tanh()
+        return self.fc(self.more(features).tanh() if x.mean() > 0.5 else features)
+
+
+def test_images_are_looked_for_in_layers_that_all_go_through():
+    model, (x, y) = Branching(), pool()
+    x = torch.cat([0.1 * x[:80] + 0.9, 0.1 * x[80:]])  # several chunks, bright ones first
+    observed = gradient(model, x[:MEMBERS], y[:MEMBERS])
+    scores = LayerScores(model, observed, images=x, labels=y)
+    assert [layer.name for layer in scores.layers] == ["first", "fc"]
+    assert scores([observed], x, y).isfinite().all()
+    of_bright_ones = LayerScores(model, observed, images=x[:70], labels=y[:70])
+    assert [layer.name for layer in of_bright_ones.layers] == ["first", "more", "fc"]
+    with pytest.raises(DataError, match=r"expected that all images go through 'more', some do not\. Give"):
+        of_bright_ones([observed], x, y)
+
+
 def crafted(count=400, *, seed=0):
     """Scores of which the first tells members, the second is noise, and the third never differs."""
     generator = torch.Generator().manual_seed(seed)

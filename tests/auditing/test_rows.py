@@ -62,6 +62,51 @@ class Noting(nn.Module):
         return self.fc(x.flatten(1))
 
 
+class Sequences(nn.Module):
+    """Rows of an image as a sequence, which may come before the images, as PyTorch has it."""
+
+    def __init__(self, *, images_first=False):
+        super().__init__()
+        self.embed = nn.Linear(8, 6)
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, batch_first=images_first)
+        self.fc = nn.Linear(6, CLASSES)
+        self.images_first = images_first
+
+    def forward(self, x):
+        x = x[:, 0] if self.images_first else x[:, 0].transpose(0, 1)
+        return self.fc(self.encoder(self.embed(input=x)).mean(1 if self.images_first else 0))
+
+
+class Untold(nn.Module):
+    """One layer gets all images in one dimension, another pairs of them, a third one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.folded = nn.Linear(8, 5)
+        self.pairs = nn.Linear(1, 5)
+        self.number = nn.Linear(1, 1)
+        self.fc = nn.Linear(64, CLASSES)
+
+    def forward(self, x):
+        sequences = x[:, 0].transpose(0, 1)
+        folded = self.folded(sequences.flatten(0, 1)).mean()
+        pairs = self.pairs((x.flatten(1) @ x.flatten(1).T)[..., None]).mean()
+        return self.fc(x.flatten(1)) + folded + pairs + self.number(x.mean()[None])
+
+
+class OfOneSize(nn.Module):
+    """Takes batches of so many only."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.fc = nn.Linear(64, CLASSES)
+        self.size = size
+
+    def forward(self, x):
+        assert len(x) == self.size
+        return self.fc(x.flatten(1))
+
+
 def conv(*, outputs=3, activation=nn.Sigmoid, **options):
     layer = nn.Conv2d(1, outputs, **{"kernel_size": 3, **options})
     return nn.Sequential(layer, activation(), nn.Flatten(), nn.LazyLinear(CLASSES))
@@ -87,6 +132,8 @@ NETWORKS = {
     "no bias": lambda: conv(bias=False),
     "relu in place": lambda: conv(activation=lambda: nn.ReLU(inplace=True)),
     "called twice": Twice,
+    "sequence first": Sequences,
+    "sequences, images first": lambda: Sequences(images_first=True),
 }
 
 
@@ -125,6 +172,9 @@ def test_a_gradient_is_the_sum_of_rows(name):
     expected = [n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     assert [layer.name for layer in layers] == expected
     for layer in layers:
+        if layer.name.endswith("self_attn.out_proj"):  # whose weight is read, and which is not called
+            assert layer.name not in chunks[0]
+            continue
         assert layer.bias == (f"{layer.name}.bias" in wanted)
         found = summed(chunks, layer.name)
         assert found.shape == (layer.outputs, layer.inputs)
@@ -152,6 +202,50 @@ def test_rows_are_of_each_image_alone():
             F.cross_entropy(network(images(COUNT)[[image]]), labels(COUNT)[[image]]).backward()
             wanted = layer.matrix({name: p.grad for name, p in network.named_parameters()})
             torch.testing.assert_close(back[image].T @ rows[image], wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", [8, 7], ids=["as many as places", "others"])
+def test_it_does_not_matter_whether_sequences_or_images_come_first(count):
+    """As many images as a sequence is long are no sequence."""
+    ours, theirs = built(Sequences), built(lambda: Sequences(images_first=True))
+    theirs.load_state_dict(ours.state_dict())
+    (found,), (wanted,) = (all_rows(each, x=images(count), chunk=64)[1] for each in (ours, theirs))
+    assert {"embed", "encoder.linear1", "encoder.linear2", "fc"} == found.keys() == wanted.keys()
+    for name, rows in wanted.items():
+        torch.testing.assert_close(found[name].inputs, rows.inputs)
+        torch.testing.assert_close(found[name].outputs, rows.outputs)
+
+
+def test_layers_of_which_nobody_can_say_what_is_of_which_image_are_left_out():
+    """In a chunk of one image, too, where much has the size 1."""
+    _, chunks = all_rows(built(Untold))
+    assert [set(each) for each in chunks] == 3 * [{"fc"}]
+
+
+def test_of_a_network_that_takes_batches_of_one_size_images_come_first():
+    network = OfOneSize(COUNT)
+    _, (chunk,) = all_rows(network, chunk=COUNT)
+    assert torch.equal(chunk["fc"].inputs[:, 0, :-1], images(COUNT).flatten(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rows_are_float32_whatever_the_network_computes_in(dtype):
+    class Casting(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.to(dtype))
+
+    network = Casting(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, CLASSES)).to(dtype)
+    layers, (chunk,) = all_rows(network, chunk=COUNT)
+    wanted = gradient_of_sum(network, images(COUNT))
+    for layer in layers:
+        found, expected = summed([chunk], layer.name), layer.matrix(wanted)
+        assert found.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(found, expected, atol=0.02, rtol=0.05)
+
+
+def test_layers_of_complex_numbers_are_left_out():
+    network = nn.ModuleDict({"real": nn.Linear(4, 1), "complex": nn.Linear(4, 1, dtype=torch.cfloat)})
+    assert [layer.name for layer in layers_of(network, dict(network.named_parameters()))] == ["real"]
 
 
 def test_a_bias_that_is_not_observed_is_no_input():

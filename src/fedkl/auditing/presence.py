@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from fedkl.attacks.memory import at_once
 from fedkl.auditing.rows import Layer, layers_of, looked_at, rows_of
-from fedkl.errors import DataError
+from fedkl.errors import DataError, shown
 
 _RIDGE = 1e-3  # of the mean eigenvalue
 _RANK = 1e-4  # singular values below this share of the largest are rounding
@@ -76,22 +76,25 @@ class LayerScores:
         self._model = model
         called = layers_of(model, observed)
         moments: dict[str, tuple[Tensor, Tensor]] = {}
+        always = {layer.name for layer in called}
         for chunk in rows_of(model, images, labels, layers=called):
+            always &= chunk.keys()
             for name, rows in chunk.items():
                 places = slice(None, None, -(-rows.inputs.shape[1] // _PLACES))
                 a, b = (_second_moment(each[:, places]) for each in (rows.inputs, rows.outputs))
                 before = moments.get(name, (torch.zeros_like(a), torch.zeros_like(b)))
                 moments[name] = (before[0] + a, before[1] + b)
-        self.layers: list[Layer] = [layer for layer in called if layer.name in moments]
+        self.layers: list[Layer] = [layer for layer in called if layer.name in always]
         if not self.layers:
             raise DataError(
                 "Presence: expected a linear layer or an ungrouped convolution whose weight is sent, is "
-                "trained and has at most 4,096 inputs, got a network without. Images are looked for in those "
-                "only."
+                "trained and has at most 4,096 inputs, one dimension of which is that of the images, got a "
+                "network without. Images are looked for in those only."
             )
         self._whitening = {
             name: Whitening(inputs=_inverse_root(a), outputs=_inverse_root(b))
             for name, (a, b) in moments.items()
+            if name in always
         }
 
     @property
@@ -110,6 +113,9 @@ class LayerScores:
         Returns:
             Shape ``(updates, images, scores)``; span is between 0 and 1, ratio between −1 and 1, match in the
             update's unit.
+
+        Raises:
+            DataError: Some of these images do not go through a layer that all the server's own go through.
         """
         return self.under(updates)(images, labels)
 
@@ -125,6 +131,11 @@ class LayerScores:
         for chunk in rows_of(self._model, images, labels, layers=self.layers):
             scores, products, squares = [], torch.tensor(0.0), torch.tensor(0.0)
             for layer in self.layers:
+                if layer.name not in chunk:
+                    raise DataError(
+                        f"Presence: expected that all images go through {shown(layer.name)}, some do not. "
+                        "Give a network whose way does not depend on the image."
+                    )
                 rows, white = chunk[layer.name], self._whitening[layer.name]
                 inputs, outputs = rows.inputs @ white.inputs, rows.outputs @ white.outputs
                 energy = inputs.square().sum((1, 2)).clamp_min(_TINY)

@@ -7,9 +7,10 @@ input that is always 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from fedkl.protocol.procedure import loss_of
 _WIDEST = 4096  # inputs of a layer, whose second moments are inverted
 _COPIES = 3  # of an image's rows, and of its largest gradient, at once
 _ASKED = 2  # images: some networks do not take one
+_SIZES = (2, 3, 4)  # of batches that say which dimension is that of images
 _ENOUGH = 4 * 2**30  # bytes: a chunk of more is no faster
 
 
@@ -46,22 +48,22 @@ class Layer:
         return (f"{self.name}.weight", f"{self.name}.bias") if self.bias else (f"{self.name}.weight",)
 
     def matrix(self, update: Mapping[str, Tensor]) -> Tensor:
-        """The layer's part of an update; shape ``(outputs, inputs)``."""
-        weight = update[f"{self.name}.weight"].flatten(1)
+        """The layer's part of an update; float32, shape ``(outputs, inputs)``."""
+        weight = update[f"{self.name}.weight"].flatten(1).float()
         if not self.bias:
             return weight
-        return torch.cat([weight, update[f"{self.name}.bias"][:, None]], 1)
+        return torch.cat([weight, update[f"{self.name}.bias"][:, None].float()], 1)
 
 
 def layers_of(model: nn.Module, observed: Mapping[str, Tensor]) -> list[Layer]:
     """The layers that presence can be looked for in, in the network's order.
 
-    Left out: grouped convolutions, and layers of more than 4,096 inputs.
+    Left out: grouped convolutions, layers of more than 4,096 inputs, and those of complex numbers.
     """
     found = []
     for name, module in model.named_modules():
         fits = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        if fits and f"{name}.weight" in observed:
+        if fits and f"{name}.weight" in observed and module.weight.is_floating_point():
             outputs, inputs = module.weight.flatten(1).shape
             bias = f"{name}.bias" in observed
             if inputs + bias <= _WIDEST:
@@ -71,7 +73,7 @@ def layers_of(model: nn.Module, observed: Mapping[str, Tensor]) -> list[Layer]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """Of some images, at one layer.
+    """Of some images, at one layer; float32, whatever the network computes in.
 
     Attributes:
         inputs: a, shape ``(images, places, inputs)``.
@@ -97,70 +99,165 @@ def rows_of(
         images: As it is called with.
         labels: Shape ``(images,)``.
         layers: Of `layers_of`. Not in the result is one that the model does not call, that nothing before or
-            in it is trained of, or that is not called with the images first.
+            in it is trained of, or of whose inputs no dimension, or more than one, is that of the images. It
+            need not be the first: sequences may come before images. Of a chunk in which a layer is not called
+            so, it is not in the result either.
         chunk: Images at once, at most; fewer where the memory does not suffice.
     """
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
+        where = _where_images_are(model, images, layers, most=min(chunk, len(images)))
         if len(images) > _ASKED:
-            each = _bytes_of_one(model, images[:_ASKED].clone(), labels[:_ASKED], layers)
+            each = _bytes_of_one(model, images[:_ASKED].clone(), labels[:_ASKED], layers, where)
             chunk = min(chunk, at_once(each), max(1, _ENOUGH // max(1, each)))
         for part in torch.split(torch.arange(len(images)), chunk):
-            yield _rows(model, images[part], labels[part], layers)
+            yield _rows(model, images[part], labels[part], layers, where)
     finally:
         for module, mode in training.items():
             module.training = mode
 
 
-def _bytes_of_one(model: nn.Module, images: Tensor, labels: Tensor, layers: list[Layer]) -> int:
+_Where = Mapping[str, "Sequence[int | None]"]
+"""Which dimension of what a layer is called with is that of the images, call by call."""
+
+
+def _where_images_are(model: nn.Module, images: Tensor, layers: list[Layer], *, most: int) -> _Where | None:
+    """Found with batches of two sizes: it is the dimension that has the one, and then the other.
+
+    None of a network that does not take batches of two sizes: nobody knows.
+
+    Args:
+        model: In eval mode.
+        images: Some of them are taken, in turn if there are few.
+        layers: Which.
+        most: Images that it is called with at once.
+    """
+    seen: dict[int, dict[str, list[tuple[int, ...]]]] = {}
+    for size in dict.fromkeys((*_SIZES, most - 1, most)):
+        if size > 1 and len(seen) < 2:
+            part = images[torch.arange(size) % len(images)]
+            with suppress(Exception), torch.random.fork_rng(devices=[]):  # as of `_bytes_of_one`
+                seen[size] = _shapes(model, part, layers)
+    if len(seen) < 2:
+        return None
+    (one, before), (other, after) = seen.items()
+    return {
+        name: [_changed(shapes, one, other) for shapes in zip(calls, after[name], strict=True)]
+        for name, calls in before.items()
+        if len(calls) == len(after[name])
+    }
+
+
+def _shapes(model: nn.Module, images: Tensor, layers: list[Layer]) -> dict[str, list[tuple[int, ...]]]:
+    """Of what each layer is called with."""
+    found: dict[str, list[tuple[int, ...]]] = {layer.name: [] for layer in layers}
+
+    def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda module, args, named: found[name].append(tuple(_given(args, named).shape))
+
+    handles = [
+        model.get_submodule(layer.name).register_forward_pre_hook(noting(layer.name), with_kwargs=True)
+        for layer in layers
+    ]
+    try:
+        with torch.enable_grad():  # without, encoders of PyTorch pass their layers by
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _given(args: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """What a layer is called with, also by name."""
+    given: Tensor = args[0] if args else named["input"]
+    return given
+
+
+def _changed(shapes: tuple[tuple[int, ...], ...], one: int, other: int) -> int | None:
+    """The only dimension that is not the same, where it is of one size and then of the other."""
+    before, after = shapes
+    if len(before) != len(after):
+        return None
+    differing = [place for place, size in enumerate(before) if size != after[place]]
+    fits = [place for place in differing if (before[place], after[place]) == (one, other)]
+    return fits[0] if len(differing) == len(fits) == 1 else None
+
+
+def _bytes_of_one(
+    model: nn.Module, images: Tensor, labels: Tensor, layers: list[Layer], where: _Where | None
+) -> int:
     """Of one of some images, about: what the network keeps, its rows, and what is made of them."""
     each = 0
     with suppress(Exception), torch.random.fork_rng(devices=[]):  # what it draws is not to depend on this
-        rows = _rows(model, images, labels, layers)
+        rows = _rows(model, images, labels, layers, where)
         each = sum(size_of((found.inputs, found.outputs)) for found in rows.values())
     largest = max((4 * layer.inputs * layer.outputs for layer in layers), default=0)
     return (kept_for_backward(model, images) + _COPIES * each) // len(images) + _COPIES * largest
 
 
-def _rows(model: nn.Module, images: Tensor, labels: Tensor, layers: list[Layer]) -> dict[str, Rows]:
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    handles = [
-        model.get_submodule(layer.name).register_forward_hook(
-            _noting(calls.setdefault(layer.name, []), len(images))
+def _rows(
+    model: nn.Module, images: Tensor, labels: Tensor, layers: list[Layer], where: _Where | None
+) -> dict[str, Rows]:
+    calls = {
+        layer.name: _Calls(
+            model.get_submodule(layer.name),
+            where=None if where is None else where.get(layer.name, ()),
+            images=len(images),
         )
         for layer in layers
-    ]
+    }
     try:
         with torch.enable_grad():
             # Each image's own loss: the mean over this chunk times its size is their sum.
             loss = loss_of(model(images), labels) * len(images)
-            seen = [output for each in calls.values() for _, output in each]
+            seen = [output for each in calls.values() for _, output, _ in each.noted]
             # Zeros where the loss does not look, e.g. at the scores of an auxiliary head.
             back = torch.autograd.grad(loss, seen, materialize_grads=True) if seen else ()
             sent = dict(zip(map(id, seen), back, strict=True))
     finally:
-        for handle in handles:
-            handle.remove()
+        for each in calls.values():
+            each.handle.remove()
     found = {}
     for layer in layers:
-        module, noted = model.get_submodule(layer.name), calls[layer.name]
+        module, noted = model.get_submodule(layer.name), calls[layer.name].noted
         if noted:
-            inputs = _joined([_places(module, given) for given, _ in noted])
-            outputs = _joined([_sent(module, sent[id(output)]) for _, output in noted])
+            inputs = _joined([_places(module, given.movedim(place, 0)) for given, _, place in noted])
+            outputs = _joined([_sent(module, sent[id(out)].movedim(place, 0)) for _, out, place in noted])
+            inputs, outputs = inputs.float(), outputs.float()
             found[layer.name] = Rows(inputs=_with_one(inputs) if layer.bias else inputs, outputs=outputs)
     return found
 
 
-def _noting(
-    calls: list[tuple[Tensor, Tensor]], images: int
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if len(args[0]) == images and output.requires_grad:
-            calls.append((args[0].detach(), output))
+class _Calls:
+    """Notes what goes into a layer, what comes out, and which dimension of both is that of the images.
+
+    Args:
+        layer: Linear, or a convolution.
+        where: That dimension, call by call; None: the first.
+        images: How many there are.
+    """
+
+    def __init__(self, layer: nn.Module, *, where: Sequence[int | None] | None, images: int) -> None:
+        self.noted: list[tuple[Tensor, Tensor, int]] = []
+        self._where, self._images, self._count = where, images, 0
+        self._within = 1 if isinstance(layer, nn.Linear) else 3  # dimensions of what goes in at one place
+        self.handle = layer.register_forward_hook(self._note, with_kwargs=True)
+
+    def _note(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+        given, place = _given(args, named), self._place()
+        if place is not None and place < given.dim() - self._within and output.requires_grad:
+            if given.shape[place] == self._images:
+                self.noted.append((given.detach(), output, place))
         return output.clone()  # what comes next may write into it
 
-    return note
+    def _place(self) -> int | None:
+        """Of the call that is now made."""
+        self._count += 1
+        if self._where is None:
+            return 0
+        return self._where[self._count - 1] if self._count <= len(self._where) else None
 
 
 def _places(module: nn.Module, given: Tensor) -> Tensor:
