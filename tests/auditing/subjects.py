@@ -33,6 +33,31 @@ def transferred():
     return network
 
 
+class Casting(nn.Sequential):
+    """Computes in another precision than its images have."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__(*mlp())
+        self.dtype = dtype
+        self.to(dtype)
+
+    def forward(self, x):
+        return super().forward(x.to(self.dtype))
+
+
+class Silent(nn.Sequential):
+    """Its norms stay in eval mode; `train` returns nothing, as one forgets easily."""
+
+    def __init__(self):
+        super().__init__(*convnet())
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self:
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+
 class Words(nn.Module):
     """A classifier of tokens."""
 

@@ -22,7 +22,18 @@ from fedkl.defenses.combined import Combined
 from fedkl.defenses.masked import MaskedUpload
 from fedkl.defenses.pruning import Pruning
 from fedkl.errors import ConfigError, TrainingError
-from tests.auditing.subjects import CLASSES, EPOCH, Words, convnet, subject, tokens, trains
+from tests.auditing.subjects import (
+    CLASSES,
+    EPOCH,
+    Casting,
+    Silent,
+    Words,
+    convnet,
+    mlp,
+    subject,
+    tokens,
+    trains,
+)
 
 GRADIENT = Procedure()
 
@@ -285,6 +296,52 @@ def test_an_upper_bound_that_no_client_can_send_ends_nothing(procedure):
     for exposure in ("gradient-of-1", "untrained"):
         assert not runs(entries, exposure)
         assert "No client of this network can send that." in reason(entries, "presence", exposure)
+
+
+class Several(nn.Sequential):
+    """Raises what nobody foresees for an image alone."""
+
+    def forward(self, x):
+        if len(x) == 1:
+            raise RuntimeError("not\nforeseen")
+        return super().forward(x)
+
+
+def test_an_attacker_that_breaks_where_it_is_planned_ends_neither_the_plan_nor_the_others():
+    """Attackers look at a network with one image."""
+    entries = planned(replace(subject(weights=None), model=lambda: Several(*mlp())))
+    assert "presence" in runs(entries, "your-client")
+    broken = [each for each in entries if each.obstacle is not None and each.obstacle.kind == "broke"]
+    assert {each.name for each in broken if each.exposure.headline} >= {"linear-rows"}
+    assert {each.obstacle.reason for each in broken} == {"RuntimeError: not\\nforeseen"}
+
+
+def test_networks_of_another_precision_and_with_frozen_norms_are_planned_as_any():
+    usual, casting = (planned(subject(build, weights=None)) for build in (mlp, Casting))
+    other = {"gauss-newton"}  # it computes in a precision of its own, and says that it cannot
+    for exposure in ("your-client", "gradient-of-1"):
+        assert runs(casting, exposure) == runs(usual, exposure) - other >= {"presence", "linear-rows"}
+    assert "must have the same dtype" in reason(casting, "gauss-newton", "your-client")
+    usual, silent = (planned(subject(build, weights=None)) for build in (convnet, Silent))
+    assert runs(silent, "gradient-of-1") == runs(usual, "gradient-of-1") >= {"presence", "matching"}
+
+
+class Spectral(nn.Module):
+    """A filter of complex numbers, and a layer of real ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.filter = nn.Parameter(torch.ones(8, 5, dtype=torch.cfloat))
+        self.fc = nn.Linear(64, CLASSES)
+
+    def forward(self, x):
+        return self.fc(torch.fft.irfft2(torch.fft.rfft2(x[:, 0]) * self.filter, s=(8, 8)).flatten(1))
+
+
+def test_on_a_network_of_complex_numbers_there_is_presence_only():
+    entries = planned(subject(Spectral, weights=None))
+    assert {each.name for each in entries if each.obstacle is None} == {"presence"}
+    assert "has complex parameters" in reason(entries, "linear-rows", "gradient-of-1")
 
 
 def test_a_client_that_cannot_train_on_its_images_is_told_so():

@@ -32,7 +32,18 @@ from fedkl.defenses.pruning import Pruning
 from fedkl.errors import ConfigError, DataError, FolderError, NewerFormatError, TrainingError
 from fedkl.protocol import Knowledge
 from tests.auditing import audits
-from tests.auditing.subjects import EPOCH, Words, convnet, images, mlp, subject, tokens, trained, trains
+from tests.auditing.subjects import (
+    EPOCH,
+    Casting,
+    Words,
+    convnet,
+    images,
+    mlp,
+    subject,
+    tokens,
+    trained,
+    trains,
+)
 
 GRADIENT = Procedure()
 LONG = 5.0  # minutes; none of these audits takes that long
@@ -130,6 +141,17 @@ def test_an_audit_of_an_mlp_finds_what_it_leaks(tmp_path):
     assert found.settings.exposures[0].headline
     assert found.headlines()[0].exposure == "your-client"
     assert Audit.read(tmp_path / "a") == found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "procedure"), [(torch.float64, GRADIENT), (torch.float64, trains), (torch.bfloat16, GRADIENT)]
+)
+def test_an_audit_of_a_network_that_computes_in_another_precision(tmp_path, dtype, procedure):
+    found = audited(tmp_path / "a", build=lambda: Casting(dtype), fields={"procedure": procedure})
+    findings = by_name(found)
+    assert findings["presence", "presence", "your-client"].outcome == "leaks"
+    if dtype == torch.float64:
+        assert findings["rebuilt", "linear-rows", "gradient-of-1"].found.rate == 1.0
 
 
 def test_verdicts_follow_the_one_rule(tmp_path):

@@ -111,8 +111,9 @@ def step_gradient(
     """
     if local.per_example is None:
         return full_gradient(model, images, labels, train_mode=train_mode, precision=local.precision)
+    model.train(train_mode)  # which may return nothing
     gradient, _ = private_gradient(
-        model.train(train_mode),
+        model,
         images,
         labels,
         how=local.per_example,
@@ -133,7 +134,8 @@ def full_gradient(
     precision: str = "float32",
 ) -> dict[str, Tensor]:
     """The gradient of the mean cross-entropy with respect to every parameter that is trained."""
-    parameters = trained_parameters(model.train(train_mode))
+    model.train(train_mode)  # which may return nothing
+    parameters = trained_parameters(model)
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
         loss = loss_of(model(images), labels)
     gradients = torch.autograd.grad(loss, list(parameters.values()))

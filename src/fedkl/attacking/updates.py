@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedkl import rng
 from fedkl.attacking.gradients import step_gradient
+from fedkl.attacks.probing import probe_of
 from fedkl.keys import Uniform, secure_uniform
 from fedkl.locking import Split
 from fedkl.protocol import Procedure, trained_parameters
@@ -154,7 +155,8 @@ def _train(
     uniform: Uniform,
 ) -> None:
     """Trains as a federation does, with a new optimizer."""
-    named = dict(model.train(train_mode).named_parameters())
+    model.train(train_mode)  # which may return nothing
+    named = dict(model.named_parameters())
     trainer = LocalTrainer(
         model,
         procedure=local,
@@ -190,8 +192,7 @@ def sent_statistics(
     Returns:
         Mean and biased variance of the batch per channel, by the norm's qualified name.
     """
-    before, client = victim.public_state(), copy.deepcopy(victim.model)
-    client.train()
+    before, client = victim.public_state(), probe_of(victim.model, train_mode=True)
     norms = {
         name: norm
         for name, norm in client.named_modules()

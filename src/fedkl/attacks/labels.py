@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedkl.attacks.probing import as_taken, probe_of
 from fedkl.errors import AttackError
 from fedkl.protocol import Auxiliary, Observation, Rescaling
 from fedkl.types import ImageBatch, Labels
@@ -160,10 +160,9 @@ def _mean_predictions(observation: Observation, own: Auxiliary) -> Float[Tensor,
 @torch.no_grad()
 def _predictions(observation: Observation, images: ImageBatch) -> Float[Tensor, "images classes"]:
     """Probabilities, on the CPU in float64."""
-    model = copy.deepcopy(observation.model).train(observation.train_mode)
-    some = next(model.parameters())
+    model = probe_of(observation.model, train_mode=observation.train_mode)
     parts = images.chunk(math.ceil(len(images) / _PROBES))  # of like sizes: a norm may refuse a single image
-    return torch.cat([model(part.to(some)).double().softmax(1).cpu() for part in parts])
+    return torch.cat([model(as_taken(model, part)).double().softmax(1).cpu() for part in parts])
 
 
 def _shares(

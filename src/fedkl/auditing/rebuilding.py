@@ -24,7 +24,7 @@ from fedkl.auditing.clients import Clients
 from fedkl.auditing.recognition import Pools
 from fedkl.data import Dataset, DataSpec
 from fedkl.defenses import Arm, own_arms
-from fedkl.errors import AttackError, ConfigError, LockError, TrainingError, UpdateError
+from fedkl.errors import AttackError, ConfigError, LockError, TrainingError, UpdateError, printable
 from fedkl.metrics import match, summarize
 from fedkl.protocol import Auxiliary, Knowledge, Procedure
 
@@ -86,7 +86,7 @@ def dataset_of(clients: Clients, pools: Pools) -> Dataset:
 
 
 def refusal(attacker: Attacker, clients: Clients, pools: Pools) -> Refusal | None:
-    """Why an attacker does not begin with what these clients send; None where it does.
+    """Why an attacker does not begin with what these clients send, or breaks at that; None where it does.
 
     Raises:
         TrainingError: See `Clients.update`.
@@ -99,6 +99,8 @@ def refusal(attacker: Attacker, clients: Clients, pools: Pools) -> Refusal | Non
             "It replays what a client does, which cannot be done with a function that trains. Describe it as "
             "a Procedure, or see the upper bounds."
         )
+    if any(tensor.is_complex() for tensor in clients.network.parameters()):
+        return _no("It computes with real numbers, and the network has complex parameters.")
     dataset = dataset_of(clients, pools)
     trial = _trials(clients, dataset, most=1)[0]
     arm = _arms(attacker, clients, dataset)[-1]
@@ -126,6 +128,8 @@ def refusal(attacker: Attacker, clients: Clients, pools: Pools) -> Refusal | Non
         return attacker.attack().refusal(observation)
     except (AttackError, ConfigError, LockError, TrainingError, UpdateError) as error:
         return _no(str(error))
+    except Exception as error:  # the user's network runs in here: anything may be raised
+        return Refusal(kind="broke", reason=f"{type(error).__name__}: {printable(str(error))}")
 
 
 def work(attacker: Attacker, clients: Clients, pools: Pools) -> tuple[int, int]:

@@ -6,7 +6,6 @@ matter whether an activation is a module or a function, or a norm is called by a
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fedkl.attacks.algebraic.activations import INVERTIBLE, Activation, identity
+from fedkl.attacks.probing import as_taken, probe_of
 from fedkl.errors import AttackError
 
 
@@ -131,8 +131,8 @@ def read_chain(
         AttackError: It is not a chain, or a part of it cannot be gone back through; the message names the
             first such part.
     """
-    probe = copy.deepcopy(model).cpu().train(train_mode)  # linear algebra in float64, on any machine
-    image = torch.zeros(1, *image_shape, dtype=next(probe.parameters()).dtype)
+    probe = probe_of(model, train_mode=train_mode).cpu()  # linear algebra in float64, on any machine
+    image = as_taken(probe, torch.zeros(1, *image_shape))
     reader = _Reader(probe, image, attack)
     with torch.no_grad(), reader:
         output = probe(image)

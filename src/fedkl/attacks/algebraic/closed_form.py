@@ -25,7 +25,6 @@ image come from `Observation.statistics`.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from fedkl.attacks.algebraic.access import chain_of, image_equations, open_chain
 from fedkl.attacks.algebraic.way_down import Descent, Passed
 from fedkl.attacks.base import Attack, Reconstruction, register_attack
 from fedkl.attacks.labels import infer_label
+from fedkl.attacks.probing import probe_of
 from fedkl.errors import AttackError
 from fedkl.protocol import Observation
 from fedkl.types import Labels
@@ -195,7 +195,7 @@ def _distance(observation: Observation, image: Tensor, labels: Labels, affine: M
     """Squared distance of the found image's gradient from the observed one, relative to the latter's size."""
     if not bool(image.isfinite().all()):
         return math.inf
-    model = copy.deepcopy(observation.model).train(observation.train_mode)
+    model = probe_of(observation.model, train_mode=observation.train_mode)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in affine.items():

@@ -8,7 +8,6 @@ at random, and the B independent directions with most zeros kept, until ReLU and
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +21,7 @@ from fedkl.attacks.algebraic.first_linear import FirstLinear, first_linear, reco
 from fedkl.attacks.algebraic.sgd import check_sgd
 from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
 from fedkl.attacks.parallel import Progress
+from fedkl.attacks.probing import probe_of
 from fedkl.errors import AttackError
 from fedkl.protocol import Observation
 
@@ -223,7 +223,7 @@ class _Activations(TorchFunctionMode):
 
 
 def _before_relu(observation: Observation, name: str) -> bool:
-    model = copy.deepcopy(observation.model).eval()
+    model = probe_of(observation.model)
     weight = model.get_parameter(f"{name}.weight")
     with torch.no_grad(), _Activations(weight) as activations:
         model(torch.zeros(1, *observation.image_shape).to(weight))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from fedkl.attacks.algebraic.convolution import reads_of
 from fedkl.attacks.algebraic.subspace import blind_inputs, channels_needed
 from fedkl.attacks.matching.objectives import differentiable
+from fedkl.attacks.probing import as_taken, probe_of
 from fedkl.protocol import Observation
 from fedkl.types import NamedTensors
 
@@ -47,13 +47,13 @@ def readable_convolutions(observation: Observation) -> list[Readable]:
         observation: Values of the model's tensors play no part.
     """
     images = observation.batch_size
-    model = copy.deepcopy(observation.model).eval()
+    model = probe_of(observation.model)
     calls: list[tuple[nn.Conv2d, tuple[int, ...]]] = []
     names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     for module in names:
         module.register_forward_pre_hook(lambda conv, args: calls.append((conv, tuple(args[0].shape[2:]))))
     with torch.no_grad():
-        model(torch.zeros(1, *observation.image_shape).to(next(model.parameters())))
+        model(as_taken(model, torch.zeros(1, *observation.image_shape)))
     once = [conv for conv, _ in calls]
     found = []
     for conv, shape in calls:

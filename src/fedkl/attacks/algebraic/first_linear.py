@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +15,7 @@ from fedkl.attacks.algebraic.sgd import rounding, sum_of_gradients
 from fedkl.attacks.base import Reconstruction
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.parallel import Progress
+from fedkl.attacks.probing import as_taken, probe_of
 from fedkl.errors import AttackError
 from fedkl.protocol import Observation
 
@@ -81,7 +81,7 @@ def _check_features(observation: Observation, name: str, *, attack: str) -> None
 
 def _row_by_row(observation: Observation) -> list[str]:
     """Names of linear layers that are called once, with one row for an image, in the order of the run."""
-    model, rows = copy.deepcopy(observation.model).eval(), list[tuple[str, bool]]()
+    model, rows = probe_of(observation.model), list[tuple[str, bool]]()
 
     def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda layer, args: rows.append(
@@ -92,7 +92,7 @@ def _row_by_row(observation: Observation) -> list[str]:
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(noting(name))
     with torch.no_grad():
-        model(torch.zeros(1, *observation.image_shape).to(next(model.parameters())))
+        model(as_taken(model, torch.zeros(1, *observation.image_shape)))
     called = [name for name, _ in rows]
     return [name for name, fits in rows if fits and called.count(name) == 1]
 

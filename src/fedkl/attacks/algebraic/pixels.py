@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedkl.attacks.probing import as_taken, probe_of
 from fedkl.protocol import Observation
 
 _EXACT = 1e-4  # of values about 1, in float32
@@ -67,7 +67,7 @@ def pixel_layers(observation: Observation) -> list[PixelLayer]:
 @torch.no_grad()
 def _inputs(observation: Observation, probes: Tensor) -> list[dict[str, Tensor]]:
     """What layers get of each probe, by qualified name, shape ``(patches, inputs)``."""
-    model, noted = copy.deepcopy(observation.model).float().cpu().eval(), list[dict[str, Tensor]]()
+    model, noted = probe_of(observation.model).cpu(), list[dict[str, Tensor]]()
     calls: dict[str, int] = {}
 
     def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -75,7 +75,7 @@ def _inputs(observation: Observation, probes: Tensor) -> list[dict[str, Tensor]]
             calls[name] = calls.get(name, 0) + 1
             inputs = _patches(layer, args[0]) if args else None
             if inputs is not None and inputs.numel() == probes.shape[1]:
-                noted[-1][name] = inputs
+                noted[-1][name] = inputs.float()
 
         return note
 
@@ -84,7 +84,7 @@ def _inputs(observation: Observation, probes: Tensor) -> list[dict[str, Tensor]]
             module.register_forward_pre_hook(noting(name))
     for probe in probes:
         noted.append({})
-        model(probe.reshape(1, *observation.image_shape))
+        model(as_taken(model, probe.reshape(1, *observation.image_shape)))
     once = [name for name in noted[0] if calls[name] == len(probes)]
     return [{name: each[name] for name in once} for each in noted]
 

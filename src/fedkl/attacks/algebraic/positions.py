@@ -12,7 +12,6 @@ is smoothest: least squared differences between neighboring pixels, across the p
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -27,6 +26,7 @@ from fedkl.attacks.algebraic.sgd import check_sgd, rounding, sum_of_gradients
 from fedkl.attacks.base import Attack, Needs, Reconstruction, register_attack
 from fedkl.attacks.labels import known_labels
 from fedkl.attacks.parallel import Progress
+from fedkl.attacks.probing import as_taken, probe_of
 from fedkl.errors import AttackError
 from fedkl.protocol import Observation
 from fedkl.types import Labels
@@ -202,12 +202,12 @@ def _labels(observation: Observation) -> Labels | None:
 
 def _distance(observation: Observation, images: Tensor, labels: Labels | None) -> float:
     """1 - cos² between the gradients; without a label, of the one that fits best."""
-    model = copy.deepcopy(observation.model).train(observation.train_mode)
+    model = probe_of(observation.model, train_mode=observation.train_mode)
     own = dict(model.named_parameters())
     names = sorted(observation.gradient.keys() & own)
     parameters = [own[name] for name in names]
     observed = torch.cat([sum_of_gradients(observation, name).flatten() for name in names])
-    scores = model(images.to(parameters[0]))
+    scores = model(as_taken(model, images))
     candidates = torch.arange(observation.classes)[:, None] if labels is None else labels[None]
     distances = []
     for label in candidates:

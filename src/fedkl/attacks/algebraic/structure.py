@@ -17,7 +17,6 @@ Source:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fedkl.attacks.labels import head_names, infer_label
+from fedkl.attacks.probing import as_taken, probe_of
 from fedkl.errors import AttackError
 from fedkl.protocol import Observation
 from fedkl.types import Labels
@@ -106,9 +106,9 @@ def _dead(observation: Observation) -> dict[str, Tensor]:
 
 def _scales(observation: Observation) -> dict[str, str]:
     """Which γ stands right behind which layer, from one run on a blank image; values play no part."""
-    model = copy.deepcopy(observation.model).eval()  # any mode: no statistics of one blank image are needed
+    model = probe_of(observation.model)  # any mode: no statistics of one blank image are needed
     reader = _Reader(model)
-    blank = torch.zeros(1, *observation.image_shape).to(next(model.parameters()))
+    blank = as_taken(model, torch.zeros(1, *observation.image_shape))
     with torch.no_grad(), reader:
         model(blank)
     return reader.scales

@@ -6,7 +6,6 @@ only image, all of that feature's weights have a gradient of zero. Of several im
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkl import rng
+from fedkl.attacks.probing import probe_of
 from fedkl.protocol import Observation, rescales
 
 _ELEMENTS = nn.Dropout
@@ -63,7 +63,7 @@ def read_masks(observation: Observation) -> dict[str, Tensor]:
 
 def _followed(observation: Observation) -> dict[str, tuple[Any, tuple[int, ...], str]]:
     """Dropout modules by name, with their mask's shape and the name of the layer that takes their output."""
-    model = copy.deepcopy(observation.model).train()
+    model = probe_of(observation.model, train_mode=True)
     outputs: dict[str, list[Tensor]] = {}
     inputs: dict[str, list[Tensor]] = {}
     droppers: dict[str, Any] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -16,6 +15,7 @@ from fedkl.attacks.matching.masks import Mask, read_masks
 from fedkl.attacks.matching.stacks import Stacks
 from fedkl.attacks.memory import at_once, kept_for_backward
 from fedkl.attacks.priors import Prior
+from fedkl.attacks.probing import probe_of
 from fedkl.protocol import InTurn, Observation, rescales
 from fedkl.protocol.differentiable import (
     change_of,
@@ -379,7 +379,7 @@ def _normalized(weights: _Tensors, observed: Mapping[str, Tensor]) -> _Tensors:
 
 def differentiable(observation: Observation, dtype: torch.dtype) -> nn.Module:
     """A copy in the client's mode; train-mode norms lose their statistics: vmap cannot write them."""
-    model = copy.deepcopy(observation.model).to(dtype).train(observation.train_mode)
+    model = probe_of(observation.model, train_mode=observation.train_mode).to(dtype)
     for module in model.modules():
         if observation.train_mode and isinstance(module, nn.modules.batchnorm._NormBase):
             module.track_running_stats = False
