@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from dataclasses import replace
@@ -24,10 +25,11 @@ from fedkl.defenses.noise import GaussianNoise
 from fedkl.defenses.pruning import Pruning
 from fedkl.errors import ConfigError, TrainingError
 from fedkl.locking import is_private
-from fedkl.protocol import Knowledge
+from fedkl.protocol import Knowledge, PerExample
 from tests.auditing.subjects import (
     CLASSES,
     EPOCH,
+    Silent,
     convnet,
     images,
     labels,
@@ -249,6 +251,21 @@ def trains_a_copy(network, x, y):
     trains(other, x, y)
 
 
+def replaces_a_layer(network, x, y):
+    network[1] = nn.Sequential(network[1])
+    trains(network, x, y)
+
+
+def parametrizes(network, x, y):
+    torch.nn.utils.parametrizations.weight_norm(network[1])
+    trains(network, x, y)
+
+
+def widens(network, x, y):
+    trains(network, x, y)
+    network[1] = nn.Linear(64, 33)
+
+
 @pytest.mark.parametrize("seen", ["update", "played"])
 @pytest.mark.parametrize(
     ("procedure", "error", "message"),
@@ -259,6 +276,9 @@ def trains_a_copy(network, x, y):
         (refuses, ConfigError, "^an error of fedkl's own$"),
         (trains_nothing, TrainingError, "subject: .* changed no weight .* in place, not a copy"),
         (trains_a_copy, TrainingError, "subject: .* changed no weight .* in place, not a copy"),
+        (replaces_a_layer, TrainingError, r"subject: .* left no '1.weight' of shape \(32, 64\) in .* undo"),
+        (parametrizes, TrainingError, r"left no '1.weight' of shape \(32, 64\) .* parametrizations and pru"),
+        (widens, TrainingError, r"left no '1.weight' of shape \(32, 64\)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
@@ -274,6 +294,21 @@ def test_loops_that_do_not_train_are_refused(procedure, error, message, seen):
 def test_a_loop_that_changes_buffers_only_trains_nothing():
     with pytest.raises(TrainingError, match="changed no weight"):
         clients_of(convnet, procedure=trains_nothing).update(*batch(), number=0)
+
+
+PRIVATE = replace(EPOCH, per_example=PerExample(clip=1.0, noise_multiplier=0.1))
+KINDS = ["gradient", "epoch", "per example", "loop"]
+
+
+@pytest.mark.parametrize("procedure", [Procedure(), EPOCH, PRIVATE, trains], ids=KINDS)
+def test_a_network_whose_train_returns_nothing(procedure):
+    """What it does in it is done."""
+    clients = clients_of(Silent, procedure=procedure)
+    before = copy.deepcopy(clients.network.state_dict())
+    for update in (clients.update(*batch(), number=0), clients.played(*batch(), number=0)):
+        assert all(tensor.isfinite().all() for tensor in update.values())
+        assert update["0.weight"].any()
+    assert same(before, clients.network.state_dict())
 
 
 def trains_one(network, x, y):

@@ -11,10 +11,12 @@ import safetensors.torch
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import prune
 
 import fedkl
 from fedkl import Subject
 from fedkl.errors import ConfigError, DataError
+from tests.auditing.subjects import Silent
 
 CLASSES = 10
 
@@ -174,6 +176,26 @@ class TestBuild:
         with pytest.raises(ConfigError, match=r"Subject.model: raised SystemExit \(0\)"):
             subject(model=lambda: sys.exit(0)).build()
 
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda found: nn.utils.weight_norm(found[3]), "'3.weight' is the result"),
+            (lambda found: prune.l1_unstructured(found[0], "weight", 0.5), "'0.weight' is the result"),
+            (lambda found: setattr(found, "last", found(images(2))), "'last' is the result"),
+            (lambda found: setattr(found, "kept", [found(images(2))]), "'kept' is the result"),
+        ],
+        ids=["weight norm", "pruning", "an activation", "one in a list"],
+    )
+    def test_a_network_that_cannot_be_copied(self, change, message):
+        def built():
+            found = network()
+            change(found)
+            return found
+
+        with pytest.raises(ConfigError, match=rf"Subject.model: .* cannot be copied(.|\n)*{message}"):
+            subject(model=built).build()
+
     def test_a_factory_that_wants_arguments(self):
         with pytest.raises(ConfigError, match=r"raised TypeError .*without arguments"):
             subject(model=lambda width: network()).build()
@@ -265,6 +287,11 @@ class TestCheck:
     )
     def test_a_usable_subject_passes(self, fields):
         subject(**fields).check()
+
+    def test_a_network_whose_train_returns_nothing(self):
+        subject(model=Silent, images=images(channels=1), labels=labels() % 4).check()
+        with pytest.raises(DataError, match=r"takes images with channels=1: give images\.mean"):
+            subject(model=Silent, labels=labels() % 4).check()
 
     def test_another_number_of_classes(self):
         message = r"mine: expected class scores of shape \(2, 10\) for two images, got \(2, 12\)"

@@ -20,7 +20,7 @@ from fedkl.auditing.settling import REAL, Settled, is_to_be_fitted, seconds, set
 from fedkl.auditing.subject import LocalLoop, Subject
 from fedkl.defenses import Arm, Defense, plain_arm
 from fedkl.defenses.completion import Completion
-from fedkl.errors import ConfigError, FedKLError, TrainingError, printable
+from fedkl.errors import ConfigError, FedKLError, TrainingError, printable, shown
 from fedkl.locking import Split, make_public
 from fedkl.protocol import Knowledge, Procedure, Sending
 from fedkl.update import UpdateKind
@@ -203,7 +203,7 @@ class Clients:
             trains: before − after.
 
         Raises:
-            TrainingError: The function that trains raised, or trains nothing.
+            TrainingError: The function that trains raised, trains nothing, or leaves another network.
         """
         shares, turns = self._shared(images, labels), self._turns(number)
         found = []
@@ -307,7 +307,8 @@ class Clients:
         seed = rng.generator(self.seed, "loop", number).initial_seed()
         with rng.seeded(seed):
             try:
-                loop(client.model.train(), self.subject.inputs(images), labels)
+                client.model.train()
+                loop(client.model, self.subject.inputs(images), labels)
             except FedKLError:
                 raise
             except (Exception, SystemExit) as error:
@@ -317,6 +318,13 @@ class Clients:
                     "procedure(network, inputs, labels), on the CPU."
                 ) from error
         state = client.public_state()
+        lost = [name for name in before if name not in state or state[name].shape != before[name].shape]
+        if lost:
+            raise TrainingError(
+                f"{self.subject.name}: the function that trains left no {shown(lost[0])} of shape "
+                f"{tuple(before[lost[0]].shape)} in the network that it was given. Let it undo what it does "
+                "to modules, e.g. parametrizations and pruning, before it returns."
+            )
         if all(torch.equal(before[name], state[name]) for name in before):
             raise TrainingError(
                 f"{self.subject.name}: the function that trains changed no weight of the network that it was "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from fedkl import rng
 from fedkl.auditing.fingerprint import fingerprint
 from fedkl.errors import ConfigError, DataError, gathered, printable, shown
+from fedkl.locking.copying import copied
 from fedkl.modelfile import read_tensors
 from fedkl.models.preprocessing import Standardize
 from fedkl.protocol import Procedure, trained_parameters
@@ -182,7 +182,9 @@ class Subject:
                 "Subject.model: expected a network whose parameters have shapes, got some that have none yet "
                 "(LazyLinear, say). Call it once with an image, in the function that returns it."
             )
-        network = copy.deepcopy(network).cpu()  # the function may give the same one again
+        network = copied(
+            network, subject="Subject.model", error=ConfigError
+        ).cpu()  # the function may give the same one again
         if trained:
             _load_(network, self.weights)
         return network
@@ -230,7 +232,8 @@ class Subject:
             DataError: It cannot be called with the images, returns no class scores, has numbers that are not
                 finite, or nothing that could be trained.
         """
-        network = self.classifier().eval()
+        network = self.classifier()
+        network.eval()  # which may return nothing: a user may have overridden `train`
         broken = [name for name, tensor in network.named_parameters() if not tensor.isfinite().all()]
         if broken:
             raise DataError(
@@ -269,7 +272,9 @@ class Subject:
         given = {3: "images.expand(-1, 3, -1, -1)", 1: "images.mean(1, keepdim=True)"}[wanted]
         other = images.expand(-1, 3, -1, -1) if channels == 1 else images.mean(1, keepdim=True)
         with torch.no_grad(), contextlib.suppress(Exception, SystemExit):  # it may be about something else
-            self.build().eval()(other)
+            network = self.build()
+            network.eval()
+            network(other)
             return f"It takes images with channels={wanted}: give {given}, or load them so."
         return None
 
