@@ -161,6 +161,7 @@ def scaled():
     return network
 
 
+@pytest.mark.filterwarnings("ignore:.*Nothing is drawn for what never trains")
 @pytest.mark.parametrize(
     ("build", "defense"),
     [

@@ -182,9 +182,8 @@ class Subject:
                 "Subject.model: expected a network whose parameters have shapes, got some that have none yet "
                 "(LazyLinear, say). Call it once with an image, in the function that returns it."
             )
-        network = copied(
-            network, subject="Subject.model", error=ConfigError
-        ).cpu()  # the function may give the same one again
+        # A copy, as the function may give the same one again.
+        network = copied(network, subject="Subject.model", error=ConfigError).cpu()
         if trained:
             _load_(network, self.weights)
         return network
