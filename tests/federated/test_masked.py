@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
 
+from fedkl import rng
 from fedkl.aggregation import MaskedAggregation, PlainAggregation, SeenSum, SeenUpdate, SeenUpload
+from fedkl.aggregation.base import FederationPlan, RoundPlan
 from fedkl.config import TrainConfig
 from fedkl.defenses import KeyLock, NoDefense
-from fedkl.errors import ConfigError
+from fedkl.errors import ConfigError, MaskingError, RoundLostError
 from fedkl.experiment_flags import aggregation_fields
 from fedkl.federated import Checkpoints, FederatedTraining, Federation, LocalTraining, ServerSGD
+from fedkl.update import PublicSchema, PublicUpdate, TensorSpec
 from tests.federated.setting import TwoNorms, copy_secrets, seeded
 
 MODES = ("blind", "pairwise", "both")
@@ -114,6 +118,103 @@ def test_clients_that_go_before_they_reveal_lose_a_round_at_worst(dataset):
     assert all("cannot be opened" in result.lost or "Refused" in result.lost for result in lost)
     assert not any(result.aggregated for result in lost)
     assert any(result.aggregated for result in results)
+
+
+LOST = MaskingError("Round 0: lost.")
+NAMES = [f"client-{number}" for number in range(10)]
+SCHEMA = PublicSchema(kind="weights", specs={"w": TensorSpec(shape=(3,), dtype=torch.float32)})
+
+
+class Rounds:
+    """Rounds of ten clients without a network, which are given an update each."""
+
+    def __init__(self, *, mode, clients=10, lost=0.0):
+        self.names = NAMES[:clients]
+        plan = FederationPlan(clients=dict.fromkeys(self.names, 10), sampled=False, steps=False, seed=0)
+        self.federation = MaskedAggregation(mode=mode, lost=lost).for_federation(plan)
+        self.state = {"w": torch.zeros(3)}
+
+    def begun(self, number, *, gone=()):
+        """A round in which some drop out before they send."""
+        plan = RoundPlan(round=number, clients=dict.fromkeys(self.names, 10), schema=SCHEMA, state=self.state)
+        collected = self.federation.begin(plan)
+        for place, name in enumerate(self.names):
+            if name in gone:
+                collected.drop(name)
+                continue
+            tensors = {"w": torch.full((3,), 0.1 * place + number)}
+            update = PublicUpdate(schema=SCHEMA, tensors=tensors, num_samples=10, round=number)
+            collected.offer(name, update)
+        return collected
+
+    def revealed(self):
+        """Who has revealed on any model."""
+        return [name for name in self.names if self.federation.member(name).memory.sets]
+
+
+@pytest.mark.parametrize("mode", ["pairwise", "both"])
+def test_drop_outs_before_uploads_and_reveals_do_not_end_a_training(mode):
+    """Reveals for a sum that could not be opened bound members to names that never came together again."""
+    rounds, opened = Rounds(mode=mode, lost=0.1), []
+    for number in range(30):
+        chances = torch.rand(10, generator=rng.generator(0, "dropout", number)).tolist()
+        gone = [name for name, chance in zip(NAMES, chances, strict=True) if chance < 0.1]
+        collected = rounds.begun(number, gone=gone)
+        assert collected.enough == (len(gone) <= 3)
+        if collected.enough:
+            with suppress(RoundLostError):
+                rounds.state = collected.result()
+                opened.append(number)
+    assert len(opened) > 25
+    assert opened[-1] > 26
+
+
+def test_nobody_reveals_for_a_round_that_cannot_be_opened(monkeypatch):
+    rounds = Rounds(mode="both", clients=5, lost=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds.federation, "lost", lambda *_: ["client-2", "client-3"])
+        collected = rounds.begun(0, gone=["client-4"])
+        with pytest.raises(RoundLostError, match="nobody was asked to reveal"):
+            collected.result()
+    assert not rounds.revealed()
+    monkeypatch.setattr(rounds.federation, "lost", lambda *_: [])
+    assert float(rounds.begun(1).result()["w"][0]) == pytest.approx(1.2, abs=1e-5)
+
+
+def test_one_client_that_refuses_to_reveal_does_not_lose_the_round(monkeypatch):
+    rounds = Rounds(mode="pairwise")
+    collected = rounds.begun(0)
+
+    def refuses(message):
+        raise MaskingError("Refused: the roster has expired.")
+
+    for name in NAMES[:3]:
+        monkeypatch.setattr(rounds.federation.member(name), "reveal", refuses)
+    assert float(collected.result()["w"][0]) == pytest.approx(0.45, abs=1e-5)
+    collected = rounds.begun(1)
+    monkeypatch.setattr(rounds.federation.member(NAMES[3]), "reveal", refuses)
+    with pytest.raises(RoundLostError, match=r"members refuse to reveal.\n  - client-0: Refused: the roster"):
+        collected.result()
+
+
+def test_whom_clients_were_asked_to_reveal_for_is_kept_between_rounds_and_runs(monkeypatch):
+    """A round is lost although all have revealed; the next one is of the same, whoever else is there."""
+    rounds = Rounds(mode="pairwise", clients=5)
+    collected = rounds.begun(0, gone=["client-4"])
+    with monkeypatch.context() as patch:
+        patch.setattr("fedkl.masking.server.MaskedSum.sealed", lambda self: (_ for _ in ()).throw(LOST))
+        with pytest.raises(RoundLostError, match="lost"):
+            collected.result()
+    assert len(rounds.revealed()) == 4
+    again = Rounds(mode="pairwise", clients=5)
+    again.federation.restore(rounds.federation.secrets)
+    with pytest.raises(RoundLostError, match="not here: client-3"):
+        again.begun(1, gone=["client-3"]).result()
+    assert float(again.begun(2).result()["w"][0]) == pytest.approx(2.15, abs=1e-5)  # without client-4
+    assert float(again.begun(3).result()["w"][0]) == pytest.approx(3.2, abs=1e-5)
+    damaged = {**rounds.federation.secrets, "reveals": torch.zeros(3, dtype=torch.uint8)}
+    with pytest.raises(ConfigError, match="masks are damaged"):
+        again.federation.restore(damaged)
 
 
 @pytest.mark.parametrize("mode", MODES)

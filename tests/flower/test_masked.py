@@ -328,6 +328,44 @@ def test_a_round_that_cannot_be_opened_is_lost_and_the_next_one_goes_on(members,
     assert_close(delivered(folder), mean_of(range(3)))
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_after_a_round_that_was_revealed_for_in_vain_the_same_members_make_the_next_sum(
+    restarted, tmp_path, caplog
+):
+    """One was away, another went before it revealed. With both back, members reveal for the same only."""
+    folder = cohort(tmp_path / "members", members=5, mode="both")
+    app = app_of(Lossy({"train": {4}, "reveal": {3}}), MaskMod())
+    more = {"nodes": 5, "app": app, "checkpoints": tmp_path / "rounds"}
+    result = run(folder, rounds=1 if restarted else 2, **more)
+    if restarted:
+        assert not result.evaluate_metrics_clientapp
+        result = run(folder, rounds=1, **more)
+    assert "3 shares of 4" in caplog.text
+    assert "tried again with 4 of the members" in caplog.text
+    assert list(result.evaluate_metrics_clientapp) == [1 if restarted else 2]
+    assert_close(delivered(folder, 4), mean_of(range(4)))
+
+
+def test_while_one_of_those_who_were_asked_to_reveal_is_away_nobody_is_asked(tmp_path, caplog):
+    folder = cohort(tmp_path / "members", members=5, mode="pairwise")
+    network = Lossy({"train": {4}, "reveal": {3}})
+    network.loses["again"] = {3}
+    run(folder, nodes=5, rounds=3, app=app_of(network, MaskMod()))
+    assert "expected 4 uploads or more, got 3" in caplog.text
+    reveals = [number for number, stage in network.stages if stage == "reveal"]
+    assert sorted(reveals) == [0, 0, 1, 1, 2, 2, 3, 3]  # in the first round and in the third
+    assert_close(delivered(folder), mean_of(range(4)))
+
+
+def test_nobody_is_asked_to_reveal_in_a_round_that_cannot_be_opened(tmp_path, caplog):
+    folder = cohort(tmp_path / "members", members=5, mode="pairwise")
+    network = Lossy({"train": {4}, "here": {0, 1}})
+    run(folder, nodes=5, rounds=2, app=app_of(network, MaskMod()))
+    assert "cannot be opened, and nobody was asked to reveal" in caplog.text
+    assert [stage for _, stage in network.stages].count("reveal") == 5  # of the second round
+    assert_close(delivered(folder), mean_of(range(5)))
+
+
 # Going on
 
 

@@ -5,6 +5,9 @@ Members and server are played here, and nothing passes between them but the mess
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Literal
@@ -26,6 +29,7 @@ from fedkl.aggregation.base import (
 from fedkl.aggregation.masked_members import Cohort
 from fedkl.aggregation.plain import check_planned
 from fedkl.errors import ConfigError, MaskingError, RoundLostError, UpdateError, gathered
+from fedkl.lockfile import byte_tensor, bytes_of
 from fedkl.masking import (
     Call,
     Contribution,
@@ -38,11 +42,14 @@ from fedkl.masking import (
     Upload,
     opened_mean,
 )
-from fedkl.masking.quorum import least_listed
+from fedkl.masking.attempts import RevealSets, further_attempt
 from fedkl.masking.sums import sum_of, sum_tensors
 from fedkl.masking.words import MAX_MEMBERS, MAX_SAMPLES, WordBits
+from fedkl.parsing import parse_json_object
 from fedkl.types import NamedTensors
 from fedkl.update import PublicUpdate
+
+_SETS = "reveals"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +153,7 @@ class MaskedFederation(Aggregation):
         self._rules = _rules(options, plan)
         self._cohort = Cohort.new(self._rules, plan.clients, today=date.today())
         self._last: SealedSum | None = None
+        self.sets = RevealSets()
         self._members: dict[str, Member] = {}
 
     @property
@@ -187,8 +195,10 @@ class MaskedFederation(Aggregation):
 
     @property
     def secrets(self) -> dict[str, Tensor]:
-        """Keys, the cohort's key, memories, and the last sum."""
-        return self._cohort.secrets() | sum_tensors(self._last)
+        """Keys, the cohort's key, memories, the last sum, and whom members were asked to reveal for."""
+        sets = self.sets.to_json()
+        named = {_SETS: byte_tensor(json.dumps({"sets": sets}).encode())} if sets else {}
+        return self._cohort.secrets() | sum_tensors(self._last) | named
 
     def restore(self, secrets: NamedTensors) -> None:
         """Takes over what `secrets` gave.
@@ -196,9 +206,10 @@ class MaskedFederation(Aggregation):
         Raises:
             ConfigError: It is of another federation.
         """
-        # Both are read before either is taken over: a damaged checkpoint changes nothing.
+        # All are read before any is taken over: a damaged checkpoint changes nothing.
         cohort, last = Cohort.restored(self._rules, self._plan.clients, secrets), sum_of(secrets)
-        self._cohort, self._last = cohort, last
+        sets = _sets_of(secrets)
+        self._cohort, self._last, self.sets = cohort, last, sets
         self._members = {}
 
 
@@ -250,7 +261,8 @@ class MaskedRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
     def _take(self, client: str, update: PublicUpdate) -> None:
         check_planned(self._plan, client, update)
         self._upload(self._attempts[-1], client, update)
-        if self._federation.options.lost:
+        attempt = self._attempts[-1]
+        if self._federation.options.lost or self._federation.sets.on(attempt.model):
             self._updates[client] = update
 
     def _upload(self, attempt: MaskedSum, client: str, update: PublicUpdate) -> None:
@@ -281,21 +293,35 @@ class MaskedRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
         """The sum of the first attempt that can be opened."""
         while True:
             attempt = self._attempts[-1]
+            if attempt.mode == "blind":
+                return attempt.sealed()
             gone = self._gone(attempt)
-            here = tuple(name for name in attempt.listed if name not in gone)
-            whole = attempt.mode == "blind" or not gone or len(attempt.listed) == len(attempt.call.cohort)
-            if whole or len(here) < least_listed(here, minimum=self._federation.options.minimum):
+            here = [name for name in attempt.listed if name not in gone]
+            left = further_attempt(attempt, here=here, sets=self._federation.sets)
+            if left is None:
                 return self._revealed(attempt, here)
-            # Pair seeds of the vanished with the unlisted are missing. Nobody has revealed anything yet.
-            again = self._attempt(attempt.call.attempt + 1, here)
-            for name in here:
-                self._upload(again, name, self._updates[name])
-            self._attempts.append(again)
+            self._attempts.append(self._again(attempt, left))
 
-    def _revealed(self, attempt: MaskedSum, here: tuple[str, ...]) -> SealedSum:
-        if attempt.mode != "blind":
-            for name in here:
+    def _again(self, before: MaskedSum, left: tuple[str, ...]) -> MaskedSum:
+        """A further attempt, by those who are left; who has nothing to mask, or refuses, is not in it."""
+        again = self._attempt(before.call.attempt + 1, left)
+        for name in left:
+            if name in self._updates:
+                with suppress(UpdateError):
+                    self._upload(again, name, self._updates[name])
+        return again
+
+    def _revealed(self, attempt: MaskedSum, here: Sequence[str]) -> SealedSum:
+        self._federation.sets.add(attempt.model, attempt.listed)
+        refusals = []
+        for name in here:
+            try:
                 attempt.offer_reveal(self._federation.member(name).reveal(attempt.list_for(name)))
+            except MaskingError as error:  # the others may be enough
+                refusals.append(f"{name}: {error}")
+        if refusals and attempt.missing:
+            summary = f"Round {attempt.call.round}: cannot be opened, as members refuse to reveal."
+            raise MaskingError(gathered(summary, refusals, "Correct what they name."))
         return attempt.sealed()
 
     def _gone(self, attempt: MaskedSum) -> set[str]:
@@ -341,3 +367,17 @@ def _rules(options: MaskedAggregation, plan: FederationPlan) -> Rules:
         sampled=plan.sampled,
         server_model=plan.steps,
     )
+
+
+def _sets_of(secrets: NamedTensors) -> RevealSets:
+    """Whom members were asked to reveal for.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    if _SETS not in secrets:  # nobody was, or an older fedkl wrote it
+        return RevealSets()
+    try:
+        return RevealSets.from_json(parse_json_object(bytes_of(secrets[_SETS]))["sets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError("The checkpoint's masks are damaged.") from error

@@ -138,6 +138,7 @@ class MaskedTraining(ReplyAggregation):
             asked=asked,
             call=call,
             base=self._base(plan.arrays),
+            sets=self._calls.sets,
             ask=lambda messages: grid.send_and_receive(messages, timeout=self._plan.timeout),
             record=record,
             silent=self._forget,

@@ -20,7 +20,7 @@ from fedkl.flower.model_records import Base
 from fedkl.flower.records import arrays_of, only_arrays
 from fedkl.flower.replies import ReplyRules, refused
 from fedkl.masking import Call, MaskedSum, SealedSum, opened_mean
-from fedkl.masking.quorum import least_listed
+from fedkl.masking.attempts import RevealSets, further_attempt
 from fedkl.masking.sums import sum_tensors
 
 _LOG = logging.getLogger("flwr.fedkl")
@@ -92,6 +92,7 @@ class MaskedReplies(ReplyRound):
         asked: Whom it asks.
         call: The first attempt.
         base: The model.
+        sets: For which names members were asked to reveal before.
         ask: Reaches the nodes.
         record: Whether every upload is kept for `what_the_server_sees`.
         silent: Is told of nodes that were asked and sent nothing usable.
@@ -104,12 +105,14 @@ class MaskedReplies(ReplyRound):
         asked: Asked,
         call: Call,
         base: Base,
+        sets: RevealSets,
         ask: Ask,
         record: bool,
         silent: Callable[[int], None],
     ) -> None:
         super().__init__(plan, clients=[str(node) for node in plan.nodes])
         self._asked, self._base, self._ask, self._silent = asked, base, ask, silent
+        self._sets = sets
         self._nodes = {name: node for node, name in asked.names.items()}
         self._rules = asked.who.rules
         self._attempt = self._attempted(call)
@@ -233,19 +236,20 @@ class MaskedReplies(ReplyRound):
             listed = list(attempt.listed)
             everybody = len(listed) == len(attempt.call.cohort)
             here = listed if everybody else list(self._replies("here", listed))
-            if len(here) == len(listed) or len(here) < least_listed(here, minimum=self._rules.minimum):
+            left = further_attempt(attempt, here=here, sets=self._sets)
+            if left is None:
+                self._sets.add(attempt.model, listed)
                 self._reveal(attempt)
                 break
-            # Pair seeds of the vanished with the unlisted would be missing. Nobody has revealed anything yet.
-            self._again(attempt.call, tuple(sorted(here)))
+            self._again(attempt.call, left)
         return self._attempt.sealed()
 
-    def _again(self, before: Call, here: tuple[str, ...]) -> None:
-        """A further attempt, by those who are left."""
-        _LOG.warning("Round %d: members have gone; it is tried again with %d.", self.plan.round, len(here))
-        call = replace(before, attempt=before.attempt + 1, cohort=here)
+    def _again(self, before: Call, left: tuple[str, ...]) -> None:
+        """A further attempt, by those who are left, or by those for whom members were asked to reveal."""
+        _LOG.warning("Round %d: it is tried again with %d of the members.", self.plan.round, len(left))
+        call = replace(before, attempt=before.attempt + 1, cohort=left)
         self._attempt = self._attempted(call)
-        for name, reply in self._replies("again", here, call=call).items():
+        for name, reply in self._replies("again", left, call=call).items():
             try:
                 self._offer(self._attempt, self._nodes[name], reply)
             except FedKLError as error:

@@ -9,7 +9,7 @@ seal.py                tags that add up
 sharing.py, quorum.py  shares of seeds, and how many it takes
 messages.py            what is sent
 member.py              the member's side; refusals.py, memory.py: what it refuses, what it must not forget
-server.py              the server's side
+server.py, attempts.py the server's side; when it asks for reveals, and for whom
 texts.py, fields.py    cards and rosters as text that is sent around
 files.py, contents.py, memory_file.py  a member's encrypted files
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 
 from fedkl.errors import MaskingError, gathered
@@ -51,6 +52,17 @@ class MaskedSum:
             return 0
         beside = len(first.nonce) + len(first.commitment) + sum(map(len, first.shares.values()))
         return self.layout.size + beside
+
+    @property
+    def minimum(self) -> int:
+        """Members that a cohort needs."""
+        return self._minimum
+
+    @property
+    def model(self) -> bytes:
+        """Digest of the model that the uploads were trained on; empty: there is none yet."""
+        first = next(iter(self._uploads.values()), None)
+        return b"" if first is None else first.model
 
     @property
     def needed(self) -> int:
@@ -154,16 +166,24 @@ class MaskedSum:
     @property
     def missing(self) -> list[str]:
         """What is still missing before the masks of the sum can be opened; empty: nothing."""
+        return self.missing_if(self._reveals)
+
+    def missing_if(self, revealing: Collection[str]) -> list[str]:
+        """What would be missing if these members revealed, and no others; empty: nothing.
+
+        Args:
+            revealing: Names; of those who are not listed nothing is expected.
+        """
         if self.mode == "blind":
             return []
         problems = []
         for name in self.listed:
             upload = self._uploads[name]
-            held = sum(name in reveal.shares for reveal in self._reveals.values())
+            held = sum(name in self._uploads[other].shares for other in self.listed if other in revealing)
             if held < self.needed:
                 problems.append(f"{name}: {held} shares of {self.needed}")
             gone = [other for other in upload.shares if other not in self.listed]
-            if gone and name not in self._reveals:
+            if gone and name not in revealing:
                 problems.append(f"{name}: its pair seeds with {', '.join(gone)}")
         return problems
 
@@ -176,7 +196,7 @@ class MaskedSum:
         listed = self.listed
         problems = self.missing
         if problems:
-            remedy = "Try the round again with the members that are left."
+            remedy = "Whoever has revealed does so again, on this model, only for the same members."
             raise MaskingError(gathered(f"Round {self.call.round}: cannot be opened.", problems, remedy))
         if self._words is None:
             raise MaskingError(f"Round {self.call.round}: its sum is given once.")
