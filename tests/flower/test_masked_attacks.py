@@ -387,10 +387,16 @@ def fewer_shares(content):
     changed("upload", owners=[record["member"]], shares=record["shares"][-1:])(content)
 
 
+def false_share(content):
+    shares = content[f"{PREFIX}.reveal"]["shares"]
+    changed("reveal", shares=[bytes(32), *shares[1:]])(content)
+
+
 @pytest.mark.parametrize(
     ("stage", "change", "message"),
     [
         ("reveal", changed("reveal", member="client-0"), "of another member than this node's"),
+        ("reveal", false_share, "shares from client-3 are false, or were when client-0 sent them to it"),
         ("train", fewer_shares, "shares for others than the cohort"),
         ("train", changed("upload", commitment=bytes(10**6)), "parts of a wrong size"),
         ("train", changed("upload", shares=[bytes(10**5)] * 5), "parts of a wrong size"),

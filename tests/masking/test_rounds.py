@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 
 from fedkl.errors import MaskingError
+from fedkl.masking import MaskedSum
+from fedkl.masking.server import _choices
 from tests.masking.cohorts import Cohort, new_cohort
 
 MODES = ("blind", "pairwise", "both")
@@ -102,6 +105,54 @@ def test_a_sum_that_a_false_share_stopped_is_opened_with_the_right_one():
     assert cohort.members["h002"].open(server.sealed()).samples == 100 + 101 + 102 + 103
     with pytest.raises(MaskingError, match="given once"):
         server.sealed()
+
+
+FALSE = {"zero": bytes(32), "no number of the field": b"\xff" * 32, "another member's": None}
+
+
+@pytest.mark.parametrize("false", FALSE)
+@pytest.mark.parametrize("liars", [["h001"], ["h000", "h006"], ["h002", "h003", "h007"]], ids=len)
+def test_false_shares_are_found_and_left_out(false: str, liars: list[str]) -> None:
+    """Ten members, of whom seven are needed: the seed's commitment tells the right ones, and so the liars."""
+    cohort = new_cohort(10, mode="both")
+    server = all_uploaded(cohort)
+    for name in cohort.names:
+        reveal = cohort.members[name].reveal(server.list_for(name))
+        lie = {"h004": FALSE[false] or reveal.shares["h005"]}
+        server.offer_reveal(replace(reveal, shares={**reveal.shares, **lie}) if name in liars else reveal)
+    mean = cohort.members["h002"].open(server.sealed())
+    assert float((mean.tensors["weight"].double() - cohort.expected("weight")).abs().max()) < 1e-6
+    assert server.false_shares == {holder: ["h004"] for holder in liars}
+
+
+def all_uploaded(cohort: Cohort) -> MaskedSum:
+    """An attempt with the uploads of all."""
+    server = cohort.server(cohort.call())
+    for upload in cohort.uploads(cohort.call()).values():
+        server.offer(upload)
+    return server
+
+
+def test_more_false_shares_than_right_ones_can_spare_lose_the_round() -> None:
+    cohort = new_cohort(10, mode="pairwise")
+    server = all_uploaded(cohort)
+    for name in cohort.names:
+        reveal = cohort.members[name].reveal(server.list_for(name))
+        lie = {**reveal.shares, "h004": bytes(32)}
+        server.offer_reveal(replace(reveal, shares=lie) if name > "h005" else reveal)
+    with pytest.raises(MaskingError, match=r"h004's seed is false; .* 10 came, 7 right ones are needed"):
+        server.sealed()
+    assert not server.false_shares
+
+
+def test_looking_for_false_shares_has_an_end() -> None:
+    """Every choice of 40 of 60 would take longer than anybody waits."""
+    holders = [f"h{place:03}" for place in range(60)]
+    found = list(islice(_choices(holders, 40), 20_000))
+    assert len(found) == 1 + 41 + 42 * 41 // 2 + 43 * 42 * 41 // 6
+    assert {len(choice) for choice in found} == {40}
+    assert list(_choices(holders[:40], 40)) == [holders[:40]]
+    assert len(list(_choices(holders * 17, 667))) == 1
 
 
 @pytest.mark.parametrize("taken", [0, 1])

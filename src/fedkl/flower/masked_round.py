@@ -242,7 +242,14 @@ class MaskedReplies(ReplyRound):
                 self._reveal(attempt)
                 break
             self._again(attempt.call, left)
-        return self._attempt.sealed()
+        try:
+            return self._attempt.sealed()
+        finally:
+            for holder, names in self._attempt.false_shares.items():
+                _LOG.warning(
+                    "Round %d: shares from %s are false, or were when %s sent them to it. They are left out.",
+                    *(self.plan.round, holder, ", ".join(names)),
+                )
 
     def _again(self, before: Call, left: tuple[str, ...]) -> None:
         """A further attempt, by those who are left, or by those for whom members were asked to reveal."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import combinations
+from math import comb
 
 from fedkl.errors import MaskingError, gathered
 from fedkl.masking import seal, sharing
@@ -17,6 +19,7 @@ from fedkl.masking.stream import MaskStream
 from fedkl.types import NamedTensors
 
 _DIGEST, _SHARE = 32, sharing.SIZE + 16  # bytes; a share with the tag of its encryption
+_LIMIT = 20_000_000  # products that it takes at most to find false shares of one seed: some ten seconds
 
 
 class MaskedSum:
@@ -37,6 +40,7 @@ class MaskedSum:
         self._words: Bytes | None = None
         self._uploads: dict[str, Upload] = {}  # without their words
         self._reveals: dict[str, Reveal] = {}
+        self._false: dict[str, set[str]] = {}
         self._closed = False
 
     @property
@@ -187,11 +191,17 @@ class MaskedSum:
                 problems.append(f"{name}: its pair seeds with {', '.join(gone)}")
         return problems
 
+    @property
+    def false_shares(self) -> dict[str, list[str]]:
+        """Members whose shares were false, and of whose seeds: either of the two may have made them so."""
+        return {holder: sorted(names) for holder, names in sorted(self._false.items())}
+
     def sealed(self) -> SealedSum:
         """The sum, its own and pair masks taken away. Once.
 
         Raises:
-            MaskingError: Too few uploads, reveals are missing, or somebody revealed a false share.
+            MaskingError: Too few uploads, reveals are missing, or more revealed shares are false than can be
+                left out.
         """
         listed = self.listed
         problems = self.missing
@@ -219,21 +229,29 @@ class MaskedSum:
         return Masks(plus=plus, minus=minus)
 
     def _seed(self, name: str) -> bytes:
+        """A member's seed, without shares that are false, if they are few enough to be found."""
         places = {member: place for place, member in enumerate(self.call.cohort, start=1)}
         held = {
-            places[holder]: reveal.shares[name]
+            holder: reveal.shares[name]
             for holder, reveal in sorted(self._reveals.items())
             if name in reveal.shares
         }
-        upload = self._uploads[name]
-        enough = dict(list(held.items())[: self.needed])
-        seed = sharing.join(enough)
-        if self_commitment(seed) != upload.commitment:
-            raise MaskingError(
-                f"Round {self.call.round}: a share of {name}'s seed is false; who sent it is not known. "
-                "Nothing changes."
-            )
-        return seed
+        numbers = [holder for holder, share in held.items() if sharing.is_share(share)]
+        self._note_false(name, set(held) - set(numbers))
+        trusted = sorted(numbers, key=self._false.__contains__)
+        for holders in _choices(trusted, self.needed):
+            seed = sharing.join({places[holder]: held[holder] for holder in holders})
+            if self_commitment(seed) == self._uploads[name].commitment:
+                self._note_false(name, set(trusted[: trusted.index(holders[-1])]) - set(holders))
+                return seed
+        raise MaskingError(
+            f"Round {self.call.round}: a share of {name}'s seed is false; who sent it is not known. "
+            f"{len(held)} came, {self.needed} right ones are needed. Nothing changes."
+        )
+
+    def _note_false(self, name: str, holders: Iterable[str]) -> None:
+        for holder in holders:
+            self._false.setdefault(holder, set()).add(name)
 
     def _parts(self) -> list[tuple[slice, str]]:
         head = self.layout.head
@@ -252,3 +270,17 @@ def opened_mean(total: SealedSum, *, layout: Layout, booleans: NamedTensors | No
         MaskingError: It is no sum of updates.
     """
     return decoded(layout, total.words, members=len(total.listed), booleans=booleans or {})
+
+
+def _choices(holders: Sequence[str], count: int) -> Iterator[list[str]]:
+    """So many holders: the first ones; of one more, all but one; of two more, all but two; and so on.
+
+    Where they are the first that give the right seed, all that were left out gave false shares: with fewer of
+    these, a choice before would have done.
+    """
+    for extra in range(len(holders) - count + 1):
+        if extra and comb(count + extra, extra) * count**2 > _LIMIT:
+            return
+        among = holders[: count + extra]
+        for without in combinations(among, extra):
+            yield [holder for holder in among if holder not in without]

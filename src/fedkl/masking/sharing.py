@@ -49,6 +49,11 @@ def _evaluated(coefficients: Sequence[int], constant: int, point: int) -> int:
     return (value + constant) % PRIME
 
 
+def is_share(share: bytes) -> bool:
+    """Whether it may be a share: 32 bytes, a number below the prime."""
+    return len(share) == SIZE and int.from_bytes(share, "big") < PRIME
+
+
 def join(shares: Mapping[int, bytes]) -> bytes:
     """The secret of so many shares as its threshold; of false or too few ones, some other number.
 
@@ -58,9 +63,9 @@ def join(shares: Mapping[int, bytes]) -> bytes:
     Raises:
         MaskingError: There is none, or one is no number of the field.
     """
-    numbers = [int.from_bytes(share, "big") for share in shares.values()]
-    if not shares or any(len(share) != SIZE for share in shares.values()) or max(numbers) >= PRIME:
+    if not shares or not all(map(is_share, shares.values())):
         raise MaskingError("Sharing: expected shares of 32 bytes, numbers below the prime.")
+    numbers = [int.from_bytes(share, "big") for share in shares.values()]
     weights = _weights(tuple(shares))
     secret = sum(number * weight for number, weight in zip(numbers, weights, strict=True)) % PRIME
     return secret.to_bytes(SIZE, "big")
