@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from fedkl.errors import MaskingError
 from fedkl.masking import Call, MaskedSum
 from fedkl.masking.attempts import RevealSets, further_attempt
-from tests.masking.cohorts import Cohort, new_cohort
+from tests.masking.cohorts import Cohort, drawn, new_cohort
 
 
 def uploaded(cohort: Cohort, call: Call, *, of: Sequence[str]) -> MaskedSum:
@@ -156,3 +157,23 @@ def test_members_refuse_what_the_server_does_not_ask_for() -> None:
     assert further_attempt(server, here=cohort.names, sets=RevealSets()) is None
     with pytest.raises(MaskingError, match="has revealed for other members already"):
         cohort.members["h000"].reveal(server.list_for("h000"))
+
+
+def test_a_new_run_without_one_of_the_members_needs_other_initial_weights() -> None:
+    """Members know models across runs: a new run on the same ones has to wait, too."""
+    cohort = new_cohort(5, mode="both")
+    left = cohort.names[:4]
+    assert cohort.summed(cohort.call()).listed
+    for number, seed in ((1, 1000), (2, 1001)):
+        run = bytes([number] * 16)
+        for name in left:
+            cohort.members[name].accept_model(run, drawn(seed))
+        server = uploaded(cohort, replace(cohort.call(), run=run), of=left)
+        if seed == 1000:
+            with pytest.raises(
+                MaskingError, match=r"needs other initial weights, .* \(`fedkl cohort change`\)"
+            ):
+                cohort.members["h000"].reveal(server.list_for("h000"))
+        else:
+            asked(cohort, server, sets=RevealSets(), of=left)
+            assert len(server.sealed().listed) == 4
