@@ -18,9 +18,10 @@ from fedkl import serving
 from fedkl.defenses import Defense
 from fedkl.errors import ConfigError, FedKLError, shown, warn
 from fedkl.federated import Checkpoints, Federation
+from fedkl.files import PRIVATE_FILE
 from fedkl.locking import Lock, Split
 from fedkl.masking import MemberFile
-from fedkl.modelfile import check_finite, read_model, write_model
+from fedkl.modelfile import PUBLIC_MODE, check_finite, read_model, write_model
 from fedkl.passphrases import default_passphrase
 from fedkl.runs import RunDirectory, is_run
 from fedkl.training import restored, training_of, training_summary
@@ -75,7 +76,7 @@ def export(
 
     Args:
         source: A run directory of a training, finished or not, or a Flower server's folder of rounds.
-        out: The model file.
+        out: The model file; mode 0600 where members alone can read the source.
         client: Of a run directory: whose lock is written too, as ``<client>.lock`` beside `out`, encrypted
             with the passphrase of the run's checkpoints. Model and lock are of the same round then.
         member: Of a Flower server's rounds with masks that the server cannot read: whoever opens their sum.
@@ -105,7 +106,8 @@ def export(
     _check_trained(source, rounds)
     path = None if lock is None else out.with_name(f"{client}.lock")
     _check_free(out, path, replace=replace)
-    write_model(out, state, rounds=rounds, replace=replace)
+    mode = PRIVATE_FILE if sealed else PUBLIC_MODE  # what the server cannot read is the cohort's
+    write_model(out, state, rounds=rounds, replace=replace, mode=mode)
     if lock is not None and path is not None:
         about = {"client": str(client)}
         lock.save(path, passphrase=default_passphrase(), about=about, replace=replace)

@@ -27,12 +27,14 @@ PRIVATE_STATE = "fedkl-private"
 _NAME, _VERSION, _KIND, _PRIVATE = "fedkl-model", 1, "public", "private"
 _FORMAT = f"{_NAME}-{_VERSION}"
 _OURS = "fedkl-"  # before the format of every file that fedkl writes
-_MODE = 0o644
+PUBLIC_MODE = 0o644
+"""Of a model file, where nothing else is said."""
+
 _MAX_MODEL = 2**34  # bytes
 
 
 def write_model(
-    path: str | Path, tensors: NamedTensors, *, rounds: int, replace: bool = False, mode: int = _MODE
+    path: str | Path, tensors: NamedTensors, *, rounds: int, replace: bool = False, mode: int = PUBLIC_MODE
 ) -> None:
     """Writes a model file, atomically.
 

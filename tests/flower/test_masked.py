@@ -217,6 +217,7 @@ def test_what_the_server_has_only_members_can_open_unless_it_is_the_sum(mode, me
         cli.main()
     assert not ended.value.code
     assert_close(load_file(out), delivered(folder), atol=0)
+    assert out.stat().st_mode & 0o777 == (0o644 if mode == "pairwise" else 0o600)
 
 
 def test_a_stranger_or_a_changed_byte_opens_no_checkpoint(members, tmp_path):
