@@ -263,9 +263,9 @@ def test_a_node_has_its_model_from_its_lock_and_the_delivered_file(mode, members
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("before", [True, False])
 def test_a_member_that_is_gone_before_or_after_its_upload_costs_nothing_more(mode, before, tmp_path):
-    folder = cohort(tmp_path / "members", members=5, mode=mode)
+    folder = cohort(tmp_path / "members", members=4, mode=mode)
     network = Lossy({"train": {3}}, before=before)
-    result = run(folder, nodes=5, rounds=2, app=app_of(network, MaskMod()))
+    result = run(folder, nodes=4, rounds=2, app=app_of(network, MaskMod()))
     assert len(result.evaluate_metrics_clientapp) == 2
     assert_close(delivered(folder, 3), delivered(folder, 0), atol=0)
     assert [number for number, stage in network.stages if stage == "train"].count(3) == 2
@@ -352,7 +352,7 @@ def test_while_one_of_those_who_were_asked_to_reveal_is_away_nobody_is_asked(tmp
     network = Lossy({"train": {4}, "reveal": {3}})
     network.loses["again"] = {3}
     run(folder, nodes=5, rounds=3, app=app_of(network, MaskMod()))
-    assert "expected 4 uploads or more, got 3" in caplog.text
+    assert "not here: client-3" in caplog.text
     reveals = [number for number, stage in network.stages if stage == "reveal"]
     assert sorted(reveals) == [0, 0, 1, 1, 2, 2, 3, 3]  # in the first round and in the third
     assert_close(delivered(folder), mean_of(range(4)))

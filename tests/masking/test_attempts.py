@@ -38,6 +38,24 @@ def revealed_in_vain(cohort: Cohort) -> RevealSets:
     return sets
 
 
+@pytest.mark.parametrize(("members", "left"), [(4, 3), (5, 3), (10, 5)])
+def test_too_few_for_a_list_are_enough_for_a_cohort_of_their_own(members: int, left: int) -> None:
+    cohort = new_cohort(members, mode="both", minimum=3)
+    names, sets = cohort.names[:left], RevealSets()
+    server = uploaded(cohort, cohort.call(), of=names)
+    assert left < server.needed
+    assert further_attempt(server, here=names, sets=sets) == names
+    again = uploaded(cohort, cohort.call(attempt=1, cohort=names), of=names)
+    assert further_attempt(again, here=names, sets=sets) is None
+    asked(cohort, again, sets=sets, of=names)
+    assert cohort.members[names[0]].open(again.sealed()).samples == sum(
+        cohort.updates[name].samples for name in names
+    )
+    fewer = uploaded(new_cohort(members, mode="both"), cohort.call(), of=names[:2])
+    with pytest.raises(MaskingError, match="nobody was asked to reveal"):
+        further_attempt(fewer, here=names[:2], sets=RevealSets())
+
+
 def test_after_reveals_in_vain_the_same_members_make_the_sum() -> None:
     cohort = new_cohort(5, mode="pairwise")
     sets, names = revealed_in_vain(cohort), cohort.names

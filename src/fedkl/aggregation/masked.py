@@ -50,6 +50,7 @@ from fedkl.types import NamedTensors
 from fedkl.update import PublicUpdate
 
 _SETS = "reveals"
+_KEPT_UP_TO = 64  # members, whose updates a further attempt may need; of more, they take too much memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +242,8 @@ class MaskedRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
     @property
     def enough(self) -> bool:
         """Whether a sum of what was offered would be opened."""
-        return len(self.offered) >= self._attempts[-1].needed
+        attempt = self._attempts[-1]
+        return len(self.offered) >= (attempt.minimum if self._updates else attempt.needed)
 
     @property
     def update_bytes(self) -> int:
@@ -262,7 +264,7 @@ class MaskedRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
         check_planned(self._plan, client, update)
         self._upload(self._attempts[-1], client, update)
         attempt = self._attempts[-1]
-        if self._federation.options.lost or self._federation.sets.on(attempt.model):
+        if attempt.mode != "blind" and len(attempt.call.cohort) <= _KEPT_UP_TO:
             self._updates[client] = update
 
     def _upload(self, attempt: MaskedSum, client: str, update: PublicUpdate) -> None:
@@ -293,10 +295,10 @@ class MaskedRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
         """The sum of the first attempt that can be opened."""
         while True:
             attempt = self._attempts[-1]
-            if attempt.mode == "blind":
+            if attempt.mode == "blind" or (len(attempt.offered) < attempt.needed and not self._updates):
                 return attempt.sealed()
             gone = self._gone(attempt)
-            here = [name for name in attempt.listed if name not in gone]
+            here = [name for name in attempt.offered if name not in gone]
             left = further_attempt(attempt, here=here, sets=self._federation.sets)
             if left is None:
                 return self._revealed(attempt, here)
@@ -326,8 +328,8 @@ class MaskedRound(RoundAggregation[PublicUpdate, dict[str, Tensor]]):
 
     def _gone(self, attempt: MaskedSum) -> set[str]:
         call = attempt.call
-        lost = self._federation.lost(call.round, call.attempt, tuple(attempt.listed))
-        return {*self.dropped, *lost} & set(attempt.listed)
+        lost = self._federation.lost(call.round, call.attempt, attempt.offered)
+        return {*self.dropped, *lost} & set(attempt.offered)
 
     def _opened(self, total: SealedSum) -> dict[str, Tensor]:
         """What the sum says: to the server where it can read it, otherwise to one of the members."""

@@ -127,8 +127,8 @@ class MaskedReplies(ReplyRound):
 
     @property
     def needed(self) -> int:
-        """Uploads without which no sum is opened."""
-        return self._attempt.needed
+        """Uploads without which no sum is opened, in this attempt or by a cohort of those who sent them."""
+        return self._rules.minimum
 
     @property
     def enough(self) -> bool:
@@ -233,7 +233,7 @@ class MaskedReplies(ReplyRound):
         """The sum of the first attempt that can be opened."""
         while self._rules.mode != "blind":
             attempt = self._attempt
-            listed = list(attempt.listed)
+            listed = list(attempt.offered)
             everybody = len(listed) == len(attempt.call.cohort)
             here = listed if everybody else list(self._replies("here", listed))
             left = further_attempt(attempt, here=here, sets=self._sets)

@@ -80,6 +80,8 @@ def further_attempt(attempt: MaskedSum, *, here: Collection[str], sets: RevealSe
 
     Each further attempt is of fewer members, so that there is an end to them.
 
+    Where uploads are too few for this cohort, they may be enough for one of those who sent them.
+
     Args:
         attempt: All uploads are in.
         here: Who will answer, as far as it is known.
@@ -91,10 +93,11 @@ def further_attempt(attempt: MaskedSum, *, here: Collection[str], sets: RevealSe
     Raises:
         MaskingError: Neither would open a sum. Nobody is to be asked to reveal.
     """
-    listed = tuple(attempt.listed)
+    enough = len(attempt.offered) >= attempt.needed
+    listed = tuple(attempt.listed) if enough else attempt.offered
     before = sets.on(attempt.model)
     asked = {name for names in before for name in names}
-    problems = attempt.missing_if(here)
+    problems = attempt.missing_if(here) if enough else [f"{attempt.needed} uploads, got {len(listed)}"]
     if not problems and (listed in before or asked.isdisjoint(listed)):
         return None
     left = [name for name in listed if name in here]
