@@ -273,6 +273,38 @@ def test_several_cohorts(file, keys, sealed):
         assert again.memory().sets == {"x": "2"}
 
 
+def test_the_end_of_a_cohort_destroys_what_was_remembered_of_it(path, file, keys, sealed):
+    joined(file, sealed)
+    joined(file, roster_of(keys, name="other one"))
+    keep(file, a="of the study")
+    keep(file, "other one", a="of the other")
+    key, kept = file._content.memory_key.reveal().hex(), path.with_suffix(".memory")
+    file.end("study")
+    held = json.dumps(lockfile.read(kept, kind="memory", passphrase=key)[0])
+    assert "of the study" not in held
+    assert "of the other" in held
+    file.close()
+    with opened(path) as again:
+        assert again.memory().sets == {"a": "of the other"}
+        again.end("other one")
+        assert "of the" not in json.dumps(lockfile.read(kept, kind="memory", passphrase=key)[0])
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_cohort_whose_memory_is_damaged_or_was_never_written_ends(path, file, sealed, damaged):
+    joined(file, sealed)
+    if damaged:
+        keep(file, a="1")
+        file.close()
+        path.with_suffix(".memory").write_bytes(b"no memory")
+    else:
+        file.close()
+    with opened(path) as again:
+        again.end("study")
+        assert not again.cohorts
+    assert path.with_suffix(".memory").exists() == damaged
+
+
 def keep(file, cohort="study", **sets):
     memory = file.memory(cohort)
     memory.sets.update(sets)

@@ -227,13 +227,16 @@ class MemberFile:
 
         Raises:
             MaskingError: It has not joined this one.
-            KeyFileError: The file cannot be written; nothing is then changed.
+            KeyFileError: A file cannot be written. If it is the secret file, nothing is changed; if it is the
+                memory, that alone is left.
+            NewerFormatError: A newer fedkl wrote the memory, which alone is left.
         """
         self._check_open()
         gone, update = self.membership(cohort).roster.digest.hex(), self.update_file(cohort)
         rest = {name: joined for name, joined in self._content.cohorts.items() if name != cohort}
         self._change(cohort, rest, past=[gone])
         update.remove()
+        self._memory_file.forget(cohort)
 
     def memory(self, cohort: str | None = None) -> Memory:
         """What the member remembers of a cohort's present roster; its `keep` writes before it returns.

@@ -116,6 +116,25 @@ class MemoryFile:
         self._kept = kept
         return now.saved
 
+    def forget(self, cohort: str) -> None:
+        """Destroys the memory of a cohort, if there is one that can be read.
+
+        Args:
+            cohort: The cohort's name.
+
+        Raises:
+            KeyFileError: The file cannot be written; it stays as it is.
+            NewerFormatError: A newer fedkl wrote it.
+        """
+        try:
+            kept = self._read()
+        except KeyFileError:  # damaged, or another member's: `keep` puts it aside
+            return
+        if cohort in kept:
+            rest = {name: each for name, each in kept.items() if name != cohort}
+            self._write(rest)
+            self._kept = rest
+
     def _read(self) -> dict[str, Kept]:
         if self._kept is None:
             self._kept = self._from_disk() if os.path.lexists(self.path) else {}
