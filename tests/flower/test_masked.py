@@ -425,6 +425,27 @@ def test_a_lost_count_of_calls_costs_rounds_and_no_mask(members, tmp_path):
     assert_no_mask_twice(uploads(messages), count=6)
 
 
+def test_metrics_may_be_a_list_and_a_training_goes_on_with_it(members, tmp_path):
+    folder, more = members("blind"), {"checkpoints": tmp_path / "rounds"}
+    for rounds in (1, 2):
+        result = run(folder, rounds=rounds, aggregation=Masked(metrics=["loss"]), **more)
+    assert list(result.evaluate_metrics_clientapp) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "problem"),
+    [
+        ("loss", "expected names, got 'loss'"),
+        (("loss", 3), "expected names"),
+        (None, "expected names, got 'None'"),
+        (("loss", "loss"), "'loss' is there twice"),
+    ],
+)
+def test_metrics_that_are_no_names_are_refused(metrics, problem):
+    with pytest.raises(ConfigError, match=f"Masked: metrics: {problem}"):
+        Masked(metrics=metrics)
+
+
 def test_the_metrics_of_a_training_stay_the_same(members, tmp_path):
     folder = members("blind")
     run(folder, rounds=1, checkpoints=tmp_path / "rounds")

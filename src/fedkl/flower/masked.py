@@ -53,10 +53,24 @@ class Masked(ReplyAggregation):
 
     Attributes:
         metrics: Names of a training's metrics that are averaged, inside the sum; of others nothing is sent.
+
+    Raises:
+        ConfigError: `metrics` are no names, or one is there twice.
     """
 
     may_reject: ClassVar[bool] = True
     metrics: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names: object = self.metrics
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(
+                f"Masked: metrics: expected names, got {shown(names)}. Give a tuple of texts, ('loss',)."
+            )
+        twice = [name for name, count in Counter(self.metrics).items() if count > 1]
+        if twice:
+            raise ConfigError(f"Masked: metrics: {shown(twice[0])} is there twice. Name each metric once.")
+        object.__setattr__(self, "metrics", tuple(names))  # as a checkpoint gives them back
 
     @property
     def server_learns(self) -> ServerLearns:  # type: ignore[override]
