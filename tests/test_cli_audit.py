@@ -231,6 +231,15 @@ def test_a_baseline(fedkl, audited, tmp_path):
         (tmp_path / "a" / "report.html").unlink(missing_ok=name == "nowhere")  # made in all other cases
 
 
+def test_a_baseline_of_something_else_is_told_before_the_work_begins(fedkl, tmp_path, monkeypatch):
+    monkeypatch.setattr(auditing.run, "plan", lambda *args, **options: pytest.fail("works"))
+    write(tmp_path / "other", audit(finding()))
+    code, _, err = fedkl("audit", "mine.py:subject", "--out", "a", "--baseline", "other")
+    assert code == 2
+    assert "- subject: mine now, hospital then" in err
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_missing_baseline_is_told_before_the_work_begins(fedkl, audited):
     calls = audited(finding())
     assert fedkl("audit", "mine.py:subject", "--out", "a", "--baseline", "nowhere")[0] == 2

@@ -17,6 +17,8 @@ REAL = Exposure(
 SINGLE = Exposure(name="single", title="one step on one image", headline=False, images=1, steps=1)
 SUMS = Exposure(name="sums", title="the mean of 16 clients", headline=False, images=300, steps=38, clients=16)
 
+SUM = REAL.model_copy(update={"name": "sum-of-3", "title": "the sum of 3 clients", "clients": 3})
+
 
 def measured(successes: int, n: int) -> Measured:
     low, high = wilson_interval(successes, n)

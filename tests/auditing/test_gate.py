@@ -7,10 +7,11 @@ import re
 import pytest
 
 from fedkl.auditing.gate import Gate, judge
+from fedkl.auditing.results import Measured
 from fedkl.auditing.testing import assert_no_leak
 from fedkl.errors import ConfigError
 from fedkl.metrics import wilson_interval
-from tests.auditing.audits import REAL, audit, finding, measured, not_run
+from tests.auditing.audits import REAL, SUM, audit, finding, measured, not_run
 
 LIMITED = {
     "recovered": "rebuilt",
@@ -41,7 +42,7 @@ def test_the_whole_interval_decides(quantity, question):
 
 def test_no_more_than_of_images_that_nobody_has_is_no_leak_and_no_pass():
     """False alarms above the limit: a masked client would fail by chance."""
-    found = finding(successes=30, floor=measured(24, 300))
+    found = finding(successes=30, floor=measured(24, 300), outcome="says nothing")
     (check,) = judge(audit(found), Gate.parse("presence_tpr=0.05")).checks
     assert check.state == "undecided"
     assert "no more than of images that the client does not have, 0.080 [0.05" in check.text
@@ -83,6 +84,54 @@ def test_images_that_a_guess_rebuilds_cross_no_limit():
     (check,) = judge(audit(found), Gate.parse("recovered=0.1")).checks
     assert check.state == "undecided"
     assert "so alike that a guess rebuilds them" in check.text
+
+
+@pytest.mark.parametrize(
+    ("question", "changes", "text"),
+    [
+        ("rebuilt", {"successes": 3, "n": 10, "floor": measured(0, 10)}, "recovered=0.01"),
+        (
+            "presence",
+            {
+                "found": Measured(rate=0.6, low=0.15, high=0.8, n=240),
+                "floor": Measured(rate=0.05, low=0.02, high=0.2, n=240),
+                "figures": {"low_at_threshold": 0.5, "high_at_threshold": 0.7},
+            },
+            "presence_tpr=0.1",
+        ),
+    ],
+)
+def test_a_leak_is_one_whatever_the_floors_interval(question, changes, text):
+    """Three of ten were rebuilt; it was called a guess, of which none of ten came true."""
+    leak = finding(question, **changes)
+    assert states(audit(leak), text) == ["crossed"]
+    assert states(audit(leak.model_copy(update={"outcome": "says nothing"})), text) == ["undecided"]
+
+
+@pytest.mark.parametrize("quantity", ["presence_tpr", "presence_auc"])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("broke", "broken off"), ("does not apply", "not applicable"), ("no time left", "without time")],
+)
+def test_presence_has_to_be_measured_on_all_that_clients_send(quantity, kind, said):
+    """Too few images for sums of three clients, and the sum leaks all: a limit was kept."""
+    auc = {"auc": 0.5, "auc_low": 0.45, "auc_high": 0.55}
+    quiet = finding(successes=3, attacker="presence", outcome="at the floor", figures=auc)
+    missing = not_run("presence", exposure="sum-of-3", kind=kind, reason="Give more images.")
+    gate, sums = Gate({quantity: 0.7}), {"exposures": (REAL, SUM), "masking": "pairwise"}
+    result = judge(audit(quiet, missing, **sums), gate)
+    assert (result.exit_code, len(result.reasons)) == (3, 1)
+    assert (
+        f"nothing was measured on sum-of-3 ({said}). Give more images. Correct this, or" in result.reasons[0]
+    )
+    of_sums = quiet.model_copy(update={"exposure": "sum-of-3"})
+    assert judge(audit(quiet, of_sums, **sums), gate).exit_code == 0
+    leaking = finding(
+        exposure="sum-of-3", figures={"auc": 1.0, "auc_low": 0.99, "auc_high": 1.0}, successes=290
+    )
+    assert judge(audit(quiet, leaking, **sums), gate).exit_code == 1
+    same = audit(quiet, missing, **sums)
+    assert "nothing was measured on sum-of-3" in judge(same, Gate(), baseline=same).reasons[0]
 
 
 @pytest.mark.parametrize(("quantity", "question"), [("recovered", "rebuilt"), ("identified", "identified")])
@@ -221,6 +270,58 @@ def test_what_cannot_be_compared_with_before_is_missing_evidence():
         result = judge(now, Gate(), baseline=then)
         assert result.exit_code == 3
         assert f"identified, span on real: {which} has no such figure" in result.reasons[0]
+
+
+@pytest.mark.parametrize("question", ["rebuilt", "identified"])
+def test_an_attack_that_broke_is_not_better_than_before(question):
+    then = audit(finding(question, 100, 100, outcome="leaks"))
+    broken = audit(finding(question, 0, 100, outcome="says nothing", figures={"broke": 99.0}))
+    result = judge(broken, Gate(), baseline=then)
+    assert (result.exit_code, len(result.reasons)) == (3, 1)
+    assert result.reasons[0].endswith("but the attack broke on 99 of 100 images.")
+    assert judge(audit(finding(question, 0, 100)), Gate(), baseline=then).exit_code == 0
+    worse = audit(finding(question, 90, 100, figures={"broke": 10.0}))
+    assert judge(worse, Gate(), baseline=audit(finding(question, 0, 100))).exit_code == 1
+
+
+def test_fewer_images_than_before_do_not_say_that_nothing_grew():
+    """Less time must not make a gate greener: none of two may be two thirds of all."""
+    then = audit(finding("rebuilt", 0, 100, outcome="at the floor"))
+    (reason,) = judge(audit(finding("rebuilt", 0, 2)), Gate(), baseline=then).reasons
+    assert reason.endswith("but 2 images say so, 100 then. Give more minutes.")
+    for now, code in (
+        (finding("rebuilt", 0, 2), 3),
+        (finding("rebuilt", 2, 2), 1),
+        (finding("rebuilt", 0, 100), 0),
+    ):
+        assert judge(audit(now), Gate(), baseline=then).exit_code == code
+    leaky = audit(finding("rebuilt", 90, 100))  # up to 94 %
+    assert judge(audit(finding("rebuilt", 1, 10)), Gate(), baseline=leaky).exit_code == 0
+    assert judge(audit(finding("rebuilt", 9, 10)), Gate(), baseline=leaky).exit_code == 3
+
+
+@pytest.mark.parametrize("kind", ["broke", "no time left"])
+def test_attackers_of_pictures_that_came_to_no_end_in_both_audits_are_missing(kind):
+    made = audit(finding(), not_run("linear-rows", kind=kind))
+    (reason,) = judge(made, Gate(), baseline=made).reasons
+    assert reason.startswith("Not all attackers of pictures came to an end on what clients really send (1 ")
+    assert judge(made, Gate(), baseline=made).exit_code == 3
+    other = audit(finding(), not_run("linear-rows", kind="does not apply"))
+    assert judge(other, Gate(), baseline=other).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("images_fingerprint", "images and labels"), ("training_fingerprint", "network and procedure")],
+)
+def test_a_baseline_is_of_the_same_images_and_training_and_weights_may_differ(name, said):
+    """Networks are trained further; older files do not say of what they are."""
+    then = audit(finding(), fingerprint="a", **{name: "aa"})
+    assert judge(audit(finding(), fingerprint="b", **{name: "aa"}), Gate(), baseline=then).exit_code == 0
+    assert judge(audit(finding(), fingerprint="b"), Gate(), baseline=then).exit_code == 0
+    assert judge(audit(finding(), **{name: "bb"}), Gate(), baseline=audit(finding())).exit_code == 0
+    with pytest.raises(ConfigError, match=f"- {said}: not those of then"):
+        judge(audit(finding(), fingerprint="a", **{name: "bb"}), Gate(), baseline=then)
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,12 @@ from fedkl.attacking.verdict import Areas, judge_presence, judge_share
 from fedkl.attacks import ATTACKS, Attack, Reconstruction, register_attack
 from fedkl.auditing import Audit, attackers, recognition, run
 from fedkl.auditing.attackers import ATTACKERS, Attacker
-from fedkl.auditing.plan import exposures_of
+from fedkl.auditing.findings import _simplest
+from fedkl.auditing.plan import Planned, exposures_of
 from fedkl.auditing.rebuilding import _arms, dataset_of
 from fedkl.auditing.recognition import Pools
-from fedkl.defenses import KeyLock
+from fedkl.auditing.results import Measured
+from fedkl.defenses import KeyLock, NoDefense
 from fedkl.defenses.pruning import Pruning
 from fedkl.errors import ConfigError, DataError, FolderError, NewerFormatError, TrainingError
 from fedkl.protocol import Knowledge
@@ -43,6 +45,7 @@ from tests.auditing.subjects import (
     tokens,
     trained,
     trains,
+    transferred,
 )
 
 GRADIENT = Procedure()
@@ -328,6 +331,19 @@ def test_who_had_no_control_for_want_of_time_begins_anew():
     assert run._cut_short(present) == {("span", "real")}
 
 
+def test_a_sum_that_is_held_against_a_control_that_was_cut_short_begins_anew():
+    """Beside single updates behind masks that is their control."""
+    single = audits.SINGLE.model_copy(update={"name": "gradient-of-1"})
+    open_one = {"control": audits.measured(3, 3)}
+    present = audits.audit(
+        audits.finding("rebuilt", 0, 3, exposure="gradient-of-1", cut_short=True, **open_one),
+        audits.finding("rebuilt", 0, 30, exposure="sum-of-3", **open_one),
+        audits.finding("rebuilt", 0, 30, control=audits.measured(30, 30)),
+        exposures=(audits.REAL, single, audits.SUM),
+    )
+    assert run._cut_short(present) == {("span", "gradient-of-1"), ("span", "sum-of-3")}
+
+
 class Stop:
     """Ctrl-C at some report of progress; counts what is done."""
 
@@ -402,6 +418,45 @@ def test_half_a_last_line_is_dropped(tmp_path, few):
     assert found.not_run == whole.not_run
     assert found.findings == whole.findings
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_finished_audit_that_lost_lines_or_has_some_twice_is_damaged(tmp_path):
+    """The lines that are gone may be those that leak."""
+    made = audits.audit(audits.finding(), audits.finding("rebuilt", 0, 100), audits.not_run())
+    path = audits.write(tmp_path, made) / "results.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert Audit.read(tmp_path) == made
+    for kept, message in (
+        (lines[1:], "expected 2 findings, as summary.json says, got 1"),
+        (lines[:2], "expected 1 attackers that were not run, as summary.json says, got 0"),
+        ([*lines[:2], lines[2][:-30]], "expected 1 attackers that were not run"),
+        ([], "expected 2 findings, as summary.json says, got 0"),
+        (2 * lines, "presence by span on real: expected once, got 2 times"),
+        ([lines[0], *lines[::2]], "presence by span on real: expected once, got 2 times"),
+        ([*lines, lines[2]], "gauss-newton on real, not run: expected once, got 2 times"),
+    ):
+        path.write_bytes(b"".join(kept))
+        with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+            Audit.read(tmp_path)
+        assert str(caught.value).startswith(f"{path}: damaged.")
+        assert "Repeat the audit" in str(caught.value)
+
+
+def test_shares_outside_their_interval_and_exposures_of_one_name_are_damage(tmp_path):
+    audits.write(tmp_path, audits.audit(audits.finding()))
+    for name, old, new, message in (
+        ("results.jsonl", '"low":0.6', '"low":0.7', "expected low ≤ rate ≤ high, got low 0.7"),
+        ("results.jsonl", '"high":0.7', '"high":0.6', "expected low ≤ rate ≤ high, got low 0.6"),
+        ("audit.json", '"name":"single"', '"name":"real"', "expected each name once, got real more than"),
+    ):
+        before = (tmp_path / name).read_text()
+        assert before.count(old) == 1
+        (tmp_path / name).write_text(before.replace(old, new))
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            Audit.read(tmp_path)
+        (tmp_path / name).write_text(before)
+    rounded = Measured(rate=1.0, low=0.9, high=1 - 1e-9, n=3)
+    assert rounded.high < rounded.rate
 
 
 def hurried(network, inputs, labels):
@@ -639,6 +694,81 @@ def test_behind_blind_masks_nothing_is_found_and_the_control_succeeds(tmp_path):
     assert presence.control.rate > 0.9
     assert abs(presence.figures["auc"] - 0.5) < 0.3  # masks are the operating system's: it varies by 0.07
     assert found["presence", "presence", "your-client"].control is not None
+
+
+@pytest.mark.parametrize("masking", ["pairwise", "none"])
+def test_a_sum_in_the_open_is_held_against_what_has_no_masks(tmp_path, masking):
+    """Pairwise masks hide single updates and no sums: the masked figure was called that without masks."""
+    found = by_name(audited(tmp_path / "a", masking=masking, fields={"images_per_client": 4}))
+    for question, attacker in (("rebuilt", "linear-rows"), ("presence", "presence")):
+        single = found[question, attacker, "gradient-of-1"]
+        if masking == "none":
+            assert found[question, attacker, "your-client"].control == single.found
+            continue
+        of_sums = found[question, attacker, "sum-of-3"]
+        assert single.control.rate > 0.9 > single.found.rate
+        assert of_sums.control == single.control
+        assert found[question, attacker, "your-client"].control not in (single.control, single.found)
+        if question == "presence":
+            assert of_sums.figures["control_auc_low"] == single.figures["control_auc_low"] > 0.8
+
+
+def test_without_a_control_of_the_easier_case_a_sum_has_none():
+    """Where that broke, the figure behind masks is no figure without them."""
+    clients = exposures_of(subject(), defense=NoDefense(), masking="pairwise", batch_sizes=(1,), seed=0)[1]
+    masked = audits.finding("rebuilt", 0, 6, attacker="linear-rows", exposure="gradient-of-1")
+    entry = Planned(attacker=LINEAR_ROWS, clients=clients, seconds=1.0, control_hides=True)
+    assert _simplest(entry, "rebuilt", [masked]) == (None, None)
+    assert _simplest(replace(entry, control_hides=False), "rebuilt", [masked]) == (masked.found, 0.0)
+
+
+def test_a_baseline_of_something_else_is_refused_before_the_work(tmp_path, few, monkeypatch):
+    """Not an hour later. Other weights are what it is for."""
+    few()
+    mine = {"weights": trained(mlp)}
+    then = audited(tmp_path / "then", minutes=1e-9, fields=mine)
+    others = trained(mlp, lambda count, seed: images(count, seed=seed + 1))
+    assert audited(tmp_path / "a", minutes=1e-9, fields={"weights": others}, baseline=then).summary
+    monkeypatch.setattr(run, "plan", lambda *args, **options: pytest.fail("works"))
+
+    def inputs(count, seed=3):
+        return images(count, seed=seed)
+
+    for fields, said in (
+        ({"inputs": inputs}, "images and labels: not those of then"),
+        ({"procedure": replace(GRADIENT, lr=0.5)}, "network and procedure: not those of then"),
+        ({"name": "other"}, "subject: other now, subject then"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            audited(tmp_path / "b", minutes=1e-9, fields=mine | fields, baseline=then)
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_audit_from_before_prints_of_its_parts_goes_on(tmp_path, few):
+    """Its fingerprint is of all of them."""
+    few()
+    found = audited(tmp_path / "a", minutes=1e-9)
+    path = tmp_path / "a/audit.json"
+    settings = json.loads(path.read_text())
+    del settings["images_fingerprint"], settings["training_fingerprint"]
+    path.write_text(json.dumps(settings))
+    assert audited(tmp_path / "a", minutes=1e-9).findings == found.findings
+
+
+def test_what_is_trained_is_the_same_with_other_weights_and_not_frozen_otherwise():
+    mine = subject()
+    retrained = subject(weights=trained(mlp, lambda count, seed: images(count, seed=seed + 1)))
+    assert mine.training_fingerprint() == retrained.training_fingerprint()
+    assert mine.images_fingerprint() == retrained.images_fingerprint()
+    assert mine.fingerprint() != retrained.fingerprint()
+    others = [
+        replace(mine, procedure=replace(EPOCH, lr=1e-7)), replace(mine, normalization=((0.5,), (0.2,))),
+        subject(convnet), subject(transferred), mine,
+    ]  # fmt: skip
+    assert len({each.training_fingerprint() for each in others}) == len(others)
+    shuffled = replace(mine, labels=mine.labels.flip(0))
+    assert shuffled.images_fingerprint() != mine.images_fingerprint()
+    assert shuffled.training_fingerprint() == mine.training_fingerprint()
 
 
 def test_an_audit_of_a_lock(tmp_path, few):

@@ -14,7 +14,18 @@ from fedkl import report
 from fedkl.auditing import advice, words
 from fedkl.auditing.attackers import ATTACKERS, PRESENCE
 from fedkl.auditing.results import Audit
-from tests.auditing.audits import REAL, SINGLE, SUMS, audit, finding, measured, not_run, write, write_pictures
+from tests.auditing.audits import (
+    REAL,
+    SINGLE,
+    SUM,
+    SUMS,
+    audit,
+    finding,
+    measured,
+    not_run,
+    write,
+    write_pictures,
+)
 
 EVIL = """<script>alert(1)</script>"'&{{ 7*7 }}"""
 
@@ -522,6 +533,34 @@ def test_what_kept_presence_from_a_result_stands_in_the_verdict():
     reason = made.not_run[0].reason
     assert words.verdict(made).text == f"This audit has no result for what your clients really send. {reason}"
     assert words.verdict(audit(finding(exposure="single"), not_run("spear"))).text.endswith("really send.")
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_nothing_is_good_of_which_a_part_was_not_tested(plain):
+    """Single updates behind masks showed nothing, and of sums, which leak, presence was not tested."""
+    quiet = finding(successes=3, attacker="presence", outcome="at the floor", control=measured(200, 300))
+    rows = finding("rebuilt", 0, attacker="linear-rows", outcome="at the floor", control=measured(30, 30))
+    of_sums = {"exposure": SUM.name}
+    missing = not_run("presence", kind="does not apply", reason="Give more images.", **of_sums)
+    sums = {"exposures": (REAL, SUM), "masking": "pairwise"}
+    for results in (
+        [quiet, missing],
+        [quiet, missing, rows, rows.model_copy(update=of_sums)],
+    ):
+        found = words.verdict(audit(*results, **sums), plain=plain)
+        assert found == (
+            "open",
+            f"{words.NO_LEAK}, but presence was not tested on {SUM.title}. Give more images.",
+        )
+    assert "presence" in words.failures(audit(quiet, missing, **sums)).undecided
+    found = words.verdict(audit(rows, not_run("linear-rows", **of_sums), **sums), plain=plain)
+    assert found == (
+        "open",
+        f"{words.NO_LEAK}, but no attacker was shown to be able to find one in all of it.",
+    )
+    whole = audit(quiet, quiet.model_copy(update=of_sums), rows, not_run("linear-rows", **of_sums), **sums)
+    assert words.verdict(whole, plain=plain).tone == "good"
+    assert words.failures(whole) == (["presence"], ["linear-rows"], [])
 
 
 def test_the_page_says_shares_plainly_and_the_terminal_exactly():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from fedkl.attacking.verdict import Areas, judge_presence, judge_share
 from fedkl.auditing.plan import CONTROL, Planned
@@ -42,8 +42,8 @@ def of_pictures(
     for question, name in _SHARES.items():
         share, floor = Measured(**rebuilt.found[name]), Measured(**rebuilt.floor[name])
         control = Measured(**rebuilt.control[name]) if rebuilt.control else None
-        if control is None and (simplest := _simplest(entry, question, earlier)) is not None:
-            control = simplest.found
+        if control is None:
+            control = _simplest(entry, question, earlier).share
         outcome, reason = _verdict(share, floor, control, what=question, of=rebuilt.found)
         found.append(
             Finding(
@@ -128,28 +128,33 @@ def of_presence(
     )
 
 
-def _control_of_presence(
-    entry: Planned, open: Recognized | None, earlier: Sequence[Finding]
-) -> tuple[Measured | None, float | None]:
-    """What is recognized where nothing is hidden, and the lower end of the area's interval there."""
+def _control_of_presence(entry: Planned, open: Recognized | None, earlier: Sequence[Finding]) -> _Control:
+    """What is recognized where nothing is hidden."""
     if open is not None:
-        return Measured(**open.share._asdict()), open.auc_low
-    simplest = _simplest(entry, "presence", earlier)
-    return (None, None) if simplest is None else (simplest.found, simplest.figures.get("auc_low", 0.0))
+        return _Control(Measured(**open.share._asdict()), open.auc_low)
+    return _simplest(entry, "presence", earlier)
 
 
-def _simplest(entry: Planned, question: Question, earlier: Sequence[Finding]) -> Finding | None:
-    """Where nothing is hidden, an attacker is held against the simplest update: one gradient of one image."""
+class _Control(NamedTuple):
+    """What is found where nothing is hidden, and of presence the lower end of the area's interval."""
+
+    share: Measured | None
+    auc_low: float | None
+
+
+def _simplest(entry: Planned, question: Question, earlier: Sequence[Finding]) -> _Control:
+    """Where nothing is hidden, an attacker is held against the simplest update: one gradient of one image.
+
+    Of a sum in the open, beside single updates behind masks, that is the one without masks.
+    """
     if entry.clients.hides or entry.exposure.name == CONTROL:
-        return None
-    return next(
-        (
-            each
-            for each in earlier
-            if (each.attacker, each.exposure, each.question) == (entry.name, CONTROL, question)
-        ),
-        None,
-    )
+        return _Control(None, None)
+    for each in earlier:
+        if (each.attacker, each.exposure, each.question) == (entry.name, CONTROL, question):
+            if entry.control_hides:
+                return _Control(each.control, each.figures.get("control_auc_low"))
+            return _Control(each.found, each.figures.get("auc_low", 0.0))
+    return _Control(None, None)
 
 
 def _verdict(

@@ -39,7 +39,12 @@ _STANDARD = Path(sysconfig.get_path("stdlib")).resolve()
 
 
 def fingerprint(
-    network: nn.Module, *, trains: object, settings: object, tensors: Mapping[str, Tensor]
+    network: nn.Module,
+    *,
+    trains: object,
+    settings: object,
+    tensors: Mapping[str, Tensor],
+    values: bool = True,
 ) -> str:
     """SHA-256, hexadecimal.
 
@@ -48,10 +53,18 @@ def fingerprint(
         trains: What a client does: a Procedure, or a function with what it names.
         settings: What else counts.
         tensors: By name, likewise.
+        values: Whether values of the network's tensors count; else their names and forms, and which are
+            frozen.
     """
-    telling = _Telling(trains)
+    telling = _Telling(trains, formal=None if values else network)
     told = [telling.value(each) for each in (settings, tensors, trains, network)]
     return hashlib.sha256("\n".join([*told, *telling.code()]).encode(errors="backslashreplace")).hexdigest()
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors by name, hexadecimal."""
+    told = [f"{name}: {_bits(tensor)}" for name, tensor in sorted(tensors.items())]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
 class _Telling:
@@ -59,9 +72,11 @@ class _Telling:
 
     Args:
         root: Its package is the user's own, even where it is installed.
+        formal: The network of whose tensors the values do not count; None: they count of all.
     """
 
-    def __init__(self, root: object) -> None:
+    def __init__(self, root: object, *, formal: nn.Module | None = None) -> None:
+        self._formal = formal
         while isinstance(root, partial):
             root = root.func
         root = inspect.unwrap(root) if callable(root) else root
@@ -145,6 +160,8 @@ class _Telling:
 
     def _network(self, network: nn.Module) -> str:
         state = {**dict(network.named_buffers()), **network.state_dict()}
+        if network is self._formal:
+            state = _forms(state, network)
         parts = [re.sub(r" at 0x[0-9a-f]+", "", repr(network)), self._mapping(state)]
         kinds = {kind: self._is_own(kind.__module__) for kind in map(type, network.modules())}
         others = (kind for kind, own in kinds.items() if not own and _package(kind.__module__) != "torch")
@@ -221,6 +238,16 @@ def _package(module: object) -> str:
 
 def _is_special(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
+
+
+def _forms(state: Mapping[str, object], network: nn.Module) -> dict[str, object]:
+    """What a network's tensors are but their values, and which of them are frozen."""
+    frozen = {name for name, each in network.named_parameters() if not each.requires_grad}
+    return {
+        name: f"{each.dtype} {tuple(each.shape)}{' frozen' * (name in frozen)}"
+        for name, each in state.items()
+        if isinstance(each, Tensor)
+    }
 
 
 def _bits(tensor: Tensor) -> str:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from fedkl.attacking.floor import CANDIDATES
 from fedkl.auditing.attackers import PRESENCE
-from fedkl.auditing.results import Audit, Cause, Finding, Question
+from fedkl.auditing.results import Audit, Cause, Finding, Question, Settings
 from fedkl.errors import ConfigError, gathered, shown
 
 State = Literal["crossed", "passed", "undecided", "missing"]
@@ -44,6 +44,14 @@ _FLOORS = {
 """By quantity: what is found without a leak, in words, and what to do about a limit below it."""
 
 _PICTURES = ("recovered", "identified")
+
+_NOT_ALL = "not all attackers of pictures came to an end on what clients really send"
+
+_CONTENTS = {
+    "images_fingerprint": "images and labels",
+    "training_fingerprint": "network and procedure",
+}
+"""Hashes of settings, and what they are of: what has to be the same in a baseline."""
 
 _CAUSES: dict[Cause, str] = {
     "does not apply": "not applicable",
@@ -183,13 +191,17 @@ def judge(audit: Audit, gate: Gate, *, baseline: Audit | None = None) -> GateRes
 
     A limit counts as crossed where the interval's low end is above it, as kept where the high end is not;
     in between it is undecided. So it is where no more images are recognized than of those that clients do
-    not have, or identified than without the update: that is no leak, and the limit too low. Upper bounds are
-    not looked at. Of pictures evidence is missing where one of their attackers broke off or had no time.
+    not have, or identified than without the update, and the verdict is not that it leaks: the limit is too
+    low then. Upper bounds are not looked at. Of pictures evidence is missing where one of their attackers
+    broke off or had no time; of presence where it was not measured on all that clients really send, whatever
+    the cause. So it is in comparisons with an earlier audit. There "not worse" is undecided, too, where fewer
+    images say it than then, and it may be worse.
 
     Args:
         audit: What was found.
         gate: The limits.
-        baseline: An earlier audit of the same: fails where something is surely worse now.
+        baseline: An earlier audit of the same, of weights that may have changed: fails where something is
+            surely worse now.
 
     Returns:
         The checks.
@@ -254,7 +266,8 @@ def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
     for finding, interval in found:
         place = f"{quantity}, {finding.attacker} on {finding.exposure}: {interval}"
         floor = finding.floor if quantity in _FLOORS else None
-        if interval.low > limit and floor is not None and interval.low <= floor.high:
+        leaks = finding.outcome == "leaks"
+        if interval.low > limit and floor is not None and interval.low <= floor.high and not leaks:
             state: State = "undecided"
             what, remedy = _FLOORS[quantity]
             known = Interval(floor.rate, floor.low, floor.high)
@@ -276,8 +289,15 @@ def _against(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
                 f"{place} may be on either side of the limit {limit:g}; {_needed(finding, interval, limit)}."
             )
         yield Check(state=state, text=text, quantity=quantity, limit=limit, finding=finding)
-    if found and quantity in _PICTURES:
-        yield from _untried(audit, quantity, limit)
+    if found and quantity in _PICTURES and (counts := _untried(audit)):
+        yield Check(
+            state="missing",
+            text=f"{quantity}: {_NOT_ALL} ({counts}). Give more minutes, or leave this limit out.",
+            quantity=quantity,
+            limit=limit,
+        )
+    if found and QUANTITIES[quantity] == "presence":
+        yield from _untested(audit, quantity, limit)
 
 
 def _unsaid(finding: Finding, quantity: str) -> str:
@@ -290,21 +310,28 @@ def _unsaid(finding: Finding, quantity: str) -> str:
     return ""
 
 
-def _untried(audit: Audit, quantity: str, limit: float) -> Iterator[Check]:
-    """Attackers of pictures that could have crossed a limit, had they come to an end."""
+def _untried(audit: Audit) -> str:
+    """How many attackers of pictures could have found more, had they come to an end; empty if none."""
     kinds = dict.fromkeys(_EVIDENCE, 0)
     for each in audit.not_run:
         if each.kind in kinds and each.attacker != PRESENCE and audit.exposure(each.exposure).headline:
             kinds[each.kind] += 1
-    counts = ", ".join(f"{count} {_CAUSES[kind]}" for kind, count in kinds.items() if count)
-    if counts:
-        yield Check(
-            state="missing",
-            text=f"{quantity}: not all attackers of pictures came to an end on what clients really send "
-            f"({counts}). Give more minutes, or leave this limit out.",
-            quantity=quantity,
-            limit=limit,
-        )
+    return ", ".join(f"{count} {_CAUSES[kind]}" for kind, count in kinds.items() if count)
+
+
+def _untested(audit: Audit, quantity: str, limit: float | None) -> Iterator[Check]:
+    """What clients really send and presence was not measured of: no cause says that nothing leaks there."""
+    measured = {finding.exposure for finding, _ in _figures(audit, quantity)}
+    for exposure in audit.settings.exposures:
+        if exposure.headline and exposure.name not in measured:
+            causes = [
+                f" ({_CAUSES[each.kind]}). {each.reason.rstrip('.')}"
+                for each in audit.not_run
+                if (each.attacker, each.exposure) == (PRESENCE, exposure.name)
+            ]
+            text = f"{quantity}: nothing was measured on {exposure.name}{''.join(causes)}."
+            text += " Correct this." if limit is None else " Correct this, or leave this limit out."
+            yield Check(state="missing", text=text, quantity=quantity, limit=limit)
 
 
 def _needed(finding: Finding, interval: Interval, limit: float) -> str:
@@ -320,8 +347,19 @@ def _needed(finding: Finding, interval: Interval, limit: float) -> str:
     return f"about {rounded:.0f} trials would decide it, {finding.found.n} were run: give more {more}"
 
 
-def _compared(audit: Audit, baseline: Audit) -> Iterator[Check]:
-    differences = _differences(audit, baseline)
+def check_baseline(settings: Settings, baseline: Audit) -> None:
+    """Whether an audit may be held against an earlier one; its settings suffice, so this is known before it.
+
+    Weights may differ: a network that was trained further is what a baseline is for.
+
+    Args:
+        settings: What is audited, and how.
+        baseline: The earlier audit.
+
+    Raises:
+        ConfigError: That is of something else; the message lists what differs.
+    """
+    differences = _differences(settings, baseline.settings)
     if differences:
         raise ConfigError(
             gathered(
@@ -330,6 +368,10 @@ def _compared(audit: Audit, baseline: Audit) -> Iterator[Check]:
                 "Give the folder of an audit of the same, or make a new baseline.",
             )
         )
+
+
+def _compared(audit: Audit, baseline: Audit) -> Iterator[Check]:
+    check_baseline(audit.settings, baseline)
     for quantity in QUANTITIES:
         now, then = ({_key(f): (f, i) for f, i in _figures(each, quantity)} for each in (audit, baseline))
         for key in dict.fromkeys([*now, *then]):
@@ -341,25 +383,47 @@ def _compared(audit: Audit, baseline: Audit) -> Iterator[Check]:
                 yield Check(state="missing", text=text, quantity=quantity, finding=finding)
                 continue
             (finding, interval), before = now[key], then[key][1]
-            worse = interval.low > before.high
-            text = (
-                f"{place}: {interval}, {'worse than' if worse else 'not surely worse than'} before, {before}."
-            )
-            yield Check(state="crossed" if worse else "passed", text=text, quantity=quantity, finding=finding)
+            state, text = _grown(finding, interval, earlier=then[key][0], before=before, quantity=quantity)
+            yield Check(state=state, text=f"{place}: {text}", quantity=quantity, finding=finding)
+        if now and QUANTITIES[quantity] == "presence":
+            yield from _untested(audit, quantity, None)
+    if counts := _untried(audit):
+        said = (
+            f"{_NOT_ALL[0].upper()}{_NOT_ALL[1:]} ({counts}): whether more is found than before is not known."
+        )
+        yield Check(state="missing", text=f"{said} Give more minutes, or mend what broke.")
+
+
+def _grown(
+    finding: Finding, interval: Interval, *, earlier: Finding, before: Interval, quantity: str
+) -> tuple[State, str]:
+    """Whether a figure is worse than before, and that in words."""
+    if interval.low > before.high:
+        return "crossed", f"{interval}, worse than before, {before}."
+    text = f"{interval}, not surely worse than before, {before}"
+    if unsaid := _unsaid(finding, quantity):
+        return "missing", f"{text}, but {unsaid}."
+    now, then = finding.found.n, earlier.found.n
+    if interval.high > before.high and now < then:
+        return "undecided", f"{text}, but {now} images say so, {then} then. Give more minutes."
+    return "passed", f"{text}."
 
 
 def _key(finding: Finding) -> tuple[str, str]:
     return finding.attacker, finding.exposure
 
 
-def _differences(audit: Audit, baseline: Audit) -> list[str]:
+def _differences(now: Settings, then: Settings) -> list[str]:
     """What is not the same of two audits whose figures shall be compared."""
-    now, then = audit.settings, baseline.settings
     names = ("subject", "images", "classes", "defense", "masking", "fedkl")
     found = {name: (getattr(now, name), getattr(then, name)) for name in names}
     for name in sorted({*now.environment, *then.environment}):
         found[name] = (now.environment.get(name), then.environment.get(name))
     texts = [f"{name}: {a} now, {b} then" for name, (a, b) in found.items() if a != b]
+    for name, what in _CONTENTS.items():
+        prints = getattr(now, name), getattr(then, name)
+        if None not in prints and prints[0] != prints[1]:  # older files have none
+            texts.append(f"{what}: not those of then")
     ours, theirs = ({each.name: each for each in each.exposures} for each in (now, then))
     texts += [
         f"exposure {name}: {'not in one of them' if name not in ours or name not in theirs else 'differs'}"

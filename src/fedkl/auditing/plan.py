@@ -39,6 +39,7 @@ class Planned:
         seconds: Of one core, about; for as many images as it attacks at most.
         least: The same for as few as it attacks before it looks at the clock.
         obstacle: Why it is not run; None where it is.
+        control_hides: Whether clients hide something on the control, too.
     """
 
     attacker: Attacker | None
@@ -46,6 +47,7 @@ class Planned:
     seconds: float
     least: float = 0.0
     obstacle: NotRun | None = field(default=None)
+    control_hides: bool = False
 
     @property
     def name(self) -> str:
@@ -203,6 +205,8 @@ def plan(
     for clients in exposures:
         told(clients.exposure.title)
         found += _on(clients, pools)
+    hides = any(each.exposure.name == CONTROL and each.hides for each in exposures)
+    found = [replace(each, control_hides=hides) for each in found]
     # Beside recorded updates the upper bound is a control only: of attackers that run on them.
     idle = {each.name for each in found if each.clients.sent is not None and each.obstacle is not None}
     found = [each for each in found if each.clients.sent is not None or each.name not in idle]

@@ -75,6 +75,7 @@ def audit_recorded(
     target: str | None = None,
     source: str | None = None,
     line: int | None = None,
+    baseline: Audit | None = None,
     planned: Callable[[Sequence[Planned]], None] = lambda entries: None,
     progress: Progress = silent,
 ) -> Audit:
@@ -93,12 +94,13 @@ def audit_recorded(
         target: As it was named, for reports; the subject's name if None.
         source: File of the target, for reports.
         line: Where in it the target begins.
+        baseline: An earlier audit that this one will be held against; see `fedkl.audit`.
         planned: Called with the plan before the work.
         progress: Called with the share of the time that is used up, of 1, and what is done or was found.
 
     Raises:
         ConfigError: An update does not fit the subject, members are none of its images, an option is not
-            usable, or the folder holds something else.
+            usable, or the baseline or what the folder holds is of something else.
         DataError: The network does not fit the images, or clients cannot be played.
         TrainingError: A client cannot train.
     """
@@ -121,7 +123,7 @@ def audit_recorded(
         recorded_kind=kinds.pop() if len(kinds) == 1 else None,
         anyway=anyway,
     )
-    return run_all(settings, exposures, pools, out=out, planned=planned, progress=progress)
+    return run_all(settings, exposures, pools, out=out, baseline=baseline, planned=planned, progress=progress)
 
 
 def suspect(

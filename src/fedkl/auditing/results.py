@@ -8,11 +8,20 @@ summary.json    written last: an audit without it was interrupted
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from fedkl.errors import ConfigError, gathered
 from fedkl.files import read_file
@@ -23,6 +32,7 @@ from fedkl.validation import problems_of
 
 VERSION: Literal[1] = 1
 _MAX_BYTES = 2**28
+_ROUNDING = 1e-6  # of a share
 
 Question = Literal["rebuilt", "identified", "presence", "labels"]
 """Of a client's images: which come out again as pictures; which are known from what comes out among many;
@@ -79,6 +89,14 @@ class Measured(Record):
     low: Share
     high: Share
     n: Annotated[Count, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Measured:
+        if not self.low - _ROUNDING <= self.rate <= self.high + _ROUNDING:
+            raise ValueError(
+                f"expected low ≤ rate ≤ high, got low {self.low:g}, rate {self.rate:g}, high {self.high:g}"
+            )
+        return self
 
     @property
     def percent(self) -> str:
@@ -139,10 +157,15 @@ class Settings(Record):
             several kinds, and in older files.
         anyway: Whether recorded updates were attacked that do not fit, too.
         fingerprint: Of weights, images, labels and procedure, see `Subject.fingerprint`; None in older files.
+        images_fingerprint: Of images and labels alone; None in older files.
+        training_fingerprint: Of what is trained and how, without weights, see
+            `Subject.training_fingerprint`; None in older files.
         exposures: What is looked at.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"recorded_kind", "anyway"})
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"recorded_kind", "anyway", "images_fingerprint", "training_fingerprint"}
+    )
 
     version: Literal[1] = VERSION
     fedkl: Word
@@ -162,7 +185,17 @@ class Settings(Record):
     recorded_kind: Literal["gradient", "difference", "weights"] | None = None
     anyway: bool = False
     fingerprint: Word | None = None
+    images_fingerprint: Word | None = None
+    training_fingerprint: Word | None = None
     exposures: tuple[Exposure, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        names = [each.name for each in self.exposures]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"exposures: expected each name once, got {', '.join(twice)} more than once")
+        return self
 
 
 class Finding(Record):
@@ -285,7 +318,8 @@ class Audit(Record):
         """What an audit's folder holds; the last line may be half, where a machine stopped.
 
         Raises:
-            ConfigError: It is no audit's folder, or a file is damaged.
+            ConfigError: It is no audit's folder, a file is damaged, or lines are not those that were counted
+                at its end.
             NewerFormatError: A newer fedkl wrote it.
         """
         settings = _parsed(Settings, folder / "audit.json")
@@ -294,12 +328,35 @@ class Audit(Record):
         names = {each.name for each in settings.exposures}
         if any(each.exposure not in names for each in found):
             raise ConfigError(f"{folder}/results.jsonl: names an exposure that audit.json does not have.")
-        return cls(
+        audit = cls(
             settings=settings,
             findings=tuple(each for each in found if isinstance(each, Finding)),
             not_run=tuple(each for each in found if isinstance(each, NotRun)),
             summary=_parsed(Summary, done, reads=2) if done.exists() else None,
         )
+        problems = audit._miscounted()
+        if problems:
+            remedy = "Repeat the audit into another folder."
+            raise ConfigError(gathered(f"{folder}/results.jsonl: damaged.", problems, remedy))
+        return audit
+
+    def _miscounted(self) -> list[str]:
+        """What is there twice, and what is not as many as its end says."""
+        findings = Counter(f"{each.question} by {each.attacker} on {each.exposure}" for each in self.findings)
+        skipped = Counter(f"{each.attacker} on {each.exposure}, not run" for each in self.not_run)
+        counts = [*findings.items(), *skipped.items()]
+        problems = [f"{what}: expected once, got {count} times" for what, count in counts if count > 1]
+        if self.summary is not None:
+            ends = {
+                "findings": (self.summary.findings, len(self.findings)),
+                "attackers that were not run": (self.summary.not_run, len(self.not_run)),
+            }
+            problems += [
+                f"expected {said} {what}, as summary.json says, got {got}"
+                for what, (said, got) in ends.items()
+                if said != got
+            ]
+        return problems
 
 
 def _parsed(kind: type[AnyRecord], path: Path, *, reads: int = VERSION) -> AnyRecord:

@@ -19,6 +19,7 @@ from fedkl.attacking.grid import NotRun as Unattacked
 from fedkl.auditing.clients import Clients
 from fedkl.auditing.defended import defense_of, text_of
 from fedkl.auditing.findings import of_pictures, of_presence
+from fedkl.auditing.gate import check_baseline
 from fedkl.auditing.plan import CONTROL, Planned, exposures_of, plan
 from fedkl.auditing.rebuilding import Rebuilt, rebuild
 from fedkl.auditing.recognition import Pools, Recognized, recognize
@@ -46,6 +47,7 @@ def audit(
     target: str | None = None,
     source: str | None = None,
     line: int | None = None,
+    baseline: Audit | None = None,
     planned: Callable[[Sequence[Planned]], None] = lambda entries: None,
     progress: Progress = silent,
 ) -> Audit:
@@ -64,11 +66,13 @@ def audit(
         target: As it was named, for reports; the subject's name if None.
         source: File of the target, for reports.
         line: Where in it the target begins.
+        baseline: An earlier audit that this one will be held against, see `fedkl.auditing.judge`.
         planned: Called with the plan before the work.
         progress: Called with the share of the time that is used up, of 1, and what is done or was found.
 
     Raises:
-        ConfigError: An option is not usable, or the folder holds something else.
+        ConfigError: An option is not usable, the baseline is of something else, or the folder holds something
+            else.
         DataError: The network does not fit the images.
         TrainingError: A client cannot train.
     """
@@ -95,7 +99,7 @@ def audit(
         minutes=minutes,
         batch_sizes=tuple(batch_sizes),
     )
-    return run_all(settings, exposures, pools, out=out, planned=planned, progress=progress)
+    return run_all(settings, exposures, pools, out=out, baseline=baseline, planned=planned, progress=progress)
 
 
 def settings_of(subject: Subject, exposures: Sequence[Clients], **given: Any) -> Settings:
@@ -117,6 +121,8 @@ def settings_of(subject: Subject, exposures: Sequence[Clients], **given: Any) ->
             classes=subject.classes,
             environment={"torch": torch.__version__},
             fingerprint=subject.fingerprint(),
+            images_fingerprint=subject.images_fingerprint(),
+            training_fingerprint=subject.training_fingerprint(),
             exposures=tuple(each.exposure for each in exposures),
             **given,
         )
@@ -132,6 +138,7 @@ def run_all(
     pools: Pools,
     *,
     out: Path | str,
+    baseline: Audit | None,
     planned: Callable[[Sequence[Planned]], None],
     progress: Progress,
 ) -> Audit:
@@ -142,9 +149,12 @@ def run_all(
         exposures: What is looked at.
         pools: Whose images are whose.
         out: The audit's folder.
+        baseline: An earlier audit; refused before anything is written where it is of something else.
         planned: Called with the plan before the work.
         progress: Called with the share of the time that is used up.
     """
+    if baseline is not None:
+        check_baseline(settings, baseline)
     folder = _Folder(Path(out))
     with exclusive(folder.path):
         present = folder.begin(settings)
@@ -265,20 +275,21 @@ def _cut_short(present: Audit) -> set[tuple[str, str]]:
         each.attacker for each in present.not_run if (each.kind, each.exposure) == ("no time left", CONTROL)
     }
     controls = {
-        (each.attacker, each.question): each.found
+        (each.attacker, each.question): (each.found, each.control)  # of sums beside masks: the latter
         for each in present.findings
         if each.cut_short and each.exposure == CONTROL
     }
     for each in present.findings:
-        control = controls.get((each.attacker, each.question))
-        unjudged = control is None and each.control is None and each.attacker in late
-        if unjudged or (control is not None and each.control == control):
+        judged_by = controls.get((each.attacker, each.question), ())
+        unjudged = not judged_by and each.control is None and each.attacker in late
+        if unjudged or (each.control is not None and each.control in judged_by):
             found.add((each.attacker, each.exposure))
     return found
 
 
-_ALIKE = frozenset({"minutes", "line", "anyway"})
-"""Settings that make no other audit: more time goes on, code moves, and what fits is attacked in any case."""
+_ALIKE = frozenset({"minutes", "line", "anyway", "images_fingerprint", "training_fingerprint"})
+"""Settings that make no other audit: more time goes on, code moves, what fits is attacked in any case, and
+the fingerprint is of images and training, too."""
 
 
 def _differing(present: Settings, wanted: Settings) -> list[str]:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from fedkl import rng
-from fedkl.auditing.fingerprint import fingerprint
+from fedkl.auditing.fingerprint import fingerprint, fingerprint_of
 from fedkl.errors import ConfigError, DataError, gathered, printable, shown
 from fedkl.locking.copying import copied
 from fedkl.modelfile import read_tensors
@@ -214,6 +214,24 @@ class Subject:
             trains=self.procedure,
             settings=self.normalization,
             tensors={"images": self.images, "labels": self.labels},
+        )
+
+    def images_fingerprint(self) -> str:
+        """Tells these images and labels from others: SHA-256, hexadecimal."""
+        return fingerprint_of({"images": self.images, "labels": self.labels})
+
+    def training_fingerprint(self) -> str:
+        """Tells what is trained, and how, from something else: SHA-256, hexadecimal.
+
+        As `fingerprint`, without images and without the values of the network's tensors: one that was trained
+        further is the same. Which of its parameters are frozen counts.
+        """
+        return fingerprint(
+            self.build(trained=False),
+            trains=self.procedure,
+            settings=self.normalization,
+            tensors={},
+            values=False,
         )
 
     def inputs(self, images: Tensor) -> Tensor:

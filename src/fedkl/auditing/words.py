@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 from fedkl.aggregation import MaskedAggregation
 from fedkl.attacking.verdict import SHOWN
-from fedkl.auditing.results import Audit, Finding, Outcome, Question
+from fedkl.auditing.results import Audit, Finding, NotRun, Outcome, Question
 
 Tone = Literal["good", "bad", "open"]
 
@@ -216,9 +216,17 @@ def verdict(audit: Audit, *, plain: bool = False) -> Verdict:
 
 def _why_no_presence(audit: Audit) -> list[str]:
     """Presence is tried in any case: what kept it from a result, if anything did."""
-    real = {exposure.name for exposure in audit.settings.exposures if exposure.headline}
-    missing = [each for each in audit.not_run if each.attacker == "presence" and each.exposure in real]
-    return [each.reason for each in missing[:1]]
+    return [each.reason for each in _without_presence(audit)[:1]]
+
+
+def _without_presence(audit: Audit) -> list[NotRun]:
+    real = _real(audit)
+    return [each for each in audit.not_run if each.attacker == "presence" and each.exposure in real]
+
+
+def _real(audit: Audit) -> set[str]:
+    """Names of what clients really send."""
+    return {exposure.name for exposure in audit.settings.exposures if exposure.headline}
 
 
 def _verdict(audit: Audit, said: Callable[[Finding], str]) -> Verdict:
@@ -233,12 +241,18 @@ def _verdict(audit: Audit, said: Callable[[Finding], str]) -> Verdict:
         return Verdict("open", f"{NO_LEAK}. Upper bound, {title}: {said(bounds[0])}")
     if any(each.figures.get("auc_surely", 0.0) > 0.5 for each in real):
         return Verdict("open", f"{NO_LEAK} for sure. {MORE_THAN_CHANCE}")
+    untested = _without_presence(audit)
+    if untested:
+        title = audit.exposure(untested[0].exposure).title
+        because = untested[0].reason.rstrip(".")
+        return Verdict("open", f"{NO_LEAK}, but presence was not tested on {title}. {because}.")
     able = failures(audit).able
     if able:
         return Verdict(
             "good", f"{NO_LEAK} by {', '.join(able)}, which would find one where nothing is hidden."
         )
-    return Verdict("open", f"{NO_LEAK}, but no attacker was shown to be able to find one.")
+    where = " in all of it" if len(_real(audit)) > 1 else ""
+    return Verdict("open", f"{NO_LEAK}, but no attacker was shown to be able to find one{where}.")
 
 
 def _seen(audit: Audit) -> str:
@@ -273,7 +287,11 @@ def _spelled(count: int) -> str:
 
 
 class Failures(NamedTuple):
-    """Attackers without a leak in what clients really send, by name: each is in one of the three."""
+    """Attackers without a leak in what clients really send, by name: each is in one of the three.
+
+    Of that there may be several things, e.g. single updates and sums: able is who found nothing in any of
+    them, and undecided who was tried on some only.
+    """
 
     able: list[str]
     undecided: list[str]
@@ -282,16 +300,20 @@ class Failures(NamedTuple):
 
 def failures(audit: Audit) -> Failures:
     """Who found nothing although able to, of whom nothing can be said, and who was not tried or broke."""
+    real = _real(audit)
     outcomes: dict[str, set[Outcome]] = {}
+    tried: dict[str, set[str]] = {}
     for finding in audit.findings:
-        real = audit.exposure(finding.exposure).headline
-        outcomes.setdefault(finding.attacker, set()).update([finding.outcome] if real else [])
+        headline = finding.exposure in real
+        outcomes.setdefault(finding.attacker, set()).update([finding.outcome] if headline else [])
+        tried.setdefault(finding.attacker, set()).update([finding.exposure] if headline else [])
     for missing in audit.not_run:
         outcomes.setdefault(missing.attacker, set())
     quiet = {name: found for name, found in outcomes.items() if "leaks" not in found}
+    able = [name for name, found in quiet.items() if found == {"at the floor"} and tried[name] == real]
     return Failures(
-        able=[name for name, found in quiet.items() if found == {"at the floor"}],
-        undecided=[name for name, found in quiet.items() if "says nothing" in found],
+        able=able,
+        undecided=[name for name, found in quiet.items() if found and name not in able],
         no_result=[name for name, found in quiet.items() if not found],
     )
 

@@ -100,6 +100,7 @@ def audit(
         return
     options: dict[str, Any] = {"out": out, "minutes": minutes, "seed": seed, "planned": _show_plan}
     options |= {"target": found.name, "source": found.source, "line": found.line}
+    options |= {} if earlier is None else {"baseline": earlier}  # of something else: refused before the work
     with progress_bar("audit") as progress:
         options |= {"progress": progress}
         done: Audit = (
