@@ -255,7 +255,7 @@ class Guard(Strategy):
             "Round %d: most members refuse the model of round %d. If their nodes' logs say that the sum was "
             "altered, an upload in it was broken or forged. It goes on from the model before; outside blind "
             "mode all who were in the sum have to come back for that. Without one of them, begin in a new "
-            "folder with other initial weights, or have the cohort changed (`fedkl cohort change`).",
+            "folder with other initial weights.",
             *(round, self._last),
         )
         put_arrays(self.strategy, before.memory)

@@ -282,8 +282,7 @@ class Member:
             raise MaskingError(
                 "Refused: on this model this member has revealed for other members already. The difference "
                 "of the two sums would give an update away. It goes on once the same members are listed. A "
-                "training without one of them needs other initial weights, in a new run, or a cohort that "
-                "was changed (`fedkl cohort change`)."
+                "training without one of them needs a new run with other initial weights."
             )
 
     def _new(self, call: Call) -> tuple[Context, RunMemory]:
