@@ -351,8 +351,8 @@ def test_failures_are_counted_not_dropped():
     }  # fmt: skip
     failed = dict.fromkeys(good) | {"identified": False, "rank": 100, "candidates": 100}
     records = [
-        {"scores": [score], "scaling": "prior", "evaluations": 5, "loss": loss}
-        for score, loss in ((good, 0.1), (failed, None))
+        {"trial": number, "scores": [score], "scaling": "prior", "evaluations": 5, "loss": loss}
+        for number, (score, loss) in enumerate(((good, 0.1), (failed, None)))
     ]
     summary = arm_summary(arm, records)
     assert summary["figures"]["psnr"]["n"] == 2

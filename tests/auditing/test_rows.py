@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedkl.auditing.rows import Layer, layers_of, looked_at, rows_of
+from fedkl.auditing.rows import Layer, _where_images_are, layers_of, looked_at, rows_of
 from tests.auditing.subjects import CLASSES, Words, convnet, images, labels, mlp, tokens
 
 COUNT = 7
@@ -382,6 +382,15 @@ def test_asking_how_many_fit_changes_nothing(monkeypatch, least):
     assert torch.equal(x, before)
     asked, unasked = (each["fc"].inputs for each in found)
     assert torch.equal(asked, unasked)
+
+
+def test_finding_the_dimension_of_the_images_changes_nothing():
+    model, x = Odder(), images(COUNT)
+    before, layers = x.clone(), layers_of(model, dict(model.named_parameters()))
+    random = torch.get_rng_state()
+    assert _where_images_are(model, x, layers, most=3) == {"fc": [0]}
+    assert torch.equal(x, before)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_no_more_images_at_once_than_are_of_use(monkeypatch):

@@ -103,11 +103,11 @@ def test_a_server_that_reads_the_sum_may_step(dataset, options):
 
 
 def test_sampled_cohorts_and_drop_outs(dataset):
-    masked = federation(dataset, MaskedAggregation(mode="both"), clients=8, cohort=6, dropout=0.2, rounds=6)
+    masked = federation(dataset, MaskedAggregation(mode="both"), clients=8, cohort=6, dropout=0.5, rounds=6)
     results = list(masked.run())
     assert {result.aggregated for result in results} == {True, False}
     for result in results:
-        assert result.aggregated == (result.updates >= 5)  # two thirds of 6, and one
+        assert result.aggregated == (result.updates >= 3)  # the minimum: a cohort of their own
 
 
 def test_clients_that_go_before_they_reveal_lose_a_round_at_worst(dataset):
@@ -160,7 +160,7 @@ def test_drop_outs_before_uploads_and_reveals_do_not_end_a_training(mode):
         chances = torch.rand(10, generator=rng.generator(0, "dropout", number)).tolist()
         gone = [name for name, chance in zip(NAMES, chances, strict=True) if chance < 0.1]
         collected = rounds.begun(number, gone=gone)
-        assert collected.enough == (len(gone) <= 3)
+        assert collected.enough == (len(gone) <= 7)
         if collected.enough:
             with suppress(RoundLostError):
                 rounds.state = collected.result()
