@@ -222,9 +222,11 @@ def shifts(network, x, y):
 
 
 def test_what_a_loop_draws_elsewhere_repeats_too():
-    before = random.getstate(), repr(np.random.get_state(legacy=False))  # noqa: NPY002
     found = clients_of(procedure=shifts).update(*batch(), number=1)
-    assert same(found, clients_of(procedure=shifts).update(*batch(), number=1))
+    for elsewhere in (random.random, np.random.rand):
+        elsewhere()
+        assert same(found, clients_of(procedure=shifts).update(*batch(), number=1))
+    before = random.getstate(), repr(np.random.get_state(legacy=False))  # noqa: NPY002
     assert not same(found, clients_of(procedure=shifts).update(*batch(), number=2))
     assert (random.getstate(), repr(np.random.get_state(legacy=False))) == before  # noqa: NPY002
 
